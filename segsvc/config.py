@@ -1,0 +1,166 @@
+"""Settings: environment variables ``SEGSVC_*``, read once at the edge of each process and passed inwards.
+
+Sources, strongest first: the environment; the file named by ``SEGSVC_ENV_FILE`` (``build/stack/stack.env`` unless
+set: what the local launcher writes, so that every command finds a running local stack); the defaults below.
+A secret may be given as a file instead: ``SEGSVC_SECRETS_DIR`` names a folder with one file a setting, called as
+the variable in lower case (``segsvc_catalog_dsn``), as container platforms mount them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DEFAULT_ENV_FILE = Path("build/stack/stack.env")
+
+_CLUSTER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):([^@\s]*)@")
+_KEYWORD_PASSWORD = re.compile(r"(?i)(password=)[^&\s]+")
+
+
+def mask(value: str) -> str:
+    """Hide the password of a URL or DSN, for printing and logging."""
+    return _KEYWORD_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", value))
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Names of quantities end in their unit."""
+
+    model_config = SettingsConfigDict(env_prefix="SEGSVC_", extra="ignore", frozen=True)
+
+    # -- where things are -------------------------------------------------------------------------------------------
+    cluster: str = Field(
+        "local", description="Name of this installation: part of every prepared transaction's id, never changed."
+    )
+    catalog_dsn: str = Field(
+        "postgresql+psycopg2://localhost/segsvc_catalog", description="Catalog database (segments, ledger)."
+    )
+    shard_dsns: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Shard databases in order, separated by spaces; their number is fixed for ever."
+    )
+    cache_url: str = Field("redis://localhost:6380/0", description="Redis for membership entries, and nothing else.")
+    broker_url: str = Field("redis://localhost:6379/0", description="Redis for Celery: messages and results.")
+    kafka_bootstrap_servers: str = Field("localhost:9092", description="Comma-separated host:port of Kafka brokers.")
+    kafka_stand_in: bool = Field(
+        False, description="The brokers are librdkafka's in-memory stand-in (demo without Java only)."
+    )
+    kafka_group: str = Field("segsvc", description="Consumer group of the bridge.")
+    kafka_topic_prefix: str = Field("", description="Put before the name of every topic, for brokers that are shared.")
+
+    # -- the front --------------------------------------------------------------------------------------------------
+    grpc_address: str = Field("127.0.0.1:50051", description="host:port the gRPC front listens on.")
+    grpc_front: Literal["native", "grpcio"] = Field(
+        "native", description="native: hot lane in Rust, grpcio behind it; grpcio: all by grpcio (TLS possible)."
+    )
+    grpc_tls_cert: Path | None = Field(None, description="PEM certificate chain; only with SEGSVC_GRPC_FRONT=grpcio.")
+    grpc_tls_key: Path | None = Field(None, description="PEM private key; only with SEGSVC_GRPC_FRONT=grpcio.")
+    grpc_reflection: bool = Field(False, description="Serve gRPC reflection (off in production).")
+    front_processes: int = Field(1, ge=1, le=64, description="Front processes sharing the port (SO_REUSEPORT).")
+    metrics_address: str = Field("127.0.0.1:9464", description="host:port of the front's Prometheus metrics; '' = off.")
+    cold_reads_max: int = Field(
+        4096, ge=1, le=65536, description="Users that may wait for one shard's cold read at once; more: OVERLOADED."
+    )
+    cold_read_threads: int = Field(2, ge=1, le=16, description="Concurrent cold-read statements a shard and process.")
+
+    # -- how long things may take -----------------------------------------------------------------------------------
+    operation_deadline_s: float = Field(120.0, gt=0, le=3600, description="PREPARING longer than this is aborted.")
+    redispatch_quiet_s: float = Field(3.0, gt=0, description="PREPARING and quiet this long: a fresh chord.")
+    recovery_interval_s: float = Field(2.0, gt=0, description="How often beat runs recovery.")
+    warm_interval_s: float = Field(3.0, gt=0, description="How often beat runs the warmer.")
+    statement_timeout_s: float = Field(30.0, gt=0, description="Bound of one SQL statement of an operation.")
+    read_timeout_s: float = Field(2.0, gt=0, description="Bound of one SQL statement of a read.")
+    connect_timeout_s: int = Field(2, ge=1, description="Bound of connecting to PostgreSQL.")
+    lock_timeout_s: float = Field(2.0, gt=0, le=2, description="Longest wait for a shard's lock before a requeue.")
+    cache_timeout_s: float = Field(0.5, gt=0, description="Bound of one exchange with the cache.")
+    cache_ttl_s: int = Field(86_400, ge=60, description="Life of a cache entry (with jitter).")
+    cache_warm_budget_bytes: int = Field(
+        8 << 30, ge=0, description="The warmer stops when the cache uses more memory than this. 0 = never warm."
+    )
+    request_id_ttl_s: int = Field(7 * 86_400, ge=60, description="How long an answer is kept for its request_id.")
+    tombstone_ttl_s: int = Field(
+        30 * 86_400, ge=60, description="How long deleted users are remembered; longer than the topics' retention."
+    )
+    fence_ttl_s: int = Field(30 * 86_400, ge=3600, description="How long applied operations are remembered.")
+
+    # -- events -----------------------------------------------------------------------------------------------------
+    event_batch_max: int = Field(2000, ge=1, le=10_000, description="Events in one batch task.")
+    event_batches_in_flight_max: int = Field(8, ge=1, le=256, description="Batch tasks the bridge waits for at once.")
+
+    # -- processes --------------------------------------------------------------------------------------------------
+    operation_worker_processes: int = Field(4, ge=1, le=64, description="Processes of the operations worker.")
+    event_worker_processes: int = Field(2, ge=1, le=64, description="Processes of the events worker.")
+    warming_worker_processes: int = Field(1, ge=1, le=64, description="Processes of the warming worker.")
+    flower_address: str = Field("127.0.0.1:5555", description="host:port of Flower.")
+    flower_user: str = Field("segsvc", description="User name of Flower's basic authentication.")
+    flower_password: str = Field("", description="Password of Flower; empty: Flower refuses to start.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
+    log_format: Literal["json", "console"] = Field("json", description="json for machines, console for people.")
+    failpoint_dir: Path | None = Field(None, description="Folder that arms failpoints; tests and demo only.")
+    stack_dir: Path = Field(Path("build/stack"), description="Where the local launcher keeps servers' data and logs.")
+    flower_db: Path | None = Field(None, description="File where Flower keeps its history; absent: in memory.")
+
+    @field_validator("shard_dsns", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(value.split()) if isinstance(value, str) else value
+
+    @field_validator("cluster")
+    @classmethod
+    def _cluster_name(cls, value: str) -> str:
+        if not _CLUSTER_NAME.fullmatch(value):
+            raise ValueError("SEGSVC_CLUSTER must match [a-z0-9][a-z0-9-]{0,31}")
+        return value
+
+    @field_validator("catalog_dsn", "shard_dsns")
+    @classmethod
+    def _dsn(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for dsn in (value,) if isinstance(value, str) else value:
+            if not dsn.startswith("postgresql+psycopg2://"):
+                raise ValueError("a DSN must start with postgresql+psycopg2://")
+        return value
+
+    @model_validator(mode="after")
+    def _tls(self) -> Self:
+        if (self.grpc_tls_cert is None) != (self.grpc_tls_key is None):
+            raise ValueError("SEGSVC_GRPC_TLS_CERT and SEGSVC_GRPC_TLS_KEY are set together or not at all")
+        if self.grpc_tls_cert and self.grpc_front == "native":
+            raise ValueError("TLS needs SEGSVC_GRPC_FRONT=grpcio (or end it in a sidecar)")
+        return self
+
+    @property
+    def shard_count(self) -> int:
+        return len(self.shard_dsns)
+
+    def masked(self) -> dict[str, Any]:
+        """All settings as JSON values under their variables' names, passwords hidden."""
+        shown: dict[str, Any] = {}
+        for name, value in self.model_dump(mode="json").items():
+            if name == "flower_password":
+                masked: Any = "***" if value else ""
+            elif isinstance(value, str):
+                masked = mask(value)
+            elif isinstance(value, list):
+                masked = [mask(item) for item in value]
+            else:
+                masked = value
+            shown[f"SEGSVC_{name.upper()}"] = masked
+        return shown
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings of this process.
+
+    Args:
+        overrides: settings by field name, stronger than the environment (tests, command line).
+
+    Raises:
+        pydantic.ValidationError: a value is missing or out of range; the message names the setting.
+    """
+    env_file = os.environ.get("SEGSVC_ENV_FILE", str(DEFAULT_ENV_FILE))
+    secrets_dir = os.environ.get("SEGSVC_SECRETS_DIR")
+    return Settings(_env_file=env_file or None, _secrets_dir=secrets_dir, **overrides)

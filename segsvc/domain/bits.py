@@ -1,0 +1,60 @@
+"""Blocks of bits as numpy sees them: little-endian within a byte, as PostgreSQL's ``get_bit`` on bytea reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
+
+Flags = npt.NDArray[np.bool_]
+"""One boolean a slot, shape (blocks, 1024)."""
+Packed = npt.NDArray[np.uint8]
+"""Eight slots a byte, shape (blocks, 128)."""
+UserIds = npt.NDArray[np.int64]
+"""One user id a slot, 0 for none, shape (blocks, 1024)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OverriddenSlots:
+    """Slots of the users with an unexpired override of one segment."""
+
+    included: npt.NDArray[np.int64]
+    excluded: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class BitRows:
+    """Bits of many segments in some blocks: block ``blocks[i]`` of segment ``segment_ids[i]`` is ``packed[i]``."""
+
+    blocks: npt.NDArray[np.int64]
+    segment_ids: npt.NDArray[np.int64]
+    packed: Packed
+
+
+def pack(flags: Flags) -> Packed:
+    return np.packbits(flags, axis=1, bitorder="little")
+
+
+def unpack(packed: Packed) -> Flags:
+    return np.unpackbits(packed, axis=1, bitorder="little").view(np.bool_)
+
+
+def popcount(packed: Packed) -> int:
+    """Bits set in all."""
+    return int(np.bitwise_count(packed).sum(dtype=np.int64))
+
+
+def empty(blocks: int) -> Packed:
+    """Blocks without a bit set."""
+    return np.zeros((blocks, BLOCK_BYTES), dtype=np.uint8)
+
+
+def at_slots(slots: npt.NDArray[np.int64], first_block: int, blocks: int) -> Packed:
+    """Blocks in which exactly these slots are set; slots outside the range of blocks are left out."""
+    flags = np.zeros(blocks * BLOCK_SLOTS, dtype=np.bool_)
+    index = slots - first_block * BLOCK_SLOTS
+    flags[index[(index >= 0) & (index < flags.size)]] = True
+    return pack(flags.reshape(blocks, BLOCK_SLOTS))

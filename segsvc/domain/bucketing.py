@@ -1,0 +1,53 @@
+"""The published hash that decides who is below a percentage. ``docs/architecture.md`` has its test vectors.
+
+The mixing step is the finaliser of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
+2014). Both forms below give the same numbers; the tests hold them against the published vectors and each other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+BUCKETS = 100_000
+"""Buckets are 0 … 99,999: a thousandth of a percent each."""
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def bucket(user_id: int, salt: int) -> int:
+    """Bucket of one user in one segment.
+
+    Args:
+        user_id: 1 … 2**63 - 1.
+        salt: the segment's, 0 … 2**64 - 1.
+    """
+    z = (salt + user_id * _GOLDEN) & _MASK
+    z ^= z >> 30
+    z = (z * _MIX_1) & _MASK
+    z ^= z >> 27
+    z = (z * _MIX_2) & _MASK
+    z ^= z >> 31
+    return ((z >> 32) * BUCKETS) >> 32
+
+
+def buckets(user_ids: npt.NDArray[np.int64], salt: int) -> npt.NDArray[np.int64]:
+    """Buckets of many users in one segment; any shape, kept.
+
+    Unsigned 64-bit arithmetic wraps in numpy as the definition wants it.
+    """
+    z = user_ids.astype(np.uint64)
+    z *= np.uint64(_GOLDEN)
+    z += np.uint64(salt)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(_MIX_1)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(_MIX_2)
+    z ^= z >> np.uint64(31)
+    z >>= np.uint64(32)
+    z *= np.uint64(BUCKETS)
+    z >>= np.uint64(32)
+    return z.view(np.int64)

@@ -1,0 +1,159 @@
+"""What can go wrong, as its users see it: a category, a stable reason, a message without internals.
+
+Every refusal of the service is a ``ServiceError``. `grpc_api.errors` maps the category to a status code, in that one
+place; a driver's text never goes into a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Category(Enum):
+    """Canonical status codes in use, by their gRPC names."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    ABORTED = "ABORTED"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    UNAVAILABLE = "UNAVAILABLE"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
+    INTERNAL = "INTERNAL"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    CANCELLED = "CANCELLED"
+
+
+class Reason(Enum):
+    """Stable reasons of the public interface; each has exactly one category."""
+
+    FIELD_INVALID = Category.INVALID_ARGUMENT, "FIELD_INVALID"
+    FIELD_REQUIRED = Category.INVALID_ARGUMENT, "FIELD_REQUIRED"
+    CONDITION_INVALID = Category.INVALID_ARGUMENT, "CONDITION_INVALID"
+    PAGE_TOKEN_INVALID = Category.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"
+    REQUEST_ID_REUSED = Category.INVALID_ARGUMENT, "REQUEST_ID_REUSED"
+    BATCH_TOO_LARGE = Category.INVALID_ARGUMENT, "BATCH_TOO_LARGE"
+    SEGMENT_NOT_FOUND = Category.NOT_FOUND, "SEGMENT_NOT_FOUND"
+    USER_NOT_FOUND = Category.NOT_FOUND, "USER_NOT_FOUND"
+    OPERATION_NOT_FOUND = Category.NOT_FOUND, "OPERATION_NOT_FOUND"
+    SEGMENT_EXISTS = Category.ALREADY_EXISTS, "SEGMENT_EXISTS"
+    ETAG_MISMATCH = Category.ABORTED, "ETAG_MISMATCH"
+    OPERATION_ABORTED = Category.ABORTED, "OPERATION_ABORTED"
+    SEGMENT_DELETING = Category.FAILED_PRECONDITION, "SEGMENT_DELETING"
+    OPERATION_NOT_CANCELLABLE = Category.FAILED_PRECONDITION, "OPERATION_NOT_CANCELLABLE"
+    TOO_MANY_SEGMENTS = Category.RESOURCE_EXHAUSTED, "TOO_MANY_SEGMENTS"
+    OVERLOADED = Category.RESOURCE_EXHAUSTED, "OVERLOADED"
+    SHARD_UNAVAILABLE = Category.UNAVAILABLE, "SHARD_UNAVAILABLE"
+    CATALOG_UNAVAILABLE = Category.UNAVAILABLE, "CATALOG_UNAVAILABLE"
+    CACHE_UNAVAILABLE = Category.UNAVAILABLE, "CACHE_UNAVAILABLE"
+    BROKER_UNAVAILABLE = Category.UNAVAILABLE, "BROKER_UNAVAILABLE"
+    OPERATION_QUEUE_BUSY = Category.UNAVAILABLE, "OPERATION_QUEUE_BUSY"
+    NOT_IMPLEMENTED = Category.UNIMPLEMENTED, "NOT_IMPLEMENTED"
+    INTERNAL = Category.INTERNAL, "INTERNAL"
+    DEADLINE_EXCEEDED = Category.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"
+
+    @property
+    def category(self) -> Category:
+        return self.value[0]
+
+    @property
+    def text(self) -> str:
+        """The reason as it goes into ``google.rpc.ErrorInfo.reason``."""
+        return self.value[1]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field of a request and what is wrong with it. ``field`` is a path such as ``rule.percent``."""
+
+    field: str
+    description: str
+
+
+@dataclass(slots=True)
+class ServiceError(Exception):
+    """A refusal with everything that a client may see of it.
+
+    Attributes:
+        reason: which refusal; decides the status code.
+        message: for people; says what, where and what is allowed. No internals.
+        metadata: for programs (ErrorInfo.metadata); small strings.
+        violations: of INVALID_ARGUMENT: each field that is wrong.
+        retry_after_s: when trying again makes sense (RetryInfo); absent: not said.
+    """
+
+    reason: Reason
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    violations: Sequence[FieldViolation] = ()
+    retry_after_s: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.reason.text}: {self.message}"
+
+    def __reduce__(self) -> tuple[type[ServiceError], tuple[object, ...]]:
+        return (
+            ServiceError,
+            (self.reason, self.message, dict(self.metadata), tuple(self.violations), self.retry_after_s),
+        )
+
+
+class LockTimeout(Exception):
+    """A lock was not to be had within ``lock_timeout``: nothing was done, come back a little later."""
+
+
+def invalid_field(name: str, description: str, reason: Reason = Reason.FIELD_INVALID) -> ServiceError:
+    """An INVALID_ARGUMENT about one field."""
+    return ServiceError(reason, f"{name}: {description}", {"field": name}, (FieldViolation(name, description),))
+
+
+def required_field(name: str) -> ServiceError:
+    """An INVALID_ARGUMENT about a field that must be there and is not."""
+    return invalid_field(name, "is required", Reason.FIELD_REQUIRED)
+
+
+def segment_not_found(slug: str) -> ServiceError:
+    return ServiceError(Reason.SEGMENT_NOT_FOUND, f"there is no segment {slug!r}", {"slug": slug})
+
+
+def segment_deleting(slug: str) -> ServiceError:
+    """The segment's deletion is decided: nothing of it can change any more."""
+    return ServiceError(Reason.SEGMENT_DELETING, f"segment {slug!r} is being deleted", {"slug": slug})
+
+
+def etag_mismatch(slug: str) -> ServiceError:
+    """The caller has seen an older state of the segment."""
+    return ServiceError(
+        Reason.ETAG_MISMATCH, f"segment {slug!r} has changed since this etag was given; read it again", {"slug": slug}
+    )
+
+
+def user_not_found(user_id: int) -> ServiceError:
+    return ServiceError(Reason.USER_NOT_FOUND, f"there is no user {user_id}", {"user_id": str(user_id)})
+
+
+def shard_unavailable(shard: int) -> ServiceError:
+    return ServiceError(
+        Reason.SHARD_UNAVAILABLE, f"shard {shard} cannot be reached now", {"shard": str(shard)}, retry_after_s=1.0
+    )
+
+
+def catalog_unavailable() -> ServiceError:
+    return ServiceError(Reason.CATALOG_UNAVAILABLE, "the catalog cannot be reached now", retry_after_s=1.0)
+
+
+def cache_unavailable() -> ServiceError:
+    return ServiceError(
+        Reason.CACHE_UNAVAILABLE,
+        "the cache cannot be reached, so the change could not be made visible; it may be repeated",
+        retry_after_s=1.0,
+    )
+
+
+def broker_unavailable() -> ServiceError:
+    return ServiceError(
+        Reason.BROKER_UNAVAILABLE, "the task broker cannot be reached; nothing was accepted", retry_after_s=1.0
+    )

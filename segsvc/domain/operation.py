@@ -1,0 +1,265 @@
+"""Operations: a change of a segment on all shards, from its acceptance to its end.
+
+    QUEUED → PREPARING → COMMITTED → DONE
+    QUEUED | PREPARING → ABORTED
+
+Every arrow is a compare-and-set on the operation's row in the catalog (``segsvc.twophase``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import IntEnum
+from typing import Any
+from uuid import UUID
+
+from segsvc.domain.segment import Policy, Rule, Segment, SegmentText
+
+GID_BYTES_MAX = 199
+"""PostgreSQL takes prepared transaction ids of fewer than 200 bytes."""
+
+
+class OperationKind(IntEnum):
+    """Numbers as in the protos."""
+
+    ROLL_OUT = 1
+    DELETE = 2
+    CREATE = 3
+
+
+class OperationState(IntEnum):
+    """Numbers as in the protos."""
+
+    QUEUED = 1
+    PREPARING = 2
+    COMMITTED = 3
+    DONE = 4
+    ABORTED = 5
+
+    @property
+    def final(self) -> bool:
+        return self in (OperationState.DONE, OperationState.ABORTED)
+
+    @property
+    def decided(self) -> bool:
+        return self >= OperationState.COMMITTED
+
+
+class ShardState(IntEnum):
+    """Where one shard is; numbers as in the protos. A hint for people: it decides nothing."""
+
+    WAITING = 1
+    WORKING = 2
+    PREPARED = 3
+    FINISHED = 4
+    ROLLED_BACK = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCounts:
+    """What an operation does to one shard, counted while it did it; all are users.
+
+    Attributes:
+        matched: for whom the condition holds, whatever their bucket.
+        members: members afterwards, overrides included.
+    """
+
+    shard: int
+    matched: int = 0
+    added: int = 0
+    removed: int = 0
+    members: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    shard: int
+    state: ShardState
+    blocks_done: int = 0
+    blocks_total: int = 0
+    added: int = 0
+    removed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an operation was aborted: a reason of the public interface and its message."""
+
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"reason": self.reason, "message": self.message, "metadata": dict(self.metadata)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Failure:
+        return cls(value["reason"], value["message"], value["metadata"])
+
+
+@dataclass(frozen=True, slots=True)
+class OperationPlan:
+    """What an operation is to do: everything a shard needs to do it again with the same result.
+
+    Attributes:
+        segment_id: numeric id; of a CREATE, drawn when it was accepted.
+        salt: the segment's salt, 0 … 2**64 - 1.
+        rule: of a ROLL_OUT, the rule to put in force; None otherwise.
+        text: of a CREATE, what people will read; None otherwise.
+        etag: the etag the caller expects; empty: none.
+    """
+
+    kind: OperationKind
+    slug: str
+    segment_id: int
+    segment_uid: UUID
+    salt: int
+    rule: Rule | None = None
+    text: SegmentText | None = None
+    etag: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        plan: dict[str, Any] = {
+            "kind": self.kind.name,
+            "slug": self.slug,
+            "segment_id": self.segment_id,
+            "segment_uid": str(self.segment_uid),
+            "salt": str(self.salt),  # as text: JSON numbers beyond 2**53 are not safe everywhere
+            "etag": self.etag,
+        }
+        if self.rule is not None:
+            plan["rule"] = {
+                "threshold": self.rule.threshold,
+                "condition": self.rule.condition,
+                "policy": self.rule.policy.name,
+            }
+        if self.text is not None:
+            plan["text"] = {
+                "display_name": self.text.display_name,
+                "description": self.text.description,
+                "labels": dict(self.text.labels),
+            }
+        return plan
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> OperationPlan:
+        rule = value.get("rule")
+        text = value.get("text")
+        return cls(
+            kind=OperationKind[value["kind"]],
+            slug=value["slug"],
+            segment_id=value["segment_id"],
+            segment_uid=UUID(value["segment_uid"]),
+            salt=int(value["salt"]),
+            rule=Rule(rule["threshold"], rule["condition"], Policy[rule["policy"]]) if rule else None,
+            text=SegmentText(text["display_name"], text["description"], text["labels"]) if text else None,
+            etag=value["etag"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A row of the ledger with its votes.
+
+    Attributes:
+        seq: order of acceptance; the oldest starts first.
+        deadline: on the catalog's clock; None until it started.
+        failure: why it was aborted; None otherwise.
+        votes: counts of the shards that voted, by shard.
+        commit_seq: order of the commits; None until COMMITTED.
+    """
+
+    id: UUID
+    seq: int
+    plan: OperationPlan
+    state: OperationState
+    create_time: datetime
+    start_time: datetime | None
+    deadline: datetime | None
+    commit_time: datetime | None
+    end_time: datetime | None
+    failure: Failure | None
+    votes: Sequence[ShardCounts]
+    commit_seq: int | None
+
+    @property
+    def name(self) -> str:
+        """Resource name of the public interface."""
+        return f"operations/{self.id}"
+
+    @property
+    def title(self) -> str:
+        """What it does, for people: ``roll out checkout to 30 %``."""
+        plan = self.plan
+        if plan.rule is not None:
+            condition = " under a condition" if plan.rule.condition else ""
+            return f"roll out {plan.slug} to {plan.rule.percent:g} %{condition}"
+        return f"{plan.kind.name.lower()} {plan.slug}"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """What makes a repeated request recognisable: the same key answers as the first time.
+
+    Attributes:
+        method: full name of the method; a request_id is unique for its method only.
+        request_id: chosen by the caller.
+        content_hash: SHA-256 of the request, its request_id apart; another hash under the same id is REQUEST_ID_REUSED.
+    """
+
+    method: str
+    request_id: UUID
+    content_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OperationFilter:
+    """Which operations to list; what is None does not restrict."""
+
+    slug: str | None = None
+    kind: OperationKind | None = None
+    state: OperationState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gid:
+    """Id of a shard's prepared transaction: ``segsvc:<cluster>:<operation uuid>:<shard>``, at most 199 bytes.
+
+    The only builder and the only parser. The cluster name (at most 32 characters, no colon) keeps two installations
+    that share a server apart; recovery never touches a gid it cannot parse or of another cluster.
+    """
+
+    cluster: str
+    operation_id: UUID
+    shard: int
+
+    def __str__(self) -> str:
+        return f"segsvc:{self.cluster}:{self.operation_id}:{self.shard}"
+
+    @classmethod
+    def parse(cls, text: str) -> Gid | None:
+        """None for whatever ``str(Gid(…))`` does not produce."""
+        match = _GID_PATTERN.fullmatch(text)
+        return cls(match[1], UUID(match[2]), int(match[3])) if match else None
+
+
+_GID_PATTERN = re.compile(
+    r"segsvc:([a-z0-9][a-z0-9-]{0,31}):"
+    r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}):(0|[1-9][0-9]{0,5})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OperationResult:
+    """What an operation that is DONE has to say.
+
+    Attributes:
+        segment: as it was at the commit; None: of a deletion.
+        counts: of each shard, counted while it changed.
+    """
+
+    segment: Segment | None
+    counts: Sequence[ShardCounts]

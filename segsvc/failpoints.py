@@ -1,0 +1,76 @@
+"""Named points at which a test or the demo stops, kills or fails a process, to prove what survives it.
+
+Disarmed (no ``SEGSVC_FAILPOINT_DIR``), reaching a point costs one attribute look-up. Armed, a file of the point's
+name in that folder holds the action:
+
+    hold            wait until the file is gone
+    kill            SIGKILL this process
+    fail            raise FailpointError
+
+followed, if wanted, by `` key=value`` words that must match where it is reached (``hold shard=2``). Every time an
+action fires, ``<point>.fired`` in the same folder gets a line with the process id and where.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Protocol
+
+
+class FailpointError(Exception):
+    """Raised where a test asked for a failure."""
+
+
+class CrashPoints(Protocol):
+    """What the protocol calls at each of its points; a simulation brings its own."""
+
+    def reach(self, point: str, **where: object) -> None: ...
+
+
+class NoFailpoints:
+    """Production: nothing happens."""
+
+    def reach(self, point: str, **where: object) -> None:
+        """Do nothing."""
+
+
+class Failpoints:
+    """Points armed by files in a folder, across processes and without a restart."""
+
+    _POLL_S = 0.01
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def reach(self, point: str, **where: object) -> None:
+        """Do what the file of this point says, if there is one and its words match.
+
+        Raises:
+            FailpointError: the file says ``fail``.
+        """
+        try:
+            action, *words = (self._folder / point).read_text().split()
+        except (FileNotFoundError, ValueError):
+            return
+        here = {f"{key}={value}" for key, value in where.items()}
+        if not here.issuperset(words):
+            return
+        with (self._folder / f"{point}.fired").open("a") as log:
+            log.write(f"{os.getpid()} {' '.join(sorted(here))}\n")
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "fail":
+            raise FailpointError(point)
+        elif action == "hold":
+            while (self._folder / point).exists():
+                time.sleep(self._POLL_S)
+        else:
+            raise ValueError(f"failpoint {point}: unknown action {action!r}")
+
+
+def failpoints(folder: Path | None) -> CrashPoints:
+    """The points of this process: armed by ``folder``, or none."""
+    return Failpoints(folder) if folder else NoFailpoints()

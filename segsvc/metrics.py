@@ -1,0 +1,30 @@
+"""Every metric of the service, by name, in one place. Names are stable: dashboards and alert rules use them."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_FAST_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+# -- reads (front) --------------------------------------------------------------------------------------------------
+reads = Counter("segsvc_reads_total", "Users looked up, by where the answer came from.", ["source"])
+"""source: hit (cache), miss (shard, then filled), bypass (shard, not filled), error."""
+cold_read_seconds = Histogram("segsvc_cold_read_seconds", "One statement that loads users of a shard.", buckets=_FAST_S)
+cold_reads_waiting = Gauge("segsvc_cold_reads_waiting", "Users that wait for a cold read.", ["shard"])
+
+# -- RPCs (front) ---------------------------------------------------------------------------------------------------
+rpcs = Counter("segsvc_rpcs_total", "Finished calls outside the hot lane.", ["method", "code"])
+rpc_seconds = Histogram("segsvc_rpc_seconds", "Duration of calls outside the hot lane.", ["method"])
+
+# -- operations (workers) -------------------------------------------------------------------------------------------
+operations_finished = Counter("segsvc_operations_finished_total", "Operations that ended.", ["kind", "state"])
+in_doubt_seconds = Gauge("segsvc_in_doubt_seconds", "Age of the oldest prepared transaction, per shard.", ["shard"])
+recovery_alarms = Counter("segsvc_recovery_alarms_total", "Things recovery must not decide; look at them.", ["what"])
+
+# -- events (bridge, workers) ---------------------------------------------------------------------------------------
+events = Counter("segsvc_events_total", "Events taken from Kafka, by topic and outcome.", ["topic", "outcome"])
+"""outcome: applied, dead (sent to the dead-letter topic)."""
+event_batches_in_flight = Gauge("segsvc_event_batches_in_flight", "Batches that the bridge waits for.")
+
+# -- warming (workers) ----------------------------------------------------------------------------------------------
+warmed = Counter("segsvc_warmed_entries_total", "Cache entries written by the warmer.", ["shard"])
