@@ -1,0 +1,37 @@
+"""The audit trail of segments, which is also the outbox of ``segment-events``."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from segsvc.postgres import tables
+
+COMMIT_ORDER_LOCK = 0x5E65_0002
+"""Advisory lock of the catalog under which commit sequence numbers are drawn."""
+
+
+def record(
+    connection: sa.Connection,
+    *,
+    action: str,
+    segment_id: int,
+    slug: str,
+    operation_id: UUID | None,
+    details: dict[str, Any],
+) -> int:
+    """Write what a transaction did to a segment; returns its commit sequence number.
+
+    The lock is held until the transaction ends, so numbers become visible in their order and the outbox never skips
+    one that commits late.
+    """
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(COMMIT_ORDER_LOCK)))
+    seq = int(connection.execute(sa.select(tables.commit_seq.next_value())).scalar_one())
+    connection.execute(
+        sa.insert(tables.audit).values(
+            seq=seq, action=action, segment_id=segment_id, slug=slug, operation_id=operation_id, details=details
+        )
+    )
+    return seq

@@ -1,0 +1,170 @@
+"""Connections to the catalog and the shards: bounds on every session, and driver errors turned into the service's.
+
+Each process builds its own ``Databases`` after the last fork. Transactions are READ COMMITTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import psycopg2
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from segsvc.config import Settings
+from segsvc.domain.errors import LockTimeout, Reason, ServiceError, catalog_unavailable, shard_unavailable
+
+LOCK_NOT_AVAILABLE = "55P03"
+QUERY_CANCELED = "57014"
+
+_CONNECTION_LOST_CLASSES = ("08", "57P", "53", "58")
+"""SQLSTATE classes: connection exception, operator intervention, insufficient resources, system error."""
+
+
+def sqlstate(error: exc.DBAPIError | psycopg2.Error) -> str:
+    """The SQLSTATE; '' when the failure came from the client's side (a broken connection)."""
+    return getattr(error.orig if isinstance(error, exc.DBAPIError) else error, "pgcode", None) or ""
+
+
+def is_lost(error: exc.DBAPIError | psycopg2.Error) -> bool:
+    """Whether the server is out of reach, rather than the statement at fault.
+
+    The read-only state of a server that was demoted (25006) counts: a write can succeed only elsewhere.
+    """
+    state = sqlstate(error)
+    if state in (QUERY_CANCELED, LOCK_NOT_AVAILABLE):
+        return False
+    if state:
+        return state.startswith(_CONNECTION_LOST_CLASSES) or state == "25006"
+    cause = error.orig if isinstance(error, exc.DBAPIError) else error
+    return isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """How a process uses its connections: one for each thread that may hold one at a time."""
+
+    size: int = 2
+    statement_timeout_s: float | None = None
+    """None: the setting for operations."""
+
+
+def make_engine(dsn: str, settings: Settings, role: str, pool: Pool) -> sa.Engine:
+    """An engine whose every session is bounded, so that no half-open client can hold a lock for hours."""
+    statement_timeout_s = pool.statement_timeout_s or settings.statement_timeout_s
+    bounds_ms = {
+        "statement_timeout": int(statement_timeout_s * 1000),
+        "lock_timeout": int(settings.lock_timeout_s * 1000),
+        # Longer than any statement: it ends a session whose client is alive but stuck between two statements.
+        "idle_in_transaction_session_timeout": int(max(statement_timeout_s, settings.operation_deadline_s) * 1000),
+        # Ends a backend that waits for a lock on behalf of a client that is gone (PostgreSQL's default is never).
+        "client_connection_check_interval": 1000,
+    }
+    return sa.create_engine(
+        dsn,
+        isolation_level="READ COMMITTED",
+        pool_size=pool.size,
+        max_overflow=0,
+        pool_timeout=settings.read_timeout_s,
+        # A restarted server is noticed before a transaction starts, not in the middle of the first one.
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": settings.connect_timeout_s,
+            "keepalives": 1,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 15_000,
+            "application_name": f"segsvc-{role}",
+            "options": " ".join(f"-c {name}={value}" for name, value in bounds_ms.items()),
+        },
+    )
+
+
+class Databases:
+    """The catalog and the shards, as one process reaches them.
+
+    Args:
+        role: shown by PostgreSQL as ``application_name`` (``segsvc-<role>``).
+        pool: connections to each database.
+    """
+
+    def __init__(self, settings: Settings, role: str, pool: Pool | None = None) -> None:
+        pool = pool or Pool()
+        self.catalog = make_engine(settings.catalog_dsn, settings, role, pool)
+        self.shards = tuple(make_engine(dsn, settings, role, pool) for dsn in settings.shard_dsns)
+
+    @property
+    def shard_count(self) -> int:
+        return len(self.shards)
+
+    def close(self) -> None:
+        for engine in (self.catalog, *self.shards):
+            engine.dispose()
+
+    @contextmanager
+    def catalog_tx(self, *, timeout_s: float | None = None) -> Iterator[sa.Connection]:
+        """One transaction on the catalog, committed at the end of the block.
+
+        Args:
+            timeout_s: bound of each statement in it; None: the session's.
+
+        Raises:
+            ServiceError: CATALOG_UNAVAILABLE (whether a commit took effect is then unknown), DEADLINE_EXCEEDED.
+            sqlalchemy.exc.DBAPIError: anything else, such as an integrity error.
+        """
+        with translated("catalog"), self.catalog.begin() as connection:
+            _bound(connection, timeout_s)
+            yield connection
+
+    @contextmanager
+    def shard_tx(self, shard: int, *, timeout_s: float | None = None) -> Iterator[sa.Connection]:
+        """One transaction on a shard, committed at the end of the block.
+
+        Raises:
+            ServiceError: SHARD_UNAVAILABLE (whether a commit took effect is then unknown), DEADLINE_EXCEEDED.
+            LockTimeout: a lock was not to be had in time.
+            sqlalchemy.exc.DBAPIError: anything else.
+        """
+        with translated(shard), self.shards[shard].begin() as connection:
+            _bound(connection, timeout_s)
+            yield connection
+
+    @contextmanager
+    def shard_autocommit(self, shard: int) -> Iterator[sa.Connection]:
+        """A connection on which every statement is its own transaction (COMMIT PREPARED needs that)."""
+        with translated(shard), self.shards[shard].connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextmanager
+    def shard_connection(self, shard: int) -> Iterator[sa.Connection]:
+        """A connection whose transaction is the caller's to end; rolled back if it is left open."""
+        with translated(shard), self.shards[shard].connect() as connection:
+            yield connection
+
+
+def _bound(connection: sa.Connection, timeout_s: float | None) -> None:
+    if timeout_s is not None:
+        # At least a millisecond: 0 would mean "no bound".
+        connection.execute(sa.select(sa.func.set_config("statement_timeout", str(max(1, int(timeout_s * 1000))), True)))
+
+
+@contextmanager
+def translated(where: Literal["catalog"] | int) -> Iterator[None]:
+    """Turn an outage, a timeout or a lock wait into the service's own errors; leave anything else as it is."""
+    try:
+        yield
+    except exc.TimeoutError as error:  # the pool's: every connection is in use
+        raise ServiceError(Reason.OVERLOADED, "too many requests wait for the database", retry_after_s=0.5) from error
+    except (exc.DBAPIError, psycopg2.Error) as error:  # the latter from COPY, which goes past SQLAlchemy
+        state = sqlstate(error)
+        if state == LOCK_NOT_AVAILABLE:
+            raise LockTimeout from error
+        if state == QUERY_CANCELED:
+            raise ServiceError(Reason.DEADLINE_EXCEEDED, "the database did not answer in time") from error
+        if is_lost(error):
+            raise (catalog_unavailable() if where == "catalog" else shard_unavailable(where)) from error
+        raise

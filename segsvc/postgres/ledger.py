@@ -1,0 +1,408 @@
+"""The ledger: operations in the catalog. Every transition is one compare-and-set in one transaction.
+
+Implements ``twophase.Ledger`` and the store of ``services.operations``. Times are the catalog's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+from sqlalchemy.dialects.postgresql import insert
+
+from segsvc.domain.errors import Reason
+from segsvc.domain.operation import (
+    Failure,
+    Operation,
+    OperationFilter,
+    OperationKind,
+    OperationPlan,
+    OperationResult,
+    OperationState,
+    ShardCounts,
+    ShardProgress,
+    ShardState,
+)
+from segsvc.domain.segment import Segment
+from segsvc.failpoints import CrashPoints
+from segsvc.log import get_logger
+from segsvc.postgres import ledger_steps, tables
+from segsvc.postgres.engine import Databases, sqlstate
+from segsvc.postgres.segment_rows import segment_from_json
+from segsvc.twophase import OpenOperation, WorkFailed
+
+log = get_logger(__name__)
+
+UNIQUE_VIOLATION = "23505"
+_INTEGRITY_CLASS = "23"
+_OPEN = (OperationState.QUEUED, OperationState.PREPARING, OperationState.COMMITTED)
+
+_operations = tables.operations.c
+_votes = tables.votes.c
+_progress = tables.progress.c
+
+
+class PostgresLedger:
+    """The operations of one catalog.
+
+    Args:
+        shard_count: votes that a decision needs.
+        deadline_s: how long an operation may be PREPARING.
+        quiet_s: how long nothing may be heard of a PREPARING operation before it is sent again.
+    """
+
+    def __init__(
+        self,
+        databases: Databases,
+        *,
+        shard_count: int,
+        deadline_s: float,
+        quiet_s: float,
+        crash_points: CrashPoints,
+    ) -> None:
+        self._databases = databases
+        self._shard_count = shard_count
+        self._deadline_s = deadline_s
+        self._quiet_s = quiet_s
+        self._crash = crash_points
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def get(self, operation_id: UUID) -> Operation | None:
+        """The operation as it is now, its votes included; None: there is none of this id."""
+        with self._databases.catalog_tx() as connection:
+            found = _load(connection, _operations.id == operation_id)
+        return found[0] if found else None
+
+    def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
+        """States of those operations that exist."""
+        ids = list(operation_ids)
+        if not ids:
+            return {}
+        with self._databases.catalog_tx() as connection:
+            rows = connection.execute(sa.select(_operations.id, _operations.state).where(_operations.id.in_(ids))).all()
+        return {row.id: OperationState[row.state] for row in rows}
+
+    def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
+        """Those of these operations that are DONE or ABORTED."""
+        with self._databases.catalog_tx() as connection:
+            return _load(
+                connection,
+                _operations.id.in_(operation_ids),
+                _operations.state.in_([OperationState.DONE.name, OperationState.ABORTED.name]),
+            )
+
+    def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]:
+        """Operations that match, newest first; ``before_seq``: only older ones than this."""
+        conditions: list[sa.ColumnElement[bool]] = []
+        if wanted.slug is not None:
+            conditions.append(_operations.slug == wanted.slug)
+        if wanted.kind is not None:
+            conditions.append(_operations.kind == wanted.kind)
+        if wanted.state is not None:
+            conditions.append(_operations.state == wanted.state.name)
+        if before_seq is not None:
+            conditions.append(_operations.seq < before_seq)
+        with self._databases.catalog_tx() as connection:
+            return _load(connection, *conditions, order=_operations.seq.desc(), limit=page_size)
+
+    def open_operations(self) -> Sequence[OpenOperation]:
+        """All operations that are not final, oldest first, judged by the catalog's clock."""
+        now = sa.func.clock_timestamp()
+        last_vote = (
+            sa.select(sa.func.max(_votes.vote_time)).where(_votes.operation_id == _operations.id).scalar_subquery()
+        )
+        last_progress = (
+            sa.select(sa.func.max(_progress.update_time))
+            .where(_progress.operation_id == _operations.id)
+            .scalar_subquery()
+        )
+        heard = sa.func.greatest(_operations.dispatch_time, last_vote, last_progress)
+        with self._databases.catalog_tx() as connection:
+            judged = connection.execute(
+                sa.select(
+                    _operations.id,
+                    sa.func.coalesce(_operations.deadline < now, False).label("expired"),
+                    sa.func.coalesce(heard < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s), False).label(
+                        "quiet"
+                    ),
+                ).where(_operations.state.in_([state.name for state in _OPEN]))
+            ).all()
+            loaded = _load(connection, _operations.id.in_([row.id for row in judged]), order=_operations.seq.asc())
+        flags = {row.id: row for row in judged}
+        return [
+            OpenOperation(operation, expired=flags[operation.id].expired, quiet=flags[operation.id].quiet)
+            for operation in loaded
+        ]
+
+    def result(self, operation_id: UUID) -> OperationResult | None:
+        """What a committed operation has to say; None: it is not committed."""
+        with self._databases.catalog_tx() as connection:
+            stored = connection.execute(
+                sa.select(_operations.result).where(_operations.id == operation_id)
+            ).scalar_one_or_none()
+            if stored is None:
+                return None
+            counts = _load_votes(connection, [operation_id]).get(operation_id, [])
+        segment = stored["segment"]
+        return OperationResult(segment_from_json(segment) if segment else None, counts)
+
+    # -- transitions ------------------------------------------------------------------------------------------------
+
+    def start_oldest(self) -> Operation | None:
+        """Move the oldest QUEUED operation to PREPARING; those that are not valid any more become ABORTED on the way.
+
+        None: the queue is empty, or an operation is in flight.
+        """
+        while True:
+            try:
+                with self._databases.catalog_tx() as connection:
+                    operation_id, started = ledger_steps.start_oldest(connection, self._deadline_s)
+            except exc.IntegrityError as error:
+                if sqlstate(error) != UNIQUE_VIOLATION:
+                    raise
+                # uq_operations_in_flight: another process started one between our look and our write.
+                return None
+            if operation_id is None:
+                return None
+            if started:
+                self._crash.reach("started", operation=operation_id)
+                return self.get(operation_id)
+
+    def claim_dispatch(self, operation_id: UUID) -> bool:
+        """Whether the caller sends the fresh chord; the row lock lets one of several recoveries win."""
+        now = sa.func.clock_timestamp()
+        with self._databases.catalog_tx() as connection:
+            result = connection.execute(
+                sa.update(tables.operations)
+                .where(
+                    _operations.id == operation_id,
+                    _operations.state == OperationState.PREPARING.name,
+                    _operations.dispatch_time < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s),
+                )
+                .values(dispatch_time=now)
+            )
+        return bool(result.rowcount)
+
+    def vote(self, operation_id: UUID, counts: ShardCounts) -> bool:
+        """Record a shard's vote. FOR SHARE keeps a decision out until the vote is in, or sees the decision."""
+        with self._databases.catalog_tx() as connection:
+            state = connection.execute(
+                sa.select(_operations.state).where(_operations.id == operation_id).with_for_update(read=True)
+            ).scalar_one_or_none()
+            if state != OperationState.PREPARING.name:
+                return False
+            connection.execute(
+                insert(tables.votes)
+                .values(
+                    operation_id=operation_id,
+                    shard=counts.shard,
+                    matched=counts.matched,
+                    added=counts.added,
+                    removed=counts.removed,
+                    members=counts.members,
+                )
+                # A duplicate vote is no refusal: the twin's counts are the same, the work is deterministic.
+                .on_conflict_do_nothing()
+            )
+            self._crash.reach("vote-not-committed", operation=operation_id, shard=counts.shard)
+        return True
+
+    def commit(self, operation_id: UUID) -> bool:
+        """The commit point: all votes there → COMMITTED, the segment changed and the sequence number drawn, at once.
+
+        Raises:
+            WorkFailed: the catalog refuses the change for ever (an integrity error); nothing was decided.
+        """
+        try:
+            with self._databases.catalog_tx() as connection:
+                operation = _load_locked(connection, operation_id)
+                if operation is None or operation.state is not OperationState.PREPARING:
+                    return False
+                if len(operation.votes) < self._shard_count:
+                    return False
+                ledger_steps.commit(connection, operation)
+                self._crash.reach("decision-not-committed", operation=operation_id)
+        except exc.DBAPIError as error:
+            if not sqlstate(error).startswith(_INTEGRITY_CLASS):
+                raise
+            log.exception("commit_point_refused", operation=str(operation_id), sqlstate=sqlstate(error))
+            raise WorkFailed(
+                Failure(Reason.INTERNAL.text, "the catalog refused the change", {"why": "INTEGRITY"})
+            ) from error
+        return True
+
+    def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
+        """Decide against: one of ``from_states`` → ABORTED, what was reserved given back, in one transaction."""
+        with self._databases.catalog_tx() as connection:
+            return ledger_steps.abort(connection, operation_id, failure, from_states)
+
+    def finish(self, operation_id: UUID) -> bool:
+        """COMMITTED → DONE; a deleted segment leaves the catalog in the same transaction, its slug free again."""
+        with self._databases.catalog_tx() as connection:
+            row = connection.execute(
+                sa.update(tables.operations)
+                .where(_operations.id == operation_id, _operations.state == OperationState.COMMITTED.name)
+                .values(state=OperationState.DONE.name, end_time=sa.func.clock_timestamp())
+                .returning(_operations.kind, _operations.segment_id)
+            ).one_or_none()
+            if row is None:
+                return False
+            if row.kind == OperationKind.DELETE:
+                connection.execute(sa.delete(tables.segments).where(tables.segments.c.id == row.segment_id))
+        return True
+
+    # -- hints for people -------------------------------------------------------------------------------------------
+
+    def put_progress(self, operation_id: UUID, progress: ShardProgress) -> None:
+        """Remember how far a shard is. Decides nothing; it also says that somebody works on it."""
+        values = {
+            "state": progress.state,
+            "blocks_done": progress.blocks_done,
+            "blocks_total": progress.blocks_total,
+            "added": progress.added,
+            "removed": progress.removed,
+            "update_time": sa.func.clock_timestamp(),
+        }
+        with self._databases.catalog_tx() as connection:
+            connection.execute(
+                insert(tables.progress)
+                .values(operation_id=operation_id, shard=progress.shard, **values)
+                .on_conflict_do_update(index_elements=["operation_id", "shard"], set_=values)
+            )
+
+    def progress(self, operation_id: UUID) -> Sequence[ShardProgress]:
+        """What the shards last said; those that said nothing are left out."""
+        with self._databases.catalog_tx() as connection:
+            rows = connection.execute(
+                sa.select(
+                    _progress.shard,
+                    _progress.state,
+                    _progress.blocks_done,
+                    _progress.blocks_total,
+                    _progress.added,
+                    _progress.removed,
+                )
+                .where(_progress.operation_id == operation_id)
+                .order_by(_progress.shard)
+            ).all()
+        return [
+            ShardProgress(row.shard, ShardState(row.state), row.blocks_done, row.blocks_total, row.added, row.removed)
+            for row in rows
+        ]
+
+    # -- acceptance -------------------------------------------------------------------------------------------------
+
+    def accepted_before(self, method: str, request_id: UUID) -> tuple[UUID, bytes] | None:
+        """The operation that this request made and the hash of its content; None: it is new."""
+        with self._databases.catalog_tx() as connection:
+            return ledger_steps.find_request(connection, method, request_id)
+
+    def segment(self, slug: str) -> Segment | None:
+        """The live segment of this slug, ACTIVE or DELETING; None: there is none."""
+        with self._databases.catalog_tx() as connection:
+            return ledger_steps.find_segment(connection, slug)
+
+    def live_segments(self) -> int:
+        """Segments that count towards the limit."""
+        with self._databases.catalog_tx() as connection:
+            return ledger_steps.count_segments(connection)
+
+    def draw_segment_id(self) -> int:
+        """A numeric id for a new segment; never given twice."""
+        with self._databases.catalog_tx() as connection:
+            return int(connection.execute(sa.select(tables.segment_id_seq.next_value())).scalar_one())
+
+    def insert(
+        self, operation_id: UUID, plan: OperationPlan, request: tuple[str, UUID, bytes] | None
+    ) -> Operation | None:
+        """Insert an operation as QUEUED, with its request (method, request_id, content hash). None: a twin of the
+        request was first, and nothing was inserted."""
+        with self._databases.catalog_tx() as connection:
+            connection.execute(
+                sa.insert(tables.operations).values(
+                    id=operation_id,
+                    kind=plan.kind,
+                    slug=plan.slug,
+                    segment_id=plan.segment_id,
+                    plan=plan.to_json(),
+                    state=OperationState.QUEUED.name,
+                )
+            )
+            if request is not None and not ledger_steps.insert_request(connection, request, operation_id):
+                connection.rollback()
+                return None
+        self._crash.reach("accepted-not-answered", operation=operation_id)
+        return self.get(operation_id)
+
+
+def _load(
+    connection: sa.Connection,
+    *conditions: sa.ColumnElement[bool],
+    order: sa.ColumnElement[Any] | None = None,
+    limit: int | None = None,
+    lock: bool = False,
+) -> list[Operation]:
+    query = sa.select(
+        _operations.id,
+        _operations.seq,
+        _operations.plan,
+        _operations.state,
+        _operations.create_time,
+        _operations.start_time,
+        _operations.deadline,
+        _operations.commit_time,
+        _operations.end_time,
+        _operations.failure,
+        _operations.commit_seq,
+    ).where(*conditions)
+    if order is not None:
+        query = query.order_by(order)
+    if limit is not None:
+        query = query.limit(limit)
+    if lock:
+        query = query.with_for_update()
+    rows = connection.execute(query).all()
+    votes = _load_votes(connection, [row.id for row in rows])
+    return [
+        Operation(
+            id=row.id,
+            seq=row.seq,
+            plan=OperationPlan.from_json(row.plan),
+            state=OperationState[row.state],
+            create_time=row.create_time,
+            start_time=row.start_time,
+            deadline=row.deadline,
+            commit_time=row.commit_time,
+            end_time=row.end_time,
+            failure=Failure.from_json(row.failure) if row.failure else None,
+            votes=votes.get(row.id, []),
+            commit_seq=row.commit_seq,
+        )
+        for row in rows
+    ]
+
+
+def _load_locked(connection: sa.Connection, operation_id: UUID) -> Operation | None:
+    """The operation with its row locked: votes that are in now are all that can be in before the decision."""
+    found = _load(connection, _operations.id == operation_id, lock=True)
+    return found[0] if found else None
+
+
+def _load_votes(connection: sa.Connection, operation_ids: Sequence[UUID]) -> dict[UUID, list[ShardCounts]]:
+    votes: dict[UUID, list[ShardCounts]] = {}
+    if not operation_ids:
+        return votes
+    rows = connection.execute(
+        sa.select(_votes.operation_id, _votes.shard, _votes.matched, _votes.added, _votes.removed, _votes.members)
+        .where(_votes.operation_id.in_(operation_ids))
+        .order_by(_votes.operation_id, _votes.shard)
+    ).all()
+    for row in rows:
+        votes.setdefault(row.operation_id, []).append(
+            ShardCounts(row.shard, row.matched, row.added, row.removed, row.members)
+        )
+    return votes

@@ -1,0 +1,243 @@
+"""The statements inside the ledger's transactions; ``ledger`` decides where each transaction begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+
+from segsvc.domain.errors import Reason
+from segsvc.domain.operation import Failure, Operation, OperationKind, OperationPlan, OperationState
+from segsvc.domain.segment import SEGMENTS_MAX, Segment, SegmentState, SegmentText, new_etag
+from segsvc.postgres import audit, tables
+from segsvc.postgres.segment_rows import COLUMNS, segment_to_json, to_segment
+
+_operations = tables.operations.c
+_segments = tables.segments.c
+_requests = tables.requests.c
+
+
+def find_request(connection: sa.Connection, method: str, request_id: UUID) -> tuple[UUID, bytes] | None:
+    """The operation that a request made, and the hash of its content."""
+    row = connection.execute(
+        sa.select(_requests.operation_id, _requests.content_hash).where(
+            _requests.method == method, _requests.request_id == request_id
+        )
+    ).one_or_none()
+    return (row.operation_id, bytes(row.content_hash)) if row else None
+
+
+def insert_request(connection: sa.Connection, request: tuple[str, UUID, bytes], operation_id: UUID) -> bool:
+    """Remember what a request made. False: a twin was first (this waits for a twin that is not committed yet)."""
+    method, request_id, content_hash = request
+    result = connection.execute(
+        insert(tables.requests)
+        .values(method=method, request_id=request_id, content_hash=content_hash, operation_id=operation_id)
+        .on_conflict_do_nothing()
+    )
+    return bool(result.rowcount)
+
+
+def find_segment(connection: sa.Connection, slug: str) -> Segment | None:
+    """The segment that has this slug, unless it is only reserved."""
+    row = connection.execute(
+        sa.select(*COLUMNS).where(_segments.slug == slug, _segments.state != SegmentState.RESERVED)
+    ).one_or_none()
+    return to_segment(row) if row else None
+
+
+def count_segments(connection: sa.Connection) -> int:
+    """Slugs that are taken, reserved ones included: what the limit is about."""
+    return int(connection.execute(sa.select(sa.func.count()).select_from(tables.segments)).scalar_one())
+
+
+def start_oldest(connection: sa.Connection, deadline_s: float) -> tuple[UUID | None, bool]:
+    """Move the oldest QUEUED operation on.
+
+    Returns:
+        (id, True) if it is PREPARING now; (id, False) if it was not valid any more and is ABORTED; (None, False) if
+        there was nothing to start.
+
+    Raises:
+        sqlalchemy.exc.IntegrityError: another one is in flight since this looked; nothing changed.
+    """
+    # Only spares a pointless attempt: what keeps two out is the unique index, which the update below runs into.
+    in_flight = sa.exists().where(_operations.state.in_([OperationState.PREPARING.name, OperationState.COMMITTED.name]))
+    if connection.execute(sa.select(in_flight)).scalar_one():
+        return None, False
+    row = connection.execute(
+        sa.select(_operations.id, _operations.plan)
+        .where(_operations.state == OperationState.QUEUED.name)
+        .order_by(_operations.seq)
+        .limit(1)
+        .with_for_update()
+    ).one_or_none()
+    if row is None:  # also when another process moved it while this waited for the row
+        return None, False
+    failure = _validate_and_reserve(connection, OperationPlan.from_json(row.plan))
+    if failure is not None:
+        abort(connection, row.id, failure, [OperationState.QUEUED])
+        return row.id, False
+    now = sa.func.clock_timestamp()
+    connection.execute(
+        sa.update(tables.operations)
+        .where(_operations.id == row.id, _operations.state == OperationState.QUEUED.name)
+        .values(
+            state=OperationState.PREPARING.name,
+            start_time=now,
+            dispatch_time=now,
+            deadline=now + sa.func.make_interval(0, 0, 0, 0, 0, 0, deadline_s),
+        )
+    )
+    return row.id, True
+
+
+def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
+    """Why an operation cannot start now; None: it can, and its commit point has no way to fail for ever.
+
+    Nothing else is in flight, so what holds here holds until the decision: a segment's rule and life change only by
+    operations, and a CREATE's slug is reserved by its row.
+    """
+    if plan.kind is OperationKind.CREATE:
+        return _reserve(connection, plan)
+    row = connection.execute(
+        sa.select(_segments.state, _segments.etag).where(_segments.id == plan.segment_id).with_for_update()
+    ).one_or_none()
+    metadata = {"slug": plan.slug}
+    if row is None or row.state == SegmentState.RESERVED:
+        return Failure(Reason.SEGMENT_NOT_FOUND.text, f"there is no segment {plan.slug!r} any more", metadata)
+    if row.state == SegmentState.DELETING:
+        return Failure(Reason.SEGMENT_DELETING.text, f"segment {plan.slug!r} is being deleted", metadata)
+    if plan.etag and plan.etag != row.etag:
+        return Failure(
+            Reason.ETAG_MISMATCH.text, f"segment {plan.slug!r} has changed since its etag was read", metadata
+        )
+    return None
+
+
+def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
+    """Take a new segment's slug and its place among the live ones."""
+    metadata = {"slug": plan.slug}
+    text = plan.text or SegmentText()
+    now = sa.func.clock_timestamp()
+    result = connection.execute(
+        insert(tables.segments)
+        .values(
+            id=plan.segment_id,
+            slug=plan.slug,
+            uid=plan.segment_uid,
+            salt=tables.salt_to_db(plan.salt),
+            display_name=text.display_name,
+            description=text.description,
+            labels=dict(text.labels),
+            state=SegmentState.RESERVED,
+            etag=new_etag(),
+            create_time=now,
+            update_time=now,
+        )
+        .on_conflict_do_nothing(index_elements=["slug"])
+    )
+    if not result.rowcount:
+        return Failure(Reason.SEGMENT_EXISTS.text, f"segment {plan.slug!r} exists already", metadata)
+    if count_segments(connection) > SEGMENTS_MAX:
+        connection.execute(sa.delete(tables.segments).where(_segments.id == plan.segment_id))
+        return Failure(
+            Reason.TOO_MANY_SEGMENTS.text,
+            f"there are {SEGMENTS_MAX} segments, which is the limit",
+            {"limit": str(SEGMENTS_MAX)},
+        )
+    return None
+
+
+def abort(
+    connection: sa.Connection, operation_id: UUID, failure: Failure, from_states: Sequence[OperationState]
+) -> bool:
+    """Decide against an operation and give back what it had reserved. False: it was in none of these states."""
+    row = connection.execute(
+        sa.update(tables.operations)
+        .where(_operations.id == operation_id, _operations.state.in_([state.name for state in from_states]))
+        .values(state=OperationState.ABORTED.name, failure=failure.to_json(), end_time=sa.func.clock_timestamp())
+        .returning(_operations.kind, _operations.segment_id)
+    ).one_or_none()
+    if row is None:
+        return False
+    if row.kind == OperationKind.CREATE:
+        connection.execute(
+            sa.delete(tables.segments).where(_segments.id == row.segment_id, _segments.state == SegmentState.RESERVED)
+        )
+        # A creation that failed is no answer to keep: the same request may be made again.
+        connection.execute(sa.delete(tables.requests).where(_requests.operation_id == operation_id))
+    return True
+
+
+def commit(connection: sa.Connection, operation: Operation) -> None:
+    """Write the decision: the segment's change, its audit row and number, and COMMITTED."""
+    segment = _change_segment(connection, operation)
+    plan = operation.plan
+    totals = {
+        name: sum(getattr(counts, name) for counts in operation.votes)
+        for name in ("matched", "added", "removed", "members")
+    }
+    seq = audit.record(
+        connection,
+        action={
+            OperationKind.CREATE: "created",
+            OperationKind.ROLL_OUT: "rolled_out",
+            OperationKind.DELETE: "deleted",
+        }[plan.kind],
+        segment_id=plan.segment_id,
+        slug=plan.slug,
+        operation_id=operation.id,
+        details={"segment_uid": str(plan.segment_uid), **_rule_details(plan), **totals},
+    )
+    kept = segment_to_json(segment) if plan.kind is not OperationKind.DELETE else None
+    result = connection.execute(
+        sa.update(tables.operations)
+        .where(_operations.id == operation.id, _operations.state == OperationState.PREPARING.name)
+        .values(
+            state=OperationState.COMMITTED.name,
+            commit_time=sa.func.clock_timestamp(),
+            commit_seq=seq,
+            result={"segment": kept},
+        )
+    )
+    if result.rowcount != 1:
+        raise RuntimeError("the operation's row changed under its own lock")
+
+
+def _rule_details(plan: OperationPlan) -> dict[str, Any]:
+    if plan.rule is None:
+        return {}
+    return {"percent": plan.rule.percent, "condition": plan.rule.condition, "policy": plan.rule.policy.name}
+
+
+def _change_segment(connection: sa.Connection, operation: Operation) -> Segment:
+    """Change the catalog's segment as the operation says; returns it as it is then."""
+    plan = operation.plan
+    now = sa.func.clock_timestamp()
+    values: dict[str, Any] = {"etag": new_etag(), "update_time": now, "last_operation": operation.id}
+    if plan.kind is OperationKind.CREATE:
+        expected = SegmentState.RESERVED
+        values |= {"state": SegmentState.ACTIVE, "create_time": now, "member_count_time": now}
+    else:
+        expected = SegmentState.ACTIVE
+    if plan.kind is OperationKind.DELETE:
+        values |= {"state": SegmentState.DELETING}
+    if plan.rule is not None:
+        values |= {
+            "rule_threshold": plan.rule.threshold,
+            "rule_condition": plan.rule.condition,
+            "rule_policy": plan.rule.policy,
+            "member_count": sum(counts.members for counts in operation.votes),
+            "member_count_time": now,
+        }
+    row = connection.execute(
+        sa.update(tables.segments)
+        .where(_segments.id == plan.segment_id, _segments.state == expected)
+        .values(**values)
+        .returning(*COLUMNS)
+    ).one()
+    return to_segment(row)

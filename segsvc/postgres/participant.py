@@ -1,0 +1,157 @@
+"""A shard as a participant of the commit protocol: plain SQL around PREPARE TRANSACTION.
+
+SQLAlchemy's own two-phase support is not used: closing its connection rolls the prepared transaction back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+from sqlalchemy.dialects.postgresql import insert
+
+from segsvc.domain.errors import shard_unavailable
+from segsvc.domain.operation import Gid, Operation, ShardCounts
+from segsvc.failpoints import CrashPoints
+from segsvc.log import get_logger
+from segsvc.postgres import tables
+from segsvc.postgres.blocks import PostgresShardTransaction, lock_exclusive
+from segsvc.postgres.engine import Databases, sqlstate
+from segsvc.twophase import Finish, Prepared, ProgressHook
+
+log = get_logger(__name__)
+
+UNDEFINED_OBJECT = "42704"
+OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
+DUPLICATE_OBJECT = "42710"
+
+Work = Callable[[PostgresShardTransaction, Operation, ProgressHook, bool], ShardCounts]
+"""An operation's work on one shard; the last argument says whether to write or only to count."""
+
+
+class PostgresParticipant:
+    """One shard database. Implements ``twophase.Participant``."""
+
+    def __init__(self, databases: Databases, shard: int, work: Work, crash_points: CrashPoints) -> None:
+        self._databases = databases
+        self._work = work
+        self._crash = crash_points
+        self.shard = shard
+
+    def has_fence(self, operation_id: UUID) -> bool:
+        """Whether the operation's work is committed on this shard."""
+        with self._databases.shard_tx(self.shard) as connection:
+            return _has_fence(connection, operation_id)
+
+    def prepared(self) -> Sequence[Prepared]:
+        """Prepared transactions of this shard's database, whoever made them, with their age by the shard's clock."""
+        with self._databases.shard_tx(self.shard) as connection:
+            rows = connection.execute(
+                sa.text(
+                    "SELECT gid, extract(epoch FROM clock_timestamp() - prepared)::float8 AS age_s "
+                    "FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
+                )
+            ).all()
+        return [Prepared(row.gid, row.age_s) for row in rows]
+
+    def is_prepared(self, gid: Gid) -> bool:
+        """Whether a transaction of this gid is prepared now."""
+        with self._databases.shard_tx(self.shard) as connection:
+            return bool(
+                connection.execute(
+                    sa.text(
+                        "SELECT EXISTS (SELECT FROM pg_prepared_xacts "
+                        "WHERE database = current_database() AND gid = :gid)"
+                    ),
+                    {"gid": str(gid)},
+                ).scalar_one()
+            )
+
+    def prepare(self, operation: Operation, gid: Gid, on_progress: ProgressHook) -> ShardCounts | None:
+        """Lock, fence, work, PREPARE TRANSACTION. See ``twophase.Participant.prepare``."""
+        where = {"operation": operation.id, "shard": self.shard}
+        with self._databases.shard_connection(self.shard) as connection:
+            lock_exclusive(connection)
+            self._crash.reach("locked-not-prepared", **where)
+            if not _insert_fence(connection, operation):
+                return None  # a twin's fence is there; leaving the block rolls back
+            counts = self._work(PostgresShardTransaction(connection, self.shard), operation, on_progress, True)
+            self._crash.reach("worked-not-prepared", **where)
+            try:
+                tag = _utility(connection, "PREPARE TRANSACTION", gid)
+            except exc.DBAPIError as error:
+                if sqlstate(error) == DUPLICATE_OBJECT:
+                    # A twin prepared under this gid; its copy is as good as ours, the next run counts and votes.
+                    raise shard_unavailable(self.shard) from error
+                raise
+            if tag != "PREPARE TRANSACTION":
+                # In a transaction that failed or was lost the server answers ROLLBACK and raises nothing. Voting
+                # now would lose the shard's work.
+                log.error("prepare_rolled_back", operation=str(operation.id), shard=self.shard, tag=tag)
+                raise shard_unavailable(self.shard)
+            # The driver still believes it is inside a transaction; its ROLLBACK leaves the prepared one in place.
+            connection.rollback()
+        self._crash.reach("prepare-answered", **where)
+        return counts
+
+    def count(self, operation: Operation) -> ShardCounts:
+        """Count what a prepared operation changes, without changing anything."""
+        with self._databases.shard_connection(self.shard) as connection:
+            # No lock: the prepared transaction holds it exclusively, so users and bits stand still under us.
+            return self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, False)
+
+    def commit_prepared(self, gid: Gid) -> Finish:
+        """COMMIT PREPARED, outside any transaction as the server wants it."""
+        return self._finish("COMMIT PREPARED", gid)
+
+    def rollback_prepared(self, gid: Gid) -> Finish:
+        """ROLLBACK PREPARED. The caller has made sure that the operation is ABORTED or everywhere DONE."""
+        return self._finish("ROLLBACK PREPARED", gid)
+
+    def redo(self, operation: Operation) -> None:
+        """The work and its fence in one ordinary transaction; nothing if the fence is there already."""
+        with self._databases.shard_tx(self.shard) as connection:
+            lock_exclusive(connection)
+            if _insert_fence(connection, operation):
+                self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, True)
+
+    def _finish(self, command: str, gid: Gid) -> Finish:
+        try:
+            with self._databases.shard_autocommit(self.shard) as connection:
+                _utility(connection, command, gid)
+        except exc.DBAPIError as error:
+            state = sqlstate(error)
+            if state == UNDEFINED_OBJECT:
+                return Finish.NOT_FOUND
+            if state == OBJECT_NOT_IN_PREREQUISITE_STATE:
+                return Finish.BUSY
+            raise
+        return Finish.DONE
+
+
+def _has_fence(connection: sa.Connection, operation_id: UUID) -> bool:
+    table = tables.applied_operations.c
+    return bool(connection.execute(sa.select(sa.exists().where(table.operation_id == operation_id))).scalar_one())
+
+
+def _insert_fence(connection: sa.Connection, operation: Operation) -> bool:
+    """Whether this transaction is the one that applies the operation here.
+
+    If a twin's fence is not committed yet, this waits for the twin to end (at most ``lock_timeout``).
+    """
+    result = connection.execute(
+        insert(tables.applied_operations)
+        .values(operation_id=operation.id, kind=operation.plan.kind)
+        .on_conflict_do_nothing()
+    )
+    return bool(result.rowcount)
+
+
+def _utility(connection: sa.Connection, command: str, gid: Gid) -> str:
+    """Run a two-phase command and give the server's command tag, which alone says what happened."""
+    # The driver quotes the gid; the server takes no parameters in utility commands.
+    result: Any = connection.exec_driver_sql(f"{command} %s", (str(gid),))
+    return str(result.context.cursor.statusmessage)

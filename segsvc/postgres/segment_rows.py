@@ -1,0 +1,102 @@
+"""Rows of the catalog's ``segments`` as values, and as JSON where a segment is kept as it was."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from segsvc.domain.segment import Policy, Rule, Segment, SegmentState
+from segsvc.postgres import tables
+
+COLUMNS = (
+    tables.segments.c.id,
+    tables.segments.c.slug,
+    tables.segments.c.uid,
+    tables.segments.c.salt,
+    tables.segments.c.display_name,
+    tables.segments.c.description,
+    tables.segments.c.labels,
+    tables.segments.c.rule_threshold,
+    tables.segments.c.rule_condition,
+    tables.segments.c.rule_policy,
+    tables.segments.c.state,
+    tables.segments.c.etag,
+    tables.segments.c.create_time,
+    tables.segments.c.update_time,
+    tables.segments.c.member_count,
+    tables.segments.c.member_count_time,
+    tables.segments.c.last_operation,
+)
+"""What ``to_segment`` needs of a row."""
+
+
+def to_segment(row: sa.Row[Any]) -> Segment:
+    """A row of ``COLUMNS`` as a value."""
+    rule = None
+    if row.rule_threshold is not None:
+        rule = Rule(row.rule_threshold, row.rule_condition, Policy(row.rule_policy))
+    return Segment(
+        id=row.id,
+        slug=row.slug,
+        uid=row.uid,
+        salt=tables.salt_from_db(row.salt),
+        display_name=row.display_name,
+        description=row.description,
+        labels=row.labels,
+        rule=rule,
+        state=SegmentState(row.state),
+        etag=row.etag,
+        create_time=row.create_time,
+        update_time=row.update_time,
+        member_count=row.member_count,
+        member_count_time=row.member_count_time,
+        last_operation=row.last_operation,
+    )
+
+
+def segment_to_json(segment: Segment) -> dict[str, Any]:
+    """A segment as it is now, to be kept."""
+    rule = segment.rule
+    return {
+        "id": segment.id,
+        "slug": segment.slug,
+        "uid": str(segment.uid),
+        "salt": str(segment.salt),
+        "display_name": segment.display_name,
+        "description": segment.description,
+        "labels": dict(segment.labels),
+        "rule": rule and {"threshold": rule.threshold, "condition": rule.condition, "policy": rule.policy.name},
+        "state": segment.state.name,
+        "etag": segment.etag,
+        "create_time": segment.create_time.isoformat(),
+        "update_time": segment.update_time.isoformat(),
+        "member_count": segment.member_count,
+        "member_count_time": segment.member_count_time and segment.member_count_time.isoformat(),
+        "last_operation": segment.last_operation and str(segment.last_operation),
+    }
+
+
+def segment_from_json(value: dict[str, Any]) -> Segment:
+    """The segment that ``segment_to_json`` kept."""
+    rule = value["rule"]
+    counted = value["member_count_time"]
+    return Segment(
+        id=value["id"],
+        slug=value["slug"],
+        uid=UUID(value["uid"]),
+        salt=int(value["salt"]),
+        display_name=value["display_name"],
+        description=value["description"],
+        labels=value["labels"],
+        rule=Rule(rule["threshold"], rule["condition"], Policy[rule["policy"]]) if rule else None,
+        state=SegmentState[value["state"]],
+        etag=value["etag"],
+        create_time=datetime.fromisoformat(value["create_time"]),
+        update_time=datetime.fromisoformat(value["update_time"]),
+        member_count=value["member_count"],
+        member_count_time=datetime.fromisoformat(counted) if counted else None,
+        last_operation=UUID(value["last_operation"]) if value["last_operation"] else None,
+    )

@@ -1,0 +1,243 @@
+"""The declared schema. A test proves that the sum of the migrations equals it.
+
+``catalog`` is one database, ``shard`` the schema of each of the N. Times are ``timestamptz``, salts are 64 unsigned
+bits stored as signed (``salt_to_db``).
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import BYTEA, JSONB, TIMESTAMP, UUID
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+catalog = sa.MetaData(naming_convention=NAMING)
+shard = sa.MetaData(naming_convention=NAMING)
+
+_TIME = TIMESTAMP(timezone=True)
+
+
+def salt_to_db(salt: int) -> int:
+    """Unsigned 64 bits as PostgreSQL's signed bigint."""
+    return salt - 2**64 if salt >= 2**63 else salt
+
+
+def salt_from_db(value: int) -> int:
+    return value % 2**64
+
+
+# -- catalog --------------------------------------------------------------------------------------------------------
+
+installation = sa.Table(
+    "installation",
+    catalog,
+    sa.Column("cluster", sa.Text, primary_key=True, comment="name in every gid"),
+    sa.Column("shard_count", sa.Integer, nullable=False, comment="fixed for ever"),
+    sa.Column("founded", _TIME, nullable=False, server_default=sa.func.now()),
+)
+
+segment_id_seq = sa.Sequence("segment_id_seq", metadata=catalog)
+"""Numeric ids of segments; drawn at acceptance, never reused, gaps are fine."""
+
+commit_seq = sa.Sequence("commit_seq", metadata=catalog)
+"""Order of commits and edits; drawn in the transaction that decides them. Orders ``segment-events``."""
+
+segments = sa.Table(
+    "segments",
+    catalog,
+    sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("slug", sa.Text, nullable=False),
+    sa.Column("uid", UUID(as_uuid=True), nullable=False, unique=True),
+    sa.Column("salt", sa.BigInteger, nullable=False),
+    sa.Column("display_name", sa.Text, nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("labels", JSONB, nullable=False),
+    sa.Column("rule_threshold", sa.Integer, comment="null: never rolled out"),
+    sa.Column("rule_condition", sa.Text),
+    sa.Column("rule_policy", sa.SmallInteger),
+    sa.Column("state", sa.SmallInteger, nullable=False, comment="0 reserved, 1 active, 2 deleting"),
+    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("create_time", _TIME, nullable=False),
+    sa.Column("update_time", _TIME, nullable=False),
+    sa.Column("member_count", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("member_count_time", _TIME),
+    sa.Column("last_operation", UUID(as_uuid=True)),
+    # A row exists while its slug is taken (reserved, live, or being deleted), so plain uniqueness is "among the live".
+    sa.UniqueConstraint("slug"),
+    sa.Index("ix_segments_labels", "labels", postgresql_using="gin"),
+)
+
+operations = sa.Table(
+    "operations",
+    catalog,
+    sa.Column("id", UUID(as_uuid=True), primary_key=True),
+    sa.Column("seq", sa.BigInteger, sa.Identity(always=True), nullable=False, unique=True),
+    sa.Column("kind", sa.SmallInteger, nullable=False),
+    sa.Column("slug", sa.Text, nullable=False),
+    sa.Column("segment_id", sa.BigInteger, nullable=False),
+    sa.Column("plan", JSONB, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("failure", JSONB),
+    sa.Column("result", JSONB, comment="of a DONE one: the segment as it was then, for the Operation's response"),
+    sa.Column("commit_seq", sa.BigInteger),
+    sa.Column("create_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+    sa.Column("start_time", _TIME),
+    sa.Column("deadline", _TIME),
+    sa.Column("dispatch_time", _TIME, comment="last time a chord was sent; quiet since then: recovery sends another"),
+    sa.Column("commit_time", _TIME),
+    sa.Column("end_time", _TIME),
+    sa.CheckConstraint("state IN ('QUEUED','PREPARING','COMMITTED','DONE','ABORTED')", name="state"),
+    sa.Index("ix_operations_slug", "slug", "seq"),
+    # Recovery and the queue look only at what is not final.
+    # "One in flight" must be this index: a compare-and-set with NOT EXISTS lets two in, which deadlock across shards.
+    sa.Index(
+        "uq_operations_in_flight",
+        sa.text("(true)"),
+        unique=True,
+        postgresql_where=sa.text("state IN ('PREPARING','COMMITTED')"),
+    ),
+    sa.Index("ix_operations_open", "seq", postgresql_where=sa.text("state IN ('QUEUED','PREPARING','COMMITTED')")),
+)
+votes = sa.Table(
+    "votes",
+    catalog,
+    sa.Column("operation_id", UUID(as_uuid=True), sa.ForeignKey("operations.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("shard", sa.Integer, primary_key=True),
+    sa.Column("matched", sa.BigInteger, nullable=False),
+    sa.Column("added", sa.BigInteger, nullable=False),
+    sa.Column("removed", sa.BigInteger, nullable=False),
+    sa.Column("members", sa.BigInteger, nullable=False),
+    sa.Column("vote_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+)
+
+progress = sa.Table(
+    "progress",
+    catalog,
+    sa.Column("operation_id", UUID(as_uuid=True), sa.ForeignKey("operations.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("shard", sa.Integer, primary_key=True),
+    sa.Column("state", sa.SmallInteger, nullable=False),
+    sa.Column("blocks_done", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("blocks_total", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("added", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("removed", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("update_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+    prefixes=["UNLOGGED"],  # a hint for people; losing it in a crash costs nothing
+)
+
+requests = sa.Table(
+    "requests",
+    catalog,
+    sa.Column("method", sa.Text, primary_key=True),
+    sa.Column("request_id", UUID(as_uuid=True), primary_key=True),
+    sa.Column("content_hash", BYTEA, nullable=False, comment="SHA-256 of the request, its request_id apart"),
+    sa.Column("operation_id", UUID(as_uuid=True), sa.ForeignKey("operations.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("create_time", _TIME, nullable=False, server_default=sa.func.now()),
+    sa.Index("ix_requests_create_time", "create_time"),
+)
+
+audit = sa.Table(
+    "audit",
+    catalog,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False, comment="drawn from commit_seq"),
+    sa.Column("time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+    sa.Column("action", sa.Text, nullable=False, comment="created, edited, rolled_out, deleted"),
+    sa.Column("segment_id", sa.BigInteger, nullable=False),
+    sa.Column("slug", sa.Text, nullable=False),
+    sa.Column("operation_id", UUID(as_uuid=True)),
+    sa.Column("details", JSONB, nullable=False),
+    sa.Column("published", sa.Boolean, nullable=False, server_default=sa.false(), comment="is on segment-events"),
+    sa.Index("ix_audit_unpublished", "seq", postgresql_where=sa.text("NOT published")),
+)
+
+# -- shard ----------------------------------------------------------------------------------------------------------
+
+shard_state = sa.Table(
+    "shard_state",
+    shard,
+    # One row. Event batches lock it first (FOR UPDATE): it hands out slots densely and serialises the writers of
+    # directory, bits and counters, so that these need no lock order of their own.
+    sa.Column("one", sa.Boolean, primary_key=True, server_default=sa.true()),
+    sa.Column("cluster", sa.Text, nullable=False),
+    sa.Column("shard", sa.Integer, nullable=False),
+    sa.Column("shard_count", sa.Integer, nullable=False),
+    sa.Column("next_slot", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("user_count", sa.BigInteger, nullable=False, server_default="0"),
+    sa.CheckConstraint("one", name="one"),
+)
+
+users = sa.Table(
+    "users",
+    shard,
+    sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("slot", sa.BigInteger, nullable=False, unique=True, comment="dense, by arrival, never reused"),
+    sa.Column("attributes", JSONB, nullable=False),
+    sa.Column("version", sa.BigInteger, nullable=False, comment="of the newest event applied"),
+    sa.Column("row_version", sa.BigInteger, nullable=False, server_default="0", comment="raised by every change"),
+    sa.Column("create_time", _TIME, nullable=False, server_default=sa.func.now()),
+    sa.Column("update_time", _TIME, nullable=False, server_default=sa.func.now()),
+)
+
+directory = sa.Table(
+    "directory",
+    shard,
+    sa.Column("block", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("user_ids", BYTEA, nullable=False, comment="1024 little-endian int64; 0: no user"),
+)
+
+memberships = sa.Table(
+    "memberships",
+    shard,
+    sa.Column("block", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("segment_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("bits", BYTEA, nullable=False, comment="1024 bits, lowest first; a row of zeros is not kept"),
+    sa.Index("ix_memberships_segment_id_block", "segment_id", "block"),
+)
+
+shard_segments = sa.Table(
+    "segments",
+    shard,
+    sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("slug", sa.Text, nullable=False),
+    sa.Column("salt", sa.BigInteger, nullable=False),
+    sa.Column("rule_threshold", sa.Integer, comment="null: never rolled out"),
+    sa.Column("rule_condition", sa.Text),
+    sa.Column("rule_policy", sa.SmallInteger),
+    sa.Column("frozen_slot", sa.BigInteger, comment="of a FROZEN rule: highest slot at the rollout, -1: none"),
+    sa.Column("rule_count", sa.BigInteger, nullable=False, server_default="0", comment="bits set, overrides apart"),
+)
+
+overrides = sa.Table(
+    "overrides",
+    shard,
+    sa.Column("user_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("segment_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("effect", sa.SmallInteger, nullable=False, comment="1 include, 2 exclude"),
+    sa.Column("expire_time", _TIME, comment="null: holds for ever"),
+    sa.Column("create_time", _TIME, nullable=False, server_default=sa.func.now()),
+    sa.Index("ix_overrides_segment_id", "segment_id"),
+    sa.Index("ix_overrides_expire_time", "expire_time", postgresql_where=sa.text("expire_time IS NOT NULL")),
+)
+
+deleted_users = sa.Table(
+    "deleted_users",
+    shard,
+    sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("delete_time", _TIME, nullable=False, server_default=sa.func.now()),
+    sa.Index("ix_deleted_users_delete_time", "delete_time"),
+)
+
+applied_operations = sa.Table(
+    "applied_operations",
+    shard,
+    # The fence: an operation's work on this shard is committed iff its row is visible.
+    sa.Column("operation_id", UUID(as_uuid=True), primary_key=True),
+    sa.Column("kind", sa.SmallInteger, nullable=False),
+    sa.Column("apply_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+)

@@ -1,0 +1,76 @@
+"""What is done again and again without anybody asking: counting members for lists, and forgetting what is old."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from segsvc.domain.errors import ServiceError
+from segsvc.log import get_logger
+
+log = get_logger(__name__)
+
+
+class MaintainedShards(Protocol):
+    """Both raise SHARD_UNAVAILABLE."""
+
+    def member_counts(self, shard: int) -> Mapping[int, int]:
+        """Members of each segment on this shard by segment id, overrides laid over."""
+
+    def forget(self, shard: int, *, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
+        """Drop tombstones, fences and overrides whose time is over."""
+
+
+class MaintainedCatalog(Protocol):
+    """Both raise CATALOG_UNAVAILABLE."""
+
+    def now(self) -> datetime: ...
+
+    def put_member_counts(self, counts: Mapping[int, int], counted_after: datetime) -> None:
+        """Store counts of segments whose stored count is older than ``counted_after``."""
+
+    def forget(self, *, request_ttl_s: int) -> None:
+        """Drop answers kept for request ids whose time is over."""
+
+
+class MaintenanceService:
+    def __init__(
+        self,
+        *,
+        catalog: MaintainedCatalog,
+        shards: MaintainedShards,
+        shard_numbers: Sequence[int],
+        request_id_ttl_s: int,
+        tombstone_ttl_s: int,
+        fence_ttl_s: int,
+    ) -> None:
+        self._catalog = catalog
+        self._shards = shards
+        self._shard_numbers = shard_numbers
+        self._request_id_ttl_s = request_id_ttl_s
+        self._tombstone_ttl_s = tombstone_ttl_s
+        self._fence_ttl_s = fence_ttl_s
+
+    def run(self) -> None:
+        """One round of everything; what cannot be reached is left to the next round."""
+        for step in (self._count_members, self._forget):
+            try:
+                step()
+            except ServiceError as error:
+                log.warning("maintenance_incomplete", step=step.__name__.strip("_"), reason=error.reason.text)
+
+    def _count_members(self) -> None:
+        # The time is taken before the first shard is read: a count that an operation stores meanwhile is newer and
+        # stays.
+        counted_after = self._catalog.now()
+        totals: dict[int, int] = {}
+        for shard in self._shard_numbers:
+            for segment_id, count in self._shards.member_counts(shard).items():
+                totals[segment_id] = totals.get(segment_id, 0) + count
+        self._catalog.put_member_counts(totals, counted_after)
+
+    def _forget(self) -> None:
+        self._catalog.forget(request_ttl_s=self._request_id_ttl_s)
+        for shard in self._shard_numbers:
+            self._shards.forget(shard, tombstone_ttl_s=self._tombstone_ttl_s, fence_ttl_s=self._fence_ttl_s)

@@ -1,0 +1,330 @@
+"""Operations as their callers see them: accepted once, carried out by the commit protocol, watched, cancelled."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Protocol
+from uuid import UUID, uuid4
+
+from segsvc.domain.errors import LockTimeout, Reason, ServiceError, invalid_field, segment_not_found
+from segsvc.domain.operation import (
+    Failure,
+    Operation,
+    OperationFilter,
+    OperationKind,
+    OperationPlan,
+    OperationResult,
+    OperationState,
+    RequestKey,
+    ShardProgress,
+    ShardState,
+)
+from segsvc.domain.segment import SEGMENTS_MAX, Rule, Segment, SegmentState, SegmentText
+from segsvc.log import get_logger
+from segsvc.twophase import Coordinator, FanOut, ProgressHook
+
+log = get_logger(__name__)
+
+
+class OperationStore(Protocol):
+    """The ledger, as far as acceptance and watching need it. All raise CATALOG_UNAVAILABLE in an outage."""
+
+    def get(self, operation_id: UUID) -> Operation | None: ...
+
+    def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]: ...
+
+    def result(self, operation_id: UUID) -> OperationResult | None: ...
+
+    def progress(self, operation_id: UUID) -> Sequence[ShardProgress]: ...
+
+    def put_progress(self, operation_id: UUID, progress: ShardProgress) -> None: ...
+
+    def segment(self, slug: str) -> Segment | None: ...
+
+    def live_segments(self) -> int: ...
+
+    def draw_segment_id(self) -> int: ...
+
+    def accepted_before(self, method: str, request_id: UUID) -> tuple[UUID, bytes] | None: ...
+
+    def insert(
+        self, operation_id: UUID, plan: OperationPlan, request: tuple[str, UUID, bytes] | None
+    ) -> Operation | None: ...
+
+    def start_oldest(self) -> Operation | None: ...
+
+
+class Broker(Protocol):
+    """Celery's broker, as far as acceptance needs it."""
+
+    def check(self) -> None:
+        """Raises BROKER_UNAVAILABLE if messages cannot be sent now."""
+
+
+class EndWatcher(Protocol):
+    def watch(self, operation_id: UUID) -> Future[Operation]:
+        """A future that gets the operation once it is final. Cancel it when nobody waits any more."""
+
+
+class OperationService:
+    """Creates, rolls out and deletes segments through the queue of operations, and tells how operations fare."""
+
+    _POLL_S = 0.02
+    """How often a creation looks whether its turn has come."""
+
+    def __init__(
+        self,
+        *,
+        store: OperationStore,
+        coordinator: Coordinator,
+        broker: Broker,
+        watcher: EndWatcher,
+        shards: Sequence[int],
+        fan_out: FanOut,
+    ) -> None:
+        self._store = store
+        self._coordinator = coordinator
+        self._broker = broker
+        self._watcher = watcher
+        self._shards = shards
+        self._fan_out = fan_out
+
+    # -- changes ----------------------------------------------------------------------------------------------------
+
+    def roll_out(self, slug: str, rule: Rule, *, etag: str, request: RequestKey | None) -> Operation:
+        """Accept a rule for a segment and all its users; the operation is durable when this returns.
+
+        Raises:
+            ServiceError: NOT_IMPLEMENTED (a condition or FROZEN), SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH,
+                REQUEST_ID_REUSED, BROKER_UNAVAILABLE, CATALOG_UNAVAILABLE.
+        """
+        return self._accept_change(OperationKind.ROLL_OUT, slug, rule, etag, request)
+
+    def delete(self, slug: str, *, etag: str, request: RequestKey | None) -> Operation:
+        """Accept a segment's deletion for all its users. Raises as ``roll_out``."""
+        return self._accept_change(OperationKind.DELETE, slug, None, etag, request)
+
+    def create_segment(
+        self, slug: str, text: SegmentText, *, request: RequestKey | None, deadline_s: float | None
+    ) -> Segment:
+        """Create a segment on every shard and return it; it takes its turn among the operations.
+
+        Args:
+            deadline_s: how long the caller waits; None: as long as it takes.
+
+        Raises:
+            ServiceError: SEGMENT_EXISTS, TOO_MANY_SEGMENTS, REQUEST_ID_REUSED, OPERATION_QUEUE_BUSY (it was aborted:
+                nothing was created), DEADLINE_EXCEEDED (it may yet be created; the same request_id finds out),
+                OPERATION_ABORTED, CATALOG_UNAVAILABLE.
+        """
+        give_up = time.monotonic() + deadline_s if deadline_s is not None else None
+        operation = self._accepted(request)
+        if operation is None:
+            operation = self._insert(self._creation_plan(slug, text), request)
+        self._take_turn(operation.id, give_up)
+        ended = self._wait_for_end(operation.id, give_up)
+        if ended.failure is not None:
+            raise error_of(ended.failure)
+        result = self._store.result(ended.id)
+        if result is None or result.segment is None:
+            raise RuntimeError("a creation that is DONE has a segment")
+        return result.segment
+
+    def cancel(self, operation_id: UUID) -> Operation:
+        """Abort an operation that is not committed; one that is aborted already stays so.
+
+        Raises:
+            ServiceError: OPERATION_NOT_FOUND, OPERATION_NOT_CANCELLABLE, CATALOG_UNAVAILABLE.
+        """
+        self.get(operation_id)
+        failure = Failure(Reason.OPERATION_ABORTED.text, "the operation was cancelled", {"why": "CANCELLED"})
+        self._coordinator.abort(operation_id, failure)
+        operation = self.get(operation_id)
+        if operation.state is not OperationState.ABORTED:
+            raise ServiceError(
+                Reason.OPERATION_NOT_CANCELLABLE,
+                f"{operation.name} is {operation.state.name}: it can be cancelled only before it is committed",
+                {"operation": operation.name, "state": operation.state.name},
+            )
+        return operation
+
+    # -- watching ---------------------------------------------------------------------------------------------------
+
+    def get(self, operation_id: UUID) -> Operation:
+        """The operation as it is now. Raises OPERATION_NOT_FOUND, CATALOG_UNAVAILABLE."""
+        operation = self._store.get(operation_id)
+        if operation is None:
+            name = f"operations/{operation_id}"
+            raise ServiceError(Reason.OPERATION_NOT_FOUND, f"there is no {name}", {"operation": name})
+        return operation
+
+    def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]:
+        """Operations that match, newest first; ``before_seq``: only older ones than this."""
+        return self._store.list(wanted, page_size=page_size, before_seq=before_seq)
+
+    def watch_end(self, operation_id: UUID) -> Future[Operation]:
+        """A future of the operation in its final state. Cancel it when nobody waits any more."""
+        return self._watcher.watch(operation_id)
+
+    def result(self, operation: Operation) -> OperationResult:
+        """What a DONE operation has to say."""
+        result = self._store.result(operation.id)
+        if result is None:
+            raise ValueError(f"{operation.name} is not committed")
+        return result
+
+    def progress(self, operation_id: UUID) -> tuple[Operation, Sequence[ShardProgress]]:
+        """The operation and how far each shard is, in the order of the shards. Raises OPERATION_NOT_FOUND."""
+        operation = self.get(operation_id)
+        hints = {progress.shard: progress for progress in self._store.progress(operation_id)}
+        return operation, [self._shard_progress(operation, shard, hints.get(shard)) for shard in self._shards]
+
+    def _shard_progress(self, operation: Operation, shard: int, hint: ShardProgress | None) -> ShardProgress:
+        """What is certain (votes, the operation's state) before what a shard last said of itself."""
+        hint = hint or ShardProgress(shard, ShardState.WAITING)
+        vote = next((counts for counts in operation.votes if counts.shard == shard), None)
+        if operation.state is OperationState.ABORTED:
+            return ShardProgress(shard, ShardState.ROLLED_BACK, hint.blocks_done, hint.blocks_total)
+        if vote is None:
+            return hint
+        state = ShardState.FINISHED if operation.state is OperationState.DONE else ShardState.PREPARED
+        return ShardProgress(shard, state, hint.blocks_total, hint.blocks_total, vote.added, vote.removed)
+
+    # -- acceptance -------------------------------------------------------------------------------------------------
+
+    def _accept_change(
+        self, kind: OperationKind, slug: str, rule: Rule | None, etag: str, request: RequestKey | None
+    ) -> Operation:
+        known = self._accepted(request)
+        if known is not None:
+            return known
+        # Asked before anything is accepted: what is accepted later finds its way without the caller.
+        self._broker.check()
+        segment = self._store.segment(slug)
+        if segment is None:
+            raise segment_not_found(slug)
+        if segment.state is SegmentState.DELETING:
+            raise ServiceError(Reason.SEGMENT_DELETING, f"segment {slug!r} is being deleted", {"slug": slug})
+        if etag and etag != segment.etag:
+            raise ServiceError(
+                Reason.ETAG_MISMATCH,
+                f"segment {slug!r} has changed since its etag was read",
+                {"slug": slug, "etag": segment.etag},
+            )
+        plan = OperationPlan(kind, slug, segment.id, segment.uid, segment.salt, rule=rule, etag=etag)
+        operation = self._insert(plan, request)
+        self._start_next()
+        return operation
+
+    def _accepted(self, request: RequestKey | None) -> Operation | None:
+        """The operation that the same request made before; None: it is new."""
+        if request is None:
+            return None
+        before = self._store.accepted_before(request.method, request.request_id)
+        if before is None:
+            return None
+        operation_id, content_hash = before
+        if content_hash != request.content_hash:
+            raise invalid_field(
+                "request_id", "was used before with another content of the request", Reason.REQUEST_ID_REUSED
+            )
+        return self.get(operation_id)
+
+    def _creation_plan(self, slug: str, text: SegmentText) -> OperationPlan:
+        existing = self._store.segment(slug)
+        if existing is not None and existing.state is SegmentState.ACTIVE:
+            raise ServiceError(Reason.SEGMENT_EXISTS, f"segment {slug!r} exists already", {"slug": slug})
+        if existing is None and self._store.live_segments() >= SEGMENTS_MAX:
+            raise ServiceError(
+                Reason.TOO_MANY_SEGMENTS,
+                f"there are {SEGMENTS_MAX} segments, which is the limit",
+                {"limit": str(SEGMENTS_MAX)},
+            )
+        return OperationPlan(
+            OperationKind.CREATE, slug, self._store.draw_segment_id(), uuid4(), secrets.randbits(64), text=text
+        )
+
+    def _insert(self, plan: OperationPlan, request: RequestKey | None) -> Operation:
+        key = (request.method, request.request_id, request.content_hash) if request else None
+        operation = self._store.insert(uuid4(), plan, key)
+        if operation is None:
+            # A twin of the request was quicker, so its operation is there now; or it has failed since and left none.
+            operation = self._accepted(request)
+            if operation is None:
+                raise ServiceError(
+                    Reason.OPERATION_ABORTED, "a twin of this request failed; it may be repeated", {"why": "TWIN"}
+                )
+        return operation
+
+    def _start_next(self) -> None:
+        """Start the queue, as a hope: the operation is accepted, and recovery starts it if this cannot."""
+        try:
+            self._coordinator.start_next()
+        except ServiceError as error:
+            log.warning("start_left_to_recovery", reason=error.reason.text)
+
+    # -- creation ---------------------------------------------------------------------------------------------------
+
+    def _take_turn(self, operation_id: UUID, give_up: float | None) -> None:
+        """Wait until the operation has started, and carry it out here if it was started here.
+
+        Whoever else starts it sends a chord for it, as for any operation.
+        """
+        while True:
+            started = self._store.start_oldest()
+            if started is not None and started.id == operation_id:
+                self._run(started)
+                return
+            if started is not None:
+                self._coordinator.dispatch(started, self._shards)
+            operation = self.get(operation_id)
+            if operation.state is not OperationState.QUEUED:
+                return
+            if give_up is not None and time.monotonic() >= give_up:
+                busy = Failure(
+                    Reason.OPERATION_QUEUE_BUSY.text,
+                    "other operations are before this one; nothing was created, try again",
+                    {"why": "QUEUE_BUSY"},
+                )
+                # Aborted first, so that what is answered next stays true; not if it has just started.
+                if self._coordinator.abort(operation_id, busy, from_states=(OperationState.QUEUED,)):
+                    return
+            time.sleep(self._POLL_S)
+
+    def _run(self, operation: Operation) -> None:
+        """Be the runner of a creation; whatever fails is left to Celery and recovery."""
+        silent: ProgressHook = lambda _: None  # noqa: E731
+        try:
+            self._fan_out(
+                lambda participant: self._coordinator.prepare_shard(operation.id, participant.shard, silent),
+                self._coordinator.participants,
+            )
+            self._coordinator.finalize(operation.id)
+        except (ServiceError, LockTimeout) as error:
+            log.warning("creation_left_to_workers", operation=str(operation.id), reason=str(error))
+            self._coordinator.dispatch(operation, self._shards)
+
+    def _wait_for_end(self, operation_id: UUID, give_up: float | None) -> Operation:
+        operation = self.get(operation_id)
+        if operation.state.final:
+            return operation
+        future = self._watcher.watch(operation_id)
+        try:
+            return future.result(None if give_up is None else max(0.0, give_up - time.monotonic()))
+        except FutureTimeout:
+            raise ServiceError(
+                Reason.DEADLINE_EXCEEDED,
+                "the creation has started and is not decided; repeat it with the same request_id",
+                {"operation": operation.name},
+            ) from None
+        finally:
+            future.cancel()
+
+
+def error_of(failure: Failure) -> ServiceError:
+    """The error that an aborted operation's caller gets."""
+    return ServiceError(Reason[failure.reason], failure.message, failure.metadata)

@@ -1,0 +1,165 @@
+"""What an operation does on one shard, inside the transaction that the commit protocol prepares.
+
+Deterministic: the same shard and the same plan give the same bits and counts, so that the work can be done again
+after any crash, and counted again while its first copy is prepared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from segsvc.domain import bits
+from segsvc.domain.bucketing import buckets
+from segsvc.domain.errors import Reason
+from segsvc.domain.operation import (
+    Failure,
+    Operation,
+    OperationKind,
+    OperationPlan,
+    ShardCounts,
+    ShardProgress,
+    ShardState,
+)
+from segsvc.domain.segment import Policy, Rule, ShardSegment
+from segsvc.domain.sharding import BLOCK_SLOTS
+from segsvc.twophase import ProgressHook, WorkFailed
+
+CHUNK_BLOCKS = 1000
+"""Blocks worked on at a time: about 8 MB of user ids, so that memory does not grow with the users."""
+
+
+class ShardTransaction(Protocol):
+    """A transaction on one shard that holds the shard's exclusive lock (or one under which nothing can change)."""
+
+    @property
+    def shard(self) -> int: ...
+
+    def next_slot(self) -> int:
+        """Slots given out so far."""
+
+    def user_count(self) -> int: ...
+
+    def segment(self, segment_id: int) -> ShardSegment | None: ...
+
+    def overridden(self, segment_id: int) -> bits.OverriddenSlots: ...
+
+    def directory(self, first_block: int, blocks: int) -> bits.UserIds: ...
+
+    def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed: ...
+
+    def write_segment_bits(self, segment_id: int, first_block: int, old: bits.Packed, new: bits.Packed) -> None:
+        """Store the blocks that differ; one without a bit set loses its row."""
+
+    def put_rule(self, segment_id: int, rule: Rule, rule_count: int, frozen_slot: int | None) -> None: ...
+
+    def insert_segment(self, segment: ShardSegment) -> None: ...
+
+    def delete_segment(self, segment_id: int) -> None:
+        """Remove its bits, its overrides and itself."""
+
+
+def perform(tx: ShardTransaction, operation: Operation, on_progress: ProgressHook, *, write: bool) -> ShardCounts:
+    """Do an operation's work on one shard, or only count it.
+
+    Args:
+        write: False counts what True would change, and changes nothing.
+
+    Raises:
+        WorkFailed: the shard cannot do it, now or later.
+    """
+    kind = operation.plan.kind
+    if kind is OperationKind.CREATE:
+        return _create(tx, operation.plan, write=write)
+    if kind is OperationKind.DELETE:
+        return _delete(tx, operation.plan, write=write)
+    return _roll_out(tx, operation.plan, on_progress, write=write)
+
+
+def _create(tx: ShardTransaction, plan: OperationPlan, *, write: bool) -> ShardCounts:
+    if write:
+        tx.insert_segment(ShardSegment(plan.segment_id, plan.slug, plan.salt, rule=None, rule_count=0))
+    return ShardCounts(tx.shard)
+
+
+def _existing(tx: ShardTransaction, plan: OperationPlan) -> ShardSegment:
+    segment = tx.segment(plan.segment_id)
+    if segment is None:
+        # The start validated it against the catalog, and nothing else can be in flight: the shard's copy is wrong.
+        raise WorkFailed(
+            Failure(
+                Reason.INTERNAL.text,
+                f"shard {tx.shard} does not know the segment; run the checker",
+                {"shard": str(tx.shard), "slug": plan.slug},
+            )
+        )
+    return segment
+
+
+def _delete(tx: ShardTransaction, plan: OperationPlan, *, write: bool) -> ShardCounts:
+    segment = _existing(tx, plan)
+    members = segment.rule_count
+    overridden = tx.overridden(segment.id)
+    if overridden.included.size or overridden.excluded.size:
+        members = sum(
+            bits.popcount((old | included) & ~excluded)
+            for _, old, included, excluded in _membership_chunks(tx, segment.id, overridden)
+        )
+    if write:
+        tx.delete_segment(segment.id)
+    return ShardCounts(tx.shard, matched=0, added=0, removed=members, members=0)
+
+
+def _chunks(tx: ShardTransaction) -> Iterator[tuple[int, int]]:
+    """(first block, number of blocks) of each chunk of the shard."""
+    total = -(-tx.next_slot() // BLOCK_SLOTS)
+    for first in range(0, total, CHUNK_BLOCKS):
+        yield first, min(CHUNK_BLOCKS, total - first)
+
+
+def _membership_chunks(
+    tx: ShardTransaction, segment_id: int, overridden: bits.OverriddenSlots
+) -> Iterator[tuple[tuple[int, int], bits.Packed, bits.Packed, bits.Packed]]:
+    """For each chunk: where it is, the bits stored, and the slots included and excluded by overrides."""
+    for first, count in _chunks(tx):
+        yield (
+            (first, count),
+            tx.segment_bits(segment_id, first, count),
+            bits.at_slots(overridden.included, first, count),
+            bits.at_slots(overridden.excluded, first, count),
+        )
+
+
+def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHook, *, write: bool) -> ShardCounts:
+    """Evaluate the rule for every user of the shard and store the bits that differ.
+
+    ``added`` and ``removed`` count users whose membership changes, overrides laid over before and after, so that
+    members afterwards = members before + added - removed.
+    """
+    segment = _existing(tx, plan)
+    rule = plan.rule
+    if rule is None:
+        raise ValueError("a roll-out has a rule")
+    next_slot = tx.next_slot()
+    blocks_total = -(-next_slot // BLOCK_SLOTS)
+    matched = added = removed = members = rule_count = 0
+    blocks_done = 0
+    for (first, count), old, included, excluded in _membership_chunks(tx, segment.id, tx.overridden(segment.id)):
+        user_ids = tx.directory(first, count)
+        condition_holds = user_ids > 0
+        new = bits.pack(condition_holds & (buckets(user_ids, plan.salt) < rule.threshold))
+        matched += int(condition_holds.sum())
+        rule_count += bits.popcount(new)
+        before = (old | included) & ~excluded
+        after = (new | included) & ~excluded
+        members += bits.popcount(after)
+        added += bits.popcount(after & ~before)
+        removed += bits.popcount(before & ~after)
+        if write:
+            tx.write_segment_bits(segment.id, first, old, new)
+        blocks_done += count
+        on_progress(ShardProgress(tx.shard, ShardState.WORKING, blocks_done, blocks_total, added, removed))
+    if write:
+        frozen_slot = next_slot - 1 if rule.policy is Policy.FROZEN else None
+        tx.put_rule(segment.id, rule, rule_count, frozen_slot)
+    return ShardCounts(tx.shard, matched, added, removed, members)

@@ -1,0 +1,469 @@
+"""All shards or none: the commit protocol, top to bottom.
+
+The ledger (the operations of the catalog database) is the only truth. Messages, results, Redis and the memory of any
+process may be lost at any moment; whoever comes next reads the ledger and goes on. The protocol knows two small
+interfaces, ``Ledger`` and ``Participant``, so that a simulation and PostgreSQL run the same code.
+
+    accept    insert QUEUED                                       (services.operations; only then answer or dispatch)
+    start     QUEUED → PREPARING, one in flight, deadline starts  Ledger.start_oldest
+    prepare   on each shard: lock, fence, work, PREPARE           Participant.prepare
+    vote      on the catalog, only while PREPARING                Ledger.vote
+    decide    all votes: PREPARING → COMMITTED with the segment   Ledger.commit         ← the commit point
+    commit    COMMIT PREPARED on each shard                       Participant.commit_prepared
+    publish   drop the shards' cache generations                  Invalidation.drop_generations
+    finish    COMMITTED → DONE; start the next                    Ledger.finish
+
+What survives a crash, by the last step that took effect, and who goes on (recovery runs every two seconds):
+
+    accept                   the queue holds it; recovery starts the oldest
+    start                    quiet for 3 s: recovery sends a fresh chord to the shards without a vote
+    prepare on k of n        the prepared transactions stay, locks and all; a fresh header task finds its gid and votes
+    vote of k of n           as above; the votes stand
+    vote of all              recovery decides
+    decide                   recovery (or a late finalizer) commits what is prepared: it has all n prepared
+    commit on k of n         recovery commits the others; the fence tells who is done
+    publish                  dropping a generation twice is harmless
+    finish                   recovery starts the oldest in the queue
+    abort                    recovery rolls back whatever is prepared under an ABORTED operation, whenever it appears
+
+Why no shard is ever alone: a transaction is committed only after COMMITTED is durable, which needs every vote; a vote
+is cast only after PREPARE answered (or its gid was seen), and never after ABORTED, because the vote locks the row that
+the abort changes. ROLLBACK PREPARED is sent only for operations that are ABORTED, which is final, or DONE, when all
+shards have the fence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+from uuid import UUID
+
+from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.operation import Failure, Gid, Operation, OperationState, ShardCounts, ShardProgress
+from segsvc.failpoints import CrashPoints
+from segsvc.log import get_logger
+
+log = get_logger(__name__)
+
+ProgressHook = Callable[[ShardProgress], None]
+"""Told how far a shard is: a hint for people. May be called often; must not raise."""
+
+
+class Finish(Enum):
+    """How COMMIT PREPARED or ROLLBACK PREPARED ended."""
+
+    DONE = "done"
+    NOT_FOUND = "not found"
+    """No such gid *now*. Says nothing about what became of it: only the fence does."""
+    BUSY = "busy"
+    """Somebody else is at it, or its PREPARE is not through: try again."""
+
+
+class WorkFailed(Exception):
+    """The work on a shard cannot succeed, now or later: the operation must be aborted. ``failure`` says why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prepared transaction found on a shard's database; ``gid`` is not ours unless ``Gid.parse`` says so."""
+
+    gid: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOperation:
+    """An operation that is not final, with what the catalog's clock says of it.
+
+    Attributes:
+        expired: its deadline has passed.
+        quiet: no dispatch, vote or progress for a while: nobody seems to work on it.
+    """
+
+    operation: Operation
+    expired: bool
+    quiet: bool
+
+
+class Ledger(Protocol):
+    """The operations in the catalog. Every method is one transaction; all raise CATALOG_UNAVAILABLE in an outage,
+    after which the outcome is unknown and must be read again."""
+
+    def get(self, operation_id: UUID) -> Operation | None:
+        """The operation as it is now, votes included; None: there is none of this id."""
+
+    def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
+        """States of those that exist."""
+
+    def open_operations(self) -> Sequence[OpenOperation]:
+        """All that are QUEUED, PREPARING or COMMITTED, oldest first."""
+
+    def start_oldest(self) -> Operation | None:
+        """Move the oldest QUEUED operation to PREPARING, or to ABORTED if it is not valid any more (and go on with
+        the next). None: the queue is empty, or another operation is in flight."""
+
+    def claim_dispatch(self, operation_id: UUID) -> bool:
+        """Whether the caller is the one to send a fresh chord: PREPARING and quiet; resets the quiet time."""
+
+    def vote(self, operation_id: UUID, counts: ShardCounts) -> bool:
+        """Record a shard's vote while PREPARING; True also for a duplicate. False: refused, not PREPARING."""
+
+    def commit(self, operation_id: UUID) -> bool:
+        """The decision: PREPARING with all votes → COMMITTED, in one transaction with the segment's change. False:
+        a vote is missing or somebody else decided. Raises WorkFailed if the change can never be made."""
+
+    def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
+        """Decide against: one of ``from_states`` → ABORTED. False: it was in none of them."""
+
+    def finish(self, operation_id: UUID) -> bool:
+        """COMMITTED → DONE. False: somebody else did it."""
+
+
+class Participant(Protocol):
+    """One shard. All raise SHARD_UNAVAILABLE in an outage, after which the outcome is unknown."""
+
+    @property
+    def shard(self) -> int: ...
+
+    def has_fence(self, operation_id: UUID) -> bool:
+        """Whether the operation's work is committed here."""
+
+    def prepared(self) -> Sequence[Prepared]:
+        """All prepared transactions of this shard's database."""
+
+    def is_prepared(self, gid: Gid) -> bool: ...
+
+    def prepare(self, operation: Operation, gid: Gid, on_progress: ProgressHook) -> ShardCounts | None:
+        """Lock, fence, work, PREPARE TRANSACTION. None: a twin's fence was there, nothing was prepared.
+
+        Raises:
+            segsvc.domain.errors.ServiceError: transient; nothing is known, ask again.
+            LockTimeout: the lock was not to be had in time; nothing was done.
+            WorkFailed: it can never succeed.
+        """
+
+    def count(self, operation: Operation) -> ShardCounts:
+        """What ``prepare`` counted, counted again without changing anything: valid while its gid is prepared, whose
+        lock keeps every user change of the shard out."""
+
+    def commit_prepared(self, gid: Gid) -> Finish: ...
+
+    def rollback_prepared(self, gid: Gid) -> Finish: ...
+
+    def redo(self, operation: Operation) -> None:
+        """The work and the fence in one ordinary transaction; does nothing if the fence is there."""
+
+
+class Invalidation(Protocol):
+    """The cache, as far as a bulk change needs it."""
+
+    def drop_generations(self, shards: Sequence[int]) -> None:
+        """Make every entry of these shards a miss. Raises CACHE_UNAVAILABLE: some may still be hits."""
+
+
+class Dispatcher(Protocol):
+    """Celery, as far as the protocol needs it. Delivery is a hope, not a promise."""
+
+    def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
+        """Send a chord: one header task for each of these shards, and the finalizer. Raises BROKER_UNAVAILABLE."""
+
+
+class FanOut(Protocol):
+    """Runs a visit for each participant, so that one out of reach delays only itself."""
+
+    def __call__(self, visit: Callable[[Participant], None], participants: Sequence[Participant], /) -> object:
+        """Return when all visits have ended. Raises the first error, after all have ended."""
+
+
+class Alarms(Protocol):
+    """Told of things that recovery must not decide by itself, or that should never happen."""
+
+    def raise_alarm(self, what: str, **where: object) -> None: ...
+
+
+class Coordinator:
+    """The protocol. Safe to run in any number of processes at once.
+
+    Args:
+        cluster: this installation's name; gids of another's are never touched.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster: str,
+        ledger: Ledger,
+        participants: Sequence[Participant],
+        invalidation: Invalidation,
+        dispatcher: Dispatcher,
+        fan_out: FanOut,
+        alarms: Alarms,
+        crash_points: CrashPoints,
+    ) -> None:
+        self._cluster = cluster
+        self._ledger = ledger
+        self.participants = participants
+        self._invalidation = invalidation
+        self._dispatcher = dispatcher
+        self._fan_out = fan_out
+        self._alarms = alarms
+        self._crash = crash_points
+
+    def gid(self, operation_id: UUID, shard: int) -> Gid:
+        return Gid(self._cluster, operation_id, shard)
+
+    # -- start ------------------------------------------------------------------------------------------------------
+
+    def start_next(self) -> Operation | None:
+        """Start the oldest operation in the queue and send its chord; the one started, or None.
+
+        A broker that is out of reach is no error here: the operation is PREPARING, and recovery sends it again.
+        """
+        operation = self._ledger.start_oldest()
+        if operation is not None:
+            self._crash.reach("started-not-dispatched", operation=operation.id)
+            self.dispatch(operation, range(len(self.participants)))
+        return operation
+
+    def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
+        """Send a chord to these shards, as a hope; whatever is lost, recovery sends again."""
+        try:
+            self._dispatcher.dispatch(operation, shards)
+        except ServiceError as error:
+            if error.reason is not Reason.BROKER_UNAVAILABLE:
+                raise
+            log.warning("dispatch_failed", operation=str(operation.id))
+
+    # -- a shard's part: the header task ----------------------------------------------------------------------------
+
+    def prepare_shard(self, operation_id: UUID, shard: int, on_progress: ProgressHook) -> None:
+        """Prepare one shard and vote for it. Idempotent; may run many times, also at once.
+
+        Raises:
+            ServiceError: UNAVAILABLE, transient: run it again.
+            LockTimeout: run it again a little later.
+        """
+        participant = self.participants[shard]
+        operation = self._ledger.get(operation_id)
+        if operation is None or operation.state is not OperationState.PREPARING:
+            return  # A late twin. Whatever it could still do here, recovery does.
+        gid = self.gid(operation_id, shard)
+        try:
+            counts = self._prepare_or_recount(operation, participant, gid, on_progress)
+        except WorkFailed as error:
+            # Nothing of this shard is prepared; the others' votes can no longer be completed.
+            self.abort(operation_id, error.failure)
+            return
+        if counts is None:
+            return
+        self._crash.reach("prepared-not-voted", operation=operation_id, shard=shard)
+        if not self._ledger.vote(operation_id, counts):
+            # Refused says only "not PREPARING now". COMMITTED is possible too (a twin voted for this shard and the
+            # rest was quick): rolling back then would lose this shard. So read again, and roll back only what is
+            # ABORTED, which is final.
+            self._crash.reach("vote-refused", operation=operation_id, shard=shard)
+            now = self._ledger.get(operation_id)
+            if now is not None and now.state is OperationState.ABORTED:
+                participant.rollback_prepared(gid)
+            return
+        self._crash.reach("voted", operation=operation_id, shard=shard)
+
+    def _prepare_or_recount(
+        self, operation: Operation, participant: Participant, gid: Gid, on_progress: ProgressHook
+    ) -> ShardCounts | None:
+        """The counts to vote with; None if a twin has got further than a vote."""
+        if participant.has_fence(operation.id):
+            return None
+        if participant.is_prepared(gid):
+            # A twin prepared and died before its vote. Its lock keeps the shard as it was, so counting again gives
+            # what it counted.
+            return participant.count(operation)
+        return participant.prepare(operation, gid, on_progress)
+
+    # -- decision and end: the finalizer ----------------------------------------------------------------------------
+
+    def finalize(self, operation_id: UUID) -> bool:
+        """Decide if all votes are in, then carry a COMMITTED operation to DONE. True: it is final now.
+
+        A chord's body can run early or twice; without all votes this returns quietly.
+
+        Raises:
+            ServiceError: UNAVAILABLE, transient: run it again; recovery will.
+        """
+        operation = self._ledger.get(operation_id)
+        if operation is None:
+            return True
+        if operation.state is OperationState.PREPARING:
+            if len(operation.votes) < len(self.participants):
+                return False
+            self._crash.reach("before-decision", operation=operation_id)
+            try:
+                # False covers "somebody else decided", either way: read again below.
+                self._ledger.commit(operation_id)
+            except WorkFailed as error:
+                # The commit point rolled back whole (it is one transaction), so deciding against is safe.
+                self.abort(operation_id, error.failure)
+                return True
+            self._crash.reach("decided", operation=operation_id)
+            operation = self._ledger.get(operation_id)
+            if operation is None:
+                return True
+        if operation.state is OperationState.COMMITTED:
+            self._complete(operation)
+            return True
+        return operation.state.final
+
+    def _complete(self, operation: Operation) -> None:
+        """COMMIT PREPARED everywhere, then drop the caches, then DONE: in this order, each idempotent.
+
+        The caches are dropped before DONE, because DONE is what tells a caller that later reads see the change; and
+        after the last COMMIT PREPARED, because an entry filled between the two would be stale and keep its nonce.
+        """
+        self._fan_out(lambda participant: self._commit_shard(operation, participant), self.participants)
+        self._crash.reach("committed-not-invalidated", operation=operation.id)
+        self._invalidation.drop_generations(range(len(self.participants)))
+        self._crash.reach("invalidated-not-done", operation=operation.id)
+        self._ledger.finish(operation.id)
+        self._crash.reach("done-next-not-started", operation=operation.id)
+        self.start_next()
+
+    def _commit_shard(self, operation: Operation, participant: Participant) -> None:
+        """Make a COMMITTED operation's work visible on one shard."""
+        self._crash.reach("before-commit-prepared", operation=operation.id, shard=participant.shard)
+        outcome = participant.commit_prepared(self.gid(operation.id, participant.shard))
+        self._crash.reach("after-commit-prepared", operation=operation.id, shard=participant.shard)
+        if outcome is Finish.DONE:
+            return
+        if outcome is Finish.BUSY:
+            raise ServiceError(
+                Reason.SHARD_UNAVAILABLE, "a prepared transaction is busy", {"shard": str(participant.shard)}
+            )
+        # "Not found" alone never means committed. The fence is asked after the answer: a twin's COMMIT PREPARED makes
+        # the fence visible before the gid disappears.
+        if participant.has_fence(operation.id):
+            return
+        # Voted, decided, and gone without a trace: a server that lost a prepared transaction. The work is
+        # deterministic, so doing it again gives the other shards' result.
+        self._alarms.raise_alarm("prepared-lost", operation=str(operation.id), shard=participant.shard)
+        participant.redo(operation)
+
+    # -- against ----------------------------------------------------------------------------------------------------
+
+    def abort(
+        self,
+        operation_id: UUID,
+        failure: Failure,
+        *,
+        from_states: Sequence[OperationState] = (OperationState.QUEUED, OperationState.PREPARING),
+    ) -> bool:
+        """Decide against an operation, then roll back what is prepared. False: it was decided already.
+
+        The decision comes first: a rollback before it would leave a vote standing for work that is gone.
+        """
+        self._crash.reach("before-abort", operation=operation_id)
+        if not self._ledger.abort(operation_id, failure, from_states=from_states):
+            return False
+        self._crash.reach("aborted-not-rolled-back", operation=operation_id)
+        try:
+            if OperationState.PREPARING in from_states:  # what never started has nothing prepared
+                self._fan_out(lambda participant: self._rollback_shard(operation_id, participant), self.participants)
+        except ServiceError as error:
+            # ABORTED is durable: recovery rolls back whatever is, or yet becomes, prepared under it.
+            log.warning("rollback_left_to_recovery", operation=str(operation_id), reason=error.reason.text)
+        self.start_next()
+        return True
+
+    def _rollback_shard(self, operation_id: UUID, participant: Participant) -> None:
+        participant.rollback_prepared(self.gid(operation_id, participant.shard))
+
+    # -- recovery ---------------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Carry on whatever nobody carries on. Run by beat and at a worker's start; safe to run twice at once.
+
+        Prepared transactions are read first and the ledger after them: what was prepared then has a ledger row that
+        is at least as new. The other way round, an operation could be decided in between and judged by its past.
+
+        Raises:
+            ServiceError: the catalog is out of reach (nothing was done), or a shard was (all others were done).
+        """
+        found: list[tuple[Participant, Prepared]] = []
+        first_error: ServiceError | None = None
+
+        def look(participant: Participant) -> None:
+            # Extending a list is atomic; each visit adds its own.
+            found.extend((participant, prepared) for prepared in participant.prepared())
+
+        try:
+            self._fan_out(look, self.participants)
+        except ServiceError as error:  # a shard out of reach delays only itself
+            first_error = error
+        self._crash.reach("recovery-looked", found=len(found))
+        ours = self._ours(found)
+        states = self._ledger.states({gid.operation_id for _, gid in ours})
+        for participant, gid in ours:
+            try:
+                self._settle(participant, gid, states.get(gid.operation_id))
+            except ServiceError as error:
+                first_error = first_error or error
+        for open_operation in self._ledger.open_operations():
+            try:
+                self._advance(open_operation)
+            except ServiceError as error:
+                first_error = first_error or error
+        self.start_next()
+        if first_error is not None:
+            raise first_error
+
+    def _ours(self, found: Iterable[tuple[Participant, Prepared]]) -> list[tuple[Participant, Gid]]:
+        """Those of this installation on the right shard; an alarm for each that looks like ours and is not."""
+        ours: list[tuple[Participant, Gid]] = []
+        for participant, prepared in found:
+            gid = Gid.parse(prepared.gid)
+            if gid is not None and gid.cluster == self._cluster and gid.shard == participant.shard:
+                ours.append((participant, gid))
+            elif prepared.gid.startswith("segsvc:"):
+                self._alarms.raise_alarm("foreign-prepared", gid=prepared.gid, shard=participant.shard)
+        return ours
+
+    def _settle(self, participant: Participant, gid: Gid, state: OperationState | None) -> None:
+        """End one prepared transaction as its operation's state says; leave it while nothing is decided."""
+        if state is None:
+            # Written by a catalog that we do not see, or deleted by hand: not ours to judge.
+            self._alarms.raise_alarm("unknown-prepared", gid=str(gid), shard=participant.shard)
+        elif state is OperationState.COMMITTED:
+            participant.commit_prepared(gid)
+        elif state is OperationState.ABORTED:
+            participant.rollback_prepared(gid)  # also a zombie that prepared long after the abort
+        elif state is OperationState.DONE:
+            # Every shard has the fence, so this can only be a twin's second copy of the work.
+            self._alarms.raise_alarm("prepared-after-done", gid=str(gid), shard=participant.shard)
+            participant.rollback_prepared(gid)
+
+    def _advance(self, open_operation: OpenOperation) -> None:
+        """Do the next step of an operation that is not final, if nobody else seems to."""
+        operation = open_operation.operation
+        if operation.state is OperationState.COMMITTED:
+            self._complete(operation)
+        elif operation.state is OperationState.PREPARING:
+            voted = {counts.shard for counts in operation.votes}
+            missing = [participant.shard for participant in self.participants if participant.shard not in voted]
+            if not missing:
+                self.finalize(operation.id)
+            elif open_operation.expired:
+                self.abort(
+                    operation.id,
+                    Failure(
+                        Reason.OPERATION_ABORTED.text,
+                        "the shards did not all prepare before the deadline",
+                        {"why": "DEADLINE", "shards_missing": ",".join(map(str, missing))},
+                    ),
+                )
+            elif open_operation.quiet and self._ledger.claim_dispatch(operation.id):
+                self.dispatch(operation, missing)
