@@ -1,0 +1,174 @@
+"""The commit protocol on real PostgreSQL, its messages delivered by the test itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from segsvc.bootstrap import OperationParts
+from segsvc.domain.bucketing import bucket
+from segsvc.domain.operation import Operation, OperationState, ShardProgress
+from segsvc.domain.segment import SegmentText
+from segsvc.failpoints import FailpointError
+from segsvc.local.postgres import PostgresServer
+from segsvc.postgres.engine import Databases, Pool
+from segsvc.services.end_watcher import OperationEndWatcher
+from segsvc.services.operations import OperationService
+from tests.installation import Installation, new_installation
+
+USERS = range(1, 6001)
+SHARDS = 3
+
+
+class Messages:
+    """A dispatcher whose messages the test delivers, loses or delivers twice."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Operation, list[int]]] = []
+
+    def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
+        self.sent.append((operation, list(shards)))
+
+    def check(self) -> None:
+        """The broker is there."""
+
+
+class Generations:
+    """Remembers which generations were dropped."""
+
+    def __init__(self) -> None:
+        self.dropped: list[list[int]] = []
+        self.error: Exception | None = None
+
+    def drop_generations(self, shards: Sequence[int]) -> None:
+        if self.error is not None:
+            raise self.error
+        self.dropped.append(list(shards))
+
+
+class Rig:
+    """One process's worth of the protocol, and hands to move it."""
+
+    def __init__(self, installation: Installation) -> None:
+        self.installation = installation
+        self.messages = Messages()
+        self.cache = Generations()
+        self.databases = Databases(installation.settings, "test", Pool(6))
+        self.parts = OperationParts(installation.settings, self.databases, self.cache, self.messages)
+        self.ledger = self.parts.ledger
+        self.coordinator = self.parts.coordinator
+        self.watcher = OperationEndWatcher(self.ledger)
+        self.service = OperationService(
+            store=self.ledger,
+            coordinator=self.coordinator,
+            broker=self.messages,
+            watcher=self.watcher,
+            shards=range(installation.shard_count),
+            fan_out=self.parts.fan_out,
+        )
+
+    def close(self) -> None:
+        self.watcher.close()
+        self.parts.fan_out.close()
+        self.databases.close()
+
+    def prepare(self, operation: Operation, shard: int) -> None:
+        self.coordinator.prepare_shard(operation.id, shard, _ignore)
+
+    def deliver(self) -> None:
+        """Run every message that was sent, in order; a failure that a failpoint asked for loses the rest of it."""
+        while self.messages.sent:
+            operation, shards = self.messages.sent.pop(0)
+            try:
+                for shard in shards:
+                    self.prepare(operation, shard)
+                self.coordinator.finalize(operation.id)
+            except FailpointError:
+                return
+
+    def settle(self) -> None:
+        """Recover and deliver until nothing is open."""
+        for _ in range(50):
+            self.coordinator.recover()
+            self.deliver()
+            if not self.ledger.open_operations():
+                return
+        raise AssertionError(f"still open: {self.ledger.open_operations()}")
+
+    def state(self, operation: Operation) -> OperationState:
+        return self.service.get(operation.id).state
+
+    def create(self, slug: str = "checkout") -> int:
+        """A new segment; its id."""
+        return self.service.create_segment(slug, SegmentText(), request=None, deadline_s=10).id
+
+    def expected(self, slug: str, threshold: int) -> set[int]:
+        """Who the published hash says is in."""
+        segment = self.ledger.segment(slug)
+        assert segment is not None
+        return {user for user in USERS if bucket(user, segment.salt) < threshold}
+
+    def check_invariants(self) -> None:
+        """Fences on all shards iff COMMITTED or DONE, else on none; nothing prepared."""
+        shards = range(self.installation.shard_count)
+        fences = [
+            {row.operation_id for row in self.installation.execute(s, "SELECT operation_id FROM applied_operations")}
+            for s in shards
+        ]
+        operations = self.installation.execute(None, "SELECT id, state FROM operations")
+        for row in operations:
+            fenced = [row.id in on_shard for on_shard in fences]
+            assert all(fenced) if row.state in ("COMMITTED", "DONE") else not any(fenced), (row, fenced)
+        assert [self.installation.prepared(shard) for shard in shards] == [[]] * len(shards)
+        segments = self.installation.execute(None, "SELECT id, rule_threshold FROM segments WHERE state <> 0")
+        for shard in shards:
+            copies = self.installation.execute(shard, "SELECT id, rule_threshold FROM segments")
+            assert sorted(map(tuple, copies)) == sorted(map(tuple, segments))
+
+
+def _ignore(_: ShardProgress) -> None:
+    pass
+
+
+@pytest.fixture
+def failpoint_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "failpoints"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def arm(failpoint_dir: Path) -> Callable[[str, str], None]:
+    """Arm a failpoint: ``arm("voted", "fail shard=1")``; an empty action disarms it."""
+
+    def set_action(point: str, action: str) -> None:
+        if action:
+            (failpoint_dir / point).write_text(action)
+        else:
+            (failpoint_dir / point).unlink()
+
+    return set_action
+
+
+@pytest.fixture
+def installation(pg_server: PostgresServer, failpoint_dir: Path) -> Iterator[Installation]:
+    with new_installation(
+        pg_server,
+        shards=SHARDS,
+        failpoint_dir=failpoint_dir,
+        # Recovery of a test need not wait for quiet, so that its steps are the test's.
+        redispatch_quiet_s=0.001,
+        operation_deadline_s=30,
+        lock_timeout_s=0.3,
+    ) as made:
+        made.add_users(USERS)
+        yield made
+
+
+@pytest.fixture
+def rig(installation: Installation) -> Iterator[Rig]:
+    made = Rig(installation)
+    yield made
+    made.close()
