@@ -1,0 +1,327 @@
+"""The hot lane: one thread that answers GetUserSegments and BatchGetUserSegments, many calls with one round trip.
+
+It takes the calls that wait, asks the cache for all their users at once, answers those that hit, and hands the rest to
+the cold reads, which answer when the shard has. While the cache answers, the next calls gather by themselves, so the
+batches grow with the load and cost nothing without it. There are two ways in (``lane_calls``) and one way of reading.
+
+How a server puts it together::
+
+    front = native_front("127.0.0.1:50051", reuse_port=True)   # and front.set_fallback(…)
+    lane = HotLane(front=front, …)
+    lane.start()
+    front.start()
+    …
+    lane.close(grace_s=5.0)                                    # closes the front, too; then cold.close(…)
+
+and with grpcio alone ``HotLane(front=None, …)``, whose servicers await
+``asyncio.wrap_future(lane.submit(method, request_bytes, request_id, deadline))``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Final, Protocol
+
+from pygrpc_native import NativeGrpcFront
+
+from grpc_api import membership_wire as wire
+from grpc_api.errors import status_of
+from grpc_api.lane_calls import Call, Calls, NativeCalls, QueuedCalls
+from segsvc import metrics
+from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.membership import BLOCK, Entry
+from segsvc.domain.sharding import shard_of
+from segsvc.log import get_logger
+from segsvc.services.cold_reads import Answer, ColdReads, Outcome
+from segsvc.services.slug_map import SlugMap
+
+log = get_logger(__name__)
+
+CALLS_MAX: Final = 256
+"""Calls taken at once: with more, the first would only wait for the last."""
+USERS_PER_LOOKUP: Final = 2048
+"""Users asked for in one command. Calls with 1000 users each are cut up, so that the cache's server, which does one
+thing at a time, is never kept busy for long."""
+COUNTS_EVERY_S: Final = 5.0
+"""How often the reads counted per block go to the cache, for the warmer."""
+HOUSEKEEPING_S: Final = 0.1
+"""How often a cache that is down is tried again."""
+
+
+class Entries(Protocol):
+    """The cache, as far as a hit needs it."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    def connect(self) -> None:
+        """Raises CACHE_UNAVAILABLE."""
+
+    def lookup(self, user_ids: Sequence[int]) -> list[Entry | None]:
+        """What is cached of these users, in their order. Raises CACHE_UNAVAILABLE; ``connected`` is then False."""
+
+
+class ReadCounts(Protocol):
+    """Where the warmer learns what is hot."""
+
+    def add_reads(self, shard: int, reads: Mapping[int, int]) -> None:
+        """Add reads to blocks. Raises CACHE_UNAVAILABLE."""
+
+
+class HotLane:
+    """The lane's thread and its housekeeping. Made after the last fork of a process.
+
+    Args:
+        front: from ``lane_calls.native_front``; None: calls come by ``submit``.
+        entries: used by the lane's thread alone.
+        slugs: made with ``encode=membership_wire.encode_slug``.
+    """
+
+    def __init__(
+        self,
+        *,
+        front: NativeGrpcFront | None,
+        entries: Entries,
+        counts: ReadCounts,
+        cold: ColdReads,
+        slugs: SlugMap,
+        shard_count: int,
+    ) -> None:
+        self._queued: QueuedCalls | None = None
+        self._calls: Calls
+        if front is None:
+            self._calls = self._queued = QueuedCalls()
+        else:
+            self._calls = NativeCalls(front)
+        self._entries = entries
+        self._counts = counts
+        self._cold = cold
+        self._slugs = slugs.encoded
+        self._shard_count = shard_count
+        self._closing = threading.Event()
+        self._reads_lock = threading.Lock()
+        self._reads: Counter[tuple[int, int]] = Counter()
+        self._hits = metrics.reads.labels("hit")
+        self._thread = threading.Thread(target=self._run, name="hot-lane", daemon=True)
+        self._housekeeper = threading.Thread(target=self._keep_house, name="hot-lane-housekeeping", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take calls. A cache that is down does not keep the lane from starting."""
+        self._connect()
+        self._thread.start()
+        self._housekeeper.start()
+
+    def submit(self, method: str, payload: bytes, request_id: str, deadline: float | None) -> Future[bytes]:
+        """Answer a call that grpcio received. Only with ``front=None``.
+
+        Args:
+            method: full name, one of ``lane_calls.METHODS``.
+            payload: the request, serialized; it need not be valid.
+            request_id: for the log; sending it back is the servicer's business.
+            deadline: on ``time.monotonic()``'s clock; None: there is none.
+
+        Returns:
+            The serialized answer; its exception is a ServiceError. It may be cancelled.
+        """
+        if self._queued is None:
+            raise RuntimeError("the native front brings its calls itself")
+        return self._queued.submit(method, payload, request_id, deadline)
+
+    def close(self, grace_s: float) -> None:
+        """Give the cold reads time to answer, then take no more calls.
+
+        Calls go on being answered meanwhile; what comes later gets UNAVAILABLE, which clients may retry.
+        """
+        end = time.monotonic() + grace_s
+        while self._cold.waiting and time.monotonic() < end:
+            time.sleep(0.01)
+        self._closing.set()
+        self._calls.close()
+        for thread in (self._thread, self._housekeeper):
+            thread.join(max(1.0, end - time.monotonic()))
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            calls: Sequence[Call] | None = ()
+            try:
+                calls = self._calls.take(CALLS_MAX)
+                if calls is None:
+                    return
+                self._serve(calls)
+            except Exception:
+                # The lane must live. Calls that have their answer already take no second one.
+                log.exception("lane_failed", request_ids=[call.request_id for call in calls or ()])
+                for call in calls or ():
+                    call.fail(_internal())
+
+    def _serve(self, calls: Sequence[Call]) -> None:
+        reads: list[tuple[int, float | None, Answer]] = []
+        for call in calls:
+            try:
+                if call.batch:
+                    reads += self._batch(call)
+                else:
+                    reads.append((wire.user_id_of(call.payload), call.deadline, _Single(call, self._slugs)))
+            except ServiceError as error:
+                call.fail(error)
+        for first in range(0, len(reads), USERS_PER_LOOKUP):
+            self._read(reads[first : first + USERS_PER_LOOKUP])
+
+    def _batch(self, call: Call) -> list[tuple[int, float | None, Answer]]:
+        """The reads of a BatchGetUserSegments; users that cannot exist have their answer already."""
+        user_ids = wire.user_ids_of(call.payload)
+        batch = _Batch(call, len(user_ids), self._slugs)
+        reads: list[tuple[int, float | None, Answer]] = []
+        for index, user_id in enumerate(user_ids):
+            try:
+                wire.check_user_id(user_id, f"user_ids[{index}]")
+            except ServiceError as error:
+                batch.put(index, user_id, error)
+            else:
+                reads.append((user_id, call.deadline, _BatchPlace(batch, index)))
+        return reads
+
+    def _read(self, reads: Sequence[tuple[int, float | None, Answer]]) -> None:
+        hits: list[tuple[int, int]] = []
+        entries = self._lookup([user_id for user_id, _, _ in reads])
+        for (user_id, deadline, answer), entry in zip(reads, entries, strict=True):
+            try:
+                if entry is not None:
+                    answer(user_id, entry)
+                    hits.append((user_id % self._shard_count, entry[BLOCK]))
+                    continue
+            except UnknownSegment:
+                pass  # created since the map was filled: the cold read fills it
+            self._cold.submit((user_id,), deadline, self._counted(answer))
+        self._hits.inc(len(hits))
+        with self._reads_lock:
+            self._reads.update(hits)
+
+    def _lookup(self, user_ids: Sequence[int]) -> Sequence[Entry | None]:
+        if self._entries.connected and user_ids:
+            try:
+                return self._entries.lookup(user_ids)
+            except ServiceError:
+                log.warning("lane_without_cache")
+        return [None] * len(user_ids)
+
+    def _counted(self, answer: Answer) -> Answer:
+        """An answer to a cold read that also counts it: cold blocks are what the warmer must know of."""
+
+        def count(user_id: int, outcome: Outcome) -> None:
+            answer(user_id, outcome)
+            if not isinstance(outcome, ServiceError):
+                with self._reads_lock:
+                    self._reads[shard_of(user_id, self._shard_count), outcome[BLOCK]] += 1
+
+        return count
+
+    # -- housekeeping -----------------------------------------------------------------------------------------------
+
+    def _keep_house(self) -> None:
+        next_counts = time.monotonic() + COUNTS_EVERY_S
+        while not self._closing.wait(HOUSEKEEPING_S):
+            try:
+                self._connect()
+                if time.monotonic() >= next_counts:
+                    next_counts = time.monotonic() + COUNTS_EVERY_S
+                    self._send_counts()
+            except Exception:
+                log.exception("lane_housekeeping_failed")
+
+    def _connect(self) -> None:
+        """Connect if need be. Not on the lane's own thread, which would wait for a server that does not answer."""
+        if self._entries.connected:
+            return
+        try:
+            self._entries.connect()
+        except ServiceError:
+            return  # tried again soon; reads go on without the cache
+        log.info("lane_has_cache")
+
+    def _send_counts(self) -> None:
+        with self._reads_lock:
+            reads, self._reads = self._reads, Counter()
+        by_shard: dict[int, dict[int, int]] = {}
+        for (shard, block), count in reads.items():
+            by_shard.setdefault(shard, {})[block] = count
+        try:
+            for shard, counts in by_shard.items():
+                self._counts.add_reads(shard, counts)
+        except ServiceError:
+            log.info("read_counts_lost", blocks=len(reads))  # a hint for the warmer, no more
+
+
+class UnknownSegment(Exception):
+    """An entry names a segment whose slug is not known here yet."""
+
+
+class _Single:
+    """Answers a GetUserSegments."""
+
+    __slots__ = ("_call", "_slugs")
+
+    def __init__(self, call: Call, slugs: Mapping[int, bytes]) -> None:
+        self._call = call
+        self._slugs = slugs
+
+    def __call__(self, user_id: int, outcome: Outcome) -> None:
+        if isinstance(outcome, ServiceError):
+            self._call.fail(outcome)
+        else:
+            self._call.answer(_encoded(user_id, outcome, self._slugs))
+
+
+class _Batch:
+    """Answers a BatchGetUserSegments when the last of its users has been read."""
+
+    __slots__ = ("_call", "_left", "_lock", "_results", "_slugs")
+
+    def __init__(self, call: Call, users: int, slugs: Mapping[int, bytes]) -> None:
+        self._call = call
+        self._slugs = slugs
+        self._lock = threading.Lock()
+        self._results = [b""] * users
+        self._left = users
+
+    def put(self, index: int, user_id: int, outcome: Outcome) -> None:
+        if isinstance(outcome, ServiceError):
+            result = wire.encode_error_result(status_of(outcome))
+        else:
+            result = wire.encode_result(_encoded(user_id, outcome, self._slugs))
+        with self._lock:
+            self._results[index] = result
+            self._left -= 1
+            complete = not self._left
+        if complete:
+            self._call.answer(b"".join(self._results))
+
+
+class _BatchPlace:
+    """One user's place in a batch."""
+
+    __slots__ = ("_batch", "_index")
+
+    def __init__(self, batch: _Batch, index: int) -> None:
+        self._batch = batch
+        self._index = index
+
+    def __call__(self, user_id: int, outcome: Outcome) -> None:
+        self._batch.put(self._index, user_id, outcome)
+
+
+def _encoded(user_id: int, entry: Entry, slugs: Mapping[int, bytes]) -> bytes:
+    try:
+        return wire.encode_user_segments(user_id, entry, slugs)
+    except KeyError:
+        raise UnknownSegment from None
+
+
+def _internal() -> ServiceError:
+    return ServiceError(Reason.INTERNAL, "an internal error; the service's log has it")

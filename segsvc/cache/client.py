@@ -1,0 +1,273 @@
+"""The cache as the rest of the service uses it: the protocol's steps, on a small pool of connections.
+
+Any error of the server or of a connection becomes ``CACHE_UNAVAILABLE``; whether the step took effect is then
+unknown, and every caller is safe either way: reads go on without the cache, changes are not acknowledged.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from segsvc.cache import entry as entries
+from segsvc.cache import keys, scripts
+from segsvc.cache.connection import CacheConnection
+from segsvc.domain.errors import ServiceError, cache_unavailable
+from segsvc.domain.membership import NEVER_US, READ_TIME, VALID_UNTIL, Entry, EntryColumns, Grant
+from segsvc.log import get_logger
+
+log = get_logger(__name__)
+
+KEYS_PER_CALL: Final = 256
+"""Keys a script call touches at most: a call keeps the server from answering reads, here for about 0.3 ms."""
+
+_TTL_JITTER: Final = 0.1
+"""Entries filled together end spread over the last tenth of their life, not all at once."""
+
+Clock = Callable[[], int]
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+class CacheClient:
+    """The steps of the cache protocol. For any number of threads; made after the last fork of a process.
+
+    Args:
+        url: of the cache's server.
+        timeout_s: bound of connecting and of each wait for the server.
+        ttl_s: life of an entry.
+        now_us: the wall clock, microseconds since 1970.
+    """
+
+    RETRY_S = 0.1
+    """How long after a failure the next attempt is made; until then every step fails at once."""
+    _IDLE_MAX = 16
+
+    def __init__(self, url: str, *, timeout_s: float, ttl_s: int, now_us: Clock = _now_us) -> None:
+        self._url = url
+        self._timeout_s = timeout_s
+        self._ttl_ms = ttl_s * 1000
+        self._now_us = now_us
+        self._lock = threading.Lock()
+        self._idle: list[CacheConnection] = []
+        self._down = False
+        self._retry_at = 0.0
+
+    # -- changes ----------------------------------------------------------------------------------------------------
+
+    def block(self, shard: int, user_id: int) -> bytes:
+        """Before the COMMIT of a change of one user: make the entry a miss and keep it one. Returns the block's token.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE.
+        """
+        token = _token()
+        with self.connection() as connection:
+            connection.run("SET", keys.user(shard, user_id), b"B" + token, "PX", scripts.BLOCK_MS)
+        return token
+
+    def unblock(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None:
+        """After the COMMIT of changes of users, before they are acknowledged: what later reads find is newer.
+
+        Args:
+            token: of the own ``block``; None: the changes went without one. Another writer's block stays.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE: some may not be done, and the changes may not be acknowledged.
+        """
+        own = token or _token()
+        calls = [_call(scripts.UNBLOCK, keys.users(shard, chunk), [own]) for chunk in _chunks(user_ids, KEYS_PER_CALL)]
+        if calls:
+            with self.connection() as connection:
+                connection.run_all(calls)
+
+    def drop_generations(self, shards: Sequence[int]) -> None:
+        """After the COMMIT of a bulk change, before it is reported done: every entry of these shards is a miss.
+
+        Idempotent, and harmless when late: the next miss draws a fresh nonce.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE: some shards may still have hits.
+        """
+        with self.connection() as connection:
+            connection.run_all([("DEL", keys.generation(shard)) for shard in shards])
+
+    # -- loads ------------------------------------------------------------------------------------------------------
+
+    def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant:
+        """Ask to fill users of one shard. The shard is read only after this has returned.
+
+        Not granted for users whose entry is in use, leased to another load or blocked by a writer.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE.
+        """
+        token = _token()
+        lease_ms, now_us = scripts.LEASE_MS, self._now_us()
+        with self.connection() as connection:
+            args = [connection.run_id, secrets.token_bytes(entries.NONCE_BYTES), token]
+            args += [b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT]
+            g = keys.generation(shard)
+            chunks = _chunks(user_ids, KEYS_PER_CALL)
+            replies = connection.run_all(
+                [_call(scripts.ACQUIRE, [g, *keys.users(shard, chunk)], args) for chunk in chunks]
+            )
+        # The generation may change between two calls of a batch. Only what was granted under the last one is kept:
+        # an entry with an older nonce would be a miss from the start.
+        nonce: bytes = replies[-1][0] if replies else b""
+        granted = [
+            user_id
+            for chunk, (chunk_nonce, flags) in zip(chunks, replies, strict=True)
+            if chunk_nonce == nonce
+            for user_id, flag in zip(chunk, flags, strict=True)
+            if flag == ord("1")
+        ]
+        return Grant(nonce, token, frozenset(granted))
+
+    def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
+        """Store what was read under a grant; users not granted must not be among them. Returns how many were stored.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE.
+        """
+        values = [entries.encode(grant.nonce, entry) for _, entry in rows]
+        lives_ms = [self._life_ms(entry[VALID_UNTIL], entry[READ_TIME]) for _, entry in rows]
+        return self._fill(shard, grant.token, [user_id for user_id, _ in rows], values, lives_ms)
+
+    def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int:
+        """As ``fill``, for the warmer's many users at once."""
+        user_ids = columns.user_ids.tolist()
+        values = entries.encode_columns(grant.nonce, columns)
+        lives_ms = [self._life_ms(until, columns.read_time_us) for until in columns.valid_until_us.tolist()]
+        return self._fill(shard, grant.token, user_ids, values, lives_ms)
+
+    def release(self, shard: int, grant: Grant, user_ids: Sequence[int]) -> None:
+        """Give leases back without a fill (a user who does not exist is never cached). Raises CACHE_UNAVAILABLE."""
+        calls = [
+            _call(scripts.RELEASE, keys.users(shard, chunk), [grant.token])
+            for chunk in _chunks(user_ids, KEYS_PER_CALL)
+        ]
+        if calls:
+            with self.connection() as connection:
+                connection.run_all(calls)
+
+    def _life_ms(self, valid_until_us: int, read_time_us: int) -> int:
+        life_ms = int(self._ttl_ms * (1 - _TTL_JITTER * random.random()))
+        if valid_until_us == NEVER_US:
+            return life_ms
+        # From one clock, the shard's, so that no skew between machines can lengthen it.
+        return max(1, min(life_ms, (valid_until_us - read_time_us) // 1000))
+
+    def _fill(
+        self, shard: int, token: bytes, user_ids: Sequence[int], values: Sequence[bytes], lives_ms: Sequence[int]
+    ) -> int:
+        calls = []
+        for first in range(0, len(user_ids), KEYS_PER_CALL):
+            chunk = slice(first, first + KEYS_PER_CALL)
+            args: list[bytes] = [token]
+            for value, life_ms in zip(values[chunk], lives_ms[chunk], strict=True):
+                args += (value, b"%d" % life_ms)
+            calls.append(_call(scripts.FILL, keys.users(shard, user_ids[chunk]), args))
+        if not calls:
+            return 0
+        with self.connection() as connection:
+            return sum(connection.run_all(calls))
+
+    # -- connections ------------------------------------------------------------------------------------------------
+
+    def connect(self) -> CacheConnection:
+        """A connection of the caller's own. Raises CACHE_UNAVAILABLE."""
+        try:
+            return CacheConnection(self._url, self._timeout_s)
+        except (RedisError, OSError) as error:
+            raise cache_unavailable() from error
+
+    def close(self) -> None:
+        """Close what is idle; a connection in use is closed when it comes back."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    @contextmanager
+    def connection(self) -> Iterator[CacheConnection]:
+        """A connection of the pool, for one thread and one exchange. Errors inside become CACHE_UNAVAILABLE."""
+        connection = self._take()
+        try:
+            yield connection
+        except (RedisError, OSError) as error:
+            # One failed, so the others are likely to be of the same dead server. They are not tried one by one.
+            connection.close()
+            self.close()
+            if isinstance(error, RedisTimeoutError | TimeoutError):
+                self._mark_down()  # it hangs: the next caller must not wait for it as well
+            raise cache_unavailable() from error
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            if len(self._idle) < self._IDLE_MAX:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _take(self) -> CacheConnection:
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._connect_again()
+            if connection.idle_and_alive():
+                return connection
+            # Nothing was sent on it yet, so nothing is lost or doubled by going on with another one.
+            connection.close()
+
+    def _connect_again(self) -> CacheConnection:
+        """Connect, but while the server is down only one caller at a time tries: the others fail at once.
+
+        A server that does not answer costs each attempt the whole timeout; reads must not wait for it one by one.
+        """
+        with self._lock:
+            if self._down:
+                now = time.monotonic()
+                if now < self._retry_at:
+                    raise cache_unavailable()
+                self._retry_at = now + self._timeout_s + self.RETRY_S
+        try:
+            connection = self.connect()
+        except ServiceError:
+            self._mark_down()
+            raise
+        with self._lock:
+            if self._down:
+                log.info("cache_back")
+            self._down = False
+        return connection
+
+    def _mark_down(self) -> None:
+        with self._lock:
+            if not self._down:
+                log.warning("cache_down")
+            self._down, self._retry_at = True, time.monotonic() + self.RETRY_S
+
+
+def _token() -> bytes:
+    return secrets.token_hex(8).encode()
+
+
+def _chunks(user_ids: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [user_ids[first : first + size] for first in range(0, len(user_ids), size)]
+
+
+def _call(script: scripts.Script, script_keys: Sequence[bytes], args: Sequence[bytes]) -> list[bytes | str | int]:
+    return ["EVALSHA", script.sha, len(script_keys), *script_keys, *args]

@@ -1,0 +1,113 @@
+"""The value of a user's key: the one place that knows its bytes.
+
+    offset  bytes
+         0      1  "V"
+         1     10  nonce of the shard's generation under which it was filled
+        11      1  format: 1
+        12      8  valid_until_us    signed, little-endian, as all that follow
+        20      8  row_version
+        28      8  read_time_us
+        36      4  block             unsigned
+        40   4 × n segment ids       unsigned, in the order of their slugs
+
+A read compares the first 12 bytes in one go: value, generation and format must all be right, or it is a miss. A new
+format gets a new number; old entries are then misses, and are filled anew.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from segsvc.domain.membership import VALID_UNTIL, Entry, EntryColumns
+
+NONCE_BYTES: Final = 10
+RUN_ID_BYTES: Final = 40
+FORMAT: Final = b"\x01"
+PREFIX_BYTES: Final = 1 + NONCE_BYTES + 1
+HEADER_BYTES: Final = 40
+_WORDS: Final = HEADER_BYTES // 4
+
+
+class _Layouts(dict[int, struct.Struct | None]):
+    """Length of a value -> how it unpacks; None for a length that no value has. Filled as lengths are met."""
+
+    def __missing__(self, length: int) -> struct.Struct | None:
+        count, odd = divmod(length - HEADER_BYTES, 4)
+        layout = struct.Struct(f"<qqqI{count}I") if count >= 0 and not odd else None
+        self[length] = layout
+        return layout
+
+
+_layouts: Final = _Layouts()
+
+
+def prefix(nonce: bytes) -> bytes:
+    """What every usable value of a generation begins with."""
+    return b"V" + nonce + FORMAT
+
+
+def nonce_of(generation: bytes | None, run_id: bytes) -> bytes | None:
+    """The nonce in a generation key's value; None if it is absent, malformed or another server's."""
+    if generation is None or len(generation) != RUN_ID_BYTES + NONCE_BYTES or not generation.startswith(run_id):
+        return None
+    return generation[RUN_ID_BYTES:]
+
+
+def encode(nonce: bytes, entry: Entry) -> bytes:
+    """The value of an entry under a generation. Raises struct.error for a segment id or block above 2**32 - 1."""
+    layout = _layouts[HEADER_BYTES + 4 * (len(entry) - 4)]
+    if layout is None:
+        raise ValueError("an entry has at least its four fixed fields")
+    return prefix(nonce) + layout.pack(*entry)
+
+
+def decode(value: bytes | None, usable_prefix: bytes | None, now_us: int) -> Entry | None:
+    """What a key holds, if it may be used; None: a miss.
+
+    Args:
+        value: of the user's key; None: it is absent.
+        usable_prefix: ``prefix`` of the shard's generation; None: the shard has none.
+        now_us: the time, against the entry's valid_until.
+    """
+    if value is None or usable_prefix is None or not value.startswith(usable_prefix):
+        return None
+    layout = _layouts[len(value)]
+    if layout is None:
+        return None
+    entry = layout.unpack_from(value, PREFIX_BYTES)
+    return entry if entry[VALID_UNTIL] > now_us else None
+
+
+def encode_columns(nonce: bytes, columns: EntryColumns) -> Sequence[bytes]:
+    """The values of many users in the columns' order: as ``encode``, without a Python step per segment."""
+    users = len(columns.user_ids)
+    lengths = columns.counts + _WORDS
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    header = np.zeros(
+        users,
+        dtype=[
+            ("prefix", f"S{PREFIX_BYTES}"),
+            ("valid_until_us", "<i8"),
+            ("row_version", "<i8"),
+            ("read_time_us", "<i8"),
+            ("block", "<u4"),
+        ],
+    )
+    header["prefix"] = prefix(nonce)
+    header["valid_until_us"] = columns.valid_until_us
+    header["row_version"] = columns.row_versions
+    header["read_time_us"] = columns.read_time_us
+    header["block"] = columns.blocks
+    words = np.empty(int(lengths.sum()), dtype="<u4")
+    in_header = np.zeros(words.size, dtype=np.bool_)
+    header_at = (starts[:, None] + np.arange(_WORDS)).ravel()
+    in_header[header_at] = True
+    words[header_at] = header.view("<u4")
+    words[~in_header] = columns.segment_ids
+    data = words.tobytes()
+    return [data[4 * start : 4 * end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]

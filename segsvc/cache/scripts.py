@@ -1,0 +1,122 @@
+"""The steps of the cache protocol that compare and change in one go, as Lua on the server.
+
+Each call touches keys of one shard only. Principle: a fill needs positive permission, its own token still in place;
+so losing any key at any moment (eviction, expiry, a flush, a server replaced by an empty one) only makes misses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Final
+
+from segsvc.cache.entry import FORMAT, HEADER_BYTES, NONCE_BYTES, PREFIX_BYTES, RUN_ID_BYTES
+
+LEASE_MS: Final = 10_000
+"""Life of a lease: longer than any load takes; a load that was slower may not fill any more."""
+BLOCK_MS: Final = 60_000
+"""Life of a block: longer than any transaction of one user, so that a writer's crash is forgotten in the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One script and the name under which the server keeps it."""
+
+    source: str
+    sha: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sha", hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest())
+
+
+ACQUIRE: Final = Script(
+    f"""#!lua
+-- KEYS: g, then users' keys. ARGV: run_id, a fresh nonce, token, lease in ms, now in us, format.
+-- Gives the nonce in force, and for each user '1' (the lease was given) or '0'.
+local g = redis.call('GET', KEYS[1])
+if not g or #g ~= {RUN_ID_BYTES + NONCE_BYTES} or string.sub(g, 1, {RUN_ID_BYTES}) ~= ARGV[1] then
+  -- Lost, or another run's: a new generation, under which nothing filled before is a hit.
+  g = ARGV[1] .. ARGV[2]
+  redis.call('SET', KEYS[1], g)
+end
+local nonce = string.sub(g, {RUN_ID_BYTES + 1})
+local prefix = 'V' .. nonce .. ARGV[6]
+local lease = 'L' .. ARGV[3]
+local now = tonumber(ARGV[5])
+local granted = {{}}
+local call = redis.call
+local users = call('MGET', unpack(KEYS, 2))
+for i, u in ipairs(users) do
+  local given = '1'
+  if u then
+    local kind = string.sub(u, 1, 1)
+    -- A lease or a block is another's. A value is refused exactly if a read would call it a hit: any other value
+    -- would stay a miss for ever if it could not be replaced.
+    if kind == 'L' or kind == 'B' then
+      given = '0'
+    elseif string.sub(u, 1, {PREFIX_BYTES}) == prefix and #u >= {HEADER_BYTES} and #u % 4 == 0
+        and struct.unpack('<i8', u, {PREFIX_BYTES + 1}) > now then
+      given = '0'
+    end
+  end
+  if given == '1' then
+    call('SET', KEYS[i + 1], lease, 'PX', ARGV[4])
+  end
+  granted[i] = given
+end
+return {{nonce, table.concat(granted)}}
+"""
+)
+
+FILL: Final = Script(
+    """#!lua
+-- KEYS: users' keys. ARGV: token, then for each key its value and its life in ms. Gives how many were filled.
+-- Only over the own lease: whatever happened to the key since the lease was given (a change of the user, a flush, an
+-- expiry, another's lease) may have made this value stale, and has removed the lease.
+local lease = 'L' .. ARGV[1]
+local filled = 0
+local call = redis.call
+for i, u in ipairs(call('MGET', unpack(KEYS))) do
+  if u == lease then
+    call('SET', KEYS[i], ARGV[2 * i], 'PX', ARGV[2 * i + 1])
+    filled = filled + 1
+  end
+end
+return filled
+"""
+)
+
+RELEASE: Final = Script(
+    """#!lua flags=allow-oom
+-- KEYS: users' keys. ARGV: token. Removes the own leases: nothing is to be filled.
+local lease = 'L' .. ARGV[1]
+local removed = 0
+for i = 1, #KEYS do
+  if redis.call('GET', KEYS[i]) == lease then
+    removed = removed + redis.call('DEL', KEYS[i])
+  end
+end
+return removed
+"""
+)
+
+UNBLOCK: Final = Script(
+    """#!lua flags=allow-oom
+-- KEYS: users' keys. ARGV: token. Removes values, leases (so that loads begun before this cannot fill) and the own
+-- block. Another writer's block stays: its change is not visible yet. Works without memory to spare: it only frees.
+local own = 'B' .. ARGV[1]
+local removed = 0
+for i = 1, #KEYS do
+  local u = redis.call('GET', KEYS[i])
+  if u and (string.sub(u, 1, 1) ~= 'B' or u == own) then
+    removed = removed + redis.call('DEL', KEYS[i])
+  end
+end
+return removed
+"""
+)
+
+ALL: Final = (ACQUIRE, FILL, RELEASE, UNBLOCK)
+"""Loaded when a connection is made: after a restart or a SCRIPT FLUSH the next connection brings them back."""
+
+__all__ = ["ACQUIRE", "ALL", "BLOCK_MS", "FILL", "FORMAT", "LEASE_MS", "RELEASE", "UNBLOCK", "Script"]

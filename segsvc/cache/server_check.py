@@ -1,0 +1,83 @@
+"""Is the cache's server set up as the protocol needs it? Asked at startup and by ``segsvc doctor``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from redis.exceptions import RedisError, ResponseError
+
+from segsvc.cache.connection import CacheConnection
+
+OLDEST_VERSION: Final = (7, 0)
+"""Of Redis (Valkey says which Redis it is compatible with): flags of scripts."""
+
+
+def cache_findings(url: str, *, timeout_s: float) -> list[str]:
+    """What is wrong with the cache's server, one sentence each; nothing found: an empty list.
+
+    A server that cannot be reached is a finding too.
+    """
+    try:
+        connection = CacheConnection(url, timeout_s)
+    except (RedisError, OSError):
+        return ["the cache's server cannot be reached"]
+    try:
+        return [
+            *_version(connection.info),
+            *_eviction(connection.info),
+            *_copies(connection),
+            *_persistence(connection),
+        ]
+    except (RedisError, OSError):
+        return ["the cache's server broke off the check"]
+    finally:
+        connection.close()
+
+
+def _version(info: dict[str, str]) -> list[str]:
+    text = info.get("redis_version", "0")
+    if tuple(int(part) for part in text.split(".")[:2] if part.isdigit()) >= OLDEST_VERSION:
+        return []
+    return [f"the cache's server is version {text}; it must be at least {'.'.join(map(str, OLDEST_VERSION))}"]
+
+
+def _eviction(info: dict[str, str]) -> list[str]:
+    policy = info.get("maxmemory_policy", "unknown")
+    if policy == "volatile-lru":
+        return []
+    # Under allkeys-*, the key of a shard's generation is evicted as soon as it is idle, and the shard goes cold;
+    # under noeviction a full cache takes no more entries.
+    return [f"the cache's maxmemory-policy is {policy}; it must be volatile-lru"]
+
+
+def _copies(connection: CacheConnection) -> list[str]:
+    info = connection.info
+    found = []
+    # A copy could take over with older data: a change that was acknowledged would be undone for readers.
+    if info.get("role") != "master":
+        found.append(f"the cache's server is a {info.get('role', 'server of unknown role')}, not a master of its own")
+    if int(info.get("connected_slaves", 0)):
+        found.append(f"the cache's server has {info['connected_slaves']} replicas; it must have none")
+    return found
+
+
+def _persistence(connection: CacheConnection) -> list[str]:
+    """A server that comes back with older data is worse than one that comes back empty."""
+    found = []
+    if connection.info.get("aof_enabled", "0") != "0":
+        found.append("the cache's server has appendonly on; it must be off")
+    saves = _setting(connection, "save")
+    if saves is None:
+        found.append("the cache's server does not let its setting 'save' be read; make sure that it is empty")
+    elif saves:
+        found.append(f"the cache's server writes snapshots (save {saves!r}); save must be empty")
+    return found
+
+
+def _setting(connection: CacheConnection, name: str) -> str | None:
+    """One setting; None: the server does not let it be read (hosted ones often do not)."""
+    try:
+        reply: Any = connection.run("CONFIG", "GET", name)
+    except ResponseError:
+        return None
+    return reply[1].decode() if len(reply) == 2 else None

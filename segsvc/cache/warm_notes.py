@@ -1,0 +1,85 @@
+"""What the warmer keeps in the cache beside the entries: hints. Losing them costs work, never correctness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from segsvc.cache import keys
+from segsvc.cache.client import CacheClient
+from segsvc.cache.connection import Command, parse_info
+from segsvc.cache.entry import NONCE_BYTES, nonce_of
+from segsvc.domain.membership import CacheMemory, Sweep
+
+HOT_TTL_S: Final = 3600
+"""Without reads for this long, what was hot is forgotten."""
+BLOCKS_PER_REPORT: Final = 4096
+"""Blocks of a shard whose reads one front reports at a time: the most read ones."""
+NOTE_TTL_S: Final = 86_400
+
+
+class WarmNotes:
+    """Which blocks are hot, what is warm already, how much memory is in use. All raise CACHE_UNAVAILABLE."""
+
+    def __init__(self, client: CacheClient) -> None:
+        self._client = client
+
+    # -- hotness ----------------------------------------------------------------------------------------------------
+
+    def add_reads(self, shard: int, reads: Mapping[int, int]) -> None:
+        """Add reads to blocks."""
+        most_read = sorted(reads, key=reads.__getitem__, reverse=True)[:BLOCKS_PER_REPORT]
+        key = keys.hot(shard)
+        commands: list[Command] = [("ZINCRBY", key, reads[block], block) for block in most_read]
+        with self._client.connection() as connection:
+            connection.run_all([*commands, ("EXPIRE", key, HOT_TTL_S)])
+
+    def hottest(self, shard: int) -> list[int]:
+        """Blocks with reads, most read first."""
+        with self._client.connection() as connection:
+            return [int(block) for block in connection.run("ZREVRANGE", keys.hot(shard), 0, -1)]
+
+    def fade(self, shard: int) -> None:
+        """Halve the counts, so that what was read long ago gives way; forget what has faded to less than one."""
+        key = keys.hot(shard)
+        with self._client.connection() as connection:
+            connection.run_all(
+                [
+                    ("ZUNIONSTORE", key, 1, key, "WEIGHTS", "0.5"),
+                    ("ZREMRANGEBYSCORE", key, "-inf", "(1"),
+                    ("EXPIRE", key, HOT_TTL_S),
+                ]
+            )
+
+    # -- what is warm -----------------------------------------------------------------------------------------------
+
+    def last_sweep(self, shard: int) -> Sweep | None:
+        """The last complete sweep, if the shard's generation is still that under which it was made; else None."""
+        with self._client.connection() as connection:
+            generation, note = connection.run("MGET", keys.generation(shard), keys.warm(shard))
+            nonce = nonce_of(generation, connection.run_id)
+        if nonce is None or note is None or note[:NONCE_BYTES] != nonce:
+            return None
+        next_slot, ended_s = note[NONCE_BYTES:].split(b" ")
+        return Sweep(nonce, int(next_slot), int(ended_s))
+
+    def note_sweep(self, shard: int, sweep: Sweep) -> None:
+        """Remember that everything below ``next_slot`` was warmed under this nonce."""
+        note = sweep.nonce + b"%d %d" % (sweep.next_slot, sweep.ended_s)
+        with self._client.connection() as connection:
+            connection.run("SET", keys.warm(shard), note, "EX", NOTE_TTL_S)
+
+    def present(self, shard: int, groups: Sequence[Sequence[int]]) -> list[int]:
+        """For each group of users, how many have a key, whatever it holds."""
+        commands: list[Command] = [("EXISTS", *keys.users(shard, group)) for group in groups]
+        with self._client.connection() as connection:
+            return connection.run_all(commands)
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def memory(self) -> CacheMemory:
+        """What the server uses, and may use."""
+        with self._client.connection() as connection:
+            reply: Any = connection.run("INFO", "memory")
+        info = parse_info(reply)
+        return CacheMemory(int(info["used_memory"]), int(info.get("maxmemory", 0)) or None)

@@ -1,0 +1,273 @@
+"""Memberships as readers need them: users one by one for a miss, whole blocks for the warmer.
+
+Each function is one statement, hence one snapshot (READ COMMITTED): bits, row_version and overrides of one moment.
+An override that has not expired by the shard's clock is laid over the rule's bit. ``statement_timestamp()`` is the
+time of an answer: the snapshot is not older than it, so it holds everything acknowledged before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, aggregate_order_by
+
+from segsvc.domain.membership import NEVER_US, LoadedUser, UserBlock
+from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
+from segsvc.postgres import tables
+from segsvc.postgres.engine import Databases
+
+WARM_LOCK: Final = 0x5E65_0002
+"""Key of the advisory lock that a warmer holds on a shard for the length of its session."""
+
+_INCLUDE, _EXCLUDE = 1, 2
+_BIT_LENGTH = BLOCK_SLOTS.bit_length() - 1
+
+_users = tables.users.c
+_memberships = tables.memberships.c
+_overrides = tables.overrides.c
+_directory = tables.directory.c
+
+
+def _microseconds(time: sa.ColumnElement[Any]) -> sa.ColumnElement[int]:
+    """A timestamp as microseconds since 1970, exactly (``extract`` gives a numeric, not a float)."""
+    return sa.cast(sa.extract("epoch", time) * 1_000_000, sa.BigInteger)
+
+
+_READ_TIME = _microseconds(sa.func.statement_timestamp()).label("read_time_us")
+_UNEXPIRED = sa.or_(_overrides.expire_time.is_(None), _overrides.expire_time > sa.func.statement_timestamp())
+
+
+_USER_IDS = sa.bindparam("user_ids", type_=ARRAY(sa.BigInteger))
+_BLOCKS = sa.bindparam("blocks", type_=ARRAY(sa.BigInteger))
+
+
+def _packed_int64s(*columns: sa.ColumnElement[Any]) -> sa.ColumnElement[bytes]:
+    """All rows of a subquery as one bytea of big-endian int64s: far cheaper to fetch than rows or arrays."""
+    row: sa.ColumnElement[Any] = sa.func.int8send(columns[0], type_=BYTEA)
+    for column in columns[1:]:
+        row = row.concat(sa.func.int8send(column, type_=BYTEA))
+    return sa.func.string_agg(row, sa.literal(b"", BYTEA))
+
+
+# The statements are built once: building one costs more than running it.
+
+
+def _users_statement() -> sa.Select[Any]:
+    block = _users.slot.bitwise_rshift(_BIT_LENGTH)
+    bit = sa.cast(_users.slot.bitwise_and(BLOCK_SLOTS - 1), sa.Integer)
+    by_rule = (
+        sa.select(sa.func.array_agg(_memberships.segment_id))
+        .where(_memberships.block == block, sa.func.get_bit(_memberships.bits, bit) == 1)
+        .scalar_subquery()
+    )
+    segment_ids = sa.func.array_agg(_overrides.segment_id)
+    overridden = (
+        sa.select(
+            segment_ids.filter(_overrides.effect == _INCLUDE).label("included"),
+            segment_ids.filter(_overrides.effect == _EXCLUDE).label("excluded"),
+            _microseconds(sa.func.min(_overrides.expire_time)).label("valid_until_us"),
+        )
+        .where(_overrides.user_id == _users.id, _UNEXPIRED)
+        .lateral("overridden")
+    )
+    return (
+        sa.select(
+            _users.id,
+            block.label("block"),
+            _users.row_version,
+            _READ_TIME,
+            by_rule.label("by_rule"),
+            overridden.c.included,
+            overridden.c.excluded,
+            overridden.c.valid_until_us,
+        )
+        .select_from(tables.users.join(overridden, sa.true()))
+        .where(_users.id == sa.any_(_USER_IDS))
+    )
+
+
+def _blocks_statement() -> sa.Select[Any]:
+    first_slot = _directory.block * BLOCK_SLOTS
+    in_block = _users.slot.between(first_slot, first_slot + (BLOCK_SLOTS - 1))
+    bit = _users.slot.bitwise_and(BLOCK_SLOTS - 1)
+    # Both in one number, for a third less work of the server; a row_version stays far below 2**53.
+    version_and_bit = _users.row_version.bitwise_lshift(_BIT_LENGTH).bitwise_or(bit)
+    versions = sa.select(_packed_int64s(version_and_bit)).where(in_block).scalar_subquery()
+    until_us = sa.func.coalesce(_microseconds(_overrides.expire_time), NEVER_US)
+    included = sa.cast(sa.case((_overrides.effect == _INCLUDE, 1), else_=0), sa.BigInteger)
+    overrides = (
+        sa.select(_packed_int64s(bit, _overrides.segment_id, included, until_us))
+        .select_from(tables.overrides.join(tables.users, _overrides.user_id == _users.id))
+        .where(in_block, _UNEXPIRED)
+        .scalar_subquery()
+    )
+    by_rule = (
+        sa.select(
+            sa.func.array_agg(aggregate_order_by(_memberships.segment_id, _memberships.segment_id)).label("ids"),
+            sa.func.string_agg(
+                _memberships.bits, aggregate_order_by(sa.literal(b"", BYTEA), _memberships.segment_id)
+            ).label("bits"),
+        )
+        .where(_memberships.block == _directory.block)
+        .lateral("by_rule")
+    )
+    return (
+        sa.select(
+            _directory.block,
+            _directory.user_ids,
+            _READ_TIME,
+            versions.label("versions"),
+            overrides.label("overrides"),
+            by_rule.c.ids,
+            by_rule.c.bits,
+        )
+        .select_from(tables.directory.join(by_rule, sa.true()))
+        .where(_directory.block == sa.any_(_BLOCKS))
+    )
+
+
+_SELECT_USERS = _users_statement()
+_SELECT_BLOCKS = _blocks_statement()
+_SELECT_DIRECTORY = sa.select(_directory.block, _directory.user_ids).where(_directory.block == sa.any_(_BLOCKS))
+_SELECT_SLUGS = sa.select(tables.shard_segments.c.id, tables.shard_segments.c.slug)
+_SELECT_NEXT_SLOT = sa.select(tables.shard_state.c.next_slot)
+
+
+def select_users(connection: sa.Connection, user_ids: Sequence[int]) -> list[LoadedUser]:
+    """The users of these that exist, in no order, overrides laid over."""
+    return [
+        LoadedUser(
+            row.id,
+            row.block,
+            row.row_version,
+            row.read_time_us,
+            NEVER_US if row.valid_until_us is None else row.valid_until_us,
+            _laid_over(row.by_rule or (), row.included, row.excluded),
+        )
+        for row in connection.execute(_SELECT_USERS, {"user_ids": list(user_ids)})
+    ]
+
+
+def _laid_over(
+    by_rule: Sequence[int], included: Sequence[int] | None, excluded: Sequence[int] | None
+) -> tuple[int, ...]:
+    if not included and not excluded:
+        return tuple(by_rule)
+    return tuple(set(by_rule).union(included or ()).difference(excluded or ()))
+
+
+def select_slugs(connection: sa.Connection) -> dict[int, str]:
+    """Every segment that the shard knows: id -> slug."""
+    return {row.id: row.slug for row in connection.execute(_SELECT_SLUGS)}
+
+
+def select_next_slot(connection: sa.Connection) -> int:
+    """Slots given out so far."""
+    return int(connection.execute(_SELECT_NEXT_SLOT).scalar_one())
+
+
+def select_directory(connection: sa.Connection, blocks: Sequence[int]) -> dict[int, list[int]]:
+    """The users of these blocks; a block without a directory row is left out."""
+    found = {}
+    for row in connection.execute(_SELECT_DIRECTORY, {"blocks": list(blocks)}):
+        user_ids = np.frombuffer(row.user_ids, dtype="<i8")
+        found[row.block] = user_ids[user_ids > 0].tolist()
+    return found
+
+
+def select_blocks(connection: sa.Connection, blocks: Sequence[int]) -> list[UserBlock]:
+    """All that the memberships of these blocks' users depend on, in one snapshot."""
+    return [_user_block(row) for row in connection.execute(_SELECT_BLOCKS, {"blocks": list(blocks)})]
+
+
+def _user_block(row: Any) -> UserBlock:
+    row_versions = np.zeros(BLOCK_SLOTS, dtype=np.int64)
+    versions = _unpacked_int64s(row.versions)
+    row_versions[versions & (BLOCK_SLOTS - 1)] = versions >> _BIT_LENGTH
+    return UserBlock(
+        block=row.block,
+        user_ids=np.frombuffer(row.user_ids, dtype="<i8"),
+        row_versions=row_versions,
+        segment_ids=np.array(row.ids or (), dtype=np.int64),
+        packed=np.frombuffer(row.bits or b"", dtype=np.uint8).reshape(-1, BLOCK_BYTES),
+        overrides=_unpacked_int64s(row.overrides).reshape(-1, 4),
+        read_time_us=row.read_time_us,
+    )
+
+
+def _unpacked_int64s(value: Any) -> npt.NDArray[np.int64]:
+    return np.frombuffer(value or b"", dtype=">i8").astype(np.int64)
+
+
+class PostgresMemberships:
+    """Implements the reading ports of ``services.cold_reads`` and ``services.warming``.
+
+    Args:
+        databases: with a pool as large as the threads that read at once, and the sessions' statement timeout set to
+            that of reads.
+    """
+
+    def __init__(self, databases: Databases) -> None:
+        self._databases = databases
+
+    def load(self, shard: int, user_ids: Sequence[int], *, timeout_s: float | None = None) -> list[LoadedUser]:
+        """The users of these that exist.
+
+        Args:
+            timeout_s: bound of the statement; None: the session's.
+
+        Raises:
+            ServiceError: SHARD_UNAVAILABLE, DEADLINE_EXCEEDED, OVERLOADED (every connection is in use).
+            LockTimeout: something holds the tables exclusively (a migration).
+        """
+        with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
+            return select_users(connection, user_ids)
+
+    def slugs(self, shard: int) -> dict[int, str]:
+        """Every segment that the shard knows: id -> slug. Raises as ``load``."""
+        with self._databases.shard_tx(shard) as connection:
+            return select_slugs(connection)
+
+    def next_slot(self, shard: int) -> int:
+        """Slots given out so far: every user's slot is below. Raises as ``load``."""
+        with self._databases.shard_tx(shard) as connection:
+            return select_next_slot(connection)
+
+    @contextmanager
+    def warm_session(self, shard: int) -> Iterator[PostgresWarmSession | None]:
+        """A session for one run of the warmer; None: another one runs on this shard.
+
+        The advisory lock belongs to the session, not to a transaction: the run is many short transactions, so that no
+        snapshot grows old. Whatever ends the session (the end of the block, a crash, a lost connection) frees the
+        lock. It only saves work: two runs at once would still be right, for each fills under its own leases.
+        """
+        with self._databases.shard_autocommit(shard) as connection:
+            if not connection.execute(sa.select(sa.func.pg_try_advisory_lock(WARM_LOCK))).scalar_one():
+                yield None
+                return
+            try:
+                yield PostgresWarmSession(connection)
+            finally:
+                try:
+                    connection.execute(sa.select(sa.func.pg_advisory_unlock(WARM_LOCK)))
+                except sa.exc.DBAPIError:
+                    # The session may still hold the lock, so it must not go back into the pool.
+                    connection.invalidate()
+
+
+class PostgresWarmSession:
+    """What the warmer reads of one shard; see ``select_directory`` and ``select_blocks``."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def users_of(self, blocks: Sequence[int]) -> dict[int, list[int]]:
+        return select_directory(self._connection, blocks)
+
+    def read(self, blocks: Sequence[int]) -> list[UserBlock]:
+        return select_blocks(self._connection, blocks)

@@ -1,0 +1,92 @@
+"""Segment ids as slugs. Entries hold ids, answers hold slugs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, TypeVar
+
+from segsvc.log import get_logger
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+_READS_MAX: Final = 3
+
+
+class SlugMap:
+    """Which slug a segment id stands for. Only ever grows: an id is never reused and keeps its slug for life.
+
+    For any number of threads. Ids are the same on all shards, so one map serves them all; it is filled from whichever
+    shard used an id that is not known yet.
+
+    Args:
+        load: the (id, slug) pairs of a shard.
+        encode: what the hot path wants to have at hand for a slug.
+    """
+
+    def __init__(
+        self, load: Callable[[int], Mapping[int, str]], encode: Callable[[str], bytes] = lambda slug: slug.encode()
+    ) -> None:
+        self._load = load
+        self._encode = encode
+        # One a shard: a shard that hangs must not keep others' new segments from being learnt.
+        self._locks: dict[int, threading.Lock] = {}
+        self._slugs: dict[int, str] = {}
+        self.encoded: dict[int, bytes] = {}
+        """id -> encoded slug, for the hot path; absent: not known, use ``learn``."""
+
+    def slug(self, segment_id: int) -> str:
+        """Raises KeyError for an unknown id."""
+        return self._slugs[segment_id]
+
+    def unknown(self, segment_ids: Iterable[int]) -> set[int]:
+        """Those of the ids that the map does not know."""
+        return {segment_id for segment_id in segment_ids if segment_id not in self._slugs}
+
+    def learn(self, shard: int, segment_ids: Iterable[int]) -> set[int]:
+        """Fill the map from a shard unless it knows these ids. Returns those that the shard does not know either.
+
+        Raises:
+            ServiceError: the shard cannot be read.
+        """
+        with self._locks.setdefault(shard, threading.Lock()):
+            # Asked under the lock: of many threads that met a new segment, one loads and the others find it there.
+            missing = self.unknown(segment_ids)
+            if not missing:
+                return missing
+            for segment_id, slug in self._load(shard).items():
+                self.encoded[segment_id] = self._encode(slug)
+                # Last: an id counts as known when everything about it is there.
+                self._slugs[segment_id] = slug
+        return self.unknown(missing)
+
+    def read_named(
+        self, shard: int, read: Callable[[], T], segment_ids: Callable[[T], Iterable[int]]
+    ) -> tuple[T, set[int]]:
+        """Read something of a shard, and know all its segments' names.
+
+        A segment deleted between the read and the look at the names has none. Leaving it out would mix two moments in
+        one answer, so the read is made again, as it is without that segment.
+
+        Returns:
+            What was read, and ids to leave out: bits that belong to no segment, which is damage for the checker to
+            name. It is logged, and does not keep the rest from being answered.
+
+        Raises:
+            ServiceError: the shard cannot be read.
+        """
+        for _ in range(_READS_MAX):
+            result = read()
+            nameless = self.unknown(segment_ids(result))
+            if nameless:
+                nameless = self.learn(shard, nameless)
+            if not nameless:
+                return result, nameless
+        log.error("bits_without_segment", shard=shard, segment_ids=sorted(nameless))
+        return result, nameless
+
+    def in_slug_order(self, segment_ids: Iterable[int]) -> list[int]:
+        """Known ids, sorted by their slugs. Raises KeyError for an unknown one."""
+        return sorted(segment_ids, key=self._slugs.__getitem__)

@@ -1,0 +1,249 @@
+"""Fills the cache ahead of the reads: after a bulk change every entry is a miss, and so is every new user's.
+
+Goes through the same steps as a read that misses (acquire, its reply, the read, fill), many users at a time, so it is
+as safe beside writers, readers and other warmers. A sweep covers a shard's blocks, most read first, those without
+reads newest first. Each run does the least that is needed:
+
+- nothing, if the last sweep was made under the generation in force, covers every user and is not old;
+- the new blocks, if only users came;
+- all blocks, if the generation is new;
+- what is missing, if the last sweep is old (entries get lost by changes of single users, expiry and eviction).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import numpy as np
+
+from segsvc import metrics
+from segsvc.domain.membership import CacheMemory, EntryColumns, Grant, Sweep, UserBlock
+from segsvc.domain.sharding import BLOCK_SLOTS
+from segsvc.log import get_logger
+from segsvc.services.slug_map import SlugMap
+from segsvc.services.warm_columns import entry_columns, segments_of
+
+log = get_logger(__name__)
+
+BLOCKS_AT_ONCE: Final = 8
+"""Blocks read by one statement. While they are leased, reads of their users are answered and fill nothing."""
+SWEEP_EVERY_S: Final = 60.0
+"""How often a shard is looked over although nothing is known to have changed; less often if that takes long."""
+SWEEP_SHARE: Final = 0.05
+"""The part of the time that looking over may take."""
+MAXMEMORY_SHARE: Final = 0.9
+"""The part of the server's memory that the warmer fills; the rest is for what is read."""
+MISSING_SHARE: Final = 1 / 16
+"""With the memory used up, a block is still warmed if no more of its users are without a key: entries that are
+replaced take no more memory."""
+
+
+class WarmSession(Protocol):
+    """A shard, as far as one run of the warmer needs it."""
+
+    def users_of(self, blocks: Sequence[int]) -> Mapping[int, Sequence[int]]:
+        """The users of these blocks; blocks without a directory row are left out."""
+
+    def read(self, blocks: Sequence[int]) -> Sequence[UserBlock]:
+        """All that their memberships depend on, of one moment."""
+
+
+class WarmReads(Protocol):
+    """The shards, as far as the warmer needs them. All raise SHARD_UNAVAILABLE."""
+
+    def next_slot(self, shard: int) -> int:
+        """Slots given out so far."""
+
+    def warm_session(self, shard: int) -> AbstractContextManager[WarmSession | None]:
+        """A session that no other warmer has at the same time; None: another has it."""
+
+
+class WarmCache(Protocol):
+    """The cache, as far as the warmer fills it. All raise CACHE_UNAVAILABLE."""
+
+    def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant: ...
+
+    def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int: ...
+
+    def release(self, shard: int, grant: Grant, user_ids: Sequence[int]) -> None: ...
+
+
+class Notes(Protocol):
+    """What the warmer and the fronts tell each other. All raise CACHE_UNAVAILABLE."""
+
+    def hottest(self, shard: int) -> Sequence[int]: ...
+
+    def fade(self, shard: int) -> None: ...
+
+    def last_sweep(self, shard: int) -> Sweep | None: ...
+
+    def note_sweep(self, shard: int, sweep: Sweep) -> None: ...
+
+    def present(self, shard: int, groups: Sequence[Sequence[int]]) -> Sequence[int]: ...
+
+    def memory(self) -> CacheMemory: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WarmReport:
+    """What one run did.
+
+    Attributes:
+        entries: filled.
+        blocks: looked at; 0: there was nothing to do, or another warmer does it.
+        stopped_by_budget: blocks were left cold because the memory for warming is used up.
+    """
+
+    shard: int
+    entries: int = 0
+    blocks: int = 0
+    seconds: float = 0.0
+    stopped_by_budget: bool = False
+
+
+@dataclass(slots=True)
+class _Run:
+    shard: int
+    session: WarmSession
+    looking_over: bool
+    """Under this generation everything was warm once: users with a key need nothing."""
+    nonce: bytes | None
+    entries: int = 0
+    blocks: int = 0
+    stopped_by_budget: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+
+class Warmer:
+    """Warms shards, one run at a time a shard.
+
+    Args:
+        budget_bytes: no entries are added while the cache's server uses more; 0: nothing is warmed.
+        now_s: the wall clock, seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        *,
+        reads: WarmReads,
+        cache: WarmCache,
+        notes: Notes,
+        slugs: SlugMap,
+        budget_bytes: int,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._reads = reads
+        self._cache = cache
+        self._notes = notes
+        self._slugs = slugs
+        self._budget_bytes = budget_bytes
+        self._now_s = now_s
+        self._sweep_seconds: dict[int, float] = {}
+
+    def warm_shard(self, shard: int) -> WarmReport:
+        """Do what is needed to have the shard's users in the cache, within the budget.
+
+        Raises:
+            ServiceError: SHARD_UNAVAILABLE, CACHE_UNAVAILABLE: the next run goes on.
+        """
+        if not self._budget_bytes:
+            return WarmReport(shard)
+        next_slot = self._reads.next_slot(shard)
+        if not next_slot or self._is_warm(shard, self._notes.last_sweep(shard), next_slot):
+            return WarmReport(shard)
+        with self._reads.warm_session(shard) as session:
+            if session is None:
+                return WarmReport(shard)
+            # Asked again: what another run did since is not to be done twice.
+            last = self._notes.last_sweep(shard)
+            if self._is_warm(shard, last, next_slot):
+                return WarmReport(shard)
+            return self._sweep(shard, session, last, next_slot)
+
+    def _is_warm(self, shard: int, last: Sweep | None, next_slot: int) -> bool:
+        return last is not None and last.next_slot >= next_slot and not self._is_old(shard, last)
+
+    def _is_old(self, shard: int, last: Sweep) -> bool:
+        pause_s = max(SWEEP_EVERY_S, self._sweep_seconds.get(shard, 0.0) / SWEEP_SHARE)
+        return self._now_s() - last.ended_s >= pause_s
+
+    def _sweep(self, shard: int, session: WarmSession, last: Sweep | None, next_slot: int) -> WarmReport:
+        run = _Run(shard, session, looking_over=last is not None, nonce=last.nonce if last else None)
+        whole = last is None or self._is_old(shard, last)
+        first_block = 0 if last is None or whole else last.next_slot // BLOCK_SLOTS
+        complete = all(self._warm(run, chunk) for chunk in self._chunks(shard, first_block, next_slot))
+        seconds = time.monotonic() - run.started
+        if complete and run.nonce is not None:
+            ended_s = int(self._now_s()) if last is None or whole else last.ended_s
+            self._notes.note_sweep(shard, Sweep(run.nonce, next_slot, ended_s))
+            if whole:
+                self._notes.fade(shard)
+                self._sweep_seconds[shard] = seconds
+        metrics.warmed.labels(shard).inc(run.entries)
+        if run.entries:
+            log.info("warmed", shard=shard, entries=run.entries, blocks=run.blocks, seconds=round(seconds, 3))
+        return WarmReport(shard, run.entries, run.blocks, seconds, run.stopped_by_budget)
+
+    def _chunks(self, shard: int, first_block: int, next_slot: int) -> Iterator[list[int]]:
+        """The blocks from ``first_block`` on, in the order in which they are worth the memory."""
+        end = -(-next_slot // BLOCK_SLOTS)
+        hot = [block for block in self._notes.hottest(shard) if first_block <= block < end]
+        known = set(hot)
+        order = hot + [block for block in range(end - 1, first_block - 1, -1) if block not in known]
+        for first in range(0, len(order), BLOCKS_AT_ONCE):
+            yield order[first : first + BLOCKS_AT_ONCE]
+
+    def _warm(self, run: _Run, blocks: Sequence[int]) -> bool:
+        """Warm some blocks. False: the generation has changed, and what this run has filled is of no more use."""
+        run.blocks += len(blocks)
+        users = self._worth_warming(run, run.session.users_of(blocks))
+        user_ids = [user_id for members in users.values() for user_id in members]
+        if not user_ids:
+            return True
+        grant = self._cache.acquire(run.shard, user_ids)
+        if run.nonce not in (None, grant.nonce):
+            self._cache.release(run.shard, grant, list(grant.user_ids))
+            return False
+        run.nonce = grant.nonce
+        # Refused users are in the cache, being read, or being changed; blocks of only such users are not read.
+        wanted = [block for block, members in users.items() if not grant.user_ids.isdisjoint(members)]
+        if wanted:
+            self._fill(run, grant, wanted)
+        return True
+
+    def _fill(self, run: _Run, grant: Grant, blocks: Sequence[int]) -> None:
+        read, nameless = self._slugs.read_named(run.shard, lambda: run.session.read(blocks), segments_of)
+        if not read:
+            return
+        granted = np.fromiter(grant.user_ids, dtype=np.int64, count=len(grant.user_ids))
+        columns = entry_columns(read, granted, nameless, self._slugs)
+        run.entries += self._cache.fill_columns(run.shard, grant, columns)
+        gone = grant.user_ids.difference(columns.user_ids.tolist())
+        if gone:
+            self._cache.release(run.shard, grant, list(gone))  # deleted since their block was listed
+
+    def _worth_warming(self, run: _Run, users: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
+        """Leave out blocks that have all their keys already, and those for which there is no memory."""
+        memory = self._notes.memory()
+        limit = self._budget_bytes
+        if memory.max_bytes is not None:
+            limit = min(limit, int(memory.max_bytes * MAXMEMORY_SHARE))
+        full = memory.used_bytes > limit
+        if not full and not run.looking_over:
+            return dict(users)
+        worth = {}
+        for (block, members), present in zip(
+            users.items(), self._notes.present(run.shard, list(users.values())), strict=True
+        ):
+            missing = len(members) - present
+            if run.looking_over and not missing:
+                continue
+            if full and missing > len(members) * MISSING_SHARE:
+                run.stopped_by_budget = True
+                continue
+            worth[block] = members
+        return worth

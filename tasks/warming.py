@@ -1,0 +1,28 @@
+"""Beat asks for warming; one task a shard, on a queue and workers of its own."""
+
+from __future__ import annotations
+
+from segsvc.config import load_settings
+from segsvc.domain.errors import LockTimeout, ServiceError
+from segsvc.log import get_logger
+from tasks.app import app, runtime
+
+log = get_logger(__name__)
+
+
+@app.task(name="segsvc.warm_all", ignore_result=True)
+def warm_all() -> None:
+    """Send a task for each shard. One that no worker took before the next round is due is dropped."""
+    settings = load_settings()
+    for shard in range(settings.shard_count):
+        warm_shard.apply_async(kwargs={"shard": shard}, expires=settings.warm_interval_s)
+
+
+@app.task(name="segsvc.warm_shard", ignore_result=True)
+def warm_shard(*, shard: int) -> None:
+    """Have a shard's users in the cache, as far as the memory for it goes."""
+    try:
+        runtime().warming.warm_shard(shard)
+    except (ServiceError, LockTimeout) as error:
+        # The next run is some seconds away and goes on with what is missing.
+        log.warning("warming_incomplete", shard=shard, reason=str(error))

@@ -1,0 +1,153 @@
+"""A small installation of two shards, and a cache; helpers to change users as a writer does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+
+from segsvc.cache.client import CacheClient
+from segsvc.cache.reader import CacheReader
+from segsvc.domain.membership import FIRST_SEGMENT, Entry
+from segsvc.local.postgres import PostgresServer
+from segsvc.local.redis import CACHE_CONFIG, RedisServer
+from segsvc.postgres.engine import Databases, Pool
+from segsvc.postgres.reads import PostgresMemberships
+from tests.installation import Installation, new_installation
+
+SHARDS = 2
+
+
+def eventually(condition: Callable[[], object], *, within_s: float = 15.0) -> None:
+    """Wait until something comes true."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "did not come true in time"
+        time.sleep(0.01)
+
+
+class World:
+    """The installation with its cache, and what tests do to both."""
+
+    def __init__(self, installation: Installation, server: RedisServer) -> None:
+        self.installation = installation
+        self.settings = installation.settings
+        self.server = server
+        self.client = CacheClient(server.url, timeout_s=0.5, ttl_s=86_400)
+        self.reader = CacheReader(self.client, SHARDS)
+        self.databases = Databases(self.settings, "test", Pool(4, self.settings.read_timeout_s))
+        self.memberships = PostgresMemberships(self.databases)
+        self.raw = redis.Redis.from_url(server.url)
+        self._segments = 0
+
+    def close(self) -> None:
+        self.reader.close()
+        self.client.close()
+        self.databases.close()
+        self.raw.close()
+
+    def add_users(self, count: int) -> list[int]:
+        """Users 1 … count."""
+        users = list(range(1, count + 1))
+        self.installation.add_users(users)
+        return users
+
+    def add_segment(self, slug: str, members: Sequence[int] = ()) -> int:
+        """A segment with these members by its bits, on all shards. Returns its id; ids do not follow the slugs."""
+        self._segments += 1
+        segment_id = 1000 - self._segments
+        for shard in range(SHARDS):
+            self.installation.execute(
+                shard, "INSERT INTO segments (id, slug, salt) VALUES (:id, :slug, 1)", id=segment_id, slug=slug
+            )
+        self.set_members(segment_id, members)
+        return segment_id
+
+    def set_members(self, segment_id: int, members: Sequence[int]) -> None:
+        """Give the segment exactly these members, as a bulk change does."""
+        for shard in range(SHARDS):
+            self.installation.execute(shard, "DELETE FROM memberships WHERE segment_id = :id", id=segment_id)
+            mine = [user for user in members if user % SHARDS == shard]
+            slots = self.installation.execute(shard, "SELECT slot FROM users WHERE id = ANY(:ids)", ids=mine)
+            blocks: dict[int, np.ndarray] = {}
+            for row in slots:
+                slot = int(str(row.slot))
+                blocks.setdefault(slot // 1024, np.zeros(1024, dtype=bool))[slot % 1024] = True
+            for block, flags in blocks.items():
+                self.installation.execute(
+                    shard,
+                    "INSERT INTO memberships (block, segment_id, bits) VALUES (:block, :id, :bits)",
+                    block=block,
+                    id=segment_id,
+                    bits=np.packbits(flags, bitorder="little").tobytes(),
+                )
+
+    def override(self, user_id: int, segment_id: int, effect: int, expires_in_s: float | None = None) -> None:
+        """1 includes, 2 excludes."""
+        self.installation.execute(
+            user_id % SHARDS,
+            "INSERT INTO overrides (user_id, segment_id, effect, expire_time) "
+            "VALUES (:user, :segment, :effect, clock_timestamp() + make_interval(secs => :secs))",
+            user=user_id,
+            segment=segment_id,
+            effect=effect,
+            secs=expires_in_s,
+        )
+
+    def fill(self, *user_ids: int) -> None:
+        """Load users into the cache, as a miss does."""
+        for user_id in user_ids:
+            shard = user_id % SHARDS
+            grant = self.client.acquire(shard, [user_id])
+            assert grant.user_ids == {user_id}
+            (row,) = self.memberships.load(shard, [user_id])
+            entry = (row.valid_until_us, row.row_version, row.read_time_us, row.block, *sorted(row.segment_ids))
+            assert self.client.fill(shard, grant, [(user_id, entry)]) == 1
+
+    def cached(self, *user_ids: int) -> list[Entry | None]:
+        """What the hot path would answer with; None: a miss."""
+        if not self.reader.connected:
+            self.reader.connect()
+        return self.reader.lookup(user_ids)
+
+    def cached_segments(self, user_id: int) -> tuple[int, ...] | None:
+        (entry,) = self.cached(user_id)
+        return entry if entry is None else tuple(entry[FIRST_SEGMENT:])
+
+
+@pytest.fixture
+def installation(pg_server: PostgresServer) -> Iterator[Installation]:
+    with new_installation(pg_server, shards=SHARDS) as made:
+        yield made
+
+
+@pytest.fixture
+def world(installation: Installation, cache_server: RedisServer) -> Iterator[World]:
+    """On the session's cache, emptied."""
+    made = World(installation, cache_server)
+    made.raw.flushall()
+    made.raw.config_set("maxmemory-policy", "volatile-lru")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path) -> Iterator[RedisServer]:
+    """A cache of the test's own, to be killed, paused and restarted."""
+    server = RedisServer("cache", tmp_path / "cache", {**CACHE_CONFIG, "maxmemory": "64mb"})
+    server.start()
+    yield server
+    if server.running:
+        server.resume()
+    server.purge()
+
+
+@pytest.fixture
+def own_world(installation: Installation, own_cache: RedisServer) -> Iterator[World]:
+    made = World(installation, own_cache)
+    yield made
+    made.close()

@@ -1,0 +1,365 @@
+"""Every step of the cache protocol on a real server: what makes a hit, who may fill, and what takes an entry away."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import redis
+
+from segsvc.cache import keys, scripts
+from segsvc.cache.client import CacheClient
+from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.membership import NEVER_US, Entry
+from segsvc.local.redis import RedisServer
+from tests.integration.cache.conftest import World, eventually
+
+USER = 4
+SHARD = 0
+ENTRY: Entry = (NEVER_US, 1, 2, 0, 7, 8)
+KEY = keys.user(SHARD, USER)
+G = keys.generation(SHARD)
+
+
+@pytest.fixture
+def filled(world: World) -> World:
+    grant = world.client.acquire(SHARD, [USER])
+    world.client.fill(SHARD, grant, [(USER, ENTRY)])
+    assert world.cached(USER) == [ENTRY]
+    return world
+
+
+# -- acquire --------------------------------------------------------------------------------------------------------
+
+
+def test_first_acquire_makes_a_generation_of_this_server(world: World) -> None:
+    grant = world.client.acquire(SHARD, [USER])
+    assert world.raw.get(G) == world.raw.info("server")["run_id"].encode() + grant.nonce
+    assert world.raw.ttl(G) == -1, "with a TTL it could be evicted, and the shard would go cold"
+    assert world.raw.get(KEY) == b"L" + grant.token
+    assert 0 < world.raw.pttl(KEY) <= scripts.LEASE_MS
+
+
+def test_later_acquires_keep_the_generation(world: World) -> None:
+    first = world.client.acquire(SHARD, [USER])
+    second = world.client.acquire(SHARD, [USER + 2])
+    assert (second.nonce, second.user_ids) == (first.nonce, {USER + 2})
+    assert second.token != first.token
+
+
+def test_generations_of_shards_are_apart(world: World) -> None:
+    assert world.client.acquire(0, [2]).nonce != world.client.acquire(1, [1]).nonce
+
+
+@pytest.mark.parametrize("holder", [b"Lother", b"Bother"])
+def test_lease_and_block_of_another_are_respected(world: World, holder: bytes) -> None:
+    world.raw.set(KEY, holder, ex=60)
+    assert world.client.acquire(SHARD, [USER]).user_ids == frozenset()
+    assert world.raw.get(KEY) == holder
+
+
+def test_hit_is_refused(filled: World) -> None:
+    value = filled.raw.get(KEY)
+    assert filled.client.acquire(SHARD, [USER, 6]).user_ids == {6}
+    assert filled.raw.get(KEY) == value
+
+
+def _other_format(value: bytes) -> bytes:
+    return value[:11] + b"\x09" + value[12:]
+
+
+@pytest.mark.parametrize("spoil", [lambda v: v[:-1], lambda v: v[:30], _other_format, lambda v: b"V", lambda v: b"x"])
+def test_value_that_is_no_hit_can_be_replaced(filled: World, spoil: object) -> None:
+    """It would stay a miss until it expires otherwise."""
+    value = filled.raw.get(KEY)
+    filled.raw.set(KEY, spoil(value), ex=60)  # type: ignore[operator]
+    assert filled.cached(USER) == [None]
+    filled_again = filled.client.acquire(SHARD, [USER])
+    assert filled_again.user_ids == {USER}
+    filled.client.fill(SHARD, filled_again, [(USER, ENTRY)])
+    assert filled.cached(USER) == [ENTRY]
+
+
+def test_value_whose_override_has_expired_can_be_replaced(world: World) -> None:
+    grant = world.client.acquire(SHARD, [USER])
+    now_us = world.client._now_us()
+    world.client.fill(SHARD, grant, [(USER, (now_us + 300_000, 1, now_us - 10_000_000, 0))])
+    assert world.cached(USER) != [None]
+    assert world.client.acquire(SHARD, [USER]).user_ids == frozenset()
+    eventually(lambda: world.cached(USER) == [None])
+    assert world.raw.exists(KEY), "this is about the check, not about Redis's expiry"
+    assert world.client.acquire(SHARD, [USER]).user_ids == {USER}
+
+
+def test_many_users_in_one_call(world: World) -> None:
+    users = list(range(2, 2 + 2 * 1000, 2))
+    world.raw.set(keys.user(SHARD, 600), b"Bother", ex=60)
+    grant = world.client.acquire(SHARD, users)
+    assert grant.user_ids == set(users) - {600}
+    assert world.client.fill(SHARD, grant, [(user, ENTRY) for user in sorted(grant.user_ids)]) == 999
+    assert world.cached(*users).count(None) == 1
+
+
+# -- fill -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "now", [None, b"Lother", b"Bother", b"L", b"Vsomething"], ids=["lost", "leased again", "blocked", "odd", "value"]
+)
+def test_fill_needs_its_own_lease_still_in_place(world: World, now: bytes | None) -> None:
+    grant = world.client.acquire(SHARD, [USER])
+    world.raw.delete(KEY)
+    if now is not None:
+        world.raw.set(KEY, now, ex=60)
+    assert world.client.fill(SHARD, grant, [(USER, ENTRY)]) == 0
+    assert world.raw.get(KEY) == now
+
+
+def test_value_carries_the_nonce_of_its_lease(world: World) -> None:
+    grant = world.client.acquire(SHARD, [USER])
+    world.client.drop_generations([SHARD])
+    world.client.acquire(SHARD, [USER + 2])  # a new generation
+    assert world.client.fill(SHARD, grant, [(USER, ENTRY)]) == 1
+    assert world.cached(USER) == [None], "read before the bulk change, it must not be a hit after it"
+
+
+def test_entries_live_a_day_with_jitter_and_end_with_an_override(world: World) -> None:
+    users = list(range(2, 202, 2))
+    grant = world.client.acquire(SHARD, users)
+    world.client.fill(SHARD, grant, [(user, ENTRY) for user in users[1:]])
+    read_time_us = world.client._now_us()
+    world.client.fill(SHARD, grant, [(users[0], (read_time_us + 5_000_000, 1, read_time_us, 0))])
+    lives = [world.raw.ttl(keys.user(SHARD, user)) for user in users[1:]]
+    assert min(lives) >= 0.89 * 86_400
+    assert max(lives) <= 86_400
+    assert len(set(lives)) > 50
+    assert 0 < world.raw.pttl(keys.user(SHARD, users[0])) <= 5000
+
+
+def test_lease_is_given_back_only_by_its_owner(world: World) -> None:
+    grant = world.client.acquire(SHARD, [USER, 6])
+    world.raw.set(keys.user(SHARD, 6), b"Lother", ex=60)
+    world.client.release(SHARD, grant, [USER, 6])
+    assert world.raw.get(KEY) is None
+    assert world.raw.get(keys.user(SHARD, 6)) == b"Lother"
+
+
+# -- changes of one user --------------------------------------------------------------------------------------------
+
+
+def test_blocked_user_is_a_miss_that_nobody_fills(filled: World) -> None:
+    filled.client.block(SHARD, USER)
+    assert filled.cached(USER) == [None]
+    assert filled.client.acquire(SHARD, [USER]).user_ids == frozenset()
+    assert 0 < filled.raw.pttl(KEY) <= scripts.BLOCK_MS
+
+
+def test_block_takes_a_load_its_permission(world: World) -> None:
+    grant = world.client.acquire(SHARD, [USER])
+    token = world.client.block(SHARD, USER)
+    assert world.client.fill(SHARD, grant, [(USER, ENTRY)]) == 0
+    world.client.unblock(SHARD, [USER], token)
+    assert world.raw.get(KEY) is None
+    assert world.client.fill(SHARD, grant, [(USER, ENTRY)]) == 0, "it was read before the change"
+
+
+def test_unblock_takes_value_lease_and_own_block_away(world: World) -> None:
+    world.client.acquire(SHARD, [2])
+    token = world.client.block(SHARD, 4)
+    filled = world.client.acquire(SHARD, [6])
+    world.client.fill(SHARD, filled, [(6, ENTRY)])
+    world.client.unblock(SHARD, [2, 4, 6, 8], token)
+    assert not world.raw.exists(*keys.users(SHARD, [2, 4, 6, 8]))
+
+
+def test_unblock_leaves_another_writers_block(world: World) -> None:
+    theirs = world.client.block(SHARD, USER)
+    world.client.unblock(SHARD, [USER])
+    world.client.unblock(SHARD, [USER], b"0123456789abcdef")
+    assert world.raw.get(KEY) == b"B" + theirs
+
+
+def test_unblock_of_very_many(world: World) -> None:
+    users = list(range(2, 2 + 2 * 5000, 2))
+    world.raw.mset({keys.user(SHARD, user): b"V" for user in users})
+    world.client.unblock(SHARD, users)
+    assert not world.raw.exists(*keys.users(SHARD, users))
+    world.client.unblock(SHARD, [])
+
+
+def test_unblock_works_without_memory_to_spare(own_world: World) -> None:
+    raw = own_world.raw
+    raw.set(KEY, b"V" * 50)
+    raw.config_set("maxmemory-policy", "noeviction")
+    raw.config_set("maxmemory", "1mb")
+    with pytest.raises(ServiceError):
+        own_world.client.acquire(SHARD, [8])
+    own_world.client.unblock(SHARD, [USER])
+    own_world.client.drop_generations([SHARD])
+    assert not raw.exists(KEY)
+
+
+# -- bulk changes and losses ----------------------------------------------------------------------------------------
+
+
+def test_dropped_generation_makes_every_entry_of_the_shard_a_miss(filled: World) -> None:
+    other = filled.client.acquire(1, [1])
+    filled.client.fill(1, other, [(1, ENTRY)])
+    filled.client.drop_generations([SHARD])
+    assert filled.cached(USER, 1) == [None, ENTRY]
+    filled.client.acquire(SHARD, [10])
+    assert filled.cached(USER) == [None], "a new generation does not bring the old one's entries back"
+    filled.client.drop_generations([SHARD, 1])
+    filled.client.drop_generations([SHARD, 1])
+    assert filled.cached(USER, 1) == [None, None]
+
+
+def test_lost_keys_are_misses_never_empty_lists(filled: World) -> None:
+    filled.raw.delete(KEY)
+    assert filled.cached(USER) == [None]
+    filled.raw.flushall()
+    assert filled.cached(USER, 1) == [None, None]
+
+
+def test_generation_of_another_run_is_none(filled: World) -> None:
+    """A server that came back with older data would have it."""
+    generation = filled.raw.get(G)
+    filled.raw.set(G, b"f" * 40 + generation[40:])
+    assert filled.cached(USER) == [None]
+    grant = filled.client.acquire(SHARD, [USER])
+    assert grant.user_ids == {USER}
+    assert filled.raw.get(G)[:40] == generation[:40]
+    assert grant.nonce != generation[40:]
+
+
+@pytest.mark.parametrize("generation", [b"", b"x", b"y" * 60])
+def test_odd_generation_is_none(filled: World, generation: bytes) -> None:
+    filled.raw.set(G, generation)
+    assert filled.cached(USER) == [None]
+    assert filled.client.acquire(SHARD, [USER]).user_ids == {USER}
+    assert filled.raw.get(G) != generation
+
+
+def test_restarted_server_with_old_data_has_no_hits(own_world: World) -> None:
+    """As if persistence were on, or a replica took over."""
+    raw = own_world.raw
+    grant = own_world.client.acquire(SHARD, [USER])
+    own_world.client.fill(SHARD, grant, [(USER, ENTRY)])
+    assert own_world.cached(USER) == [ENTRY]
+    before = raw.dump(KEY), raw.dump(G)
+    own_world.server.restart()
+    eventually(raw.ping)
+    raw.restore(KEY, 0, before[0])
+    raw.restore(G, 0, before[1])
+    with pytest.raises(ServiceError):
+        own_world.cached(USER)  # the old connection is gone for good
+    assert own_world.cached(USER) == [None]
+    assert own_world.client.acquire(SHARD, [USER]).user_ids == {USER}
+
+
+# -- connections ----------------------------------------------------------------------------------------------------
+
+
+def test_run_id_is_asked_before_anything_else(world: World) -> None:
+    with world.raw.monitor() as monitor:
+        connection = world.client.connect()
+        connection.run("GET", "x")
+        own = connection._transport._sock.getsockname()[1]
+        commands = []
+        while not commands or commands[-1] != "GET x":
+            event = monitor.next_command()
+            if event["client_port"] == str(own):
+                commands.append(event["command"])
+        connection.close()
+    assert next(command for command in commands if not command.startswith("AUTH")) == "INFO"
+
+
+def test_connection_is_never_renewed_in_place(world: World) -> None:
+    connection = world.client.connect()
+    world.raw.client_kill_filter(_type="normal", skipme=True)
+    with pytest.raises((redis.RedisError, OSError)):
+        connection.run("GET", "x")
+    assert not connection.open
+    with pytest.raises(OSError, match="closed"):
+        connection.run("GET", "x")
+
+
+def test_error_reply_closes_the_connection(world: World) -> None:
+    """Replies that are still to come would be read as another command's."""
+    connection = world.client.connect()
+    with pytest.raises(redis.ResponseError, match="unknown command"):
+        connection.run_all([("NONSENSE",), ("GET", "x")])
+    assert not connection.open
+
+
+def test_idle_connections_that_were_cut_are_replaced_unseen(world: World) -> None:
+    world.client.acquire(SHARD, [USER])
+    world.raw.client_kill_filter(_type="normal", skipme=True)
+    assert world.client.acquire(SHARD, [6]).user_ids == {6}
+
+
+def test_scripts_come_back_after_they_were_flushed(world: World) -> None:
+    world.client.acquire(SHARD, [USER])
+    world.raw.script_flush()
+    with pytest.raises(ServiceError) as error:
+        world.client.acquire(SHARD, [6])
+    assert error.value.reason is Reason.CACHE_UNAVAILABLE
+    assert world.client.acquire(SHARD, [6]).user_ids == {6}
+
+
+def test_server_that_is_down_and_back(own_world: World) -> None:
+    client, server = own_world.client, own_world.server
+    client.acquire(SHARD, [USER])
+    server.kill()
+    steps = [
+        lambda: client.acquire(SHARD, [USER]),
+        lambda: client.block(SHARD, USER),
+        lambda: client.unblock(SHARD, [USER]),
+        lambda: client.drop_generations([SHARD]),
+    ]
+    for step in steps:
+        with pytest.raises(ServiceError) as error:
+            step()
+        assert error.value.reason is Reason.CACHE_UNAVAILABLE
+    server.start()
+
+    def back() -> bool:
+        try:
+            client.unblock(SHARD, [USER])
+        except ServiceError:
+            return False
+        return True
+
+    eventually(back, within_s=2)
+
+
+def test_server_that_hangs_costs_one_caller_its_timeout_and_the_others_nothing(own_world: World) -> None:
+    client = own_world.client
+    client.acquire(SHARD, [USER])
+    own_world.server.pause()
+    with pytest.raises(ServiceError):
+        client.acquire(SHARD, [USER])
+    begun = time.monotonic()
+    refused = 0
+    while time.monotonic() - begun < 0.08:
+        with pytest.raises(ServiceError):
+            client.acquire(SHARD, [USER])
+        refused += 1
+    assert refused >= 5
+    own_world.server.resume()
+
+    def back() -> bool:
+        try:
+            client.acquire(SHARD, [USER])
+        except ServiceError:
+            return False
+        return True
+
+    eventually(back, within_s=2)
+
+
+def test_wrong_password_is_an_outage(cache_server: RedisServer) -> None:
+    client = CacheClient(cache_server.url.replace("redis://:", "redis://:wrong"), timeout_s=0.5, ttl_s=60)
+    with pytest.raises(ServiceError) as error:
+        client.acquire(SHARD, [USER])
+    assert "wrong" not in str(error.value)

@@ -1,0 +1,118 @@
+"""The bytes of a cache entry: what is a hit, and what must never be one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segsvc.cache import entry as entries
+from segsvc.cache import keys
+from segsvc.domain.membership import NEVER_US, Entry, EntryColumns
+
+NOW_US = 1_800_000_000_000_000
+NONCE = bytes(range(10))
+PREFIX = entries.prefix(NONCE)
+ENTRY: Entry = (NEVER_US, 7, NOW_US - 5, 3, 12, 4, 2**32 - 1)
+
+int64s = st.integers(-(2**63), 2**63 - 1)
+uint32s = st.integers(0, 2**32 - 1)
+
+
+@given(st.binary(min_size=10, max_size=10), int64s, int64s, uint32s, st.lists(uint32s, max_size=50))
+def test_what_is_encoded_is_decoded(nonce: bytes, version: int, time: int, block: int, ids: list[int]) -> None:
+    entry: Entry = (NEVER_US, version, time, block, *ids)
+    assert entries.decode(entries.encode(nonce, entry), entries.prefix(nonce), NOW_US) == entry
+
+
+def test_layout_is_the_documented_one() -> None:
+    value = entries.encode(NONCE, (5, 6, 7, 8, 9, 10))
+    assert value == (
+        b"V"
+        + NONCE
+        + b"\x01"
+        + b"".join(n.to_bytes(8, "little") for n in (5, 6, 7))
+        + b"".join(n.to_bytes(4, "little") for n in (8, 9, 10))
+    )
+    assert len(value) == entries.HEADER_BYTES + 2 * 4
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(None, id="absent"),
+        pytest.param(b"", id="empty"),
+        pytest.param(b"Ltoken", id="lease"),
+        pytest.param(b"Btoken", id="block"),
+        pytest.param(entries.encode(NONCE, ENTRY).replace(b"V", b"W", 1), id="other kind"),
+        pytest.param(entries.encode(b"x" * 10, ENTRY), id="other generation"),
+        pytest.param(PREFIX[:-1] + b"\x02" + entries.encode(NONCE, ENTRY)[12:], id="other format"),
+        pytest.param(entries.encode(NONCE, ENTRY)[:-1], id="cut inside an id"),
+        pytest.param(entries.encode(NONCE, ENTRY)[:39], id="cut inside the header"),
+        pytest.param(entries.encode(NONCE, (NOW_US, *ENTRY[1:])), id="expires now"),
+        pytest.param(entries.encode(NONCE, (NOW_US - 1, *ENTRY[1:])), id="has expired"),
+    ],
+)
+def test_anything_but_a_usable_value_is_a_miss(value: bytes | None) -> None:
+    assert entries.decode(value, PREFIX, NOW_US) is None
+
+
+def test_value_is_used_until_its_override_expires() -> None:
+    entry = (NOW_US + 1, *ENTRY[1:])
+    assert entries.decode(entries.encode(NONCE, entry), PREFIX, NOW_US) == entry
+
+
+def test_without_a_generation_nothing_is_a_hit() -> None:
+    assert entries.decode(entries.encode(NONCE, ENTRY), None, NOW_US) is None
+
+
+def test_user_in_no_segment_is_a_hit_not_a_miss() -> None:
+    assert entries.decode(entries.encode(NONCE, ENTRY[:4]), PREFIX, NOW_US) == ENTRY[:4]
+
+
+@pytest.mark.parametrize("segment_id", [2**32, -1])
+def test_segment_id_beyond_its_field_is_refused(segment_id: int) -> None:
+    with pytest.raises(entries.struct.error):
+        entries.encode(NONCE, (*ENTRY, segment_id))
+
+
+RUN = b"a" * 40
+
+
+@pytest.mark.parametrize(
+    ("generation", "nonce"),
+    [
+        (RUN + NONCE, NONCE),
+        (None, None),
+        (b"b" * 40 + NONCE, None),
+        (RUN + NONCE[:-1], None),
+        (RUN + NONCE + b"x", None),
+        (b"", None),
+    ],
+)
+def test_generation_counts_only_for_the_run_of_its_server(generation: bytes | None, nonce: bytes | None) -> None:
+    assert entries.nonce_of(generation, RUN) == nonce
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 2**63 - 1), int64s, int64s, uint32s, st.lists(uint32s, max_size=9)), max_size=20)
+)
+def test_columns_encode_as_one_by_one(users: list[tuple[int, int, int, int, list[int]]]) -> None:
+    columns = EntryColumns(
+        user_ids=np.array([u[0] for u in users], dtype=np.int64),
+        row_versions=np.array([u[1] for u in users], dtype=np.int64),
+        valid_until_us=np.array([u[2] for u in users], dtype=np.int64),
+        blocks=np.array([u[3] for u in users], dtype=np.uint32),
+        read_time_us=NOW_US,
+        counts=np.array([len(u[4]) for u in users], dtype=np.int64),
+        segment_ids=np.array([i for u in users for i in u[4]], dtype=np.uint32),
+    )
+    assert list(entries.encode_columns(NONCE, columns)) == [
+        entries.encode(NONCE, (until, version, NOW_US, block, *ids)) for _, version, until, block, ids in users
+    ]
+
+
+def test_keys_of_a_shard_share_its_hash_tag() -> None:
+    names = [keys.generation(12), keys.user(12, 99), keys.hot(12), keys.warm(12), *keys.users(12, [5])]
+    assert names == [b"{12}:g", b"{12}:u:99", b"{12}:hot", b"{12}:warm", b"{12}:u:5"]

@@ -1,0 +1,91 @@
+"""Answers joined from bytes against the generated classes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from segmentation.v1 import membership_pb2 as pb
+
+from grpc_api import membership_wire as wire
+from grpc_api.errors import status_of
+from segsvc.domain.errors import Reason, ServiceError, user_not_found
+from segsvc.domain.membership import NEVER_US
+
+ids = st.integers(1, 2**63 - 1)
+times_us = st.integers(1_000_000, 4_000_000_000_000_000)
+slug_lists = st.lists(st.text(min_size=1, max_size=300), max_size=30)
+
+
+@given(ids, times_us, slug_lists)
+def test_answer_is_the_message(user_id: int, time_us: int, slugs: list[str]) -> None:
+    encoded = {number: wire.encode_slug(slug) for number, slug in enumerate(slugs)}
+    entry = (NEVER_US, 1, time_us, 5, *range(len(slugs)))
+    message = pb.UserSegments(user_id=user_id, slugs=slugs)
+    message.read_time.FromMicroseconds(time_us)
+    assert wire.encode_user_segments(user_id, entry, encoded) == message.SerializeToString(deterministic=True)
+
+
+def test_times_are_remembered_within_bounds() -> None:
+    for time_us in range(70_000):
+        wire.encode_user_segments(1, (NEVER_US, 1, time_us, 5), {})
+    assert len(wire._times) <= 65_536
+
+
+def test_unknown_segment_is_no_answer() -> None:
+    with pytest.raises(KeyError):
+        wire.encode_user_segments(1, (NEVER_US, 1, 0, 5, 77), {})
+
+
+@given(ids, slug_lists)
+def test_batch_is_the_message(user_id: int, slugs: list[str]) -> None:
+    user = pb.UserSegments(user_id=user_id, slugs=slugs)
+    status = status_of(user_not_found(user_id))
+    expected = pb.BatchGetUserSegmentsResponse(
+        results=[
+            pb.BatchGetUserSegmentsResponse.Result(user_segments=user),
+            pb.BatchGetUserSegmentsResponse.Result(error=status),
+        ]
+    )
+    joined = wire.encode_result(user.SerializeToString()) + wire.encode_error_result(status)
+    assert pb.BatchGetUserSegmentsResponse.FromString(joined) == expected
+
+
+@pytest.mark.parametrize("user_id", [1, 127, 128, 2**35, 2**63 - 1])
+def test_request_is_read(user_id: int) -> None:
+    assert wire.user_id_of(pb.GetUserSegmentsRequest(user_id=user_id).SerializeToString()) == user_id
+
+
+def test_fields_from_a_newer_contract_are_passed_over() -> None:
+    payload = pb.GetUserSegmentsRequest(user_id=5).SerializeToString() + b"\x12\x03abc"
+    assert wire.user_id_of(payload) == 5
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason", "field"),
+    [
+        (b"", Reason.FIELD_REQUIRED, "user_id"),
+        (pb.GetUserSegmentsRequest(user_id=0).SerializeToString(), Reason.FIELD_REQUIRED, "user_id"),
+        (pb.GetUserSegmentsRequest(user_id=-1).SerializeToString(), Reason.FIELD_INVALID, "user_id"),
+        (b"\x08", Reason.INTERNAL, None),
+        (b"\xff\xff", Reason.INTERNAL, None),
+    ],
+)
+def test_bad_request_is_refused(payload: bytes, reason: Reason, field: str | None) -> None:
+    with pytest.raises(ServiceError) as refused:
+        wire.user_id_of(payload)
+    assert refused.value.reason is reason
+    assert [violation.field for violation in refused.value.violations] == ([field] if field else [])
+
+
+@pytest.mark.parametrize(("user_ids", "reason"), [([], Reason.FIELD_REQUIRED), ([1] * 1001, Reason.BATCH_TOO_LARGE)])
+def test_batch_has_one_to_a_thousand_users(user_ids: list[int], reason: Reason) -> None:
+    with pytest.raises(ServiceError) as refused:
+        wire.user_ids_of(pb.BatchGetUserSegmentsRequest(user_ids=user_ids).SerializeToString())
+    assert refused.value.reason is reason
+    assert refused.value.violations[0].field == "user_ids"
+
+
+def test_batch_of_a_thousand_with_repetitions_is_read() -> None:
+    user_ids = [7, *range(1, 1000)]
+    assert wire.user_ids_of(pb.BatchGetUserSegmentsRequest(user_ids=user_ids).SerializeToString()) == user_ids
