@@ -1,0 +1,143 @@
+"""Directory, bits and counters of a shard by block, for users who come and go. Implements ``services.user_bits``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from segsvc.domain import bits
+from segsvc.domain.segment import Policy, Rule, ShardSegment
+from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
+from segsvc.postgres import tables
+
+
+def int_array(values: Iterable[int]) -> sa.BindParameter[Any]:
+    """A bigint[] parameter."""
+    return sa.bindparam(None, list(values), type_=ARRAY(sa.BigInteger))
+
+
+class PostgresShardBits:
+    """Within one open transaction that holds the shard's lock and the row of shard_state."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def rules(self) -> Sequence[ShardSegment]:
+        """The shard's segments that have a rule, by id."""
+        segments = tables.shard_segments.c
+        rows = self._connection.execute(
+            sa.select(
+                segments.id,
+                segments.slug,
+                segments.salt,
+                segments.rule_threshold,
+                segments.rule_condition,
+                segments.rule_policy,
+                segments.rule_count,
+                segments.frozen_slot,
+            )
+            .where(segments.rule_threshold.is_not(None))
+            .order_by(segments.id)
+        )
+        return [
+            ShardSegment(
+                row.id,
+                row.slug,
+                tables.salt_from_db(row.salt),
+                Rule(row.rule_threshold, row.rule_condition, Policy(row.rule_policy)),
+                row.rule_count,
+                row.frozen_slot,
+            )
+            for row in rows
+        ]
+
+    def directory(self, blocks: Sequence[int]) -> Mapping[int, bits.UserIds]:
+        """User ids of those of these blocks that exist."""
+        directory = tables.directory.c
+        rows = self._connection.execute(
+            sa.select(directory.block, directory.user_ids).where(directory.block == sa.any_(int_array(blocks)))
+        )
+        return {row.block: np.frombuffer(row.user_ids, dtype="<i8") for row in rows}
+
+    def put_directory(self, directory: Mapping[int, bits.UserIds]) -> None:
+        """Write blocks of the directory, new ones too."""
+        if not directory:
+            return
+        # One bytea for all blocks, cut by the server: an array of bytea would be quoted twice.
+        self._connection.execute(
+            sa.text(
+                "INSERT INTO directory (block, user_ids) "
+                "SELECT b.block, substring(:user_ids FROM ((b.n - 1) * :width + 1)::int FOR :width) "
+                "FROM unnest(CAST(:blocks AS bigint[])) WITH ORDINALITY AS b(block, n) "
+                "ON CONFLICT (block) DO UPDATE SET user_ids = excluded.user_ids"
+            ),
+            {
+                "blocks": list(directory),
+                "user_ids": b"".join(user_ids.astype("<i8").tobytes() for user_ids in directory.values()),
+                "width": BLOCK_SLOTS * 8,
+            },
+        )
+
+    def bit_rows(self, blocks: Sequence[int]) -> bits.BitRows:
+        """Every segment's bits in these blocks, by block and segment."""
+        # One row a block: thousands of small rows would cost more to fetch than to find.
+        rows = self._connection.execute(
+            sa.text(
+                "SELECT block, array_agg(segment_id ORDER BY segment_id) AS segment_ids, "
+                "string_agg(bits, ''::bytea ORDER BY segment_id) AS bits "
+                "FROM memberships WHERE block = ANY(CAST(:blocks AS bigint[])) GROUP BY block ORDER BY block"
+            ),
+            {"blocks": list(blocks)},
+        ).all()
+        return bits.BitRows(
+            np.repeat(
+                np.array([row.block for row in rows], dtype=np.int64),
+                np.array([len(row.segment_ids) for row in rows], dtype=np.int64),
+            ),
+            np.array([segment_id for row in rows for segment_id in row.segment_ids], dtype=np.int64),
+            np.frombuffer(b"".join(row.bits for row in rows), dtype=np.uint8).reshape(-1, BLOCK_BYTES),
+        )
+
+    def put_bit_rows(self, rows: bits.BitRows) -> None:
+        """Write rows of bits, new ones too; one without a bit set is deleted."""
+        kept = rows.packed.any(axis=1)
+        if kept.any():
+            self._connection.execute(
+                sa.text(
+                    "INSERT INTO memberships (block, segment_id, bits) "
+                    "SELECT b.block, b.segment_id, substring(:bits FROM ((b.n - 1) * :width + 1)::int FOR :width) "
+                    "FROM unnest(CAST(:blocks AS bigint[]), CAST(:segment_ids AS bigint[])) "
+                    "WITH ORDINALITY AS b(block, segment_id, n) "
+                    "ON CONFLICT (block, segment_id) DO UPDATE SET bits = excluded.bits"
+                ),
+                {
+                    "blocks": rows.blocks[kept].tolist(),
+                    "segment_ids": rows.segment_ids[kept].tolist(),
+                    "bits": rows.packed[kept].tobytes(),
+                    "width": BLOCK_BYTES,
+                },
+            )
+        if not kept.all():
+            self._connection.execute(
+                sa.text(
+                    "DELETE FROM memberships USING "
+                    "unnest(CAST(:blocks AS bigint[]), CAST(:segment_ids AS bigint[])) AS e(block, segment_id) "
+                    "WHERE memberships.block = e.block AND memberships.segment_id = e.segment_id"
+                ),
+                {"blocks": rows.blocks[~kept].tolist(), "segment_ids": rows.segment_ids[~kept].tolist()},
+            )
+
+    def add_to_rule_counts(self, added: Mapping[int, int]) -> None:
+        """Add to segments' counters."""
+        self._connection.execute(
+            sa.text(
+                "UPDATE segments SET rule_count = segments.rule_count + a.added "
+                "FROM unnest(CAST(:ids AS bigint[]), CAST(:added AS bigint[])) AS a(id, added) "
+                "WHERE segments.id = a.id"
+            ),
+            {"ids": list(added.keys()), "added": list(added.values())},
+        )

@@ -1,0 +1,143 @@
+"""Users of one shard, as a batch of events sees and changes them. Implements ``services.ingestion.UserStore``.
+
+Many rows go to the server as arrays of equal length, so that one statement serves any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from segsvc.domain.errors import LockTimeout
+from segsvc.domain.events import Unstorable
+from segsvc.domain.user_fold import StoredUser, UserRow
+from segsvc.postgres import tables
+from segsvc.postgres.blocks import SHARD_LOCK
+from segsvc.postgres.engine import Databases, sqlstate
+from segsvc.postgres.user_bits import PostgresShardBits, int_array
+
+_REFUSED_CLASSES = ("22", "23")
+"""SQLSTATE classes of data exceptions and of violated constraints: the statement fails again however often."""
+_RETRY_STATES = ("40001", "40P01")
+"""Serialisation failure and deadlock: the transaction was the victim, not the cause."""
+
+
+def lock_shared(connection: sa.Connection) -> None:
+    """Wait for an operation on the shard to end, and keep the next one out until this transaction ends.
+
+    A statement of its own, and the first of its transaction: at READ COMMITTED the next statement's snapshot is then
+    younger than the lock, and sees the rules that the operation left.
+    """
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock_shared(SHARD_LOCK)))
+
+
+class PostgresUserStore:
+    """The users of all shards."""
+
+    def __init__(self, databases: Databases) -> None:
+        self._databases = databases
+
+    @property
+    def shard_count(self) -> int:
+        return self._databases.shard_count
+
+    @contextmanager
+    def transaction(self, shard: int) -> Iterator[PostgresUserTransaction]:
+        """See ``services.ingestion.UserStore.transaction``."""
+        try:
+            with self._databases.shard_tx(shard) as connection:
+                yield PostgresUserTransaction(connection)
+        except exc.DBAPIError as error:
+            state = sqlstate(error)
+            if state.startswith(_REFUSED_CLASSES):
+                raise Unstorable(state) from error
+            if state in _RETRY_STATES:
+                raise LockTimeout from error
+            raise
+
+
+class PostgresUserTransaction(PostgresShardBits):
+    """One transaction of a shard. Implements ``services.ingestion.UserTransaction``."""
+
+    def lock(self) -> int:
+        """The shard's lock, shared; then the row of shard_state; returns its next free slot."""
+        lock_shared(self._connection)
+        return int(self._connection.execute(sa.select(tables.shard_state.c.next_slot).with_for_update()).scalar_one())
+
+    def find(self, user_ids: Sequence[int]) -> Mapping[int, StoredUser]:
+        """Those of these users that are there, their rows locked in the order of their ids."""
+        users = tables.users.c
+        rows = self._connection.execute(
+            sa.select(users.id, users.slot, users.version)
+            .where(users.id == sa.any_(int_array(user_ids)))
+            .order_by(users.id)
+            .with_for_update()
+        )
+        return {row.id: StoredUser(row.slot, row.version) for row in rows}
+
+    def find_tombstones(self, user_ids: Sequence[int]) -> AbstractSet[int]:
+        """Those of these users that were deleted."""
+        deleted = tables.deleted_users.c
+        return set(
+            self._connection.execute(sa.select(deleted.id).where(deleted.id == sa.any_(int_array(user_ids)))).scalars()
+        )
+
+    def insert(self, users: Sequence[UserRow]) -> None:
+        """Write new users."""
+        self._connection.execute(
+            sa.text(
+                "INSERT INTO users (id, slot, version, attributes) "
+                "SELECT u.id, u.slot, u.version, u.attributes::jsonb FROM unnest("
+                "CAST(:ids AS bigint[]), CAST(:slots AS bigint[]), CAST(:versions AS bigint[]), "
+                "CAST(:attributes AS text[])) AS u(id, slot, version, attributes)"
+            ),
+            {**_keys(users), "slots": [user.slot for user in users]},
+        )
+
+    def update(self, users: Sequence[UserRow]) -> None:
+        """Replace attributes and version of users, and raise their row_version."""
+        self._connection.execute(
+            sa.text(
+                "UPDATE users SET version = u.version, attributes = u.attributes::jsonb, "
+                "row_version = users.row_version + 1, update_time = now() FROM unnest("
+                "CAST(:ids AS bigint[]), CAST(:versions AS bigint[]), CAST(:attributes AS text[])) "
+                "AS u(id, version, attributes) WHERE users.id = u.id"
+            ),
+            _keys(users),
+        )
+
+    def remove(self, user_ids: Sequence[int]) -> None:
+        """Delete users and their overrides."""
+        ids = int_array(user_ids)
+        self._connection.execute(sa.delete(tables.overrides).where(tables.overrides.c.user_id == sa.any_(ids)))
+        self._connection.execute(sa.delete(tables.users).where(tables.users.c.id == sa.any_(ids)))
+
+    def bury(self, versions: Mapping[int, int]) -> None:
+        """Write tombstones."""
+        self._connection.execute(
+            sa.text(
+                "INSERT INTO deleted_users (id, version) "
+                "SELECT u.id, u.version FROM unnest(CAST(:ids AS bigint[]), CAST(:versions AS bigint[])) "
+                "AS u(id, version)"
+            ),
+            {"ids": list(versions.keys()), "versions": list(versions.values())},
+        )
+
+    def advance(self, next_slot: int, users_added: int) -> None:
+        """Store the next free slot, and add to the number of users."""
+        state = tables.shard_state
+        self._connection.execute(
+            sa.update(state).values(next_slot=next_slot, user_count=state.c.user_count + users_added)
+        )
+
+
+def _keys(users: Sequence[UserRow]) -> dict[str, list[int] | list[str]]:
+    return {
+        "ids": [user.user_id for user in users],
+        "versions": [user.version for user in users],
+        "attributes": [user.attributes for user in users],
+    }

@@ -1,0 +1,196 @@
+"""User events become users, bits and counters: one batch, one shard, one transaction.
+
+A batch may be repeated, late, out of order or half of another: whoever sends it sends it again until it gets a report,
+and every event either moves its user forward or has no effect (``domain.user_fold``). What a report promises: every
+event in it that is not named dead is in PostgreSQL, or had no effect, and no later read finds an older state in the
+cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from segsvc.domain.events import Unstorable, UserEvent
+from segsvc.domain.sharding import shard_of
+from segsvc.domain.user_fold import Phase, StoredUser, UserFold, UserRow, fold
+from segsvc.failpoints import CrashPoints
+from segsvc.log import get_logger
+from segsvc.services.user_bits import ShardBits, clear_users, place_users
+
+log = get_logger(__name__)
+
+
+class UserTransaction(ShardBits, Protocol):
+    """One transaction of a shard that changes users. Data the database refuses raises ``Unstorable``."""
+
+    def lock(self) -> int:
+        """Wait for operations on the shard and for other batches; keep both out until the transaction ends.
+
+        Returns:
+            the slot that the next new user gets.
+        """
+
+    def find(self, user_ids: Sequence[int]) -> Mapping[int, StoredUser]:
+        """The users that are there, their rows locked in the order of their ids. ``user_ids`` is sorted."""
+
+    def find_tombstones(self, user_ids: Sequence[int]) -> AbstractSet[int]:
+        """Those that were deleted."""
+
+    def insert(self, users: Sequence[UserRow]) -> None: ...
+
+    def update(self, users: Sequence[UserRow]) -> None:
+        """Replace attributes and version, and raise row_version."""
+
+    def remove(self, user_ids: Sequence[int]) -> None:
+        """Delete users and their overrides."""
+
+    def bury(self, versions: Mapping[int, int]) -> None:
+        """Write tombstones: user id → version of the newest event."""
+
+    def advance(self, next_slot: int, users_added: int) -> None:
+        """Store the next free slot, and add to the number of users (negative: fewer)."""
+
+
+class UserStore(Protocol):
+    """Where users live."""
+
+    @property
+    def shard_count(self) -> int: ...
+
+    def transaction(self, shard: int) -> AbstractContextManager[UserTransaction]:
+        """Open a transaction; the end of the block commits, an exception rolls back.
+
+        Raises:
+            Unstorable: the database refused the data.
+            LockTimeout: the shard's lock was not to be had in time; nothing was done.
+            ServiceError: SHARD_UNAVAILABLE or DEADLINE_EXCEEDED (whether a commit took effect is then unknown),
+                OVERLOADED.
+        """
+
+
+class CacheInvalidation(Protocol):
+    """The cache, as far as a change of users must reach it."""
+
+    def unblock(self, shard: int, user_ids: Sequence[int]) -> None:
+        """Drop what the cache holds of these users, and end fills that began before.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE: some of it may still be there.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """How a batch ended.
+
+    Attributes:
+        applied: events that changed a user.
+        ignored: events without an effect: duplicates, and those overtaken by newer ones.
+        dead: (index in the batch, reason) of events that the database refuses whatever one does.
+    """
+
+    applied: int
+    ignored: int
+    dead: tuple[tuple[int, str], ...] = ()
+
+
+class Ingestion:
+    """Applies batches of user events."""
+
+    def __init__(self, users: UserStore, cache: CacheInvalidation, crash_points: CrashPoints) -> None:
+        self._users = users
+        self._cache = cache
+        self._crash = crash_points
+
+    def apply_batch(self, shard: int, events: Sequence[UserEvent]) -> BatchReport:
+        """Apply events, all of one shard.
+
+        An event that the database refuses is found by halving the batch, so that it takes no other with it.
+
+        Raises:
+            LockTimeout, ServiceError: it could not be done now. Some of it may have been; send the whole batch again.
+            ValueError: an event belongs to another shard.
+        """
+        for event in events:
+            if shard_of(event.user_id, self._users.shard_count) != shard:
+                raise ValueError(f"an event of user {event.user_id} was sent to shard {shard}")
+        applied = 0
+        dead: list[tuple[int, str]] = []
+        stale: set[int] = set()
+        parts = [range(len(events))] if events else []
+        while parts:
+            part = parts.pop()
+            try:
+                users, effects = self._apply(shard, [events[index] for index in part])
+            except Unstorable as refusal:
+                if len(part) == 1:
+                    dead.append((part[0], f"the database refused the event (SQLSTATE {refusal.code})"))
+                else:
+                    middle = len(part) // 2
+                    parts += [part[middle:], part[:middle]]  # the first half comes first: it is popped from the end
+                continue
+            applied += effects
+            stale.update(user_id for user_id, user in users.items() if user.may_be_cached_stale)
+        self._crash.reach("events-committed-not-reported", shard=shard)
+        if stale:
+            # After COMMIT, before the report. If it fails, or this process dies, there is no report and the batch
+            # comes again: its events then have no effect, and drop the entries all the same. Creations of new users
+            # are never among them, so those go on while the cache is down.
+            self._cache.unblock(shard, sorted(stale))
+        dead.sort()
+        return BatchReport(applied, len(events) - applied - len(dead), tuple(dead))
+
+    def _apply(self, shard: int, events: Sequence[UserEvent]) -> tuple[Mapping[int, UserFold], int]:
+        """Apply events in one transaction; the users concerned, and how many events had an effect."""
+        with self._users.transaction(shard) as tx:
+            next_slot = tx.lock()
+            users = _load(tx, sorted({event.user_id for event in events}))
+            effects = fold(users, events)
+            # Ascending ids throughout: rows are written in the order in which they were locked.
+            born = [(user_id, user) for user_id, user in users.items() if user.is_born]
+            removed = [(user_id, user) for user_id, user in users.items() if user.is_removed]
+            changed = [_row(user_id, user) for user_id, user in users.items() if user.is_changed]
+            buried = {user_id: user.version for user_id, user in users.items() if user.is_buried}
+            if born:
+                tx.insert([_row(user_id, user, next_slot + n) for n, (user_id, user) in enumerate(born)])
+                place_users(tx, next_slot, np.array([user_id for user_id, _ in born], dtype=np.int64))
+            if changed:
+                # Without conditions a change of attributes changes no membership: buckets depend on the id alone.
+                tx.update(changed)
+            if removed:
+                clear_users(tx, np.array([user.slot for _, user in removed], dtype=np.int64))
+                tx.remove([user_id for user_id, _ in removed])
+            if buried:
+                tx.bury(buried)
+            if born or removed:
+                tx.advance(next_slot + len(born), len(born) - len(removed))
+        return users, effects
+
+
+def _load(tx: UserTransaction, user_ids: Sequence[int]) -> dict[int, UserFold]:
+    """The users as the shard holds them now; ``user_ids`` ascending, and so is the result."""
+    stored = tx.find(user_ids)
+    deleted = tx.find_tombstones(user_ids)
+    users: dict[int, UserFold] = {}
+    for user_id in user_ids:
+        if user_id in stored:
+            found = stored[user_id]
+            users[user_id] = UserFold(Phase.CREATED, found.slot, found.version, Phase.CREATED)
+        elif user_id in deleted:
+            users[user_id] = UserFold(Phase.DELETED, phase=Phase.DELETED)
+        else:
+            users[user_id] = UserFold()
+    return users
+
+
+def _row(user_id: int, user: UserFold, slot: int | None = None) -> UserRow:
+    where = user.slot if slot is None else slot
+    if where is None or user.attributes is None:
+        raise AssertionError("a user to write has a slot and attributes")
+    return UserRow(user_id, where, user.version, user.attributes)

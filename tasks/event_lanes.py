@@ -1,0 +1,254 @@
+"""From events to batches and back: which batch goes to the workers when, and what becomes of its events.
+
+A *lane* is one topic of one shard. It has at most one batch under way: so the events of one user and topic are applied
+in their order (nothing depends on it), and batches grow by themselves to what the shard can take. Creations, updates
+and deletions go separately, because creations need no cache: they go on while it is down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from segsvc import metrics
+from segsvc.domain.errors import Reason, ServiceError
+from segsvc.log import get_logger
+from segsvc.services.ingestion import BatchReport
+from tasks.kafka_offsets import Taken
+from tasks.waiting import Backoff, Waits
+
+log = get_logger(__name__)
+
+BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
+"""A batch is cut here even if it has few events: a message of the broker must stay a reasonable one."""
+RESULT_WAIT_S: Final = 15.0
+"""Without a result for this long the batch is sent again: its message or its result may be lost. The earlier message
+expires in the queue then, so that a long outage of the workers does not heap up copies."""
+RESULT_WAIT_MAX_S: Final = 600.0
+
+_LANE_REASONS: Final = (Reason.CACHE_UNAVAILABLE.text, Reason.INTERNAL.text)
+"""Failures that say nothing about the shard: only this topic waits. Any other, and the whole shard waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class TryAgain:
+    """A batch could not be finished now, for a reason that is none of its events' fault."""
+
+    reason: str
+
+
+Outcome = BatchReport | TryAgain
+
+
+class Batches(Protocol):
+    """The workers, as far as the bridge sees them."""
+
+    def send(self, topic: str, shard: int, rows: Sequence[Sequence[Any]], expire_s: float) -> str:
+        """Send a batch; a worker that finds it later than ``expire_s`` discards it.
+
+        Returns:
+            the batch's id for ``collect``.
+
+        Raises:
+            ServiceError: BROKER_UNAVAILABLE (it may have been sent all the same).
+        """
+
+    def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
+        """How those of these batches ended that did; each is told once.
+
+        Raises:
+            ServiceError: BROKER_UNAVAILABLE.
+        """
+
+
+DeadLetterSink = Callable[[Taken, str], None]
+"""Takes an event and the reason why it is dead; sees to it that the event is finished in the end."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Events that go together. ``id`` None: not with the workers now."""
+
+    events: list[Taken]
+    id: str | None = None
+    wait_s: float = RESULT_WAIT_S
+    lost_at: float = 0.0
+
+
+class _Lane:
+    def __init__(self, topic: str, shard: int) -> None:
+        self.topic = topic
+        self.shard = shard
+        self.waiting: deque[Taken] = deque()
+        self.batch: _Batch | None = None
+        self.backoff = Backoff(0.2, 10.0)
+
+    @property
+    def name(self) -> str:
+        return f"{self.topic} of shard {self.shard}"
+
+    @property
+    def in_flight(self) -> bool:
+        return self.batch is not None and self.batch.id is not None
+
+    def next_batch(self, events_max: int) -> _Batch | None:
+        """The batch that was held back, or the next of those waiting; without events that are no longer ours."""
+        if self.batch is None:
+            events: list[Taken] = []
+            size = 0
+            while self.waiting and len(events) < events_max and size < BATCH_BYTES_MAX:
+                taken = self.waiting.popleft()
+                size += taken.size
+                events.append(taken)
+            self.batch = _Batch(events)
+        self.batch.events = [taken for taken in self.batch.events if not taken.partition.lost]
+        if not self.batch.events:
+            self.batch = None
+        return self.batch
+
+
+class Lanes:
+    """All lanes of this bridge. Used by one thread.
+
+    Args:
+        batch_max: events in one batch.
+        in_flight_max: batches with the workers at once.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        dead_letters: DeadLetterSink,
+        waits: Waits,
+        *,
+        batch_max: int,
+        in_flight_max: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._batches = batches
+        self._dead_letters = dead_letters
+        self._waits = waits
+        self._batch_max = batch_max
+        self._in_flight_max = in_flight_max
+        self._clock = clock
+        self._lanes: dict[tuple[str, int], _Lane] = {}
+        self._turn: deque[_Lane] = deque()
+        self._shards: dict[int, Backoff] = {}
+        self._broker = Backoff(0.2, 5.0)
+        self._in_flight: dict[str, _Lane] = {}
+
+    def add(self, taken: Taken, shard: int) -> None:
+        """Let an event join its lane."""
+        key = (taken.partition.topic, shard)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane(*key)
+            self._turn.append(lane)
+            self._shards.setdefault(shard, Backoff(0.2, 5.0))
+        lane.waiting.append(taken)
+
+    @property
+    def in_flight(self) -> int:
+        """Batches with the workers now."""
+        return len(self._in_flight)
+
+    @property
+    def held_back(self) -> bool:
+        """Whether events wait for something other than new events."""
+        return any(lane.batch is not None or lane.waiting for lane in self._turn)
+
+    def step(self, *, send: bool = True) -> None:
+        """Take results in, and send what may go now (not with ``send`` False: when the bridge is leaving)."""
+        now = self._clock()
+        if now < self._broker.ready_at:
+            return
+        try:
+            self._collect(now)
+            if send:
+                self._dispatch(now)
+        except ServiceError as error:
+            self._broker.failed(now)
+            self._waits.begins("the task broker", error.reason.text)
+        else:
+            self._broker.succeeded()
+            self._waits.ends("the task broker")
+        metrics.event_batches_in_flight.set(len(self._in_flight))
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def _collect(self, now: float) -> None:
+        if not self._in_flight:
+            return
+        for batch_id, outcome in self._batches.collect(list(self._in_flight)).items():
+            lane = self._in_flight.pop(batch_id)
+            if isinstance(outcome, BatchReport):
+                self._finish(lane, outcome)
+            else:
+                self._hold_back(lane, outcome.reason, now)
+        for batch_id, lane in list(self._in_flight.items()):
+            batch = lane.batch
+            if batch is not None and now >= batch.lost_at:
+                # Lost, or only late: if it is applied twice, the second time has no effect.
+                log.warning("batch_sent_again", lane=lane.name, after_s=batch.wait_s)
+                del self._in_flight[batch_id]
+                batch.id = None
+                batch.wait_s = min(batch.wait_s * 2, RESULT_WAIT_MAX_S)
+
+    def _finish(self, lane: _Lane, report: BatchReport) -> None:
+        batch, lane.batch = lane.batch, None
+        if batch is None:
+            raise AssertionError("a report belongs to a batch")
+        lane.backoff.succeeded()
+        self._shards[lane.shard].succeeded()
+        self._waits.ends(lane.name)
+        self._waits.ends(f"shard {lane.shard}")
+        dead = dict(report.dead)
+        for index, taken in enumerate(batch.events):
+            if index in dead:
+                self._dead_letters(taken, dead[index])
+            else:
+                taken.partition.finish(taken)
+        metrics.events.labels(lane.topic, "applied").inc(report.applied)
+        metrics.events.labels(lane.topic, "ignored").inc(report.ignored)
+
+    def _hold_back(self, lane: _Lane, reason: str, now: float) -> None:
+        if lane.batch is not None:
+            lane.batch.id = None
+        if reason in _LANE_REASONS:
+            lane.backoff.failed(now)
+            self._waits.begins(lane.name, reason)
+        else:
+            self._shards[lane.shard].failed(now)
+            self._waits.begins(f"shard {lane.shard}", reason)
+
+    # -- sending ----------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, now: float) -> None:
+        for _ in range(len(self._turn)):
+            if len(self._in_flight) >= self._in_flight_max:
+                return
+            lane = self._turn[0]
+            self._turn.rotate(-1)  # whoever had a turn is last the next time
+            if self._may_go(lane, now):
+                self._send(lane, now)
+
+    def _may_go(self, lane: _Lane, now: float) -> bool:
+        if lane.in_flight or not (lane.batch or lane.waiting):
+            return False
+        shard = self._shards[lane.shard]
+        if now < max(lane.backoff.ready_at, shard.ready_at):
+            return False
+        # A shard in trouble gets one batch at a time: each keeps a worker busy until it times out.
+        return not (shard.failing and any(other.shard == lane.shard for other in self._in_flight.values()))
+
+    def _send(self, lane: _Lane, now: float) -> None:
+        batch = lane.next_batch(self._batch_max)
+        if batch is None:
+            return
+        rows = [taken.row for taken in batch.events]
+        batch.id = self._batches.send(lane.topic, lane.shard, rows, batch.wait_s)
+        batch.lost_at = now + batch.wait_s
+        self._in_flight[batch.id] = lane

@@ -1,0 +1,147 @@
+"""Kafka clients as the bridge needs them, for a real broker and for the stand-in alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Final
+
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.errors import KafkaError
+
+from segsvc.config import Settings
+from tasks.waiting import Sparse
+
+SEND_TIMEOUT_S: Final = 10.0
+"""Longest wait for the acknowledgement of a message before it is sent again."""
+
+
+def _common(settings: Settings) -> dict[str, Any]:
+    return {
+        "bootstrap_servers": settings.kafka_bootstrap_servers.split(","),
+        "bootstrap_timeout_ms": 5_000,
+        "request_timeout_ms": 10_000,
+        # Back soon after an outage: the default grows to half a minute.
+        "reconnect_backoff_max_ms": 1_000,
+        # A topic that is created later is noticed.
+        "metadata_max_age_ms": 10_000,
+        "allow_auto_create_topics": settings.kafka_stand_in,
+        "metrics_enabled": False,
+        # The stand-in cannot say what it can.
+        "api_version": (2, 0) if settings.kafka_stand_in else None,
+    }
+
+
+class GroupConsumer(KafkaConsumer):
+    """A consumer that finishes what it began.
+
+    Kafka-python 3.0.12: the group's leader joins again when a topic appears or grows. If ``poll`` times out between
+    the two halves of that join, the client holds it for unneeded, because it has noted the new metadata already: the
+    assignment is never taken, no heartbeat is sent, and the member sits outside its group for ever.
+    """
+
+    def poll(self, *args: Any, **options: Any) -> Any:
+        """As ``KafkaConsumer.poll``."""
+        coordinator = self.__dict__["_coordinator"]
+        if coordinator.rejoining and not coordinator.need_rejoin():
+            coordinator.request_rejoin()  # waits for the join that is under way, or begins it anew if that has ended
+        return super().poll(*args, **options)
+
+
+def make_consumer(settings: Settings, max_poll_records: int) -> GroupConsumer:
+    """A member of the bridge's group, not yet subscribed.
+
+    Raises:
+        KafkaError: the brokers cannot be reached.
+    """
+    # The stubs want the assignor's class; the client wants an instance.
+    assignors: list[Any] = [CooperativeStickyAssignor()]
+    return GroupConsumer(
+        **_common(settings),
+        group_id=settings.kafka_group,
+        client_id="segsvc-bridge",
+        enable_auto_commit=False,
+        # A new group begins with the first event there is: none may be missed.
+        auto_offset_reset="earliest",
+        # An event of a transaction that was aborted never happened.
+        isolation_level="read_uncommitted" if settings.kafka_stand_in else "read_committed",
+        # Only partitions that move are interrupted when a bridge comes or goes.
+        partition_assignment_strategy=assignors,
+        max_poll_records=max_poll_records,
+        # A bridge that was killed is replaced this soon; a stuck one within max_poll_interval.
+        session_timeout_ms=10_000,
+        heartbeat_interval_ms=2_000,
+        max_poll_interval_ms=120_000,
+    )
+
+
+def make_producer(settings: Settings) -> KafkaProducer:
+    """A producer whose messages are acknowledged by all replicas and keep their order.
+
+    Raises:
+        KafkaError: the brokers cannot be reached.
+    """
+    return KafkaProducer(
+        **_common(settings),
+        client_id="segsvc-bridge",
+        acks="all",
+        enable_idempotence=not settings.kafka_stand_in,
+        # Idempotence keeps the order by itself; without it, only one request at a time does.
+        max_in_flight_requests_per_connection=1 if settings.kafka_stand_in else 5,
+        linger_ms=5,
+        max_block_ms=5_000,
+        delivery_timeout_ms=int(SEND_TIMEOUT_S * 1000) + 1_000,
+        # The broker decides what is too large for it.
+        max_request_size=64 * 1024 * 1024,
+    )
+
+
+Message = tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]
+"""Key, value and headers."""
+
+
+class Sender:
+    """Sends messages and waits for their acknowledgements. Connects when it must, and again after a failure.
+
+    Used by one thread.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._producer: KafkaProducer | None = None
+        self.failure = ""
+        """Why the last message that failed did; for the log."""
+
+    def send(self, topic: str, messages: Sequence[Message]) -> list[bool]:
+        """Send (key, value, headers) messages, in order; which of them were acknowledged."""
+        futures: list[Any] = []
+        try:
+            if self._producer is None:
+                self._producer = make_producer(self._settings)
+            for key, value, headers in messages:
+                futures.append(self._producer.send(topic, key=key, value=value, headers=headers))
+            self._producer.flush(timeout=SEND_TIMEOUT_S)
+        except (KafkaError, OSError) as error:
+            self.failure = type(error).__name__
+        acknowledged = [future.succeeded() for future in futures] + [False] * (len(messages) - len(futures))
+        if not all(acknowledged):
+            for future in futures:
+                if future.failed():
+                    self.failure = type(future.exception).__name__
+            # Its unsent messages are ours to send again, in order: a fresh producer does not also send them.
+            self.close()
+        return acknowledged
+
+    def close(self) -> None:
+        if self._producer is not None:
+            self._producer.close(timeout=0)
+            self._producer = None
+
+
+def quieten_client_log() -> None:
+    """Make kafka-python tell an outage now and then instead of at every attempt to reconnect."""
+    library = logging.getLogger("kafka")
+    library.handlers[:] = [Sparse(logging.getLogger("kafka-client"))]
+    library.propagate = False
+    library.setLevel(logging.WARNING)

@@ -1,0 +1,207 @@
+"""The bridge on a real Kafka, with workers as threads: offsets follow effects, whatever fails on the way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import sqlalchemy as sa
+
+from segsvc.local.kafka import KafkaServer, RealKafka
+from segsvc.local.processes import wait_until
+from segsvc.postgres import tables
+from tests.integration.events.conftest import MakeShards, Shards
+from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
+from tests.integration.events.shard_view import view
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def two_shards(make_shards: MakeShards) -> Shards:
+    return make_shards(2)
+
+
+@dataclass
+class Bench:
+    shards: Shards
+    topics: Topics
+    batches: InProcessBatches
+
+    def bridge(self) -> RunningBridge:
+        return RunningBridge(self.topics.settings, self.batches)
+
+    def users(self) -> int:
+        total = 0
+        for shard in range(2):
+            with self.shards.databases.shard_tx(shard) as connection:
+                total += connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one()
+        return total
+
+    def wait_for_users(self, count: int, timeout_s: float = 30) -> None:
+        assert wait_until(lambda: self.users() == count, timeout_s=timeout_s), f"{self.users()} users, not {count}"
+
+    def wait_for_commit(self, lag: int = 0) -> None:
+        assert wait_until(lambda: self.topics.lag() == lag, timeout_s=30), f"lag {self.topics.lag()}, not {lag}"
+
+    def check(self) -> None:
+        for shard in range(2):
+            view(self.shards.databases, shard)
+
+
+@pytest.fixture
+def bench(kafka_server: KafkaServer, two_shards: Shards) -> Iterator[Bench]:
+    two_shards.reset()
+    two_shards.add_segment(1, 30_000)
+    prefix = f"bridge-{next(_numbers)}."
+    settings = two_shards.settings.model_copy(
+        update={
+            "kafka_bootstrap_servers": kafka_server.bootstrap_servers,
+            "kafka_stand_in": kafka_server.stand_in,
+            "kafka_topic_prefix": prefix,
+            "kafka_group": f"{prefix}group",
+            "event_batch_max": 100,
+        }
+    )
+    topics = Topics(kafka_server, settings)
+    yield Bench(two_shards, topics, InProcessBatches(two_shards.ingestion))
+    topics.close()
+
+
+def test_events_become_users_and_offsets_follow(bench: Bench) -> None:
+    bench.topics.create(range(1, 1001))
+    with bench.bridge():
+        bench.wait_for_users(1000)
+        bench.topics.send(
+            "update-user", [{"user_id": n, "version": 1, "attributes": {"plan": "pro"}} for n in range(1, 101)]
+        )
+        bench.topics.send("delete-user", [{"user_id": n} for n in range(500, 600)])
+        bench.wait_for_users(900)
+        bench.wait_for_commit()
+    assert view(bench.shards.databases, 1).users[7].attributes == {"plan": "pro"}
+    bench.check()
+    # A group that was away begins where it stopped.
+    sent = len(bench.batches.sent)
+    with bench.bridge():
+        bench.topics.create([2001])
+        bench.wait_for_users(901)
+        bench.wait_for_commit()
+    assert len(bench.batches.sent) == sent + 1
+
+
+def test_unreadable_events_are_dead_letters_with_their_bytes(bench: Bench) -> None:
+    bad = [
+        (b"not json", b"1"),
+        (b'{"user_id": 1.0}', b"2"),
+        (b"\xff\xfe\x00", None),
+        (None, b"4"),
+        (None, None if not bench.topics.settings.kafka_stand_in else b"5"),
+    ]
+    bench.topics.create([1])
+    for value, key in bad[:-1]:
+        bench.topics.send_raw("create-user", value, key, partition=1)
+    bench.topics.send_raw("update-user", b'{"user_id": 3, "version": 0, "attributes": {}}', b"3", partition=2)
+    bench.topics.create([2])
+    with bench.bridge():
+        bench.wait_for_users(2)
+        bench.wait_for_commit()
+    letters = bench.topics.read("create-user.dlq", 4)
+    assert [(letter.value, letter.key) for letter in letters] == bad[:4]
+    first = dict(letters[0].headers)
+    assert first["segsvc-topic"] == f"{bench.topics.settings.kafka_topic_prefix}create-user".encode()
+    assert first["segsvc-partition"] == b"1"
+    assert first["segsvc-offset"] == b"0"
+    assert first["segsvc-reason"] == b"event: is not JSON: Expecting value at character 0"
+    assert dict(letters[1].headers)["segsvc-reason"].startswith(b"user_id: must be an integer")
+    assert [dict(letter.headers)["segsvc-offset"] for letter in letters] == [b"0", b"1", b"2", b"3"]
+    (update,) = bench.topics.read("update-user.dlq", 1)
+    assert dict(update.headers)["segsvc-reason"] == (
+        b"version: must be an integer from 1 to 9223372036854775807, is 0"
+    )
+
+
+def test_an_event_that_the_database_refuses_is_a_dead_letter(bench: Bench) -> None:
+    with bench.shards.databases.shard_tx(1) as connection:
+        connection.execute(sa.text("ALTER TABLE users ADD CONSTRAINT poison CHECK (id <> 13)"))
+    try:
+        bench.topics.create(range(1, 51))
+        with bench.bridge():
+            bench.wait_for_users(49)
+            bench.wait_for_commit()
+    finally:
+        with bench.shards.databases.shard_tx(1) as connection:
+            connection.execute(sa.text("ALTER TABLE users DROP CONSTRAINT poison"))
+    (letter,) = bench.topics.read("create-user.dlq", 1)
+    assert letter.value == b'{"user_id": 13, "attributes": {"n": 13}}'
+    assert dict(letter.headers)["segsvc-reason"] == b"the database refused the event (SQLSTATE 23514)"
+
+
+def test_a_shard_that_is_down_holds_up_only_itself(bench: Bench) -> None:
+    bench.batches.fault = lambda topic, shard: "SHARD_UNAVAILABLE" if shard == 1 else None
+    bench.topics.create(range(1, 501))
+    with bench.bridge():
+        bench.wait_for_users(250)
+        assert bench.topics.lag() > 0
+        bench.topics.create(range(502, 600, 2))
+        bench.wait_for_users(299)
+        bench.batches.fault = lambda topic, shard: None
+        bench.wait_for_users(549)
+        bench.wait_for_commit()
+    bench.check()
+
+
+def test_creations_go_on_while_the_cache_is_down(bench: Bench) -> None:
+    bench.topics.create(range(1, 101))
+    with bench.bridge():
+        bench.wait_for_users(100)
+        bench.wait_for_commit()
+        bench.shards.cache.down = True
+        bench.topics.send("delete-user", [{"user_id": n} for n in range(1, 11)])
+        bench.wait_for_users(90)  # the effect is there, and is not acknowledged
+        bench.topics.create(range(101, 201))
+        bench.wait_for_users(190)
+        bench.wait_for_commit(lag=10)
+        bench.shards.cache.down = False
+        bench.wait_for_commit()
+    assert bench.shards.cache.dropped_ids() == set(range(1, 11))
+
+
+def test_a_task_broker_that_is_down_loses_nothing(bench: Bench) -> None:
+    bench.batches.broker_down = True
+    bench.topics.create(range(1, 301))
+    with bench.bridge():
+        bench.topics.create(range(301, 401))
+        assert bench.topics.lag() == 400
+        bench.batches.broker_down = False
+        bench.wait_for_users(400)
+        bench.wait_for_commit()
+
+
+def test_bridges_come_and_go(bench: Bench) -> None:
+    first = bench.bridge()
+    bench.topics.create(range(1, 501))
+    bench.wait_for_users(500)
+    with bench.bridge():
+        bench.topics.create(range(501, 1001))
+        first.stop()
+        bench.topics.create(range(1001, 1501))
+        bench.wait_for_users(1500)
+        bench.wait_for_commit()
+    bench.check()
+
+
+def test_kafka_restarts(bench: Bench) -> None:
+    kafka = bench.topics.server
+    if not isinstance(kafka, RealKafka):
+        pytest.skip("needs a Kafka of our own, which keeps its data")
+    bench.topics.create(range(1, 301))
+    with bench.bridge():
+        bench.wait_for_users(300)
+        kafka.kill()
+        kafka.start()
+        bench.topics.create(range(301, 601))
+        bench.wait_for_users(600, timeout_s=60)
+        bench.wait_for_commit()
+    bench.check()

@@ -1,0 +1,184 @@
+"""The bridge and the workers as processes, on real Kafka, Redis and PostgreSQL, killed where it hurts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import redis
+import sqlalchemy as sa
+
+from segsvc.local.kafka import KafkaServer
+from segsvc.local.processes import wait_until
+from segsvc.local.redis import RedisServer
+from segsvc.postgres import tables
+from tests.integration.events.conftest import MakeShards, Shards
+from tests.integration.events.kafka_helpers import Topics
+from tests.integration.events.shard_view import view
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+BRIDGE = "from segsvc.config import load_settings; from tasks.kafka_bridge import run_bridge; run_bridge(load_settings())"
+WORKER = ["-m", "celery", "-A", "tasks.app", "worker", "-Q", "events", "-c", "2", "--without-gossip", "--without-mingle"]
+
+
+@dataclass
+class Stack:
+    shards: Shards
+    topics: Topics
+    broker_url: str
+    folder: Path
+    env: dict[str, str]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, *arguments: str, name: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=REPOSITORY,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def bridge(self) -> subprocess.Popen[bytes]:
+        return self.start("-c", BRIDGE, name="bridge")
+
+    def worker(self) -> subprocess.Popen[bytes]:
+        return self.start(*WORKER, name="worker")
+
+    @property
+    def failpoints(self) -> Path:
+        return self.folder / "failpoints"
+
+    def users(self) -> int:
+        total = 0
+        for shard in range(2):
+            with self.shards.databases.shard_tx(shard) as connection:
+                total += connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one()
+        return total
+
+    def wait_for_users(self, count: int) -> None:
+        assert wait_until(lambda: self.users() == count, timeout_s=60), f"{self.users()} users, not {count}"
+
+    def wait_for_commit(self) -> None:
+        assert wait_until(lambda: self.topics.lag() == 0, timeout_s=60), f"lag {self.topics.lag()}"
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+
+
+@pytest.fixture
+def stack(
+    kafka_server: KafkaServer,
+    broker_server: RedisServer,
+    cache_server: RedisServer,
+    make_shards: MakeShards,
+    tmp_path: Path,
+) -> Iterator[Stack]:
+    prefix = f"{tmp_path.name}."
+    shards = make_shards(
+        2,
+        kafka_bootstrap_servers=kafka_server.bootstrap_servers,
+        kafka_stand_in=kafka_server.stand_in,
+        kafka_topic_prefix=prefix,
+        kafka_group=prefix,
+        broker_url=broker_server.url,
+        cache_url=cache_server.url,
+        failpoint_dir=tmp_path / "failpoints",
+        event_batch_max=200,
+    )
+    shards.add_segment(1, 40_000)
+    (tmp_path / "failpoints").mkdir()
+    values = shards.settings.model_dump(mode="json", exclude_none=True)
+    env = {
+        **os.environ,
+        **{f"SEGSVC_{name.upper()}": " ".join(value) if isinstance(value, list) else str(value) for name, value in values.items()},
+        "SEGSVC_ENV_FILE": "",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    with redis.Redis.from_url(broker_server.url) as broker:
+        broker.flushall()
+    running = Stack(shards, Topics(kafka_server, shards.settings), broker_server.url, tmp_path, env)
+    yield running
+    running.close()
+    running.topics.close()
+
+
+def test_the_bridge_killed_between_effects_and_commit(stack: Stack) -> None:
+    stack.worker()
+    bridge = stack.bridge()
+    stack.topics.create(range(1, 1001))
+    stack.wait_for_users(1000)
+    stack.wait_for_commit()
+    (stack.failpoints / "bridge-before-commit").write_text("kill")
+    stack.topics.create(range(1001, 1501))
+    stack.topics.send("update-user", [{"user_id": n, "version": 3, "attributes": {"x": 1.5}} for n in range(1, 51)])
+    stack.topics.send_raw("delete-user", b"nonsense")
+    stack.wait_for_users(1500)
+    assert bridge.wait(30) == -signal.SIGKILL
+    assert stack.topics.lag() > 0
+    assert wait_until(lambda: view(stack.shards.databases, 1).users[1].version == 3, timeout_s=30)
+    (stack.failpoints / "bridge-before-commit").unlink()
+    again = stack.bridge()
+    stack.wait_for_commit()
+    for shard in range(2):
+        after = view(stack.shards.databases, shard)
+        changed = {user_id for user_id, user in after.users.items() if user.row_version}
+        assert changed == {n for n in range(1, 51) if n % 2 == shard}
+        assert all(after.users[user_id].row_version == 1 for user_id in changed), "a repetition has no effect"
+    assert stack.topics.read("delete-user.dlq", 1)[0].value == b"nonsense"
+    again.terminate()
+    assert again.wait(30) == 0
+
+
+def test_workers_killed_and_the_broker_flushed(stack: Stack) -> None:
+    worker = stack.worker()
+    stack.bridge()
+    (stack.failpoints / "events-committed-not-reported").write_text("kill shard=1")
+    stack.topics.create(range(1, 101))
+    assert wait_until((stack.failpoints / "events-committed-not-reported.fired").exists, timeout_s=60)
+    (stack.failpoints / "events-committed-not-reported").unlink()
+    stack.wait_for_users(100)
+    stack.wait_for_commit()  # a killed child's batch ran again at once
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait(10)
+    stack.topics.create(range(101, 201))
+    with redis.Redis.from_url(stack.broker_url) as broker:
+        assert wait_until(lambda: broker.llen("events") >= 2, timeout_s=30)
+        broker.flushall()
+    stack.worker()
+    stack.wait_for_users(200)
+    stack.wait_for_commit()
+    for shard in range(2):
+        assert len(view(stack.shards.databases, shard).users) == 100
+
+
+def test_segment_events_are_published_in_order(stack: Stack) -> None:
+    with stack.shards.databases.catalog_tx() as connection:
+        for seq in (3, 1, 2):
+            connection.execute(
+                sa.insert(tables.audit).values(
+                    seq=seq, action="edited", segment_id=9, slug="checkout", details={"display_name": f"n{seq}"}
+                )
+            )
+    stack.bridge()
+    records = stack.topics.read("segment-events", 3)
+    assert [record.key for record in records] == [b"checkout"] * 3
+    assert [record.value.split(b",")[0] for record in records] == [b'{"seq":1', b'{"seq":2', b'{"seq":3']
+    with stack.shards.databases.catalog_tx() as connection:
+        assert wait_until(
+            lambda: connection.execute(sa.text("SELECT count(*) FROM audit WHERE NOT published")).scalar_one() == 0,
+            timeout_s=10,
+        )

@@ -1,0 +1,229 @@
+"""The bridge's bookkeeping: which offset may be committed, which batch goes when, what becomes of its events."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segsvc.domain.errors import broker_unavailable
+from segsvc.services.ingestion import BatchReport
+from tasks.event_lanes import BATCH_BYTES_MAX, RESULT_WAIT_S, Lanes, Outcome, TryAgain
+from tasks.kafka_offsets import PartitionProgress, Taken
+from tasks.waiting import Backoff, Waits
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=30), st.randoms(use_true_random=False))
+def test_only_what_has_nothing_unfinished_before_it_is_committable(gaps: list[int], order: random.Random) -> None:
+    progress = PartitionProgress("create-user", 0)
+    offset, events = 0, []
+    for gap in gaps:
+        offset += gap
+        events.append(progress.take(offset, ["d", 1], b"k", b"1234"))
+    assert progress.committable() is None
+    assert progress.unfinished_bytes == 4 * len(events)
+    for taken in order.sample(events, len(events)):
+        progress.finish(taken)
+        finished = []
+        for event in events:
+            if not event.finished:
+                break
+            finished.append(event)
+        assert progress.committable() == (finished[-1].offset + 1 if finished else None)
+        assert progress.window_events == len(events) - len(finished)
+    assert progress.committable() == offset + 1 == progress.next_offset
+    assert (progress.unfinished_events, progress.unfinished_bytes) == (0, 0)
+    progress.committed(offset + 1)
+    assert progress.committable() is None
+
+
+class FakeBatches:
+    """Workers that answer when, and what, a test says."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, int, list[int]]] = []
+        self.expire_s: list[float] = []
+        self.answers: dict[str, Outcome] = {}
+        self.down = False
+
+    def send(self, topic: str, shard: int, rows: Sequence[Sequence[Any]], expire_s: float) -> str:
+        if self.down:
+            raise broker_unavailable()
+        self.sent.append((topic, shard, [row[1] for row in rows]))
+        self.expire_s.append(expire_s)
+        return str(len(self.sent) - 1)
+
+    def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
+        if self.down:
+            raise broker_unavailable()
+        return {batch_id: self.answers.pop(batch_id) for batch_id in batch_ids if batch_id in self.answers}
+
+
+class Bench:
+    def __init__(self, *, batch_max: int = 10, in_flight_max: int = 8) -> None:
+        self.now = 100.0
+        self.batches = FakeBatches()
+        self.dead: list[tuple[int, str]] = []
+        self.progress = {topic: PartitionProgress(topic, 0) for topic in ("create-user", "delete-user")}
+        self.lanes = Lanes(
+            self.batches,
+            lambda taken, reason: self.dead.append((taken.offset, reason)),
+            Waits(lambda: self.now),
+            batch_max=batch_max,
+            in_flight_max=in_flight_max,
+            clock=lambda: self.now,
+        )
+
+    def add(self, *offsets: int, shard: int = 0, topic: str = "create-user", raw: bytes = b"x") -> list[Taken]:
+        events = [self.progress[topic].take(offset, ["d", offset], None, raw) for offset in offsets]
+        for taken in events:
+            self.lanes.add(taken, shard)
+        return events
+
+    def step(self, after_s: float = 0.0, **answers: Outcome) -> None:
+        self.now += after_s
+        self.batches.answers.update({batch_id.removeprefix("b"): outcome for batch_id, outcome in answers.items()})
+        self.lanes.step()
+
+
+def test_one_batch_of_a_lane_at_a_time_and_in_order() -> None:
+    bench = Bench(batch_max=3)
+    events = bench.add(*range(5))
+    bench.step()
+    bench.add(5)
+    bench.step()
+    assert bench.batches.sent == [("create-user", 0, [0, 1, 2])]
+    bench.step(b0=BatchReport(2, 1))
+    assert [event.finished for event in events] == [True, True, True, False, False]
+    assert bench.batches.sent[1:] == [("create-user", 0, [3, 4, 5])]
+    bench.step(b1=BatchReport(3, 0))
+    assert bench.lanes.in_flight == 0
+    assert not bench.lanes.held_back
+
+
+def test_topics_and_shards_go_side_by_side_up_to_the_limit_and_by_turns() -> None:
+    bench = Bench(in_flight_max=2)
+    for shard in range(3):
+        bench.add(shard, shard=shard)
+    bench.add(10, topic="delete-user")
+    bench.step()
+    assert [sent[:2] for sent in bench.batches.sent] == [("create-user", 0), ("create-user", 1)]
+    bench.add(4, shard=0)
+    bench.step(b0=BatchReport(1, 0))
+    bench.step(b1=BatchReport(1, 0))
+    assert [sent[:2] for sent in bench.batches.sent[2:]] == [("create-user", 2), ("delete-user", 0)]
+    bench.step(b2=BatchReport(1, 0))
+    assert [sent[:2] for sent in bench.batches.sent[4:]] == [("create-user", 0)]
+
+
+def test_a_batch_is_cut_by_bytes_too() -> None:
+    bench = Bench(batch_max=100)
+    bench.add(0, 1, 2, raw=b"x" * (BATCH_BYTES_MAX // 2))
+    bench.step()
+    assert bench.batches.sent == [("create-user", 0, [0, 1])]
+
+
+def test_dead_events_go_to_the_dead_letters_and_are_not_finished_yet() -> None:
+    bench = Bench()
+    events = bench.add(0, 1, 2)
+    bench.step()
+    bench.step(b0=BatchReport(1, 1, ((1, "refused"),)))
+    assert bench.dead == [(1, "refused")]
+    assert [event.finished for event in events] == [True, False, True]
+    assert bench.progress["create-user"].committable() == 1
+
+
+def test_a_shard_in_trouble_gets_one_batch_at_a_time_at_growing_distances() -> None:
+    bench = Bench()
+    bench.add(0)
+    bench.add(1, topic="delete-user")
+    bench.add(2, shard=1)
+    bench.step()
+    assert len(bench.batches.sent) == 3
+    bench.step(b0=TryAgain("SHARD_UNAVAILABLE"), b1=TryAgain("SHARD_UNAVAILABLE"), b2=BatchReport(1, 0))
+    bench.add(3, shard=1)
+    bench.step(0.1)
+    assert bench.batches.sent[3:] == [("create-user", 1, [3])]
+    bench.step(0.5, b3=BatchReport(1, 0))
+    assert len(bench.batches.sent) == 5  # one of the two, as a probe
+    bench.step(10.0)
+    assert len(bench.batches.sent) == 5
+    bench.step(b4=BatchReport(1, 0))
+    assert len(bench.batches.sent) == 6
+    assert sorted(sent[2] for sent in bench.batches.sent[4:]) == [[0], [1]]
+
+
+def test_without_the_cache_only_the_topic_that_needs_it_waits() -> None:
+    bench = Bench()
+    bench.add(0)
+    bench.add(1, topic="delete-user")
+    bench.step()
+    bench.step(b0=BatchReport(1, 0), b1=TryAgain("CACHE_UNAVAILABLE"))
+    bench.add(2)
+    bench.step()
+    assert bench.batches.sent[2:] == [("create-user", 0, [2])]
+    bench.step(1.0)
+    assert bench.batches.sent[3:] == [("delete-user", 0, [1])]
+
+
+def test_a_batch_without_a_result_is_sent_again_ever_later() -> None:
+    bench = Bench()
+    (event,) = bench.add(0)
+    bench.step()
+    bench.step(RESULT_WAIT_S - 1)
+    assert len(bench.batches.sent) == 1
+    bench.step(1.0)
+    assert len(bench.batches.sent) == 2
+    bench.step(2 * RESULT_WAIT_S - 1)
+    assert len(bench.batches.sent) == 2
+    bench.step(1.0)
+    assert bench.batches.expire_s == [RESULT_WAIT_S, 2 * RESULT_WAIT_S, 4 * RESULT_WAIT_S]
+    bench.step(b0=BatchReport(1, 0))  # the answer to a copy that nobody waits for
+    assert not event.finished
+    bench.step(b2=BatchReport(1, 0))
+    assert event.finished
+
+
+def test_a_broker_that_is_down_holds_everything_and_loses_nothing() -> None:
+    bench = Bench()
+    bench.add(0)
+    bench.step()
+    bench.batches.down = True
+    bench.add(1, shard=1)
+    bench.step()
+    bench.step(0.1)
+    bench.batches.down = False
+    bench.step(0.05)
+    assert len(bench.batches.sent) == 1
+    bench.step(0.2, b0=BatchReport(1, 0))
+    assert [sent[2] for sent in bench.batches.sent] == [[0], [1]]
+
+
+def test_events_of_a_lost_partition_are_not_sent_any_more() -> None:
+    bench = Bench()
+    bench.add(0)
+    bench.add(1, shard=1)
+    bench.step()
+    bench.add(2)
+    bench.progress["create-user"].lost = True
+    bench.step(b0=TryAgain("LOCK_TIMEOUT"), b1=BatchReport(1, 0))
+    bench.step(60.0)
+    bench.step(60.0)
+    assert len(bench.batches.sent) == 2
+    assert not bench.lanes.held_back
+
+
+def test_backoff_grows_to_its_bound_and_starts_over() -> None:
+    backoff = Backoff(1.0, 4.0)
+    distances = []
+    for _ in range(4):
+        backoff.failed(10.0)
+        distances.append(backoff.ready_at - 10.0)
+    assert distances == [1.0, 2.0, 4.0, 4.0]
+    backoff.succeeded()
+    assert backoff.ready_at == 0.0
+    backoff.failed(10.0)
+    assert backoff.ready_at == 11.0
