@@ -1,0 +1,115 @@
+"""The Celery application: queues, limits and what a message may be. Workers build their services after the fork."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
+
+from segsvc.bootstrap import WorkerServices
+from segsvc.config import Settings, load_settings
+from segsvc.log import configure_logging
+from tasks.dispatcher import CeleryDispatcher
+from tasks.schedule import beat_schedule
+
+OPERATIONS_QUEUE = "operations"
+EVENTS_QUEUE = "events"
+WARMING_QUEUE = "warming"
+QUEUES = (OPERATIONS_QUEUE, EVENTS_QUEUE, WARMING_QUEUE)
+"""Each has workers of its own, so that events waiting for a shard's lock never keep a finalizer from running."""
+
+TASK_TIME_LIMIT_S = 600
+VISIBILITY_TIMEOUT_S = 900
+"""Longer than any task may run: Redis would hand a running task to a second worker otherwise. Recovery, the bridge
+and beat send again long before, so a killed worker's message does not wait for this."""
+
+
+def celery_config(settings: Settings) -> dict[str, Any]:
+    """Celery's configuration as the settings say."""
+    redis_options = {
+        "visibility_timeout": VISIBILITY_TIMEOUT_S,
+        # kombu looks for messages of dead workers only about every 100 s unless told.
+        "unacked_restore_interval": 5,
+        "socket_connect_timeout": 1,
+        "socket_timeout": 5,
+        "socket_keepalive": True,
+        "retry_on_timeout": False,
+    }
+    return {
+        "broker_url": settings.broker_url,
+        "result_backend": f"tasks.results:UnsubscribedRedisBackend+{settings.broker_url}",
+        "broker_connection_retry_on_startup": True,
+        "broker_transport_options": redis_options,
+        "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}},
+        "redis_socket_connect_timeout": 1,
+        "redis_socket_timeout": 5,
+        # A message from outside can be JSON, nothing that runs code when it is read.
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        # A task counts as done when its effects are: a killed worker's task runs again, and every task is idempotent.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        # With True, a worker killed between storing a result and counting it would hang a chord for ever.
+        "worker_deduplicate_successful_tasks": False,
+        "worker_prefetch_multiplier": 1,
+        "task_time_limit": TASK_TIME_LIMIT_S,
+        "task_track_started": True,
+        # An hour: nothing reads a result later, and 0 would lose a chord's body.
+        "result_expires": 3600,
+        "task_default_queue": OPERATIONS_QUEUE,
+        "task_routes": {
+            "segsvc.apply_events": {"queue": EVENTS_QUEUE},
+            "segsvc.warm_*": {"queue": WARMING_QUEUE},
+            "segsvc.*": {"queue": OPERATIONS_QUEUE},
+        },
+        # A publisher tells its caller soon that the broker is down; the ledger remembers what was to be sent.
+        "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1},
+        "worker_send_task_events": True,
+        "task_send_sent_event": True,
+        "worker_hijack_root_logger": False,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "beat_schedule": beat_schedule(settings),
+        "imports": ("tasks.operations", "tasks.recovery", "tasks.events", "tasks.warming"),
+        "enable_utc": True,
+        "timezone": "UTC",
+    }
+
+
+app = Celery("segsvc")
+# A callable, so that reading the settings waits until something uses the application.
+app.add_defaults(lambda: celery_config(load_settings()))
+
+
+class _Process:
+    """What belongs to this worker process: nothing before the fork."""
+
+    services: WorkerServices | None = None
+
+
+def runtime() -> WorkerServices:
+    """This worker process's services; built on first use, so always after the fork."""
+    if _Process.services is None:
+        _Process.services = WorkerServices(load_settings(), dispatcher=CeleryDispatcher(app))
+    return _Process.services
+
+
+@worker_process_init.connect
+def _build(**_: Any) -> None:
+    """Connect before the first task arrives rather than during it."""
+    runtime()
+
+
+@worker_process_shutdown.connect
+def _close(**_: Any) -> None:
+    if _Process.services is not None:
+        _Process.services.close()
+        _Process.services = None
+
+
+@setup_logging.connect
+def _logging(**_: Any) -> None:
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)

@@ -1,0 +1,57 @@
+"""Sends operations as chords, from fronts and workers alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from celery import Celery, Signature, chord
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from segsvc.domain.errors import broker_unavailable
+from segsvc.domain.operation import Operation
+
+PREPARE_SHARD = "segsvc.prepare_shard"
+FINALIZE = "segsvc.finalize"
+
+
+class CeleryDispatcher:
+    """Implements ``twophase.Dispatcher`` and ``services.operations.Broker``."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+
+    def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
+        """One header task for each of these shards, then the finalizer; all under one readable root id.
+
+        Raises:
+            ServiceError: BROKER_UNAVAILABLE; some of the messages may have been sent.
+        """
+        root_id = f"{operation.plan.kind.name.lower()}-{operation.plan.slug}-{operation.id}"
+        known: dict[str, Any] = {"operation_id": str(operation.id), "title": operation.title}
+        header = [
+            self._signature(PREPARE_SHARD, {**known, "shard": shard}, root_id, f"{{{operation.title}, shard {shard}}}")
+            for shard in shards
+        ]
+        body = self._signature(FINALIZE, known, root_id, f"{{{operation.title}}}")
+        try:
+            chord(header, body, app=self._app).apply_async()
+        except (OperationalError, RedisError, OSError) as error:
+            raise broker_unavailable() from error
+
+    def _signature(self, task: str, kwargs: dict[str, Any], root_id: str, shown: str) -> Signature[Any]:
+        """A task with what Flower shows of it: the arguments as ``shown``, all of an operation under one root id."""
+        signature = self._app.signature(task, kwargs=kwargs)
+        signature.options.update(root_id=root_id, kwargsrepr=shown)
+        return signature
+
+    def check(self) -> None:
+        """Raises BROKER_UNAVAILABLE unless the broker answers within about a second."""
+        try:
+            with self._app.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
+                # Opening a channel of the Redis transport sends a PING; the connection closes its channels.
+                connection.channel()
+        except (OperationalError, RedisError, OSError) as error:
+            raise broker_unavailable() from error

@@ -1,0 +1,86 @@
+"""The tasks of an operation's chord: one header task a shard, then the finalizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from celery import Task
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from segsvc.domain.errors import LockTimeout, ServiceError
+from segsvc.domain.operation import ShardProgress, ShardState
+from segsvc.log import get_logger
+from tasks.app import app, runtime
+from tasks.dispatcher import FINALIZE, PREPARE_SHARD
+
+log = get_logger(__name__)
+
+HEADER_RESULT = "prepared or left to recovery"
+"""What every header task returns: different results of a task delivered twice could fire the chord early."""
+
+_RETRIES_MAX = 5
+_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+@app.task(name=PREPARE_SHARD, bind=True, max_retries=_RETRIES_MAX)
+def prepare_shard(self: Task[Any, Any], *, operation_id: str, shard: int, title: str) -> str:
+    """Prepare one shard of an operation and vote for it.
+
+    An outage or a busy lock is tried again a few times, then left to recovery, which sends a fresh chord.
+    """
+    reporter = ProgressReporter(self, UUID(operation_id), title)
+    reporter(ShardProgress(shard, ShardState.WORKING))
+    try:
+        runtime().coordinator.prepare_shard(UUID(operation_id), shard, reporter)
+    except (ServiceError, LockTimeout) as error:
+        retries = self.request.retries
+        if retries < _RETRIES_MAX:
+            raise self.retry(countdown=_BACKOFF_S[retries], exc=error) from error
+        log.warning("shard_left_to_recovery", operation=operation_id, shard=shard, reason=str(error))
+    return HEADER_RESULT
+
+
+@app.task(name=FINALIZE, bind=True, max_retries=_RETRIES_MAX)
+def finalize(self: Task[Any, Any], _headers: Sequence[str] = (), *, operation_id: str, title: str) -> str:
+    """Decide an operation if all votes are in, and carry it to its end."""
+    try:
+        final = runtime().coordinator.finalize(UUID(operation_id))
+    except ServiceError as error:
+        retries = self.request.retries
+        if retries < _RETRIES_MAX:
+            raise self.retry(countdown=_BACKOFF_S[retries], exc=error) from error
+        log.warning("operation_left_to_recovery", operation=operation_id, reason=str(error))
+        return "left to recovery"
+    return f"{title}: ended" if final else f"{title}: votes are missing"
+
+
+class ProgressReporter:
+    """Tells people how far a shard is: Flower by an event, the ledger's progress table for WatchOperation.
+
+    At most ten times a second and never an error: nothing depends on it.
+    """
+
+    _INTERVAL_S = 0.1
+
+    def __init__(self, task: Task[Any, Any], operation_id: UUID, title: str) -> None:
+        self._task = task
+        self._operation_id = operation_id
+        self._title = title
+        self._next = 0.0
+
+    def __call__(self, progress: ShardProgress) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._INTERVAL_S
+        text = f"shard {progress.shard}: {progress.blocks_done}/{progress.blocks_total} blocks"
+        try:
+            # The only form of progress that Flower shows: PROGRESS, with this text.
+            self._task.send_event("task-progress", result=text, kwargs=f"{{{self._title}}}")
+            runtime().ledger.put_progress(self._operation_id, progress)
+        except (ServiceError, OperationalError, RedisError) as error:
+            log.debug("progress_not_shown", operation=str(self._operation_id), reason=type(error).__name__)

@@ -1,0 +1,23 @@
+"""What beat sends, and how often."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from segsvc.config import Settings
+
+MAINTENANCE_INTERVAL_S = 60.0
+
+
+def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Beat's entries. Each message expires when the next is due, so that a busy or stopped worker finds one of each
+    kind waiting and not a heap."""
+
+    def entry(task: str, interval_s: float) -> dict[str, Any]:
+        return {"task": task, "schedule": interval_s, "options": {"expires": interval_s}}
+
+    return {
+        "recover": entry("segsvc.recover", settings.recovery_interval_s),
+        "maintain": entry("segsvc.maintain", MAINTENANCE_INTERVAL_S),
+        "warm": entry("segsvc.warm_all", settings.warm_interval_s),
+    }
