@@ -1,0 +1,116 @@
+"""What every call has: a deadline, a request id; and the threads on which blocking services run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+from segsvc.domain.errors import Reason, ServiceError
+
+T = TypeVar("T")
+
+ANSWER_SHARE = 0.1
+ANSWER_MIN_S = 0.2
+"""A call that waits stops waiting when less than the larger of a tenth of its deadline and this is left: its answer
+must still reach the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call while it is served.
+
+    Attributes:
+        method: full name, ``/package.Service/Method``.
+        request_id: of ``x-request-id``, for logs and the client.
+        start: ``time.monotonic()`` when it arrived.
+        deadline: ``time.monotonic()`` when its client gives up; None: never.
+    """
+
+    method: str
+    request_id: str
+    start: float
+    deadline: float | None
+
+    def remaining_s(self) -> float | None:
+        """Time left, possibly negative; None: no deadline."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def patience_s(self) -> float | None:
+        """Time left for waiting, so that the answer still arrives; at least 0. None: no deadline."""
+        if self.deadline is None:
+            return None
+        reserve_s = max(ANSWER_SHARE * (self.deadline - self.start), ANSWER_MIN_S)
+        return max(0.0, self.deadline - reserve_s - time.monotonic())
+
+
+_current: ContextVar[Call] = ContextVar("call")
+
+
+def enter(call: Call) -> None:
+    """Make a call the current one of this task, for as long as the task lives: a task serves one call."""
+    _current.set(call)
+
+
+def current() -> Call:
+    """The call that this task serves."""
+    return _current.get()
+
+
+def deadline_exceeded() -> ServiceError:
+    return ServiceError(Reason.DEADLINE_EXCEEDED, "the call's deadline has passed")
+
+
+class BlockingCalls:
+    """Runs blocking service calls on threads of its own, so that the event loop never waits.
+
+    Args:
+        name: of the threads.
+        threads: calls at once.
+        waiting_max: calls that may wait for a thread; beyond, a call is refused at once: one that waits long is
+            likely to be given up by its client before it is begun.
+    """
+
+    def __init__(self, name: str, *, threads: int, waiting_max: int) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+        self._places = threading.BoundedSemaphore(threads + waiting_max)
+
+    async def run(self, work: Callable[[float | None], T]) -> T:
+        """Run ``work(time left)`` for the current call and return its result.
+
+        If the call is cancelled while it waits for a thread, the work is never begun; if it has begun, it ends by
+        itself, within the bounds of its statements, and its result is dropped.
+
+        Raises:
+            ServiceError: OVERLOADED; DEADLINE_EXCEEDED if its turn came too late; and whatever the work raises.
+        """
+        if not self._places.acquire(blocking=False):
+            raise ServiceError(Reason.OVERLOADED, "too many calls wait", retry_after_s=0.5)
+        try:
+            future = self._pool.submit(contextvars.copy_context().run, _begin, current(), work)
+        except BaseException:
+            self._places.release()
+            raise
+        # Called also if the future is cancelled before it began.
+        future.add_done_callback(self._leave)
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Let go of the threads; calls that have begun still end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _leave(self, _: Future[T]) -> None:
+        self._places.release()
+
+
+def _begin(call: Call, work: Callable[[float | None], T]) -> T:
+    remaining_s = call.remaining_s()
+    if remaining_s is not None and remaining_s <= 0:
+        raise deadline_exceeded()
+    return work(remaining_s)

@@ -1,0 +1,123 @@
+"""The service's errors as gRPC statuses: the one place that maps a category to a code.
+
+A status carries ``google.rpc.ErrorInfo`` (domain ``segsvc``, the stable reason, metadata), ``BadRequest`` for wrong
+fields, and ``RetryInfo`` where trying again makes sense. Both fronts answer with the same status: grpcio by
+``abort(code, message, trailing_metadata(status))``, the hot lane by
+``fail(call_id, status.code, status.message, trailing_metadata(status))``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import code_pb2
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError
+from segsvc.domain.operation import Failure
+from segsvc.log import get_logger
+
+DOMAIN: Final = "segsvc"
+"""``ErrorInfo.domain`` of every error."""
+
+DETAILS_KEY: Final = "grpc-status-details-bin"
+"""Trailing metadata that holds the serialised Status, by gRPC's convention."""
+
+TEXT_BYTES_MAX: Final = 1024
+"""Longest message and longest text in the details. The status travels in HTTP headers twice (as percent-encoded text
+and as base64), and clients refuse more than 8 to 16 KiB of headers: the call would fail with an unrelated error."""
+
+VIOLATIONS_MAX: Final = 4
+"""Most field violations in one status, for the same reason."""
+
+_CODES: Final[dict[Category, int]] = {
+    Category.INVALID_ARGUMENT: code_pb2.INVALID_ARGUMENT,
+    Category.NOT_FOUND: code_pb2.NOT_FOUND,
+    Category.ALREADY_EXISTS: code_pb2.ALREADY_EXISTS,
+    Category.ABORTED: code_pb2.ABORTED,
+    Category.FAILED_PRECONDITION: code_pb2.FAILED_PRECONDITION,
+    Category.RESOURCE_EXHAUSTED: code_pb2.RESOURCE_EXHAUSTED,
+    Category.UNAVAILABLE: code_pb2.UNAVAILABLE,
+    Category.UNIMPLEMENTED: code_pb2.UNIMPLEMENTED,
+    Category.INTERNAL: code_pb2.INTERNAL,
+    Category.DEADLINE_EXCEEDED: code_pb2.DEADLINE_EXCEEDED,
+    Category.CANCELLED: code_pb2.CANCELLED,
+}
+"""A category is named after its code; the table is written out so that a typing mistake is an error at import."""
+
+_REASONS: Final[dict[str, Reason]] = {reason.text: reason for reason in Reason}
+
+_log = get_logger(__name__)
+
+
+def status_of(error: ServiceError) -> Status:
+    """The status that a client gets for a refusal.
+
+    Texts longer than TEXT_BYTES_MAX are shortened, violations beyond VIOLATIONS_MAX left out.
+    """
+    status = Status(code=_CODES[error.reason.category], message=_shortened(error.message))
+    info = ErrorInfo(domain=DOMAIN, reason=error.reason.text)
+    for key, value in error.metadata.items():
+        info.metadata[key] = _shortened(value)
+    _add(status, info)
+    if error.violations:
+        violations = [
+            BadRequest.FieldViolation(field=_shortened(item.field), description=_shortened(item.description))
+            for item in error.violations[:VIOLATIONS_MAX]
+        ]
+        _add(status, BadRequest(field_violations=violations))
+    if error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        _add(status, RetryInfo(retry_delay=delay))
+    return status
+
+
+def status_of_exception(error: BaseException, method: str) -> Status:
+    """The status for whatever a handler raised.
+
+    A refusal is what it says; a lock that was not to be had means "try again". Anything else is a fault of ours: it is
+    logged with its traceback and answered with a fixed INTERNAL, for an exception's text may hold SQL, hosts or data.
+
+    Args:
+        method: full name of the method (``/package.Service/Method``), for the log.
+    """
+    if isinstance(error, ServiceError):
+        return status_of(error)
+    if isinstance(error, LockTimeout):
+        return status_of(
+            ServiceError(Reason.OVERLOADED, "another change took too long; nothing was done", retry_after_s=0.5)
+        )
+    _log.error("call failed unexpectedly", method=method, exc_info=error)
+    return status_of(ServiceError(Reason.INTERNAL, "an internal error; the service's log has it"))
+
+
+def status_of_failure(failure: Failure) -> Status:
+    """Why an operation was aborted, for ``Operation.error``: what an RPC would have got for the same reason."""
+    reason = _REASONS.get(failure.reason)
+    if reason is None:
+        # Written by a newer release, seen by an older one while the service is upgraded.
+        return status_of(ServiceError(Reason.OPERATION_ABORTED, failure.message, {"why": failure.reason}))
+    return status_of(ServiceError(reason, failure.message, failure.metadata))
+
+
+def trailing_metadata(status: Status) -> tuple[tuple[str, bytes], ...]:
+    """What goes into a call's trailing metadata beside code and message."""
+    return ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def _add(status: Status, detail: Message) -> None:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    status.details.append(packed)
+
+
+def _shortened(text: str) -> str:
+    encoded = text.encode("utf-8", errors="replace")
+    if len(encoded) <= TEXT_BYTES_MAX:
+        return encoded.decode("utf-8")
+    return encoded[: TEXT_BYTES_MAX - 3].decode("utf-8", errors="ignore") + "…"

@@ -1,0 +1,103 @@
+"""Health of each service, kept up to date by probing what it needs.
+
+    segmentation.v1.SegmentService, .OperationService, google.longrunning.Operations    the catalog
+    segmentation.v1.MembershipService                                                   at least one shard
+    "" (the process as a whole)                                                         any of these
+
+A shard that is down makes its own users' calls fail, and no others: a load balancer that took every front out for it
+would turn an outage of some users into one of all. For the same reason the whole is healthy while a part is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from grpc_health.v1 import health, health_pb2
+
+from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError
+from segsvc.log import get_logger
+
+CATALOG_SERVICES = (
+    "segmentation.v1.SegmentService",
+    "segmentation.v1.OperationService",
+    "google.longrunning.Operations",
+)
+SHARD_SERVICES = ("segmentation.v1.MembershipService",)
+WHOLE = ""
+
+PROBE_INTERVAL_S = 1.0
+PROBE_TIMEOUT_S = 1.0
+"""Bound of a probe's statement; connecting has its own bound."""
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+_log = get_logger(__name__)
+
+Probe = Callable[[float], None]
+"""Asks a database for a sign of life, bounded by seconds. Raises ServiceError if there is none."""
+
+
+class HealthMonitor:
+    """Probes the catalog and the shards, each on a thread of its own so that one that hangs delays only itself.
+
+    Args:
+        servicer: is told the result.
+        catalog: probe of the catalog.
+        shards: probes of the shards.
+    """
+
+    def __init__(self, servicer: health.aio.HealthServicer, catalog: Probe, shards: Sequence[Probe]) -> None:
+        self._servicer = servicer
+        self._probes = (catalog, *shards)
+        self._alive = [False] * len(self._probes)
+        self._pool = ThreadPoolExecutor(max_workers=len(self._probes), thread_name_prefix="health")
+
+    async def run(self) -> None:
+        """Watch until cancelled. Everything is NOT_SERVING until its first probe has succeeded."""
+        await self._publish()
+        async with asyncio.TaskGroup() as watchers:
+            for number, probe in enumerate(self._probes):
+                watchers.create_task(self._watch(number, probe))
+
+    async def stop(self) -> None:
+        """NOT_SERVING from now on: the process is about to go."""
+        await self._servicer.enter_graceful_shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _watch(self, number: int, probe: Probe) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            begun = time.monotonic()
+            alive = await loop.run_in_executor(self._pool, _answers, probe)
+            if alive != self._alive[number]:
+                self._alive[number] = alive
+                name = "catalog" if number == 0 else f"shard {number - 1}"
+                _log.info("dependency is back" if alive else "dependency is out of reach", dependency=name)
+                await self._publish()
+            await asyncio.sleep(max(0.0, begun + PROBE_INTERVAL_S - time.monotonic()))
+
+    async def _publish(self) -> None:
+        catalog, shards = self._alive[0], any(self._alive[1:])
+        for service in CATALOG_SERVICES:
+            await self._set(service, serving=catalog)
+        for service in SHARD_SERVICES:
+            await self._set(service, serving=shards)
+        await self._set(WHOLE, serving=catalog or shards)
+
+    async def _set(self, service: str, *, serving: bool) -> None:
+        await self._servicer.set(service, _SERVING if serving else _NOT_SERVING)
+
+
+def _answers(probe: Probe) -> bool:
+    try:
+        probe(PROBE_TIMEOUT_S)
+    except LockTimeout:
+        return True
+    except ServiceError as error:
+        # Busy is alive: only an outage, or no answer in time, is not.
+        return error.reason.category is not Category.UNAVAILABLE and error.reason is not Reason.DEADLINE_EXCEEDED
+    return True

@@ -1,0 +1,207 @@
+"""What is done around every call. The order matters; the reason stands beside each in ``interceptors()``."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Any, TypeAlias, TypeVar
+from uuid import uuid4
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from grpc_api import call_scope
+from grpc_api.errors import status_of_exception, trailing_metadata
+from segsvc.domain.errors import Reason, ServiceError, invalid_field
+from segsvc.log import get_logger
+from segsvc.metrics import rpc_seconds, rpcs
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID_CHARACTERS_MAX = 128
+UNKNOWN_METHOD = "unknown"
+"""Label of calls to methods that do not exist."""
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+_log = get_logger(__name__)
+
+_Q = TypeVar("_Q")
+_R = TypeVar("_R")
+# In quotes: generic in the stubs only, not when the program runs.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "aio.ServicerContext[Any, Any]"
+
+
+def interceptors(methods: Collection[str]) -> list[aio.ServerInterceptor]:
+    """All of them, outermost first.
+
+    Args:
+        methods: full names of those that exist; other names are the client's choice, unbounded, and no metric's label.
+    """
+    return [
+        EnterCall(),  # first: request id and deadline exist before anything can be logged or can fail
+        Observe(methods),  # outside the mapping of errors, so that it counts the code which the client gets
+        MapErrors(),  # innermost: no exception of a servicer passes it unmapped
+    ]
+
+
+async def _no_such_method(_: bytes, context: Context) -> bytes:
+    raise ServiceError(Reason.NOT_IMPLEMENTED, "there is no such method", {"method": call_scope.current().method})
+
+
+_NO_SUCH_METHOD: Handler = grpc.unary_unary_rpc_method_handler(_no_such_method)
+"""Stands in for the handler of a method that does not exist, so that its error has details like every other."""
+
+
+class Around(aio.ServerInterceptor, ABC):
+    """An interceptor that is an asynchronous context around the servicer's method, for unary calls and streams."""
+
+    @abstractmethod
+    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+        """Entered before the method runs, left when it ends; sees its exception."""
+
+    def decode(self, handler: Handler) -> tuple[Callable[[bytes], Any] | None, Callable[[Any], Any]]:
+        """How the request gets from bytes to the method: what grpc does to it, then what is done inside the context."""
+        return handler.request_deserializer, lambda request: request
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[_Q, _R] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler: Any = await continuation(handler_call_details) or _NO_SUCH_METHOD
+        if handler.request_streaming:
+            # Only reflection, which is off in production, reads a stream.
+            return handler
+        method = handler_call_details.method
+        outer, inner = self.decode(handler)
+        if not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, handler.unary_unary, inner), outer, handler.response_serializer
+            )
+        wrap = self._generator if inspect.isasyncgenfunction(handler.unary_stream) else self._writer
+        return grpc.unary_stream_rpc_method_handler(
+            wrap(method, handler.unary_stream, inner), outer, handler.response_serializer
+        )
+
+    def _unary(self, method: str, behaviour: Any, decode: Callable[[Any], Any]) -> Any:
+        async def call(request: Any, context: Context) -> Any:
+            async with self.around(method, context):
+                return await behaviour(decode(request), context)
+
+        return call
+
+    def _generator(self, method: str, behaviour: Any, decode: Callable[[Any], Any]) -> Any:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with self.around(method, context), aclosing(behaviour(decode(request), context)) as messages:
+                async for message in messages:
+                    yield message
+
+        return call
+
+    def _writer(self, method: str, behaviour: Any, decode: Callable[[Any], Any]) -> Any:
+        """For streams that call ``context.write`` instead of yielding (the health service's Watch)."""
+
+        async def call(request: Any, context: Context) -> None:
+            async with self.around(method, context):
+                await behaviour(decode(request), context)
+
+        return call
+
+
+class EnterCall(Around):
+    """Gives the call its request id (the client's, or a new one), sends it back, and notes the deadline."""
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        start = time.monotonic()
+        remaining_s: float | None = context.time_remaining()
+        request_id = _request_id(context)
+        deadline = None if remaining_s is None else start + remaining_s
+        call_scope.enter(call_scope.Call(method, request_id, start, deadline))
+        # Bound for the life of the task, which serves this call alone.
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        yield
+
+
+class Observe(Around):
+    """Counts and times calls, and logs those that failed."""
+
+    def __init__(self, methods: Collection[str]) -> None:
+        self._methods = frozenset(methods)
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        call = call_scope.current()
+        label = method if method in self._methods else UNKNOWN_METHOD
+        code = grpc.StatusCode.OK
+        try:
+            yield
+        except asyncio.CancelledError:
+            remaining_s = call.remaining_s()
+            expired = remaining_s is not None and remaining_s <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+            raise
+        except aio.AbortError:
+            code = _code(context)
+            raise
+        except BaseException:
+            code = grpc.StatusCode.UNKNOWN  # what grpc makes of an exception; MapErrors lets none through
+            raise
+        finally:
+            seconds = time.monotonic() - call.start
+            rpcs.labels(label, code.name).inc()
+            rpc_seconds.labels(label).observe(seconds)
+            if code is not grpc.StatusCode.OK:
+                _log.info("call refused", method=method, code=code.name, seconds=round(seconds, 4))
+
+
+class MapErrors(Around):
+    """Turns every exception into a status with details, so that no text of a driver or of Python reaches a client.
+
+    Requests are decoded in here too, for the same reason: grpc would answer a request that is no valid message with
+    the decoder's exception.
+    """
+
+    def decode(self, handler: Handler) -> tuple[Callable[[bytes], Any] | None, Callable[[Any], Any]]:
+        return None, handler.request_deserializer or (lambda request: request)
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        try:
+            yield
+        except aio.AbortError:
+            raise
+        except DecodeError:
+            await _abort(context, invalid_field("request", "is not a valid message of this method"), method)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must be mapped
+            await _abort(context, error, method)
+
+
+async def _abort(context: Context, error: Exception, method: str) -> None:
+    status = status_of_exception(error, method)
+    # The request id is here as well: the hot lane's errors, being without a message, have trailing metadata only.
+    request_id = (REQUEST_ID_KEY, call_scope.current().request_id)
+    metadata: tuple[tuple[str, str | bytes], ...] = (*trailing_metadata(status), request_id)
+    await context.abort(_CODES[status.code], status.message, metadata)
+
+
+def _code(context: Context) -> grpc.StatusCode:
+    """The code of an aborted call; grpc keeps it as a number."""
+    code: Any = context.code()
+    return code if isinstance(code, grpc.StatusCode) else _CODES.get(code, grpc.StatusCode.UNKNOWN)
+
+
+def _request_id(context: Context) -> str:
+    """The client's request id if it is fit for logs, else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and value.isprintable():
+            return value if 0 < len(value) <= _REQUEST_ID_CHARACTERS_MAX else str(uuid4())
+    return str(uuid4())

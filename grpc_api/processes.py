@@ -1,0 +1,119 @@
+"""Several front processes behind one port, and the parent that only looks after them.
+
+An event loop and its GIL use one core: more cores mean more processes, which share the port with SO_REUSEPORT. They
+are forked before any gRPC object, connection or thread exists, for none of these survives a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from segsvc.log import get_logger
+
+STOP_BOUND_S = 20
+"""A child that has not ended this long after SIGTERM is killed; longer than its own draining takes."""
+YOUNG_S = 5.0
+"""A child that fails younger than this fails because of its settings or its port: starting it again would not help."""
+RESTART_PAUSE_S = 1.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_log = get_logger(__name__)
+
+
+class Supervisor:
+    """Starts children, starts those anew that die, and ends with them.
+
+    Args:
+        count: children to keep running.
+        run: what a child does, given its number (0 … count - 1) and a file descriptor that becomes readable when the
+            parent is gone; its result is the child's exit code.
+    """
+
+    def __init__(self, count: int, run: Callable[[int, int], int]) -> None:
+        self._count = count
+        # Nothing is ever written: the end of the pipe is the message, and it comes however the parent ends.
+        self._parent_gone, self._parent_lives = os.pipe()
+        self._run = run
+        self._children: dict[int, tuple[int, float]] = {}
+        self._stopping = False
+        self._exit_code = 0
+
+    def run(self) -> int:
+        """Return when all children have ended after SIGTERM or SIGINT (0), or after one failed young (its code)."""
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGALRM, self._on_bound)
+        for index in range(self._count):
+            self._start(index)
+        while self._children:
+            pid, status = os.wait()
+            self._ended(pid, os.waitstatus_to_exitcode(status))
+        signal.alarm(0)
+        return self._exit_code
+
+    def _start(self, index: int) -> None:
+        # Held back until both sides are ready: the child would run the parent's handlers, and a signal between the
+        # fork and the note of the child would not be passed on to it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            if self._stopping:
+                return
+            pid = os.fork()
+            if pid == 0:
+                self._be_child(index)
+            self._children[pid] = (index, time.monotonic())
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+    def _be_child(self, index: int) -> NoReturn:
+        code = 1
+        try:
+            for number in (*_STOP_SIGNALS, signal.SIGALRM):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+            os.close(self._parent_lives)
+            code = self._run(index, self._parent_gone)
+        except BaseException:  # noqa: BLE001  # the last thing this process does is to say why
+            _log.exception("front process failed", index=index)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Not sys.exit: the parent's frames and exit handlers are not the child's to run.
+            os._exit(code)
+
+    def _ended(self, pid: int, code: int) -> None:
+        index, begun = self._children.pop(pid)
+        if self._stopping:
+            return
+        _log.error("front process ended", index=index, pid=pid, exit_code=code)
+        if time.monotonic() - begun < YOUNG_S:
+            self._exit_code = code if code > 0 else 1
+            self._stop()
+            return
+        time.sleep(RESTART_PAUSE_S)
+        self._start(index)
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for pid in list(self._children):
+            _signal(pid, signal.SIGTERM)
+        signal.alarm(STOP_BOUND_S)
+
+    def _on_bound(self, number: int, frame: FrameType | None) -> None:
+        for pid in list(self._children):
+            _signal(pid, signal.SIGKILL)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,271 @@
+"""The gRPC front: one process, or several behind one port.
+
+    native front    clients → NativeGrpcFront ─ hot methods → hot lane
+                                              └ all others → grpcio on a Unix socket in a private folder
+    grpcio front    clients → grpcio (TLS if configured): all methods, the hot ones handed to the same lane
+
+Nothing here needs PostgreSQL or Redis to start: while they are out of reach calls are answered UNAVAILABLE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import signal
+import tempfile
+from collections.abc import Callable
+
+import grpc
+import uvloop
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+from pygrpc_native import NativeGrpcFront
+from segmentation.v1 import (
+    membership_pb2,
+    membership_pb2_grpc,
+    segments_pb2,
+    segments_pb2_grpc,
+)
+from segmentation.v1 import operations_pb2 as watch_pb2
+from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
+
+from grpc_api.call_scope import BlockingCalls
+from grpc_api.health import HealthMonitor
+from grpc_api.interceptors import interceptors
+from grpc_api.lane import HotLane
+from grpc_api.lane_calls import native_front
+from grpc_api.membership_wire import encode_slug
+from grpc_api.processes import Supervisor
+from grpc_api.servicers.membership import MembershipServicer, Submit
+from grpc_api.servicers.operations import OperationsServicer, WatchServicer
+from grpc_api.servicers.segments import SegmentServicer
+from segsvc.bootstrap import Front, HotReads, TaskSender
+from segsvc.config import Settings
+from segsvc.log import get_logger
+
+DRAIN_S = 10.0
+"""Longest time that calls in progress get to end after SIGTERM; those that wait for an operation answer at once."""
+LANE_DRAIN_S = 3.0
+"""Longest time that reads of shards get to end after that."""
+MESSAGE_BYTES_MAX = 4 << 20
+"""Larger requests are refused (RESOURCE_EXHAUSTED, by gRPC itself); no request of ours is near it."""
+METADATA_BYTES_MAX = 16 << 10
+BLOCKING_THREADS, BLOCKING_WAITING_MAX = 16, 1024
+CREATION_THREADS, CREATION_WAITING_MAX = 64, 256
+
+_log = get_logger(__name__)
+
+MakeSender = Callable[[Settings], TaskSender]
+"""Makes the connection to Celery; called after the fork."""
+
+
+class ListenError(Exception):
+    """An address cannot be listened on; the text says which, and why."""
+
+
+def serve(settings: Settings, *, make_sender: MakeSender) -> int:
+    """Serve until SIGTERM or SIGINT, in as many processes as the settings say.
+
+    Returns:
+        The exit code: 0 after a signal, 1 if an address cannot be listened on (the log says which).
+    """
+    if settings.front_processes == 1:
+        return _serve_one(settings, make_sender)
+    return Supervisor(settings.front_processes, functools.partial(_serve_one, settings, make_sender)).run()
+
+
+def _serve_one(settings: Settings, make_sender: MakeSender, index: int = 0, parent_gone: int | None = None) -> int:
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(settings, make_sender, index, parent_gone))
+    except ListenError as error:
+        _log.error("cannot listen", reason=str(error))  # the reason is all there is to say
+        return 1
+    return 0
+
+
+async def _run(settings: Settings, make_sender: MakeSender, index: int, parent_gone: int | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if parent_gone is not None:
+
+        def orphaned() -> None:
+            # Nobody would look after this process any more, or stop it.
+            loop.remove_reader(parent_gone)
+            stop.set()
+
+        loop.add_reader(parent_gone, orphaned)
+    async with contextlib.AsyncExitStack() as stack:
+        await FrontProcess(settings, make_sender, index).start(stack)
+        await stop.wait()
+        _log.info("draining", seconds_max=DRAIN_S)
+    _log.info("stopped")
+
+
+class FrontProcess:
+    """One process of the front.
+
+    Args:
+        index: 0 … front_processes - 1; metrics are served on the configured port plus this.
+    """
+
+    def __init__(self, settings: Settings, make_sender: MakeSender, index: int) -> None:
+        self._settings = settings
+        self._index = index
+        self._services = Front(settings, sender=make_sender(settings))
+        self._blocking = BlockingCalls("blocking", threads=BLOCKING_THREADS, waiting_max=BLOCKING_WAITING_MAX)
+        self._creations = BlockingCalls("creations", threads=CREATION_THREADS, waiting_max=CREATION_WAITING_MAX)
+        self._health = health.aio.HealthServicer()
+
+    async def start(self, stack: contextlib.AsyncExitStack) -> None:
+        """Start serving; what was started is stopped, in the reverse order, when the stack unwinds.
+
+        Raises:
+            ListenError: an address is in use, or not this machine's.
+        """
+        stack.callback(self._close_services)
+        self._serve_metrics(stack)
+        native = self._make_native_front()
+        lane = await self._start_lane(stack, native)
+        server = self._make_server(lane.submit if native is None else None)
+        if native is None:
+            self._listen(server)
+        else:
+            # In a folder that only this user can enter: whoever reaches the socket goes past the front.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="segsvc-front-"))
+            server.add_insecure_port(f"unix:{folder}/grpcio.sock")
+            native.set_fallback(f"{folder}/grpcio.sock")
+        await server.start()
+        stack.push_async_callback(server.stop, DRAIN_S)
+        # Unwound before the server stops: calls that wait for an operation's end answer now, so draining is short.
+        stack.push_async_callback(asyncio.to_thread, self._services.watcher.close)
+        await self._watch_health(stack)
+        if native is not None:
+            native.start()
+        _log.info(
+            "listening",
+            address=self._settings.grpc_address,
+            front=self._settings.grpc_front,
+            process=self._index,
+        )
+
+    def _make_native_front(self) -> NativeGrpcFront | None:
+        """The front that hands hot calls to the lane; None: grpcio serves everything."""
+        if self._settings.grpc_front != "native":
+            return None
+        address = self._settings.grpc_address
+        try:
+            return native_front(address, reuse_port=self._settings.front_processes > 1)
+        except OSError as error:
+            raise ListenError(f"{address}: {error}") from error
+
+    async def _start_lane(self, stack: contextlib.AsyncExitStack, native: NativeGrpcFront | None) -> HotLane:
+        hot = HotReads(self._settings, encode=encode_slug)
+        stack.push_async_callback(asyncio.to_thread, hot.close, LANE_DRAIN_S)
+        lane = HotLane(
+            front=native,
+            entries=hot.entries,
+            counts=hot.counts,
+            cold=hot.cold,
+            slugs=hot.slugs,
+            shard_count=self._settings.shard_count,
+        )
+        # It connects to the cache, which may take a moment while that is down.
+        await asyncio.to_thread(lane.start)
+        stack.push_async_callback(asyncio.to_thread, lane.close, LANE_DRAIN_S)
+        return lane
+
+    def _make_server(self, submit: Submit | None) -> aio.Server:
+        services = self._services
+        server = aio.server(
+            interceptors=interceptors(_methods()),
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+                # Off unless it is meant: a second server on the port would share its calls instead of failing.
+                ("grpc.so_reuseport", int(self._settings.front_processes > 1)),
+            ],
+        )
+        segments_pb2_grpc.add_SegmentServiceServicer_to_server(
+            SegmentServicer(
+                segments=services.segments,
+                statistics=services.statistics,
+                export=services.export,
+                operations=services.operations,
+                blocking=self._blocking,
+                creations=self._creations,
+            ),
+            server,
+        )
+        membership_pb2_grpc.add_MembershipServiceServicer_to_server(
+            MembershipServicer(services.users, self._blocking, submit), server
+        )
+        watch_pb2_grpc.add_OperationServiceServicer_to_server(
+            WatchServicer(services.operations, self._blocking), server
+        )
+        operations_pb2_grpc.add_OperationsServicer_to_server(  # type: ignore[no-untyped-call]
+            OperationsServicer(services.operations, self._blocking), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._settings.grpc_reflection:
+            names = [service.full_name for service in _services()]
+            reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        return server
+
+    def _listen(self, server: aio.Server) -> None:
+        address = self._settings.grpc_address
+        try:
+            if self._settings.grpc_tls_cert and self._settings.grpc_tls_key:
+                key, chain = self._settings.grpc_tls_key.read_bytes(), self._settings.grpc_tls_cert.read_bytes()
+                server.add_secure_port(address, grpc.ssl_server_credentials([(key, chain)]))
+            else:
+                server.add_insecure_port(address)
+        except (OSError, RuntimeError) as error:
+            raise ListenError(f"{address}: {error}") from error
+
+    def _serve_metrics(self, stack: contextlib.AsyncExitStack) -> None:
+        """Prometheus metrics by HTTP; each process has its own numbers, so each has its own port."""
+        if not self._settings.metrics_address:
+            return
+        host, _, port = self._settings.metrics_address.rpartition(":")
+        try:
+            server, thread = start_http_server(int(port) + self._index, host)
+        except OSError as error:
+            raise ListenError(f"metrics on {host}:{int(port) + self._index}: {error}") from error
+        stack.callback(thread.join)
+        stack.callback(server.server_close)
+        stack.callback(server.shutdown)
+
+    async def _watch_health(self, stack: contextlib.AsyncExitStack) -> None:
+        probes = self._services.probes
+        monitor = HealthMonitor(
+            self._health,
+            probes.catalog,
+            [functools.partial(probes.shard, shard) for shard in range(self._settings.shard_count)],
+        )
+        watching = asyncio.create_task(monitor.run())
+        stack.callback(watching.cancel)
+        stack.push_async_callback(monitor.stop)
+
+    def _close_services(self) -> None:
+        self._blocking.close()
+        self._creations.close()
+        self._services.close()
+
+
+def _services() -> list[ServiceDescriptor]:
+    """Everything that is served, reflection apart."""
+    files = (segments_pb2, membership_pb2, watch_pb2, operations_pb2, health_pb2)
+    return [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+
+
+def _methods() -> list[str]:
+    """Full names of all methods, as they come in a request's path."""
+    return [f"/{service.full_name}/{method.name}" for service in _services() for method in service.methods]

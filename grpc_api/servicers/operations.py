@@ -1,0 +1,126 @@
+"""segmentation.v1.OperationService and google.longrunning.Operations: two views of the same ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.longrunning.operations_pb2 import Operation as OperationMessage
+from google.protobuf.empty_pb2 import Empty
+from segmentation.v1 import operations_pb2 as watch_pb2
+from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
+
+from grpc_api import call_scope, convert
+from grpc_api.call_scope import BlockingCalls
+from grpc_api.interceptors import Context
+from grpc_api.servicers.views import OperationViews
+from segsvc.domain.errors import Reason, ServiceError, invalid_field
+from segsvc.domain.operation import OperationFilter
+from segsvc.domain.paging import decode_token, encode_token, page_size_of
+from segsvc.services.operations import OperationService
+
+COLLECTION = "operations"
+PAGE_BYTES_MAX = 2 << 20
+"""A page is cut once it is larger: responses hold segments, and clients refuse messages over 4 MiB by default."""
+
+WATCH_INTERVAL_S = 0.1
+"""Least time between two messages of a watch."""
+WATCH_PAUSE_MAX_S = 0.4
+"""Longest time between two looks at an operation of which nothing changes; its end is noticed at once."""
+
+
+class OperationsServicer(operations_pb2_grpc.OperationsServicer):
+    """google.longrunning.Operations."""
+
+    def __init__(self, operations: OperationService, blocking: BlockingCalls) -> None:
+        self._operations = operations
+        self._views = OperationViews(operations, blocking)
+        self._blocking = blocking
+
+    async def GetOperation(self, request: operations_pb2.GetOperationRequest, context: Context) -> OperationMessage:
+        return convert.operation_message(await self._views.describe(convert.operation_id_of(request.name)))
+
+    async def ListOperations(
+        self, request: operations_pb2.ListOperationsRequest, context: Context
+    ) -> operations_pb2.ListOperationsResponse:
+        if request.name not in ("", COLLECTION):
+            raise invalid_field("name", f"must be {COLLECTION!r}, is {request.name[:80]!r}")
+        wanted, page_size = convert.filter_of(request.filter), page_size_of(request.page_size)
+        before = decode_token(_scope(wanted), request.page_token, "page_token")[0] if request.page_token else None
+        # One more than asked for tells whether another page follows.
+        found = await self._blocking.run(
+            lambda _: self._operations.list(wanted, page_size=page_size + 1, before_seq=before)
+        )
+        messages: list[OperationMessage] = []
+        size = 0
+        for view in await self._views.describe_all(found[:page_size]):
+            message = convert.operation_message(view)
+            size += message.ByteSize()
+            if messages and size > PAGE_BYTES_MAX:
+                break
+            messages.append(message)
+        more = len(messages) < len(found)
+        token = encode_token(_scope(wanted), [found[len(messages) - 1].seq]) if more else ""
+        return operations_pb2.ListOperationsResponse(operations=messages, next_page_token=token)
+
+    async def WaitOperation(self, request: operations_pb2.WaitOperationRequest, context: Context) -> OperationMessage:
+        operation_id = convert.operation_id_of(request.name)
+        patience_s = call_scope.current().patience_s()
+        if request.HasField("timeout"):
+            timeout_s = request.timeout.ToNanoseconds() / 1e9
+            if timeout_s < 0:
+                raise invalid_field("timeout", "must not be negative")
+            patience_s = timeout_s if patience_s is None else min(timeout_s, patience_s)
+        operation = await self._blocking.run(lambda _: self._operations.get(operation_id))
+        await self._views.wait(operation, patience_s)
+        return convert.operation_message(await self._views.describe(operation_id))
+
+    async def CancelOperation(self, request: operations_pb2.CancelOperationRequest, context: Context) -> Empty:
+        operation_id = convert.operation_id_of(request.name)
+        await self._blocking.run(lambda _: self._operations.cancel(operation_id))
+        return Empty()
+
+    async def DeleteOperation(self, request: operations_pb2.DeleteOperationRequest, context: Context) -> Empty:
+        raise ServiceError(Reason.NOT_IMPLEMENTED, "operations are the history: they are not deleted")
+
+
+class WatchServicer(watch_pb2_grpc.OperationServiceServicer):
+    """segmentation.v1.OperationService."""
+
+    def __init__(self, operations: OperationService, blocking: BlockingCalls) -> None:
+        self._operations = operations
+        self._blocking = blocking
+
+    async def WatchOperation(
+        self, request: watch_pb2.WatchOperationRequest, context: Context
+    ) -> AsyncIterator[watch_pb2.WatchOperationResponse]:
+        operation_id = convert.operation_id_of(request.name)
+        end = asyncio.wrap_future(self._operations.watch_end(operation_id))
+        shown: watch_pb2.WatchOperationResponse | None = None
+        pause_s = WATCH_INTERVAL_S
+        try:
+            while True:
+                looked = time.monotonic()
+                operation, shards = await self._blocking.run(lambda _: self._operations.progress(operation_id))
+                message = watch_pb2.WatchOperationResponse(
+                    name=operation.name, metadata=convert.metadata_message(operation, shards)
+                )
+                pause_s = WATCH_INTERVAL_S if message != shown else min(2 * pause_s, WATCH_PAUSE_MAX_S)
+                if message != shown:
+                    yield message
+                    shown = message
+                if operation.state.final:
+                    return
+                # The end interrupts a long pause, but never makes two messages follow faster than they may.
+                await asyncio.wait([end], timeout=pause_s)
+                await asyncio.sleep(max(0.0, looked + WATCH_INTERVAL_S - time.monotonic()))
+        finally:
+            end.cancel()
+
+
+def _scope(wanted: OperationFilter) -> str:
+    """What must not change from page to page; the size of the page may."""
+    return json.dumps(["operations", wanted.slug, wanted.kind and wanted.kind.name, wanted.state and wanted.state.name])

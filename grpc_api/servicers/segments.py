@@ -1,0 +1,140 @@
+"""segmentation.v1.SegmentService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from google.longrunning.operations_pb2 import Operation as OperationMessage
+from segmentation.v1 import segments_pb2, segments_pb2_grpc
+
+from grpc_api import call_scope, convert
+from grpc_api.call_scope import BlockingCalls
+from grpc_api.interceptors import Context
+from grpc_api.servicers.views import OperationViews
+from segsvc.domain.errors import Reason, ServiceError, required_field
+from segsvc.domain.paging import page_size_of
+from segsvc.domain.segment import Policy, check_slug, check_text
+from segsvc.services.export import ExportService
+from segsvc.services.operations import OperationService
+from segsvc.services.segments import SegmentService
+from segsvc.services.statistics import StatisticsService
+
+
+class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
+    """Create, read, edit, roll out, delete, count and export segments.
+
+    Args:
+        blocking: threads for everything that ends soon.
+        creations: threads of their own for CreateSegment, which waits for its turn among the operations.
+    """
+
+    def __init__(
+        self,
+        *,
+        segments: SegmentService,
+        statistics: StatisticsService,
+        export: ExportService,
+        operations: OperationService,
+        blocking: BlockingCalls,
+        creations: BlockingCalls,
+    ) -> None:
+        self._segments = segments
+        self._statistics = statistics
+        self._export = export
+        self._operations = operations
+        self._views = OperationViews(operations, blocking)
+        self._blocking = blocking
+        self._creations = creations
+
+    async def CreateSegment(self, request: segments_pb2.CreateSegmentRequest, context: Context) -> segments_pb2.Segment:
+        if not request.HasField("segment"):
+            raise required_field("segment")
+        slug, text = check_slug(request.segment.slug, "segment.slug"), convert.text_of(request.segment)
+        check_text(text)
+        key = convert.request_key_of(call_scope.current().method, request)
+        call = call_scope.current()
+        segment = await self._creations.run(
+            lambda _: self._operations.create_segment(slug, text, request=key, deadline_s=call.patience_s())
+        )
+        return convert.segment_message(segment)
+
+    async def GetSegment(self, request: segments_pb2.GetSegmentRequest, context: Context) -> segments_pb2.Segment:
+        segment = await self._blocking.run(lambda timeout_s: self._segments.get(request.slug, timeout_s=timeout_s))
+        return convert.segment_message(segment)
+
+    async def ListSegments(
+        self, request: segments_pb2.ListSegmentsRequest, context: Context
+    ) -> segments_pb2.ListSegmentsResponse:
+        query, page_size = convert.query_of(request), page_size_of(request.page_size)
+        page = await self._blocking.run(
+            lambda timeout_s: self._segments.list(
+                query, page_size=page_size, page_token=request.page_token, timeout_s=timeout_s
+            )
+        )
+        return segments_pb2.ListSegmentsResponse(
+            segments=map(convert.segment_message, page.segments),
+            next_page_token=page.next_page_token,
+            total_size=page.total,
+        )
+
+    async def UpdateSegment(self, request: segments_pb2.UpdateSegmentRequest, context: Context) -> segments_pb2.Segment:
+        if not request.HasField("segment"):
+            raise required_field("segment")
+        new = request.segment
+        fields = convert.edited_fields_of(new, request.update_mask)
+        etag = convert.etag_of(new.etag, "segment.etag")
+        segment = await self._blocking.run(
+            lambda timeout_s: self._segments.edit(
+                new.slug, convert.text_of(new), fields, etag=etag, timeout_s=timeout_s
+            )
+        )
+        return convert.segment_message(segment)
+
+    async def DeleteSegment(self, request: segments_pb2.DeleteSegmentRequest, context: Context) -> OperationMessage:
+        slug, etag = check_slug(request.slug), convert.etag_of(request.etag, "etag")
+        key = convert.request_key_of(call_scope.current().method, request)
+        accepted = await self._blocking.run(lambda _: self._operations.delete(slug, etag=etag, request=key))
+        patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()
+        return convert.operation_message(await self._views.answer(accepted, patience_s))
+
+    async def PreviewRollOut(
+        self, request: segments_pb2.PreviewRollOutRequest, context: Context
+    ) -> segments_pb2.PreviewRollOutResponse:
+        raise ServiceError(Reason.NOT_IMPLEMENTED, "rollouts cannot be previewed yet")
+
+    async def RollOutSegment(self, request: segments_pb2.RollOutSegmentRequest, context: Context) -> OperationMessage:
+        slug, rule = check_slug(request.slug), convert.rule_of(request)
+        etag = convert.etag_of(request.etag, "etag")
+        key = convert.request_key_of(call_scope.current().method, request)
+        if rule.condition:
+            raise ServiceError(
+                Reason.NOT_IMPLEMENTED, "rule.condition: conditions are not served yet", {"field": "rule.condition"}
+            )
+        if rule.policy is not Policy.LIVE:
+            raise ServiceError(Reason.NOT_IMPLEMENTED, "rule.policy: only LIVE is served yet", {"field": "rule.policy"})
+        accepted = await self._blocking.run(lambda _: self._operations.roll_out(slug, rule, etag=etag, request=key))
+        patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()
+        return convert.operation_message(await self._views.answer(accepted, patience_s))
+
+    async def GetSegmentStatistics(
+        self, request: segments_pb2.GetSegmentStatisticsRequest, context: Context
+    ) -> segments_pb2.SegmentStatistics:
+        statistics = await self._blocking.run(lambda timeout_s: self._statistics.get(request.slug, timeout_s=timeout_s))
+        return convert.statistics_message(statistics)
+
+    async def ExportSegmentUsers(
+        self, request: segments_pb2.ExportSegmentUsersRequest, context: Context
+    ) -> AsyncIterator[segments_pb2.ExportSegmentUsersResponse]:
+        cursor = await self._blocking.run(
+            lambda timeout_s: self._export.start(request.slug, request.resume_token, timeout_s=timeout_s)
+        )
+        while True:
+            # Read only after the client has taken the batch before (grpc stops us while its window is full), so a
+            # slow client costs one batch of memory.
+            step = await self._blocking.run(
+                lambda timeout_s, cursor=cursor: self._export.next(cursor, timeout_s=timeout_s)  # type: ignore[misc]
+            )
+            if step is None:
+                return
+            batch, cursor = step
+            yield segments_pb2.ExportSegmentUsersResponse(user_ids=batch.user_ids, resume_token=batch.resume_token)

@@ -1,0 +1,28 @@
+"""Entries of the audit trail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """One change of a segment that was committed.
+
+    Attributes:
+        seq: orders all commits and edits; gaps are normal.
+        action: created, edited, rolled_out or deleted.
+        operation_id: the operation that did it; None: an edit, which is none.
+        details: JSON; what depends on the action: counts, the rule, the fields that were edited.
+    """
+
+    seq: int
+    time: datetime
+    action: str
+    slug: str
+    operation_id: UUID | None
+    details: Mapping[str, Any]

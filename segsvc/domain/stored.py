@@ -1,0 +1,100 @@
+"""What the checker reads, side by side in columns: the stored state exactly as it is, right or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+
+from segsvc.domain import bits
+from segsvc.domain.operation import OperationPlan, OperationState
+from segsvc.domain.segment import Segment
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """An operation as the checker needs it. Times are the catalog's clock; None: it did not get there."""
+
+    id: UUID
+    plan: OperationPlan
+    state: OperationState
+    start_time: datetime | None
+    deadline: datetime | None
+    commit_time: datetime | None
+    end_time: datetime | None
+
+    @property
+    def title(self) -> str:
+        return f"operation {self.id} ({self.plan.kind.name} {self.plan.slug}, {self.state.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogView:
+    """The catalog at one moment.
+
+    Attributes:
+        time: that moment, by the catalog's clock.
+        segments: all rows, RESERVED and DELETING ones included.
+        operations: those that are not final, ended lately, or were asked for, and all earlier ones of segments that
+            have one which is not final.
+    """
+
+    time: datetime
+    segments: Sequence[Segment]
+    operations: Sequence[LedgerEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class StateRow:
+    """The one row of a shard's ``shard_state``."""
+
+    next_slot: int
+    user_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTransaction:
+    """A prepared transaction of a shard's database, whoever made it; age by the shard's clock."""
+
+    gid: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class UserColumns:
+    """Users: their slots and ids, one a user."""
+
+    slots: Int64s
+    ids: Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryRows:
+    """Directory rows of the right size: their blocks, and the user ids of each (n × 1024)."""
+
+    blocks: Int64s
+    user_ids: bits.UserIds
+
+
+@dataclass(frozen=True, slots=True)
+class BitRows:
+    """Membership rows of the right size, in the order of segment and block; bits n × 128."""
+
+    segment_ids: Int64s
+    blocks: Int64s
+    packed: bits.Packed
+
+
+@dataclass(frozen=True, slots=True)
+class OverrideColumns:
+    """Overrides that hold now: the user's slot, the segment, and whether it puts the user in (else out)."""
+
+    slots: Int64s
+    segment_ids: Int64s
+    included: npt.NDArray[np.bool_]

@@ -1,0 +1,283 @@
+"""What the checker reads. Implements ``services.check.AuditReads``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import sqlalchemy as sa
+from psycopg2 import sql
+
+from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.operation import OperationPlan, OperationState
+from segsvc.domain.segment import Policy, Rule, ShardSegment
+from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
+from segsvc.domain.stored import (
+    BitRows,
+    CatalogView,
+    DirectoryRows,
+    Int64s,
+    LedgerEntry,
+    OverrideColumns,
+    PreparedTransaction,
+    StateRow,
+    UserColumns,
+)
+from segsvc.postgres import segment_rows, tables
+from segsvc.postgres.copying import copy_rows
+from segsvc.postgres.engine import Databases, translated
+
+_INCLUDE = 1
+
+
+class PostgresAuditReads:
+    """Reads of one process; its connections are bounded like everybody's, statement by statement."""
+
+    def __init__(self, databases: Databases) -> None:
+        self._databases = databases
+
+    def catalog(self, *, fence_ttl_s: float, asked_for: Collection[UUID] = ()) -> CatalogView:
+        """Segments and operations in one snapshot of the catalog."""
+        with translated("catalog"), _snapshot(self._databases.catalog) as connection:
+            now = connection.execute(sa.select(sa.func.now())).scalar_one()
+            segments = connection.execute(sa.select(*segment_rows.COLUMNS).order_by(tables.segments.c.id)).all()
+            operations = _operations(connection, fence_ttl_s, asked_for)
+        return CatalogView(now, [segment_rows.to_segment(row) for row in segments], operations)
+
+    def changing_segments(self) -> frozenset[int]:
+        """Segments of operations that are COMMITTED now."""
+        table = tables.operations.c
+        with self._databases.catalog_tx() as connection:
+            rows = connection.execute(
+                sa.select(table.segment_id).where(table.state == OperationState.COMMITTED.name)
+            ).scalars()
+            return frozenset(rows)
+
+    @contextmanager
+    def shard(self, shard: int) -> Iterator[PostgresShardSnapshot]:
+        """A snapshot of a shard, for as long as the block lasts."""
+        with translated(shard), _snapshot(self._databases.shards[shard]) as connection:
+            yield PostgresShardSnapshot(connection)
+
+
+@contextmanager
+def _snapshot(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction whose statements all see the database at the moment of the first one."""
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True) as connection:
+        yield connection
+
+
+def _operations(connection: sa.Connection, fence_ttl_s: float, asked_for: Collection[UUID]) -> list[LedgerEntry]:
+    """Operations that are not final, ended within this time, or are asked for; and all of the segments that have one
+    which is not final."""
+    table = tables.operations.c
+    open_ones = tables.operations.alias("open_ones")
+    rows = connection.execute(
+        sa.select(
+            table.id, table.plan, table.state, table.start_time, table.deadline, table.commit_time, table.end_time
+        ).where(
+            sa.or_(
+                table.segment_id.in_(sa.select(open_ones.c.segment_id).where(open_ones.c.end_time.is_(None))),
+                table.end_time > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, fence_ttl_s),
+                table.id == sa.any_(sa.cast(list(asked_for), sa.ARRAY(sa.UUID))),
+            )
+        )
+    ).all()
+    return [
+        LedgerEntry(
+            row.id,
+            OperationPlan.from_json(row.plan),
+            OperationState[row.state],
+            row.start_time,
+            row.deadline,
+            row.commit_time,
+            row.end_time,
+        )
+        for row in rows
+    ]
+
+
+class PostgresShardSnapshot:
+    """One shard in one read-only REPEATABLE READ transaction."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def state(self) -> StateRow:
+        """The shard's counters."""
+        table = tables.shard_state.c
+        row = self._connection.execute(sa.select(table.next_slot, table.user_count)).one()
+        return StateRow(row.next_slot, row.user_count)
+
+    def segments(self) -> Sequence[ShardSegment]:
+        """All segments that the shard knows."""
+        table = tables.shard_segments.c
+        rows = self._connection.execute(
+            sa.select(
+                table.id,
+                table.slug,
+                table.salt,
+                table.rule_threshold,
+                table.rule_condition,
+                table.rule_policy,
+                table.rule_count,
+                table.frozen_slot,
+            )
+        ).all()
+        return [
+            ShardSegment(
+                row.id,
+                row.slug,
+                tables.salt_from_db(row.salt),
+                None
+                if row.rule_threshold is None
+                else Rule(row.rule_threshold, row.rule_condition, Policy(row.rule_policy)),
+                row.rule_count,
+                row.frozen_slot,
+            )
+            for row in rows
+        ]
+
+    def users(self, first: int, count: int) -> UserColumns:
+        """Ids and slots of the users of a range of blocks."""
+        rows = self._copy(
+            "SELECT slot, id FROM users WHERE slot >= {} AND slot < {}",
+            first * BLOCK_SLOTS,
+            (first + count) * BLOCK_SLOTS,
+            slots=">i8",
+            ids=">i8",
+        )
+        return UserColumns(rows["slots"].astype(np.int64), rows["ids"].astype(np.int64))
+
+    def directory(self, first: int, count: int) -> DirectoryRows:
+        """Directory rows of a range of blocks, those of a wrong size left out."""
+        rows = self._copy(
+            "SELECT block, user_ids FROM directory WHERE block >= {} AND block < {} AND octet_length(user_ids) = {}",
+            first,
+            first + count,
+            BLOCK_SLOTS * 8,
+            blocks=">i8",
+            user_ids=("<i8", BLOCK_SLOTS),
+        )
+        return DirectoryRows(rows["blocks"].astype(np.int64), rows["user_ids"].astype(np.int64))
+
+    def bit_rows(self, first: int, count: int) -> BitRows:
+        """Membership rows of a range of blocks in the order of segment and block, those of a wrong size left out."""
+        rows = self._copy(
+            "SELECT segment_id, block, bits FROM memberships "
+            "WHERE block >= {} AND block < {} AND octet_length(bits) = {} ORDER BY segment_id, block",
+            first,
+            first + count,
+            BLOCK_BYTES,
+            segment_ids=">i8",
+            blocks=">i8",
+            packed=("u1", BLOCK_BYTES),
+        )
+        return BitRows(rows["segment_ids"].astype(np.int64), rows["blocks"].astype(np.int64), rows["packed"])
+
+    def overrides(self, first: int, count: int) -> OverrideColumns:
+        """Overrides of the users of a range of blocks that hold at the snapshot's moment, by the shard's clock."""
+        rows = self._copy(
+            "SELECT u.slot, o.segment_id, o.effect FROM overrides o JOIN users u ON u.id = o.user_id "
+            "WHERE u.slot >= {} AND u.slot < {} AND (o.expire_time IS NULL OR o.expire_time > now())",
+            first * BLOCK_SLOTS,
+            (first + count) * BLOCK_SLOTS,
+            slots=">i8",
+            segment_ids=">i8",
+            effects=">i2",
+        )
+        return OverrideColumns(
+            rows["slots"].astype(np.int64), rows["segment_ids"].astype(np.int64), rows["effects"] == _INCLUDE
+        )
+
+    def condition_slots(self, condition: str, first: int, count: int) -> Int64s:
+        """Slots of the users for whom a condition holds.
+
+        Raises:
+            ServiceError: NOT_IMPLEMENTED: this release puts no rule with a condition in force.
+        """
+        raise ServiceError(Reason.NOT_IMPLEMENTED, "a rule has a condition, which this release cannot evaluate")
+
+    def users_outside(self, slots: int) -> Sequence[tuple[int, int]]:
+        """(id, slot) of users whose slot is not below this number, or negative."""
+        table = tables.users.c
+        return self._tuples(
+            sa.select(table.id, table.slot).where(sa.or_(table.slot < 0, table.slot >= slots)).order_by(table.slot)
+        )
+
+    def odd_directory_rows(self, blocks: int) -> Sequence[tuple[int, int]]:
+        """(block, bytes) of directory rows outside the blocks or of a wrong size."""
+        table = tables.directory.c
+        size = sa.func.octet_length(table.user_ids)
+        return self._tuples(
+            sa.select(table.block, size)
+            .where(sa.or_(table.block < 0, table.block >= blocks, size != BLOCK_SLOTS * 8))
+            .order_by(table.block)
+        )
+
+    def odd_bit_rows(self, blocks: int) -> Sequence[tuple[int, int, int]]:
+        """(block, segment, bytes) of membership rows outside the blocks or of a wrong size."""
+        table = tables.memberships.c
+        size = sa.func.octet_length(table.bits)
+        return self._tuples(
+            sa.select(table.block, table.segment_id, size)
+            .where(sa.or_(table.block < 0, table.block >= blocks, size != BLOCK_BYTES))
+            .order_by(table.block, table.segment_id)
+        )
+
+    def living_tombstones(self) -> Sequence[int]:
+        """Deleted users who are among the users."""
+        return self._ids(
+            sa.select(tables.deleted_users.c.id)
+            .join_from(tables.deleted_users, tables.users, tables.users.c.id == tables.deleted_users.c.id)
+            .order_by(tables.deleted_users.c.id)
+        )
+
+    def misplaced_tombstones(self, shard_count: int) -> Sequence[int]:
+        """Deleted users who belong to another shard."""
+        user_id = tables.deleted_users.c.id
+        own = sa.select(tables.shard_state.c.shard).scalar_subquery()
+        return self._ids(sa.select(user_id).where(user_id % shard_count != own).order_by(user_id))
+
+    def orphaned_overrides(self) -> Sequence[tuple[int, int]]:
+        """(user, segment) of overrides whose user or segment the shard does not have."""
+        table = tables.overrides.c
+        return self._tuples(
+            sa.select(table.user_id, table.segment_id)
+            .outerjoin_from(tables.overrides, tables.users, tables.users.c.id == table.user_id)
+            .outerjoin(tables.shard_segments, tables.shard_segments.c.id == table.segment_id)
+            .where(sa.or_(tables.users.c.id.is_(None), tables.shard_segments.c.id.is_(None)))
+            .order_by(table.user_id, table.segment_id)
+        )
+
+    def fences(self) -> frozenset[UUID]:
+        """Operations whose work is committed here."""
+        return frozenset(self._connection.execute(sa.select(tables.applied_operations.c.operation_id)).scalars())
+
+    def prepared(self) -> Sequence[PreparedTransaction]:
+        """Prepared transactions of this database, as they are now."""
+        rows = self._connection.execute(
+            sa.text(
+                "SELECT gid, extract(epoch FROM clock_timestamp() - prepared)::float8 AS age_s "
+                "FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
+            )
+        ).all()
+        return [PreparedTransaction(row.gid, row.age_s) for row in rows]
+
+    def deleted_users(self, after: int, limit: int) -> Int64s:
+        """Ids of deleted users above this one, ascending."""
+        rows = self._copy("SELECT id FROM deleted_users WHERE id > {} ORDER BY id LIMIT {}", after, limit, ids=">i8")
+        ids: Int64s = rows["ids"].astype(np.int64)
+        return ids
+
+    def _copy(self, query: str, *values: int, **fields: str | tuple[str, int]) -> Any:
+        return copy_rows(self._connection, sql.SQL(query).format(*map(sql.Literal, values)), **fields)
+
+    def _tuples(self, query: sa.Select[Any]) -> list[Any]:
+        return [tuple(row) for row in self._connection.execute(query)]
+
+    def _ids(self, query: sa.Select[tuple[int]]) -> list[int]:
+        return list(self._connection.execute(query).scalars())

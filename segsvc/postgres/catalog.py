@@ -1,0 +1,135 @@
+"""Segments in the catalog: read, listed and edited. Implements ``services.segments.SegmentCatalog``.
+
+Operations change segments in ``postgres.ledger``, in the transaction that decides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from segsvc.domain.catalog import EditedField, SegmentOrder, SegmentPosition, SegmentQuery
+from segsvc.domain.errors import etag_mismatch, segment_deleting, segment_not_found
+from segsvc.domain.segment import Segment, SegmentState
+from segsvc.postgres import audit, tables
+from segsvc.postgres.engine import Databases
+from segsvc.postgres.segment_rows import COLUMNS, to_segment
+
+_table = tables.segments.c
+
+_VISIBLE = _table.state != SegmentState.RESERVED
+"""A reserved slug belongs to a creation that may still fail: nobody must see it."""
+
+_ORDER: Mapping[SegmentOrder, sa.ColumnElement[Any]] = {
+    # Byte order whatever the database's collation, which may ignore punctuation.
+    SegmentOrder.SLUG: _table.slug.collate("C"),
+    SegmentOrder.CREATE_TIME: _table.create_time,
+    SegmentOrder.MEMBER_COUNT: _table.member_count,
+}
+
+
+def select_segment(connection: sa.Connection, slug: str, *, for_update: bool = False) -> Segment | None:
+    """The segment of a slug, locked against other changes if wanted; None: there is none, or only a reservation."""
+    statement = sa.select(*COLUMNS).where(_table.slug == slug, _VISIBLE)
+    row = connection.execute(statement.with_for_update() if for_update else statement).one_or_none()
+    return None if row is None else to_segment(row)
+
+
+def select_page(
+    connection: sa.Connection, query: SegmentQuery, after: SegmentPosition | None, limit: int
+) -> list[Segment]:
+    """Segments that a query matches, in its order, after a position."""
+    key = _ORDER[query.order]
+    statement = sa.select(*COLUMNS).where(_VISIBLE, *_has_labels(query)).limit(limit)
+    if after is not None:
+        place = sa.tuple_(key, _table.id)
+        bound = sa.tuple_(sa.literal(after.key, key.type), sa.literal(after.id, _table.id.type))
+        statement = statement.where(place < bound if query.descending else place > bound)
+    if query.descending:
+        statement = statement.order_by(key.desc(), _table.id.desc())
+    else:
+        statement = statement.order_by(key.asc(), _table.id.asc())
+    return [to_segment(row) for row in connection.execute(statement)]
+
+
+def count_segments(connection: sa.Connection, query: SegmentQuery) -> int:
+    """How many segments a query matches on all its pages."""
+    statement = sa.select(sa.func.count()).select_from(tables.segments).where(_VISIBLE, *_has_labels(query))
+    return int(connection.execute(statement).scalar_one())
+
+
+def update_text(
+    connection: sa.Connection, segment_id: int, changes: Mapping[EditedField, str | Mapping[str, str]], etag: str
+) -> Segment:
+    """Write what people read of a segment, with its new etag and time."""
+    statement = (
+        sa.update(tables.segments)
+        .where(_table.id == segment_id)
+        .values(
+            {
+                **{name.value: value for name, value in changes.items()},
+                "etag": etag,
+                "update_time": sa.func.clock_timestamp(),
+            }
+        )
+        .returning(*COLUMNS)
+    )
+    return to_segment(connection.execute(statement).one())
+
+
+class PostgresSegmentCatalog:
+    """The segments of one catalog database."""
+
+    def __init__(self, databases: Databases) -> None:
+        self._databases = databases
+
+    def get(self, slug: str, *, timeout_s: float | None) -> Segment | None:
+        """The segment of a slug; None: there is none."""
+        with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
+            return select_segment(connection, slug)
+
+    def page(
+        self, query: SegmentQuery, after: SegmentPosition | None, limit: int, *, timeout_s: float | None
+    ) -> tuple[Sequence[Segment], int]:
+        """At most ``limit`` segments after a position, and how many the query matches in all."""
+        with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
+            return select_page(connection, query, after, limit), count_segments(connection, query)
+
+    def edit(
+        self,
+        slug: str,
+        changes: Mapping[EditedField, str | Mapping[str, str]],
+        *,
+        expected_etag: str,
+        etag: str,
+        timeout_s: float | None,
+    ) -> Segment:
+        """Change an ACTIVE segment and record it in the audit trail. Raises as ``SegmentCatalog.edit`` says."""
+        with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
+            # The row lock makes compare and set one step: no other edit and no operation's decision comes in between.
+            # It is taken before the commit order lock (in audit.record), as the ledger does: no deadlock.
+            segment = select_segment(connection, slug, for_update=True)
+            if segment is None:
+                raise segment_not_found(slug)
+            if segment.state is SegmentState.DELETING:
+                raise segment_deleting(slug)
+            if expected_etag and expected_etag != segment.etag:
+                raise etag_mismatch(slug)
+            if not changes:
+                return segment
+            changed = update_text(connection, segment.id, changes, etag)
+            audit.record(
+                connection,
+                action="edited",
+                segment_id=segment.id,
+                slug=slug,
+                operation_id=None,
+                details={name.value: value for name, value in changes.items()},
+            )
+            return changed
+
+
+def _has_labels(query: SegmentQuery) -> list[sa.ColumnElement[bool]]:
+    return [_table.labels.contains(dict(query.labels))] if query.labels else []

@@ -1,0 +1,271 @@
+"""What the databases say of themselves, held against the settings: is each DSN the database it is taken for?
+
+Reads only. ``segsvc migrate`` asks before it changes anything, every process when it starts, ``segsvc doctor`` always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from segsvc.config import Settings, mask
+from segsvc.postgres import tables
+from segsvc.postgres.engine import Pool, make_engine
+
+Kind = Literal["catalog", "shard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it must be.
+
+    Attributes:
+        where: ``the catalog``, ``shard 2``, or the databases of one server.
+        problem: what is wrong, with the values seen.
+        remedy: what to do about it.
+        outage: it may pass by itself: a server is out of reach.
+    """
+
+    where: str
+    problem: str
+    remedy: str
+    outage: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}; {self.remedy}"
+
+
+class FindingsError(Exception):
+    """Carries what was found; its text has one line a finding."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        super().__init__("\n".join(map(str, findings)))
+        self.findings = tuple(findings)
+
+
+class StartupError(FindingsError):
+    """This process must not start: it would work on the wrong data or with the wrong schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """One of the databases that the settings name.
+
+    Attributes:
+        shard: its number; None: the catalog.
+    """
+
+    engine: sa.Engine
+    shard: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return "catalog" if self.shard is None else "shard"
+
+    @property
+    def name(self) -> str:
+        return "the catalog" if self.shard is None else f"shard {self.shard}"
+
+    @property
+    def setting(self) -> str:
+        """The setting that holds its DSN."""
+        return "SEGSVC_CATALOG_DSN" if self.shard is None else "SEGSVC_SHARD_DSNS"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom a database belongs to: the row that founding wrote.
+
+    Attributes:
+        shard: its number; None: it is a catalog.
+    """
+
+    cluster: str
+    shard_count: int
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        what = "the catalog" if self.shard is None else f"shard {self.shard}"
+        return f"{what} of cluster {self.cluster!r} with {self.shard_count} shards"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A database as it is.
+
+    Attributes:
+        server: tells servers apart, replicas and copies included.
+        revision: of the schema; None: no migration has run.
+        foreign_tables: tables there, if no migration has run: somebody else's.
+        identity: None: not founded yet.
+        prepared_max: ``max_prepared_transactions`` of the server.
+    """
+
+    server: str
+    database: str
+    revision: str | None
+    foreign_tables: tuple[str, ...]
+    identity: Identity | None
+    prepared_max: int
+
+
+@contextmanager
+def open_databases(settings: Settings) -> Iterator[tuple[Database, ...]]:
+    """The catalog, then the shards, for one pass over them."""
+    pool = Pool(size=1)
+    databases = tuple(
+        Database(make_engine(dsn, settings, "setup", pool), shard)
+        for shard, dsn in [(None, settings.catalog_dsn), *enumerate(settings.shard_dsns)]
+    )
+    try:
+        yield databases
+    finally:
+        for database in databases:
+            database.engine.dispose()
+
+
+def look(database: Database) -> Seen | Finding:
+    """Read what a database says of itself; a Finding if it cannot be reached."""
+    try:
+        with database.engine.connect() as connection:
+            return read(connection)
+    except exc.OperationalError as error:
+        # For the operator, whose DSN it is: the driver's reason (it never has the password) is what helps.
+        reason = mask(str(error.orig).strip().splitlines()[-1])
+        remedy = f"start its server or correct {database.setting}"
+        return Finding(database.name, f"cannot be reached ({reason})", remedy, outage=True)
+
+
+def read(connection: sa.Connection) -> Seen:
+    """Read what this database says of itself."""
+    server = connection.execute(
+        sa.select(
+            sa.text("(SELECT system_identifier::text FROM pg_control_system()) AS system"),
+            sa.cast(sa.func.pg_postmaster_start_time(), sa.Text).label("started"),
+            sa.func.current_database().label("database"),
+            sa.cast(sa.func.current_setting("max_prepared_transactions"), sa.Integer).label("prepared_max"),
+        )
+    ).one()
+    names = set(sa.inspect(connection).get_table_names())
+    revision: str | None = None
+    if "alembic_version" in names:
+        revision = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+    return Seen(
+        server=f"{server.system} {server.started}",
+        database=server.database,
+        revision=revision,
+        foreign_tables=tuple(sorted(names - {"alembic_version"})) if revision is None else (),
+        identity=_identity(connection, names) if revision is not None else None,
+        prepared_max=server.prepared_max,
+    )
+
+
+def _identity(connection: sa.Connection, names: set[str]) -> Identity | None:
+    if tables.installation.name in names:
+        installation = tables.installation.c
+        row = connection.execute(sa.select(installation.cluster, installation.shard_count)).one_or_none()
+        return Identity(row.cluster, row.shard_count) if row else None
+    if tables.shard_state.name in names:
+        state = tables.shard_state.c
+        row = connection.execute(sa.select(state.cluster, state.shard_count, state.shard)).one_or_none()
+        return Identity(row.cluster, row.shard_count, row.shard) if row else None
+    return None
+
+
+def wrong_databases(settings: Settings, seen: Mapping[Database, Seen]) -> list[Finding]:
+    """Where the DSNs point to databases that are not the ones they should be.
+
+    Args:
+        seen: the databases that could be reached, as they are.
+    """
+    return [*_shared(seen), *_others(settings, seen), *_replaced(seen)]
+
+
+def _shared(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Two DSNs, one database."""
+    first: dict[tuple[str, str], Database] = {}
+    for database, what in seen.items():
+        other = first.setdefault((what.server, what.database), database)
+        if other is not database:
+            yield Finding(
+                database.name,
+                f"its DSN points to the same database as that of {other.name} ({what.database!r})",
+                "give each a database of its own",
+            )
+
+
+def _others(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Databases that are another shard, another installation's, or not ours at all."""
+    for database, what in seen.items():
+        found = what.identity
+        if found is None:
+            if what.foreign_tables:
+                shown = ", ".join(what.foreign_tables[:5])
+                yield Finding(
+                    database.name,
+                    f"the database {what.database!r} has tables of something else ({shown})",
+                    "give it a database of its own",
+                )
+        elif found.shard != database.shard:
+            yield Finding(database.name, f"its DSN points to {found}", f"correct {database.setting}")
+        elif found.cluster != settings.cluster:
+            yield Finding(
+                database.name,
+                f"its DSN points to {found}, and this is cluster {settings.cluster!r}",
+                f"correct {database.setting} or SEGSVC_CLUSTER",
+            )
+        elif found.shard_count != settings.shard_count:
+            yield Finding(
+                database.name,
+                f"it was founded with {found.shard_count} shards, and SEGSVC_SHARD_DSNS names {settings.shard_count}",
+                "name them all, in their order: their number is fixed for ever",
+            )
+
+
+def _replaced(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """New databases where there must be data.
+
+    The catalog says last of all that the installation is founded. Before that, a shard without an identity is one to
+    be founded; after it, it is the wrong database. Likewise the catalog is migrated first of all: beside a founded
+    shard, a catalog that was never migrated is the wrong one.
+    """
+    catalog = next((what for database, what in seen.items() if database.shard is None), None)
+    if catalog is None:
+        return
+    for database, what in seen.items():
+        if catalog.identity is not None and what.identity is None and not what.foreign_tables:
+            yield Finding(
+                database.name,
+                f"the database {what.database!r} is new, and the catalog says that the installation is founded",
+                f"correct {database.setting}, or restore the data",
+            )
+        if catalog.revision is None and database.shard is not None and what.identity is not None:
+            yield Finding(
+                "the catalog",
+                f"the database {catalog.database!r} is new, and {database.name} is that of a founded installation",
+                "correct SEGSVC_CATALOG_DSN, or restore the data",
+            )
+            return
+
+
+def scarce_prepared_transactions(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Servers whose ``max_prepared_transactions`` is too low: 2 × its shards + 4, for two of each shard can exist
+    while an old one waits for its rollback, and a few are for people."""
+    shards_of: dict[str, list[Database]] = {}
+    for database, what in seen.items():
+        if database.shard is not None:
+            shards_of.setdefault(what.server, []).append(database)
+    for shards in shards_of.values():
+        least = 2 * len(shards) + 4
+        prepared_max = seen[shards[0]].prepared_max
+        if prepared_max < least:
+            yield Finding(
+                f"the server of {', '.join(shard.name for shard in shards)}",
+                f"max_prepared_transactions is {prepared_max}, and {least} is the least for its shards",
+                f"set max_prepared_transactions = {least} or more in postgresql.conf and restart the server",
+            )

@@ -1,0 +1,180 @@
+"""What the cache answers against what the shards say.
+
+An entry may be newer than the snapshot it is compared with, and for a moment older than a change that is committed
+and not yet acknowledged. So a difference is only suspected at first, and then looked at again: read the entry, then
+the shard afresh, then the entry once more. An entry that was in use before and after that fresh read and differs from
+it was stale at that moment; if it stays so, no change in progress explains it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Final, Protocol
+
+import numpy as np
+
+from segsvc.domain import bits
+from segsvc.domain.membership import FIRST_SEGMENT, Entry
+from segsvc.domain.sharding import BLOCK_SLOTS
+from segsvc.domain.stored import Int64s, OverrideColumns
+from segsvc.services.check_blocks import Chunk, ShardSnapshot, load_chunk
+from segsvc.services.check_report import Difference, Kind, Report
+
+SETTLE_S: Final = 5.0
+"""How long a difference must stay before it is one: many times what a change takes from its commit to its
+acknowledgement."""
+_POLL_S: Final = 0.2
+_LOOKUP_USERS_MAX: Final = 1024
+
+
+class CacheReader(Protocol):
+    """The cache as the hot path reads it."""
+
+    def lookup(self, user_ids: Sequence[int]) -> Sequence[Entry | None]:
+        """What the hot path would answer with now, in the order of the users; None: a miss."""
+
+
+Lists = dict[int, tuple[int, ...]]
+"""User -> ids of the segments the user is in, in the order of their slugs."""
+
+
+def effective_lists(chunk: Chunk, block: int) -> Lists:
+    """Every user of one block of a chunk with the segments that an answer must list."""
+    member = bits.unpack(np.ascontiguousarray(chunk.packed[:, block]))
+    _lay_over(member, chunk, block)
+    user_ids = chunk.user_ids[block]
+    there = np.flatnonzero(user_ids)
+    # By user, then by segment: row by row of the transposed matrix.
+    rows, columns = np.nonzero(member.T[there])
+    ids = np.array([segment.id for segment in chunk.segments], dtype=np.int64)[columns].tolist()
+    ends = np.cumsum(np.bincount(rows, minlength=there.size)).tolist()
+    starts = [0, *ends[:-1]]
+    return {
+        user_id: tuple(ids[start:end])
+        for user_id, start, end in zip(user_ids[there].tolist(), starts, ends, strict=True)
+    }
+
+
+def _lay_over(member: bits.Flags, chunk: Chunk, block: int) -> None:
+    overrides: OverrideColumns = chunk.overrides
+    if not overrides.slots.size:
+        return
+    index_of = {segment.id: index for index, segment in enumerate(chunk.segments)}
+    start = (chunk.first + block) * BLOCK_SLOTS
+    here = np.flatnonzero((overrides.slots >= start) & (overrides.slots < start + BLOCK_SLOTS))
+    for position in here.tolist():
+        index = index_of.get(int(overrides.segment_ids[position]))
+        if index is not None:
+            member[index, int(overrides.slots[position]) - start] = bool(overrides.included[position])
+
+
+class CacheCheck:
+    """The comparison of one shard's entries.
+
+    Args:
+        fresh: opens a new snapshot of the shard.
+        changing: ids of the segments that a committed operation, not yet done, is changing: entries may show either.
+    """
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        shard: int,
+        report: Report,
+        *,
+        fresh: Callable[[], AbstractContextManager[ShardSnapshot]],
+        changing: Callable[[], frozenset[int]],
+        settle_s: float = SETTLE_S,
+    ) -> None:
+        self._reader = reader
+        self._shard = shard
+        self._report = report
+        self._fresh = fresh
+        self._changing = changing
+        self._settle_s = settle_s
+        self._suspects: dict[int, int] = {}
+
+    def compare(self, chunk: Chunk) -> None:
+        """Compare the entries of a chunk's users; what differs is suspected."""
+        for block in range(chunk.count):
+            expected = effective_lists(chunk, block)
+            for user_id, listed in self._entries(list(expected)).items():
+                self._report.entries += 1
+                if listed != expected[user_id]:
+                    self._suspects[user_id] = chunk.first + block
+
+    def compare_deleted(self, user_ids: Int64s) -> None:
+        """Deleted users must not be answered from the cache; a lookup of one of them later makes it certain."""
+        ids = user_ids.tolist()
+        for first in range(0, len(ids), _LOOKUP_USERS_MAX):
+            for user_id in self._entries(ids[first : first + _LOOKUP_USERS_MAX]):
+                self._suspects[user_id] = -1
+
+    def settle(self) -> None:
+        """Look at the suspected differences until they are gone or have stayed for long enough, and report those."""
+        until = time.monotonic() + self._settle_s
+        stale: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
+        while self._suspects:
+            stale = self._look_again()
+            self._suspects = {user_id: block for user_id, block in self._suspects.items() if user_id in stale}
+            if time.monotonic() >= until:
+                break
+            time.sleep(_POLL_S)
+        self._report.add_all(
+            Kind.CACHE,
+            len(self._suspects),
+            (
+                Difference(
+                    Kind.CACHE,
+                    self._shard,
+                    f"cache entry of user {user_id}",
+                    f"it lists segments {_listed(stale[user_id][0])}",
+                    f"the shard says {_listed(stale[user_id][1])}",
+                )
+                for user_id in sorted(self._suspects)
+            ),
+        )
+        self._suspects = {}
+
+    def _look_again(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]]:
+        """Entries in use around a fresh read that differ from it: (what they list, what they must list)."""
+        before = self._entries(list(self._suspects))
+        fresh: Lists = {}
+        with self._fresh() as snapshot:
+            segments = sorted(snapshot.segments(), key=lambda segment: segment.slug)
+            for block in sorted({self._suspects[user_id] for user_id in before} - {-1}):
+                chunk, _ = load_chunk(snapshot, segments, block, 1)
+                fresh |= effective_lists(chunk, 0)
+        # In this order: an operation that is no longer in flight here has dropped the cache's generation before it
+        # ended, and the second look sees that.
+        changing = self._changing()
+        after = self._entries(list(before))
+        return {
+            user_id: (listed, fresh.get(user_id))
+            for user_id, listed in after.items()
+            if listed == before[user_id] and _differs(listed, fresh.get(user_id), changing)
+        }
+
+    def _entries(self, user_ids: Sequence[int]) -> Lists:
+        """What the cache holds of these users, those with a miss left out."""
+        found: Lists = {}
+        for first in range(0, len(user_ids), _LOOKUP_USERS_MAX):
+            page = user_ids[first : first + _LOOKUP_USERS_MAX]
+            for user_id, entry in zip(page, self._reader.lookup(page), strict=True):
+                if entry is not None:
+                    found[user_id] = entry[FIRST_SEGMENT:]
+        return found
+
+
+def _differs(listed: tuple[int, ...], expected: tuple[int, ...] | None, changing: frozenset[int]) -> bool:
+    if expected is None:
+        return True
+    return [item for item in listed if item not in changing] != [item for item in expected if item not in changing]
+
+
+def _listed(segment_ids: tuple[int, ...] | None) -> str:
+    if segment_ids is None:
+        return "there is no such user"
+    return "[" + ", ".join(map(str, segment_ids)) + "]"

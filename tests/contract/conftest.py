@@ -1,0 +1,148 @@
+"""The same tests against both fronts, each a process of its own on real PostgreSQL and a real cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import pytest
+from google.longrunning import operations_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from segmentation.v1 import membership_pb2_grpc, segments_pb2, segments_pb2_grpc
+from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
+
+from segsvc.local.postgres import PostgresServer
+from segsvc.local.processes import free_ports
+from segsvc.local.redis import RedisServer
+from tests.contract.installation import Installation
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 30.0
+
+
+@dataclass
+class FrontUnderTest:
+    """A running front and a plain client of it."""
+
+    kind: str
+    address: str
+    installation: Installation
+    control: Path
+    failpoints: Path
+    process: subprocess.Popen[bytes]
+    channel: grpc.Channel
+
+    def __post_init__(self) -> None:
+        self.segments = segments_pb2_grpc.SegmentServiceStub(self.channel)
+        self.memberships = membership_pb2_grpc.MembershipServiceStub(self.channel)
+        self.watches = watch_pb2_grpc.OperationServiceStub(self.channel)
+        self.operations = operations_pb2_grpc.OperationsStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    def create(self, slug: str = "", **fields: Any) -> segments_pb2.Segment:
+        """A new segment, of a name nobody else uses unless one is given."""
+        segment = segments_pb2.Segment(slug=slug or new_slug(), **fields)
+        return self.segments.CreateSegment(segments_pb2.CreateSegmentRequest(segment=segment), timeout=20)
+
+    def serving(self, service: str = "") -> bool:
+        response = self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        return response.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def new_slug(prefix: str = "s") -> str:
+    return f"{prefix}-{uuid4().hex[:12]}"
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Fail unless the condition holds within the time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not become so in time"
+        time.sleep(0.05)
+
+
+def await_ready(channel: grpc.Channel, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Fail with the log unless the front accepts connections soon."""
+    ready = grpc.channel_ready_future(channel)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            ready.result(timeout=0.2)
+        except grpc.FutureTimeoutError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                ready.cancel()
+                pytest.fail(f"the front did not start:\n{log.read_text()[-4000:]}")
+        else:
+            return
+
+
+@pytest.fixture(scope="session", params=["native", "grpcio"])
+def front(
+    request: pytest.FixtureRequest,
+    pg_server: PostgresServer,
+    cache_server: RedisServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[FrontUnderTest]:
+    kind: str = request.param
+    installation = Installation(f"contract-{kind}", pg_server)
+    installation.create()
+    folder = tmp_path_factory.mktemp(f"front-{kind}")
+    failpoints = folder / "failpoints"
+    failpoints.mkdir()
+    port, metrics_port = free_ports(2)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")},
+        **installation.environment(),
+        "SEGSVC_ENV_FILE": str(folder / "none.env"),
+        "SEGSVC_CACHE_URL": cache_server.url,
+        "SEGSVC_GRPC_FRONT": kind,
+        "SEGSVC_GRPC_ADDRESS": f"127.0.0.1:{port}",
+        "SEGSVC_METRICS_ADDRESS": f"127.0.0.1:{metrics_port}",
+        "SEGSVC_GRPC_REFLECTION": "true",
+        "SEGSVC_FAILPOINT_DIR": str(failpoints),
+        "SEGSVC_OPERATION_DEADLINE_S": "10",
+        "SEGSVC_LOG_FORMAT": "console",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    log = folder / "front.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("front_process.py")), str(folder)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"127.0.0.1:{port}"
+    channel = grpc.insecure_channel(address)
+    try:
+        await_ready(channel, process, log)
+        tested = FrontUnderTest(kind, address, installation, folder, failpoints, process, channel)
+        eventually(tested.serving)
+        yield tested
+    finally:
+        channel.close()
+        process.terminate()
+        try:
+            code = process.wait(timeout=20)
+        finally:
+            process.kill()
+            installation.databases.close()
+        text = log.read_text()
+        assert code == 0, f"the front ended with {code}:\n{text[-4000:]}"
+        assert "Traceback" not in text, f"the front logged a fault:\n{text[-8000:]}"
+
+
+@pytest.fixture
+def broker_down(front: FrontUnderTest) -> Iterator[None]:
+    flag = front.control / "broker-down"
+    flag.touch()
+    yield
+    flag.unlink()

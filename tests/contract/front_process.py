@@ -1,0 +1,74 @@
+"""The front as a process of its own, with a small runner of operations in place of Celery.
+
+Started by conftest.py: ``python front_process.py CONTROL_FOLDER``; the settings come from the environment. While the
+file ``broker-down`` is in the folder, the broker is out of reach. What is dispatched is carried out by threads of this
+process, as a worker would do it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from uuid import UUID
+
+from grpc_api.server import serve
+from segsvc.bootstrap import OperationParts, make_cache
+from segsvc.config import Settings, load_settings
+from segsvc.domain.errors import LockTimeout, ServiceError, broker_unavailable
+from segsvc.domain.operation import Operation, ShardProgress
+from segsvc.log import configure_logging, get_logger
+from segsvc.postgres.engine import Databases, Pool
+
+log = get_logger(__name__)
+
+
+class ThreadSender:
+    """Carries operations out right here."""
+
+    def __init__(self, settings: Settings, control: Path) -> None:
+        self._control = control
+        self._parts = OperationParts(settings, Databases(settings, "runner", Pool(8)), make_cache(settings), self)
+        self._threads = ThreadPoolExecutor(8)
+        threading.Thread(target=self._recover, daemon=True).start()
+
+    def check(self) -> None:
+        """Raises BROKER_UNAVAILABLE while the test says so."""
+        if (self._control / "broker-down").exists():
+            raise broker_unavailable()
+
+    def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
+        self._threads.submit(self._run, operation.id, list(shards))
+
+    def _run(self, operation_id: UUID, shards: list[int]) -> None:
+        def report(progress: ShardProgress) -> None:
+            self._parts.ledger.put_progress(operation_id, progress)
+
+        try:
+            for shard in shards:
+                self._parts.coordinator.prepare_shard(operation_id, shard, report)
+            self._parts.coordinator.finalize(operation_id)
+        except (ServiceError, LockTimeout) as error:
+            log.warning("runner gave up", operation=str(operation_id), reason=str(error))
+
+    def _recover(self) -> None:
+        """What beat does: carry on what a failure has left behind."""
+        while True:
+            time.sleep(0.5)
+            try:
+                self._parts.coordinator.recover()
+            except (ServiceError, LockTimeout) as error:
+                log.warning("recovery failed", reason=str(error))
+
+
+def main() -> int:
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    return serve(settings, make_sender=lambda given: ThreadSender(given, Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

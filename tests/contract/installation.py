@@ -1,0 +1,131 @@
+"""An installation for the contract tests: databases of its own, and users put there by the service's own ingestion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from segsvc.config import Settings
+from segsvc.domain.events import CreateUser, DeleteUser, UserEvent
+from segsvc.domain.sharding import shard_of
+from segsvc.failpoints import NoFailpoints
+from segsvc.local.postgres import PostgresServer
+from segsvc.postgres import tables
+from segsvc.postgres.engine import Databases, Pool
+from segsvc.postgres.users import PostgresUserStore
+from segsvc.services.ingestion import Ingestion
+
+SHARDS = 4
+
+
+class NoCache:
+    """Invalidates nothing: these tests create users, which needs no cache, and delete those that were never read."""
+
+    def unblock(self, shard: int, user_ids: Sequence[int]) -> None: ...
+
+
+@dataclass
+class Installation:
+    """Databases of one front under test.
+
+    Attributes:
+        name: prefix of the databases; the cluster's name.
+    """
+
+    name: str
+    server: PostgresServer
+    databases: Databases = field(init=False)
+
+    @property
+    def database_names(self) -> list[str]:
+        return [f"{self.name}_catalog", *(f"{self.name}_shard{shard}" for shard in range(SHARDS))]
+
+    def environment(self) -> dict[str, str]:
+        catalog, *shards = (self.server.dsn(name) for name in self.database_names)
+        return {
+            "SEGSVC_CLUSTER": self.name,
+            "SEGSVC_CATALOG_DSN": catalog,
+            "SEGSVC_SHARD_DSNS": " ".join(shards),
+        }
+
+    def create(self) -> None:
+        for name in self.database_names:
+            self.server.create_database(name)
+        catalog, *shards = (self.server.dsn(name) for name in self.database_names)
+        self.databases = Databases(
+            Settings(catalog_dsn=catalog, shard_dsns=tuple(shards), cluster=self.name), "test", Pool(2)
+        )
+        tables.catalog.create_all(self.databases.catalog)
+        with self.databases.catalog.begin() as connection:
+            connection.execute(sa.insert(tables.installation).values(cluster=self.name, shard_count=SHARDS))
+        for shard, engine in enumerate(self.databases.shards):
+            tables.shard.create_all(engine)
+            with engine.begin() as connection:
+                connection.execute(
+                    sa.insert(tables.shard_state).values(cluster=self.name, shard=shard, shard_count=SHARDS)
+                )
+
+    def create_users(self, users: Mapping[int, Mapping[str, Any]]) -> None:
+        """Apply create-user events of these users, attributes by id."""
+        self._apply([CreateUser(user_id, json.dumps(attributes)) for user_id, attributes in users.items()])
+
+    def delete_users(self, user_ids: Sequence[int]) -> None:
+        self._apply([DeleteUser(user_id) for user_id in user_ids])
+
+    def _apply(self, events: Sequence[UserEvent]) -> None:
+        ingestion = Ingestion(PostgresUserStore(self.databases), NoCache(), NoFailpoints())
+        for shard in range(SHARDS):
+            batch = [event for event in events if shard_of(event.user_id, SHARDS) == shard]
+            report = ingestion.apply_batch(shard, batch)
+            assert not report.dead
+
+    def fill_catalog(self, segments: int, marker: str, *, description: str = "") -> None:
+        """Put segments straight into the catalog, labelled ``marker``; the shards do not know them."""
+        with self.databases.catalog.begin() as connection:
+            connection.execute(
+                sa.text(
+                    "INSERT INTO segments (id, slug, uid, salt, display_name, description, labels, state, etag,"
+                    " create_time, update_time)"
+                    " SELECT -n, 'filler-' || n, gen_random_uuid(), 0, '', :description,"
+                    " jsonb_build_object('marker', CAST(:marker AS text)), 1, 'x', now(), now()"
+                    " FROM generate_series(1, :segments) AS n"
+                ),
+                {"marker": marker, "description": description, "segments": segments},
+            )
+
+    def empty_catalog(self) -> None:
+        """Remove what ``fill_catalog`` put there."""
+        with self.databases.catalog.begin() as connection:
+            connection.execute(sa.delete(tables.segments).where(tables.segments.c.id < 0))
+
+    def override(self, user_id: int, slug: str, effect: int, *, expired: bool = False) -> None:
+        """Put a user in (1) or out (2) by hand, straight in the table."""
+        with self.databases.shards[shard_of(user_id, SHARDS)].begin() as connection:
+            segment_id = connection.execute(
+                sa.select(tables.shard_segments.c.id).where(tables.shard_segments.c.slug == slug)
+            ).scalar_one()
+            connection.execute(
+                sa.insert(tables.overrides).values(
+                    user_id=user_id,
+                    segment_id=segment_id,
+                    effect=effect,
+                    expire_time=sa.text("now() - interval '1 second'") if expired else None,
+                )
+            )
+
+    @contextmanager
+    def outage(self, database: str) -> Iterator[None]:
+        """One database is out of reach: its sessions are ended, and new ones refused, until the block ends."""
+        self.server.psql(f'ALTER DATABASE "{database}" ALLOW_CONNECTIONS false')
+        try:
+            self.server.psql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :'name'", name=database
+            )
+            yield
+        finally:
+            self.server.psql(f'ALTER DATABASE "{database}" ALLOW_CONNECTIONS true')

@@ -1,0 +1,492 @@
+"""Rollouts and deletions, and the operations that carry them out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import sqlalchemy as sa
+from google.longrunning import operations_pb2 as lro
+from google.protobuf.duration_pb2 import Duration
+from grpc import StatusCode
+from segmentation.v1 import operations_pb2
+from segmentation.v1 import segments_pb2 as pb
+
+from tests.contract.conftest import FrontUnderTest, eventually, new_slug
+from tests.contract.refusals import read_status, refused
+
+State = operations_pb2.OperationMetadata.State
+NOBODY = f"operations/{UUID(int=0)}"
+
+
+def roll_out(front: FrontUnderTest, slug: str, percent: float, timeout: float = 20, **fields: Any) -> lro.Operation:
+    request = pb.RollOutSegmentRequest(slug=slug, rule={"percent": percent}, **fields)
+    return front.segments.RollOutSegment(request, timeout=timeout)
+
+
+def delete(front: FrontUnderTest, slug: str, **fields: Any) -> lro.Operation:
+    return front.segments.DeleteSegment(pb.DeleteSegmentRequest(slug=slug, **fields), timeout=20)
+
+
+def metadata(operation: lro.Operation) -> operations_pb2.OperationMetadata:
+    found = operations_pb2.OperationMetadata()
+    assert operation.metadata.Unpack(found)
+    return found
+
+
+def wait(front: FrontUnderTest, name: str, timeout: float = 20) -> lro.Operation:
+    return front.operations.WaitOperation(lro.WaitOperationRequest(name=name), timeout=timeout)
+
+
+def get_operation(front: FrontUnderTest, name: str) -> lro.Operation:
+    return front.operations.GetOperation(lro.GetOperationRequest(name=name), timeout=10)
+
+
+@contextmanager
+def held(front: FrontUnderTest, point: str = "prepared-not-voted", operation: str = "") -> Iterator[Callable[[], None]]:
+    """Operations (or only the one of this name) wait at a point of the commit protocol until the block ends, or the
+    function it gives is called."""
+    file = front.failpoints / point
+    file.write_text(f"hold operation={operation.removeprefix('operations/')}" if operation else "hold")
+    try:
+        yield lambda: file.unlink(missing_ok=True)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def users(front: FrontUnderTest) -> range:
+    """Users 1 … 400 exist."""
+    front.installation.create_users({user_id: {} for user_id in range(1, 401)})
+    return range(1, 401)
+
+
+# -- what they do ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_answers_when_it_is_done(front: FrontUnderTest, users: range) -> None:
+    before = front.create()
+    operation = roll_out(front, before.slug, 30.5)
+    assert operation.done
+    response = pb.RollOutSegmentResponse()
+    assert operation.response.Unpack(response)
+    segment = front.segments.GetSegment(pb.GetSegmentRequest(slug=before.slug))
+    assert response.segment == segment
+    assert (segment.rule.percent, segment.rule.condition, segment.rule.policy) == (30.5, "", pb.RollOutRule.LIVE)
+    assert segment.etag != before.etag
+    assert 0 < segment.member_count == response.member_count == response.added_count < len(users)
+    assert segment.HasField("member_count_time")
+    assert response.removed_count == 0
+    assert [counts.shard for counts in response.shards] == [0, 1, 2, 3]
+    assert sum(counts.member_count for counts in response.shards) == response.member_count
+    assert sum(counts.matched_count for counts in response.shards) == response.matched_count >= len(users)
+
+
+def test_a_lower_percentage_removes(front: FrontUnderTest, users: range) -> None:
+    slug = front.create().slug
+    responses = []
+    for percent in (30, 60, 30, 0):
+        responses.append(pb.RollOutSegmentResponse())
+        assert roll_out(front, slug, percent).response.Unpack(responses[-1])
+    first, raised, lowered, zero = responses
+    assert raised.added_count == lowered.removed_count > 0
+    assert lowered.member_count == first.member_count
+    assert (zero.member_count, zero.removed_count) == (0, first.member_count)
+    assert zero.segment.rule.HasField("percent")
+
+
+def test_metadata_of_a_finished_operation(front: FrontUnderTest, users: range) -> None:
+    slug = front.create().slug
+    found = metadata(roll_out(front, slug, 50))
+    assert (found.kind, found.slug, found.state) == (operations_pb2.OperationMetadata.ROLL_OUT, slug, State.DONE)
+    assert [shard.shard for shard in found.shards] == [0, 1, 2, 3]
+    assert {shard.state for shard in found.shards} == {operations_pb2.ShardProgress.FINISHED}
+    assert sum(shard.added_count for shard in found.shards) > 0
+    times = [found.create_time, found.start_time, found.commit_time, found.end_time]
+    moments = [time.ToDatetime() for time in times]
+    assert moments == sorted(moments)
+
+
+def test_a_deletion_removes_the_segment_and_frees_its_slug(front: FrontUnderTest, users: range) -> None:
+    before = front.create()
+    rolled = pb.RollOutSegmentResponse()
+    assert roll_out(front, before.slug, 50).response.Unpack(rolled)
+    response = pb.DeleteSegmentResponse()
+    operation = delete(front, before.slug)
+    assert operation.response.Unpack(response)
+    assert response.removed_count == rolled.member_count
+    assert metadata(operation).kind == operations_pb2.OperationMetadata.DELETE
+    gone = refused(lambda: front.segments.GetSegment(pb.GetSegmentRequest(slug=before.slug)))
+    assert gone.reason == "SEGMENT_NOT_FOUND"
+    again = front.create(before.slug)
+    assert again.uid != before.uid
+    assert not again.HasField("rule")
+
+
+def test_a_creation_is_an_operation_whose_response_is_the_segment(front: FrontUnderTest) -> None:
+    created = front.create()
+    (operation,) = front.operations.ListOperations(
+        lro.ListOperationsRequest(name="operations", filter=f"slug = {created.slug} AND kind = CREATE")
+    ).operations
+    response = pb.Segment()
+    assert operation.response.Unpack(response)
+    assert response == created
+    assert get_operation(front, operation.name) == operation
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        ({"percent": -0.001}, "rule.percent"),
+        ({"percent": 100.001}, "rule.percent"),
+        ({"percent": float("nan")}, "rule.percent"),
+        ({"percent": float("inf")}, "rule.percent"),
+        ({"percent": 0.0005}, "rule.percent"),
+        ({"percent": 1, "condition": "a" * 4097}, "rule.condition"),
+        ({"percent": 1, "policy": 7}, "rule.policy"),
+    ],
+)
+def test_rules_that_are_none(front: FrontUnderTest, rule: dict[str, Any], field: str) -> None:
+    request = pb.RollOutSegmentRequest(slug=front.create().slug, rule=rule)
+    refusal = refused(lambda: front.segments.RollOutSegment(request, timeout=10))
+    assert (refusal.code, refusal.reason) == (StatusCode.INVALID_ARGUMENT, "FIELD_INVALID")
+    assert list(refusal.violations) == [field]
+
+
+@pytest.mark.parametrize("percent", [0.001, 33.333, 99.999, 100])
+def test_three_decimals_are_exact(front: FrontUnderTest, percent: float) -> None:
+    response = pb.RollOutSegmentResponse()
+    assert roll_out(front, front.create().slug, percent).response.Unpack(response)
+    assert response.segment.rule.percent == percent
+
+
+@pytest.mark.parametrize("rule", [{"percent": 1, "condition": "true"}, {"percent": 1, "policy": "FROZEN"}])
+def test_what_is_not_served_yet(front: FrontUnderTest, rule: dict[str, Any]) -> None:
+    slug = front.create().slug
+    refusal = refused(lambda: front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule=rule)))
+    assert (refusal.code, refusal.reason) == (StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
+
+
+# -- waiting --------------------------------------------------------------------------------------------------------
+
+
+def test_an_accepted_operation_is_answered_at_once_if_wanted(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    with held(front):
+        operation = roll_out(front, slug, 10, return_immediately=True)
+        assert not operation.done
+        assert operation.WhichOneof("result") is None
+        assert metadata(operation).state in (State.QUEUED, State.PREPARING)
+    assert wait(front, operation.name).done
+
+
+@pytest.mark.parametrize(("timeout", "reserve"), [(4.0, 0.4), (1.0, 0.2)])
+def test_a_call_stops_waiting_while_its_answer_can_still_arrive(
+    front: FrontUnderTest, timeout: float, reserve: float
+) -> None:
+    slug = front.create().slug
+    with held(front):
+        begun = time.monotonic()
+        operation = roll_out(front, slug, 10, timeout=timeout)
+        waited = time.monotonic() - begun
+        assert not operation.done
+        assert timeout - reserve - 0.1 < waited < timeout
+    assert metadata(wait(front, operation.name)).state == State.DONE
+
+
+def test_waiting_has_its_own_limit(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    with held(front):
+        name = roll_out(front, slug, 10, return_immediately=True).name
+        begun = time.monotonic()
+        request = lro.WaitOperationRequest(name=name, timeout=Duration(nanos=300_000_000))
+        assert not front.operations.WaitOperation(request, timeout=10).done
+        assert 0.3 <= time.monotonic() - begun < 2
+        assert not wait(front, name, timeout=1).done
+    assert wait(front, name).done
+    assert wait(front, name).done
+
+
+def test_many_wait_at_once(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    with ThreadPoolExecutor(100) as threads:
+        with held(front):
+            name = roll_out(front, slug, 10, return_immediately=True).name
+            waiting = [threads.submit(wait, front, name) for _ in range(100)]
+            # Others are served meanwhile.
+            assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=5).slug == slug
+        assert all(waiter.result().done for waiter in waiting)
+
+
+def test_a_negative_wait_is_refused(front: FrontUnderTest) -> None:
+    request = lro.WaitOperationRequest(name=NOBODY, timeout=Duration(seconds=-1))
+    assert list(refused(lambda: front.operations.WaitOperation(request)).violations) == ["timeout"]
+
+
+# -- cancel and abort -----------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_rollout_answers_with_its_error(front: FrontUnderTest, users: range) -> None:
+    before = front.create()
+    with ThreadPoolExecutor(1) as threads, held(front):
+        waiting = threads.submit(roll_out, front, before.slug, 10)
+        name = _running(front, before.slug)
+        front.operations.CancelOperation(lro.CancelOperationRequest(name=name), timeout=10)
+        operation = waiting.result(timeout=10)
+    assert operation.done
+    error = read_status(operation.error)
+    assert (error.code, error.reason) == (StatusCode.ABORTED, "OPERATION_ABORTED")
+    assert error.metadata["why"] == "CANCELLED"
+    assert metadata(operation).state == State.ABORTED
+    assert front.segments.GetSegment(pb.GetSegmentRequest(slug=before.slug)) == before
+    front.operations.CancelOperation(lro.CancelOperationRequest(name=name), timeout=10)
+    eventually(lambda: _nothing_prepared(front))
+
+
+def test_a_committed_operation_cannot_be_cancelled(front: FrontUnderTest) -> None:
+    name = roll_out(front, front.create().slug, 10).name
+    refusal = refused(lambda: front.operations.CancelOperation(lro.CancelOperationRequest(name=name)))
+    assert (refusal.code, refusal.reason) == (StatusCode.FAILED_PRECONDITION, "OPERATION_NOT_CANCELLABLE")
+
+
+def test_an_etag_that_becomes_stale_in_the_queue(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    with held(front):
+        roll_out(front, slug, 10, return_immediately=True)
+        etag = front.segments.GetSegment(pb.GetSegmentRequest(slug=slug)).etag
+        queued = roll_out(front, slug, 20, return_immediately=True, etag=etag)
+    operation = wait(front, queued.name)
+    error = read_status(operation.error)
+    assert (error.code, error.reason) == (StatusCode.ABORTED, "ETAG_MISMATCH")
+    assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug)).rule.percent == 10
+
+
+def test_a_segment_that_is_being_deleted(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    with held(front, "before-commit-prepared"):
+        name = delete(front, slug, return_immediately=True).name
+        eventually(lambda: metadata(get_operation(front, name)).state == State.COMMITTED)
+        shown = front.segments.GetSegment(pb.GetSegmentRequest(slug=slug))
+        assert shown.state == pb.Segment.DELETING
+        edit = pb.UpdateSegmentRequest(segment=pb.Segment(slug=slug, display_name="x"))
+        for call in (
+            lambda: roll_out(front, slug, 1),
+            lambda: delete(front, slug),
+            lambda: front.segments.UpdateSegment(edit),
+        ):
+            refusal = refused(call)
+            assert (refusal.code, refusal.reason) == (StatusCode.FAILED_PRECONDITION, "SEGMENT_DELETING")
+    assert wait(front, name).done
+
+
+def test_a_creation_whose_turn_does_not_come(front: FrontUnderTest) -> None:
+    slug, late = front.create().slug, new_slug()
+    with held(front):
+        roll_out(front, slug, 10, return_immediately=True)
+        request = pb.CreateSegmentRequest(segment=pb.Segment(slug=late))
+        refusal = refused(lambda: front.segments.CreateSegment(request, timeout=1))
+        assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "OPERATION_QUEUE_BUSY")
+    assert refused(lambda: front.segments.GetSegment(pb.GetSegmentRequest(slug=late))).reason == "SEGMENT_NOT_FOUND"
+    assert front.create(late).slug == late
+
+
+def test_a_creation_that_has_started_and_is_not_decided(front: FrontUnderTest) -> None:
+    slug, late = front.create().slug, new_slug()
+    request = pb.CreateSegmentRequest(segment=pb.Segment(slug=late), request_id=str(uuid4()))
+    with ThreadPoolExecutor(1) as threads, held(front) as release:
+        roll_out(front, slug, 10, return_immediately=True)
+        creation = threads.submit(refused, lambda: front.segments.CreateSegment(request, timeout=3))
+        with held(front, "voted", _running(front, late)):
+            release()
+            refusal = creation.result(timeout=10)
+    assert refusal.code == StatusCode.DEADLINE_EXCEEDED
+    assert front.segments.CreateSegment(request, timeout=10).slug == late
+
+
+def test_the_broker_is_asked_before_anything_is_accepted(front: FrontUnderTest, broker_down: None) -> None:
+    slug = front.create().slug  # needs no broker
+    for call in (lambda: roll_out(front, slug, 1), lambda: delete(front, slug)):
+        refusal = refused(call)
+        assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "BROKER_UNAVAILABLE")
+        assert refusal.retry_after_s
+    assert [metadata(operation).kind for operation in _of(front, slug)] == [operations_pb2.OperationMetadata.CREATE]
+
+
+def test_more_segments_than_there_may_be(front: FrontUnderTest) -> None:
+    marker = uuid4().hex
+    front.installation.fill_catalog(4096, marker)
+    try:
+        refusal = refused(front.create)
+        assert (refusal.code, refusal.reason) == (StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_SEGMENTS")
+        request = pb.ListSegmentsRequest(labels={"marker": marker}, page_size=2000)
+        listed = front.segments.ListSegments(request, timeout=10)
+        assert (len(listed.segments), listed.total_size) == (1000, 4096)
+    finally:
+        front.installation.empty_catalog()
+    assert front.create().slug
+
+
+# -- request_id -----------------------------------------------------------------------------------------------------
+
+
+def test_a_repeated_rollout_is_the_same_operation(front: FrontUnderTest) -> None:
+    slug, request_id = front.create().slug, str(uuid4())
+    first = roll_out(front, slug, 10, request_id=request_id)
+    roll_out(front, slug, 20)
+    assert roll_out(front, slug, 10, request_id=request_id) == first
+    assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug)).rule.percent == 20
+    assert refused(lambda: roll_out(front, slug, 30, request_id=request_id)).reason == "REQUEST_ID_REUSED"
+
+
+def test_a_repeated_deletion_is_the_same_operation(front: FrontUnderTest) -> None:
+    slug, request_id = front.create().slug, str(uuid4())
+    first = delete(front, slug, request_id=request_id)
+    front.create(slug)
+    assert delete(front, slug, request_id=request_id) == first
+    assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug)).slug == slug
+
+
+def test_a_request_id_belongs_to_its_method(front: FrontUnderTest) -> None:
+    slug, request_id = front.create().slug, str(uuid4())
+    assert roll_out(front, slug, 10, request_id=request_id).name != delete(front, slug, request_id=request_id).name
+
+
+# -- google.longrunning.Operations ----------------------------------------------------------------------------------
+
+
+def test_names_of_operations(front: FrontUnderTest) -> None:
+    for call in (
+        lambda name: front.operations.GetOperation(lro.GetOperationRequest(name=name)),
+        lambda name: front.operations.WaitOperation(lro.WaitOperationRequest(name=name), timeout=5),
+        lambda name: front.operations.CancelOperation(lro.CancelOperationRequest(name=name)),
+        lambda name: list(front.watches.WatchOperation(operations_pb2.WatchOperationRequest(name=name), timeout=5)),
+    ):
+        missing, malformed, unknown = (refused(lambda n=name: call(n)) for name in ("", "operations/1", NOBODY))  # noqa: B023
+        assert (missing.reason, list(missing.violations)) == ("FIELD_REQUIRED", ["name"])
+        assert (malformed.reason, list(malformed.violations)) == ("FIELD_INVALID", ["name"])
+        assert (unknown.code, unknown.reason) == (StatusCode.NOT_FOUND, "OPERATION_NOT_FOUND")
+        assert unknown.metadata == {"operation": NOBODY}
+
+
+def test_operations_are_the_history(front: FrontUnderTest) -> None:
+    request = lro.DeleteOperationRequest(name=roll_out(front, front.create().slug, 1).name)
+    refusal = refused(lambda: front.operations.DeleteOperation(request))
+    assert (refusal.code, refusal.reason) == (StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
+
+
+def test_operations_are_listed_newest_first(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    names = [roll_out(front, slug, percent).name for percent in (1, 2, 3, 4, 5)]
+    listed = [operation.name for operation in _of(front, slug)]
+    assert listed[:5] == names[::-1]
+    assert len(listed) == 6
+    paged, token = [], ""
+    while True:
+        page = front.operations.ListOperations(
+            lro.ListOperationsRequest(name="operations", filter=f"slug = {slug}", page_size=4, page_token=token)
+        )
+        paged += [operation.name for operation in page.operations]
+        token = page.next_page_token
+        if not token:
+            break
+    assert paged == listed
+    assert get_operation(front, names[0]) == next(op for op in _of(front, slug) if op.name == names[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("slug = {slug}", 3),
+        ('slug="{slug}"', 3),
+        ("slug = {slug} AND kind = ROLL_OUT", 2),
+        ("kind=CREATE AND state=DONE AND slug={slug}", 1),
+        ("  slug = {slug}   AND state = ABORTED ", 0),
+    ],
+)
+def test_filters(front: FrontUnderTest, text: str, count: int) -> None:
+    slug = front.create().slug
+    roll_out(front, slug, 1)
+    roll_out(front, slug, 2)
+    request = lro.ListOperationsRequest(name="operations", filter=text.format(slug=slug))
+    assert len(front.operations.ListOperations(request).operations) == count
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["slug", "slug = ", "slug = A", "name = x", "state = done", "kind = X", "slug = a OR slug = b", "slug=a AND slug=b",
+     "slug = a slug = b", "slug != a"],
+)  # fmt: skip
+def test_filters_that_are_none(front: FrontUnderTest, text: str) -> None:
+    refusal = refused(lambda: front.operations.ListOperations(lro.ListOperationsRequest(filter=text)))
+    assert (refusal.reason, list(refusal.violations)) == ("FIELD_INVALID", ["filter"])
+
+
+def test_what_cannot_be_asked_of_operations(front: FrontUnderTest) -> None:
+    ask = front.operations.ListOperations
+    assert list(refused(lambda: ask(lro.ListOperationsRequest(name="segments"))).violations) == ["name"]
+    assert list(refused(lambda: ask(lro.ListOperationsRequest(page_size=-1))).violations) == ["page_size"]
+    token = ask(lro.ListOperationsRequest(page_size=1)).next_page_token
+    for wrong in ({"page_token": "x"}, {"page_token": token, "filter": "kind = CREATE"}):
+        assert refused(lambda wrong=wrong: ask(lro.ListOperationsRequest(**wrong))).reason == "PAGE_TOKEN_INVALID"
+
+
+# -- watching -------------------------------------------------------------------------------------------------------
+
+
+def test_a_watch_shows_every_change_and_ends_with_the_end(front: FrontUnderTest, users: range) -> None:
+    slug = front.create().slug
+    with held(front) as release:
+        name = roll_out(front, slug, 10, return_immediately=True).name
+        watch = front.watches.WatchOperation(operations_pb2.WatchOperationRequest(name=name), timeout=20)
+        messages, times = [next(watch)], [time.monotonic()]
+        assert messages[0].metadata.state in (State.QUEUED, State.PREPARING)
+        release()
+        for message in watch:
+            messages.append(message)
+            times.append(time.monotonic())
+    assert [message.name for message in messages] == [name] * len(messages)
+    states = [message.metadata.state for message in messages]
+    assert states == sorted(states)
+    assert states[-1] == State.DONE
+    assert messages[-1].metadata == metadata(get_operation(front, name))
+    assert all(one != other for one, other in itertools.pairwise(messages))
+    assert all(later - earlier > 0.08 for earlier, later in itertools.pairwise(times))
+
+
+def test_a_watch_of_an_ended_operation_is_one_message(front: FrontUnderTest) -> None:
+    operation = roll_out(front, front.create().slug, 10)
+    watch = front.watches.WatchOperation(operations_pb2.WatchOperationRequest(name=operation.name), timeout=10)
+    assert [message.metadata for message in watch] == [metadata(operation)]
+
+
+def _of(front: FrontUnderTest, slug: str) -> list[lro.Operation]:
+    request = lro.ListOperationsRequest(name="operations", filter=f"slug = {slug}")
+    return list(front.operations.ListOperations(request, timeout=10).operations)
+
+
+def _running(front: FrontUnderTest, slug: str) -> str:
+    """The name of the newest operation of a slug, once there is one that has not ended."""
+    found: list[str] = []
+
+    def look() -> bool:
+        found[:] = [operation.name for operation in _of(front, slug)[:1] if not operation.done]
+        return bool(found)
+
+    eventually(look)
+    return found[0]
+
+
+def _nothing_prepared(front: FrontUnderTest) -> bool:
+    with front.installation.databases.shards[0].connect() as connection:
+        cluster = front.installation.name
+        count = connection.execute(
+            sa.text("SELECT count(*) FROM pg_prepared_xacts WHERE gid LIKE :pattern"),
+            {"pattern": f"segsvc:{cluster}:%"},
+        ).scalar_one()
+    return bool(count == 0)

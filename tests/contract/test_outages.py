@@ -1,0 +1,97 @@
+"""Dependencies that are down: what needs them is refused with its reason, the rest is served, and all comes back."""
+
+from __future__ import annotations
+
+import pytest
+from grpc import StatusCode
+from segmentation.v1 import membership_pb2
+from segmentation.v1 import segments_pb2 as pb
+
+from tests.contract.conftest import FrontUnderTest, eventually, new_slug
+from tests.contract.refusals import read_status, refused
+from tests.contract.test_protocol import SERVICES
+
+USERS = range(4_000_000, 4_000_008)
+
+
+@pytest.fixture
+def users(front: FrontUnderTest) -> range:
+    front.installation.create_users({user_id: {} for user_id in USERS})
+    return USERS
+
+
+def segments_of(front: FrontUnderTest, user_id: int) -> membership_pb2.UserSegments:
+    return front.memberships.GetUserSegments(membership_pb2.GetUserSegmentsRequest(user_id=user_id), timeout=5)
+
+
+def test_the_catalog_is_down(front: FrontUnderTest, users: range) -> None:
+    slug = front.create().slug
+    calls = (
+        lambda: front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=5),
+        lambda: front.segments.ListSegments(pb.ListSegmentsRequest(), timeout=5),
+        lambda: front.segments.CreateSegment(pb.CreateSegmentRequest(segment={"slug": new_slug()}), timeout=5),
+        lambda: front.segments.UpdateSegment(pb.UpdateSegmentRequest(segment={"slug": slug}), timeout=5),
+        lambda: front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule={"percent": 1}), timeout=5),
+        lambda: front.segments.DeleteSegment(pb.DeleteSegmentRequest(slug=slug), timeout=5),
+        lambda: front.segments.GetSegmentStatistics(pb.GetSegmentStatisticsRequest(slug=slug), timeout=5),
+        lambda: list(front.segments.ExportSegmentUsers(pb.ExportSegmentUsersRequest(slug=slug), timeout=5)),
+    )
+    with front.installation.outage(front.installation.database_names[0]):
+        for call in calls:
+            refusal = refused(call)
+            assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "CATALOG_UNAVAILABLE")
+            assert refusal.retry_after_s
+        # Reads need only their shard.
+        assert segments_of(front, users[0]).user_id == users[0]
+        request = membership_pb2.GetUserRequest(user_id=users[0])
+        assert front.memberships.GetUser(request, timeout=5).user_id == users[0]
+        eventually(lambda: not front.serving("segmentation.v1.SegmentService"))
+        eventually(lambda: not front.serving("google.longrunning.Operations"))
+        assert front.serving("segmentation.v1.MembershipService")
+        assert front.serving()
+    eventually(lambda: all(front.serving(service) for service in SERVICES))
+    assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=5).slug == slug
+    assert front.create().slug
+
+
+def test_a_shard_is_down(front: FrontUnderTest, users: range) -> None:
+    slug = front.create().slug
+    lost = users[2]
+    shard = lost % 4
+    with front.installation.outage(front.installation.database_names[1 + shard]):
+        for call in (
+            lambda: segments_of(front, lost),
+            lambda: front.memberships.GetUser(membership_pb2.GetUserRequest(user_id=lost), timeout=5),
+            lambda: front.segments.GetSegmentStatistics(pb.GetSegmentStatisticsRequest(slug=slug), timeout=5),
+            lambda: list(front.segments.ExportSegmentUsers(pb.ExportSegmentUsersRequest(slug=slug), timeout=5)),
+        ):
+            refusal = refused(call)
+            assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "SHARD_UNAVAILABLE")
+            assert refusal.metadata == {"shard": str(shard)}
+        assert segments_of(front, users[1]).user_id == users[1]
+        request = membership_pb2.BatchGetUserSegmentsRequest(user_ids=[users[1], lost])
+        found, missing = front.memberships.BatchGetUserSegments(request, timeout=5).results
+        assert found.user_segments.user_id == users[1]
+        assert read_status(missing.error).reason == "SHARD_UNAVAILABLE"
+        assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=5).slug == slug
+        assert front.serving("segmentation.v1.MembershipService")
+    eventually(lambda: _readable(front, lost))
+    assert front.create().slug
+
+
+def test_all_shards_are_down(front: FrontUnderTest, users: range) -> None:
+    installation = front.installation
+    one, two, three, four = installation.database_names[1:]
+    with installation.outage(one), installation.outage(two), installation.outage(three), installation.outage(four):
+        eventually(lambda: not front.serving("segmentation.v1.MembershipService"))
+        assert front.serving("segmentation.v1.SegmentService")
+        assert front.serving()
+    eventually(lambda: front.serving("segmentation.v1.MembershipService"))
+
+
+def _readable(front: FrontUnderTest, user_id: int) -> bool:
+    try:
+        return segments_of(front, user_id).user_id == user_id
+    except Exception:  # noqa: BLE001
+        assert "SHARD_UNAVAILABLE" in str(refused(lambda: (_ for _ in ()).throw(error)))
+        return False
