@@ -1,0 +1,283 @@
+"""Wiring: the only place where services meet PostgreSQL and the cache. One class for each kind of process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import sqlalchemy as sa
+
+from segsvc.cache.client import CacheClient
+from segsvc.cache.reader import CacheReader
+from segsvc.cache.warm_notes import WarmNotes
+from segsvc.config import Settings
+from segsvc.domain.membership import Entry
+from segsvc.domain.operation import Operation, ShardCounts
+from segsvc.failpoints import failpoints
+from segsvc.fan_out import ThreadFanOut
+from segsvc.log import get_logger
+from segsvc.metrics import recovery_alarms
+from segsvc.postgres import tables
+from segsvc.postgres.audit_reads import PostgresAuditReads
+from segsvc.postgres.blocks import PostgresShardTransaction
+from segsvc.postgres.catalog import PostgresSegmentCatalog
+from segsvc.postgres.engine import Databases, Pool
+from segsvc.postgres.export import PostgresMemberReader
+from segsvc.postgres.ledger import PostgresLedger
+from segsvc.postgres.maintenance import PostgresMaintainedCatalog, PostgresMaintainedShards
+from segsvc.postgres.outbox import PostgresOutboxStore
+from segsvc.postgres.participant import PostgresParticipant
+from segsvc.postgres.probes import PostgresProbes
+from segsvc.postgres.reads import PostgresMemberships
+from segsvc.postgres.statistics import PostgresShardCounter, PostgresUserReader
+from segsvc.postgres.users import PostgresUserStore
+from segsvc.services.check import Checker
+from segsvc.services.cold_reads import ColdReads, Limits
+from segsvc.services.end_watcher import OperationEndWatcher
+from segsvc.services.export import ExportService
+from segsvc.services.ingestion import Ingestion
+from segsvc.services.maintenance import MaintenanceService
+from segsvc.services.operations import Broker, OperationService
+from segsvc.services.outbox import Outbox, SegmentEventPublisher
+from segsvc.services.segments import SegmentService
+from segsvc.services.shard_work import perform
+from segsvc.services.slug_map import SlugMap
+from segsvc.services.statistics import StatisticsService
+from segsvc.services.users import UserService
+from segsvc.services.warming import Warmer
+from segsvc.twophase import Coordinator, Dispatcher, Invalidation, ProgressHook
+
+log = get_logger(__name__)
+
+
+class TaskSender(Dispatcher, Broker, Protocol):
+    """Celery, as far as this package needs it."""
+
+
+class LogAlarms:
+    """Alarms as log lines and a metric; an alert rule watches the metric."""
+
+    def raise_alarm(self, what: str, **where: object) -> None:
+        recovery_alarms.labels(what).inc()
+        log.error("alarm", what=what, **{key: str(value) for key, value in where.items()})
+
+
+def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: ProgressHook, write: bool) -> ShardCounts:
+    return perform(tx, operation, on_progress, write=write)
+
+
+WARM_TIMEOUT_S = 5.0
+"""Bound of one wait for the cache while warming: nobody waits for it, and its exchanges are large. Half a lease."""
+
+
+def make_cache(settings: Settings, *, timeout_s: float | None = None) -> CacheClient:
+    """The cache. ``timeout_s`` None: as the settings bound an exchange."""
+    return CacheClient(settings.cache_url, timeout_s=timeout_s or settings.cache_timeout_s, ttl_s=settings.cache_ttl_s)
+
+
+class OperationParts:
+    """The commit protocol on real parts: what fronts and workers both need."""
+
+    def __init__(
+        self, settings: Settings, databases: Databases, invalidation: Invalidation, dispatcher: Dispatcher
+    ) -> None:
+        crash_points = failpoints(settings.failpoint_dir)
+        self.ledger = PostgresLedger(
+            databases,
+            shard_count=settings.shard_count,
+            deadline_s=settings.operation_deadline_s,
+            quiet_s=settings.redispatch_quiet_s,
+            crash_points=crash_points,
+        )
+        # A visit holds one connection of its shard: as many threads as shards let all be visited at once.
+        self.fan_out = ThreadFanOut(max(1, settings.shard_count))
+        self.coordinator = Coordinator(
+            cluster=settings.cluster,
+            ledger=self.ledger,
+            participants=[
+                PostgresParticipant(databases, shard, _work, crash_points) for shard in range(settings.shard_count)
+            ],
+            invalidation=invalidation,
+            dispatcher=dispatcher,
+            fan_out=self.fan_out,
+            alarms=LogAlarms(),
+            crash_points=crash_points,
+        )
+
+
+class WorkerServices:
+    """What the tasks of one worker process use. Made after the fork."""
+
+    def __init__(self, settings: Settings, *, dispatcher: Dispatcher) -> None:
+        # A worker process runs one task at a time; its own thread and a fan-out visit may need a connection each.
+        self.databases = Databases(settings, "worker", Pool(2))
+        self.cache = make_cache(settings)
+        parts = OperationParts(settings, self.databases, self.cache, dispatcher)
+        self.ledger = parts.ledger
+        self.coordinator = parts.coordinator
+        self._fan_out = parts.fan_out
+        self.ingestion = Ingestion(PostgresUserStore(self.databases), self.cache, failpoints(settings.failpoint_dir))
+        memberships = PostgresMemberships(self.databases)
+        self._warm_cache = make_cache(settings, timeout_s=WARM_TIMEOUT_S)
+        self.warming = Warmer(
+            reads=memberships,
+            cache=self._warm_cache,
+            notes=WarmNotes(self._warm_cache),
+            slugs=SlugMap(memberships.slugs),
+            budget_bytes=settings.cache_warm_budget_bytes,
+        )
+        self.maintenance = MaintenanceService(
+            catalog=PostgresMaintainedCatalog(self.databases),
+            shards=PostgresMaintainedShards(self.databases),
+            shard_numbers=range(settings.shard_count),
+            request_id_ttl_s=settings.request_id_ttl_s,
+            tombstone_ttl_s=settings.tombstone_ttl_s,
+            fence_ttl_s=settings.fence_ttl_s,
+        )
+
+    def close(self) -> None:
+        self._fan_out.close()
+        self._warm_cache.close()
+        self.cache.close()
+        self.databases.close()
+
+
+class HotReads:
+    """What the hot lane of one front process reads with. Made after the fork.
+
+    Args:
+        encode: a slug as the lane joins it into answers.
+    """
+
+    STALLED_S = 1.0
+    """A cold read that takes this much longer than any statement or connection may is given up."""
+
+    def __init__(self, settings: Settings, *, encode: Callable[[str], bytes]) -> None:
+        # One connection a shard for each thread that reads it, and sessions that bound a statement as reads need it.
+        self._databases = Databases(settings, "reads", Pool(settings.cold_read_threads, settings.read_timeout_s))
+        self._cache = make_cache(settings)
+        memberships = PostgresMemberships(self._databases)
+        self.entries = CacheReader(self._cache, settings.shard_count)
+        self.counts = WarmNotes(self._cache)
+        self.slugs = SlugMap(memberships.slugs, encode)
+        self.cold = ColdReads(
+            reads=memberships,
+            cache=self._cache,
+            slugs=self.slugs,
+            shard_count=settings.shard_count,
+            limits=Limits(
+                waiting_max=settings.cold_reads_max,
+                threads=settings.cold_read_threads,
+                statement_s=settings.read_timeout_s,
+                stalled_s=max(settings.read_timeout_s, settings.connect_timeout_s) + self.STALLED_S,
+            ),
+        )
+
+    def close(self, timeout_s: float) -> None:
+        """End the cold reads, then everything that they use. Close the lane before."""
+        self.cold.close(timeout_s)
+        self.entries.close()
+        self._cache.close()
+        self._databases.close()
+
+
+class Front:
+    """What one front process serves with, the hot lane apart. Made after the fork."""
+
+    ADMIN_CONNECTIONS = 8
+    """Connections a database for everything but cold reads: as many calls may be at one database at once."""
+
+    def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
+        self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS))
+        self.cache = make_cache(settings)
+        parts = OperationParts(settings, self.databases, self.cache, sender)
+        self.fan_out = parts.fan_out
+        self.segments = SegmentService(PostgresSegmentCatalog(self.databases))
+        self.statistics = StatisticsService(self.segments, PostgresShardCounter(self.databases), self.fan_out)
+        self.export = ExportService(self.segments, PostgresMemberReader(self.databases))
+        self.users = UserService(PostgresUserReader(self.databases))
+        self.probes = PostgresProbes(self.databases)
+        self.watcher = OperationEndWatcher(parts.ledger)
+        self.operations = OperationService(
+            store=parts.ledger,
+            coordinator=parts.coordinator,
+            broker=sender,
+            watcher=self.watcher,
+            shards=range(settings.shard_count),
+            fan_out=self.fan_out,
+        )
+
+    def close(self) -> None:
+        self.watcher.close()
+        self.fan_out.close()
+        self.cache.close()
+        self.databases.close()
+
+
+class OutboxServices:
+    """What publishing segment events needs of the catalog."""
+
+    def __init__(self, settings: Settings, *, publisher: SegmentEventPublisher) -> None:
+        self._databases = Databases(settings, "bridge", Pool(1))
+        self.outbox = Outbox(PostgresOutboxStore(self._databases), publisher)
+
+    def close(self) -> None:
+        self._databases.close()
+
+
+class Inspection:
+    """Looking from outside the request path: how many users there are, who is cached."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._databases = Databases(settings, "inspection", Pool(1))
+        self._cache = make_cache(settings)
+        self._reader = CacheReader(self._cache, settings.shard_count)
+
+    def user_count(self) -> int:
+        """Users on all shards. Raises SHARD_UNAVAILABLE."""
+        total = 0
+        for shard in range(self._databases.shard_count):
+            with self._databases.shard_tx(shard) as connection:
+                total += int(connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one())
+        return total
+
+    def cached(self, user_ids: Sequence[int]) -> list[Entry | None]:
+        """What the hot reader would answer from the cache now; None: a miss. Raises CACHE_UNAVAILABLE."""
+        self._reader.connect()
+        return self._reader.lookup(user_ids)
+
+    def close(self) -> None:
+        self._reader.close()
+        self._cache.close()
+        self._databases.close()
+
+
+class Check:
+    """What ``segsvc check`` runs on.
+
+    Args:
+        with_cache: False leaves the cache out.
+
+    Raises:
+        ServiceError: CACHE_UNAVAILABLE.
+    """
+
+    def __init__(self, settings: Settings, *, with_cache: bool = True) -> None:
+        self._databases = Databases(settings, "check", Pool(1))
+        self._cache = make_cache(settings)
+        self.reader = CacheReader(self._cache, settings.shard_count)
+        if with_cache:
+            self.reader.connect()
+        self.reads = PostgresAuditReads(self._databases)
+        self.checker = Checker(
+            self.reads,
+            self.reader if with_cache else None,
+            cluster=settings.cluster,
+            shard_count=settings.shard_count,
+            fence_ttl_s=settings.fence_ttl_s,
+        )
+
+    def close(self) -> None:
+        self.reader.close()
+        self._cache.close()
+        self._databases.close()

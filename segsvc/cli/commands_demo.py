@@ -1,0 +1,37 @@
+"""``segsvc demo``: the main job on real components, each claim checked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import typer
+
+from segsvc.cli.base import FAILED, Refusal, settings_of_process
+
+USERS_MIN: Final = 2000
+USERS_MAX: Final = 10_000_000
+
+
+def demo(
+    users: Annotated[
+        int, typer.Option(min=USERS_MIN, max=USERS_MAX, envvar="USERS", help="How many users arrive.")
+    ] = 200_000,
+    keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the stack up afterwards.")] = False,
+) -> None:
+    """Start a stack, run the main job on it, check every claim, and write build/demo-report.json."""
+    from segsvc.cli.front import is_serving  # noqa: PLC0415
+    from segsvc.demo.run import run_demo  # noqa: PLC0415
+    from segsvc.local.processes import LocalStackError  # noqa: PLC0415
+
+    settings = settings_of_process()
+    try:
+        all_ok = run_demo(users, keep=keep, stack_dir=settings.stack_dir, ready=is_serving)
+    except LocalStackError as error:
+        raise Refusal(str(error)) from error
+    if not all_ok:
+        raise typer.Exit(FAILED)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(epilog="Example: segsvc demo --users 50000 --keep", rich_help_panel="Installation")(demo)

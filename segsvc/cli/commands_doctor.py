@@ -1,0 +1,63 @@
+"""``segsvc doctor``: is everything there and well, and if not, what to do?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, settings_of_process, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from segsvc.cli.doctor_items import Examination, Result
+
+
+def doctor(json_output: Json = False) -> None:
+    """Look at every dependency and process, and say what to do for each thing that is not well. Exit code 1 then."""
+    from segsvc.cli.doctor_items import Result  # noqa: PLC0415
+
+    settings = settings_of_process()
+    results: list[Result] = []
+    with bar("looking", hidden=json_output) as shown:
+        examinations = _examinations()
+        for number, (name, examine) in enumerate(examinations.items()):
+            shown.to(number, len(examinations), f"looking at {name}")
+            results.append(Result(name, examine(settings)))
+    if json_output:
+        print_json([result.to_json() for result in results])
+    else:
+        _show(results)
+    if not all(result.well for result in results):
+        raise typer.Exit(FAILED)
+
+
+def _examinations() -> Mapping[str, Examination]:
+    """What is looked at, in the order in which things depend on each other."""
+    from segsvc.cli import doctor_running, doctor_storage  # noqa: PLC0415
+
+    return {
+        "databases": doctor_storage.databases,
+        "prepared transactions": doctor_storage.prepared_transactions,
+        "spread of the users": doctor_storage.shard_skew,
+        "cache": doctor_storage.cache,
+        "broker": doctor_running.broker,
+        "Kafka": doctor_running.kafka,
+        "front": doctor_running.front,
+        "workers": doctor_running.workers,
+    }
+
+
+def _show(results: Sequence[Result]) -> None:
+    found = table("", "what", "seen", "what to do")
+    for result in results:
+        found.add_row("✓" if result.well else "✗", result.name, "well" if not result.items else "", "")
+        for item in result.items:
+            found.add_row("", "", plain(item.text), plain(item.remedy))
+    console().print(found)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(epilog="Example: segsvc doctor", rich_help_panel="Health")(doctor)

@@ -1,0 +1,142 @@
+"""``segsvc serve | worker | beat | bridge | flower``: one process each, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from segsvc.cli.base import FAILED, Refusal, settings_of_process
+
+if TYPE_CHECKING:
+    from segsvc.bootstrap import TaskSender
+    from segsvc.config import Settings
+
+PANEL: Final = "Processes"
+
+
+class Queue(StrEnum):
+    """The queues; each has a worker of its own, so that none starves another."""
+
+    OPERATIONS = "operations"
+    EVENTS = "events"
+    WARMING = "warming"
+
+
+def serve() -> None:
+    """Run the gRPC front."""
+    from grpc_api.server import serve as serve_front  # noqa: PLC0415
+    from segsvc.cli.startup import start_process  # noqa: PLC0415
+
+    settings = settings_of_process()
+    start_process(settings)
+    code = serve_front(settings, make_sender=_sender)
+    if code:
+        raise typer.Exit(FAILED)
+
+
+def _sender(_settings: Settings) -> TaskSender:
+    # Imported after the fork of a front process: its connections are made there.
+    from tasks.app import app  # noqa: PLC0415
+    from tasks.dispatcher import CeleryDispatcher  # noqa: PLC0415
+
+    return CeleryDispatcher(app)
+
+
+def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")]) -> None:
+    """Run the Celery worker of one queue."""
+    from segsvc.cli.startup import start_process  # noqa: PLC0415
+
+    settings = settings_of_process()
+    start_process(settings)
+    processes = {
+        Queue.OPERATIONS: settings.operation_worker_processes,
+        Queue.EVENTS: settings.event_worker_processes,
+        Queue.WARMING: settings.warming_worker_processes,
+    }[queue]
+    _celery(
+        "worker",
+        f"--queues={queue.value}",
+        f"--hostname={queue.value}@%h",
+        f"--concurrency={processes}",
+        # Workers need nothing of each other: what they know is in the ledger.
+        "--without-mingle",
+        "--without-gossip",
+        # Flower lives on them.
+        "--task-events",
+        f"--loglevel={settings.log_level}",
+    )
+
+
+def beat() -> None:
+    """Run Celery beat, which sends recovery, warming and upkeep on time. One is enough; two do no harm."""
+    from segsvc.cli.startup import start_process  # noqa: PLC0415
+
+    settings = settings_of_process()
+    start_process(settings)
+    # In memory: every entry is due again within seconds anyway, and a schedule file can be torn by a kill.
+    _celery("beat", "--scheduler=celery.beat:Scheduler", "--pidfile=", f"--loglevel={settings.log_level}")
+
+
+def bridge() -> None:
+    """Run the bridge from Kafka to the workers."""
+    from segsvc.cli.startup import start_process  # noqa: PLC0415
+    from tasks.kafka_bridge import run_bridge  # noqa: PLC0415
+
+    settings = settings_of_process()
+    start_process(settings)
+    run_bridge(settings)
+
+
+def flower() -> None:
+    """Run Flower, which shows workers, tasks and the progress of operations."""
+    from segsvc.log import configure_logging  # noqa: PLC0415
+
+    settings = settings_of_process()
+    configure_logging(settings.log_level, settings.log_format)
+    os.environ.update(flower_environment(settings))
+    _celery("flower")
+
+
+def flower_environment(settings: Settings) -> dict[str, str]:
+    """Flower's options. As variables of this process: arguments could be read by everybody on the machine.
+
+    Raises:
+        Refusal: there is no password, or one that Flower cannot take.
+    """
+    if not settings.flower_password:
+        raise Refusal("SEGSVC_FLOWER_PASSWORD is empty: Flower can start and stop workers, so it needs a password")
+    if "," in settings.flower_user + settings.flower_password or ":" in settings.flower_user:
+        raise Refusal("SEGSVC_FLOWER_USER and SEGSVC_FLOWER_PASSWORD must not contain a comma, nor the user a colon")
+    host, _, port = settings.flower_address.rpartition(":")
+    if not port.isdigit():
+        raise Refusal(f"SEGSVC_FLOWER_ADDRESS must be host:port, is {settings.flower_address!r}")
+    environment = {
+        "FLOWER_BASIC_AUTH": f"{settings.flower_user}:{settings.flower_password}",
+        "FLOWER_ADDRESS": host.strip("[]"),
+        "FLOWER_PORT": port,
+    }
+    if settings.flower_db is not None:
+        environment |= {"FLOWER_PERSISTENT": "true", "FLOWER_DB": str(settings.flower_db)}
+    return environment
+
+
+def _celery(*arguments: str) -> None:
+    """Run a command of Celery in this process, on our application."""
+    from tasks.app import app  # noqa: PLC0415
+
+    app.start(argv=[*arguments])
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command, example in (
+        (serve, "segsvc serve"),
+        (worker, "segsvc worker --queue operations"),
+        (beat, "segsvc beat"),
+        (bridge, "segsvc bridge"),
+        (flower, "SEGSVC_FLOWER_PASSWORD=… segsvc flower"),
+    ):
+        app.command(epilog=f"Example: {example}", rich_help_panel=PANEL)(command)

@@ -1,0 +1,150 @@
+"""What ``segsvc doctor`` looks at in the broker, Kafka and our own processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health_pb2
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+from kombu.exceptions import OperationalError
+
+from segsvc.cache.connection import CacheConnection
+from segsvc.cli.base import Refusal
+from segsvc.cli.doctor_items import Item
+from segsvc.cli.front import connected
+from segsvc.config import Settings
+from segsvc.domain.events import TOPICS
+from tasks.app import QUEUES, app
+from tasks.kafka_clients import quieten_client_log
+
+_PING_S: Final = 2.0
+_LAG_WATCH_S: Final = 3.0
+"""How long a lag that does not move is watched before it is a complaint."""
+_HEALTH_SERVICES: Final = ("", "segmentation.v1.SegmentService", "segmentation.v1.MembershipService")
+
+
+def broker(settings: Settings) -> Sequence[Item]:
+    """The broker's server, its settings, and that it is not the cache's."""
+    try:
+        with app.connection_for_read() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
+            channel: Any = connection.default_channel  # of the Redis transport, whose channels have a client
+            info: Mapping[str, Any] = channel.client.info()
+    except (OperationalError, OSError) as error:
+        reason = type(error).__name__
+        return [Item(f"it cannot be reached ({reason})", "start it or correct SEGSVC_BROKER_URL")]
+    found: list[Item] = []
+    policy = info.get("maxmemory_policy")
+    if policy != "noeviction":
+        text = f"maxmemory-policy is {policy}: messages would vanish when it is full"
+        found.append(Item(text, "set maxmemory-policy noeviction"))
+    if not info.get("aof_enabled"):
+        text = "appendonly is off: a restart forgets every message; recovery sends operations again, later"
+        found.append(Item(text, "set appendonly yes"))
+    if info.get("run_id") == _cache_run_id(settings):
+        found.append(Item("it is the same server as the cache", "give the cache a server of its own"))
+    return found
+
+
+def _cache_run_id(settings: Settings) -> str | None:
+    """None: the cache cannot be reached, which its own examination says."""
+    try:
+        connection = CacheConnection(settings.cache_url, settings.cache_timeout_s)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the cache's own examination names it
+        del error
+        return None
+    try:
+        return connection.run_id.decode()
+    finally:
+        connection.close()
+
+
+def kafka(settings: Settings) -> Sequence[Item]:
+    """The brokers, the topics, and how many events wait."""
+    quieten_client_log()
+    try:
+        consumer = KafkaConsumer(
+            bootstrap_servers=settings.kafka_bootstrap_servers.split(","),
+            group_id=settings.kafka_group,
+            enable_auto_commit=False,
+            request_timeout_ms=5_000,
+            bootstrap_timeout_ms=5_000,
+            api_version=(2, 0) if settings.kafka_stand_in else None,
+        )
+    except (KafkaError, OSError) as error:
+        text = f"no broker of {settings.kafka_bootstrap_servers} can be reached ({type(error).__name__})"
+        return [Item(text, "start Kafka or correct SEGSVC_KAFKA_BOOTSTRAP_SERVERS")]
+    try:
+        return _topics(consumer, settings)
+    except KafkaError as error:
+        return [Item(f"the brokers broke off ({type(error).__name__})", "look at the brokers' logs")]
+    finally:
+        consumer.close(autocommit=False)
+
+
+def _topics(consumer: KafkaConsumer, settings: Settings) -> Sequence[Item]:
+    found: list[Item] = []
+    if settings.kafka_stand_in:
+        found.append(Item("an in-memory stand-in, not a real broker: for demonstrations only"))
+    for name in TOPICS:
+        topic = settings.kafka_topic_prefix + name
+        numbers = consumer.partitions_for_topic(topic)
+        if not numbers:
+            found.append(Item(f"{topic} does not exist", f"create the topic {topic}"))
+            continue
+        partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
+        waiting = before = _waiting(consumer, partitions)
+        until = time.monotonic() + _LAG_WATCH_S
+        while waiting and waiting >= before and time.monotonic() < until:
+            time.sleep(0.2)
+            waiting = _waiting(consumer, partitions)
+        stuck = "start `segsvc bridge` and `segsvc worker --queue events`, or read their logs"
+        text = f"{topic}: {waiting:,} events wait"
+        found.append(Item(f"{text} and do not become fewer", stuck) if waiting and waiting >= before else Item(text))
+    return found
+
+
+def _waiting(consumer: KafkaConsumer, partitions: Sequence[TopicPartition]) -> int:
+    """Events that are not yet committed by the bridge's group."""
+    ends = consumer.end_offsets(partitions)
+    starts = consumer.beginning_offsets(partitions)
+    total = 0
+    for partition in partitions:
+        committed = consumer.committed(partition)
+        total += int(ends[partition]) - max(int(starts[partition]), int(committed or 0))
+    return total
+
+
+def front(settings: Settings) -> Sequence[Item]:
+    """Whether the front answers, and which of its services can."""
+    found: list[Item] = []
+    try:
+        with connected(settings) as stubs:
+            for service in _HEALTH_SERVICES:
+                answer = stubs.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=_PING_S)
+                if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                    text = f"{service or 'the front as a whole'} cannot serve now"
+                    found.append(Item(text, "it serves again when the databases are back; see above"))
+    except Refusal as error:
+        return [Item(str(error), "start it with `segsvc serve`, or correct SEGSVC_GRPC_ADDRESS")]
+    except grpc.RpcError as error:
+        return [Item(f"health: {error}", "read its log")]
+    return found
+
+
+def workers(settings: Settings) -> Sequence[Item]:
+    """Whether a worker of each queue answers."""
+    try:
+        answers: Mapping[str, Any] = app.control.inspect(timeout=_PING_S).ping() or {}
+    except (OperationalError, OSError):
+        return [Item("they cannot be asked without the broker", "see the broker above")]
+    alive = {name.partition("@")[0] for name in answers}
+    return [
+        Item(f"no worker of {queue} answers", f"start `segsvc worker --queue {queue}`")
+        for queue in QUEUES
+        if queue not in alive
+    ]

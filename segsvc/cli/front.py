@@ -1,0 +1,97 @@
+"""The running front, as a client of its public interface sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import grpc
+from google.longrunning import operations_pb2_grpc as longrunning_grpc
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from segmentation.v1 import membership_pb2_grpc, operations_pb2_grpc, segments_pb2_grpc
+
+from segsvc.cli.base import Refusal
+from segsvc.config import Settings
+
+TIMEOUT_S: Final = 30.0
+"""Bound of a call that does not wait for an operation."""
+_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104  # listened on, not called
+
+
+class Front:
+    """Stubs of all services on one channel."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.segments = segments_pb2_grpc.SegmentServiceStub(channel)
+        self.memberships = membership_pb2_grpc.MembershipServiceStub(channel)
+        self.watching = operations_pb2_grpc.OperationServiceStub(channel)
+        # Neither of these two is annotated in its wheel.
+        self.operations: Any = longrunning_grpc.OperationsStub(channel)  # type: ignore[no-untyped-call]
+        self.health: Any = health_pb2_grpc.HealthStub(channel)
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[Front]:
+    """The front of this installation, for the calls in the block.
+
+    Raises:
+        Refusal: a call was refused or failed, or the front cannot be reached.
+    """
+    channel = _channel(settings)
+    try:
+        yield Front(channel)
+    except grpc.RpcError as error:
+        raise Refusal(_line(error, settings.grpc_address)) from None
+    finally:
+        channel.close()
+
+
+def is_serving(settings: Settings) -> bool:
+    """Whether the front can answer now."""
+    channel = _channel(settings)
+    try:
+        answer = Front(channel).health.Check(health_pb2.HealthCheckRequest(), timeout=2)
+    except grpc.RpcError:
+        return False
+    finally:
+        channel.close()
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _channel(settings: Settings) -> grpc.Channel:
+    host, _, port = settings.grpc_address.rpartition(":")
+    address = f"{_ANYWHERE.get(host, host)}:{port}"
+    if settings.grpc_tls_cert is None:
+        return grpc.insecure_channel(address)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(settings.grpc_tls_cert.read_bytes()))
+
+
+def _line(error: Any, address: str) -> str:
+    """Why a call failed. What a stub raises is also its ``grpc.Call``, which the declared type does not say."""
+    status = rpc_status.from_call(error)
+    if status is not None:
+        return describe(status)
+    code: grpc.StatusCode = error.code()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return f"UNAVAILABLE: the front at {address} cannot be reached; is it running? (segsvc up, or segsvc serve)"
+    return f"{code.name}: {error.details()}"
+
+
+def describe(status: Status) -> str:
+    """A status as ``REASON: message``; of a refused field the field's own line is enough."""
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details:
+        if detail.Unpack(info):
+            return f"{info.reason}: {status.message}"
+    return f"{code_pb2.Code.Name(status.code)}: {status.message}"
+
+
+def to_json(message: Message) -> dict[str, Any]:
+    """A message as JSON with the names of the protos; fields that are not set are shown with their default."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

@@ -1,0 +1,286 @@
+"""``segsvc segments …``: what an administrator does with segments, through the running front."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from uuid import uuid4
+
+import typer
+
+from segsvc.cli.base import Json, Refusal, console, plain, print_json, settings_of_process, table
+
+if TYPE_CHECKING:
+    from google.longrunning.operations_pb2 import Operation
+    from segmentation.v1 import segments_pb2
+
+    from segsvc.cli.front import Front
+
+app = typer.Typer(no_args_is_help=True, help="Create, roll out, change and delete segments.", rich_markup_mode=None)
+
+Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False)]
+Etag = Annotated[str, typer.Option(help="Refuse if the segment has changed since it had this etag.")]
+Labels = Annotated[list[str] | None, typer.Option("--label", help="key=value; may be repeated.")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is accepted.")]
+
+
+class PolicyName(StrEnum):
+    """What a rule means for users who come or change later."""
+
+    LIVE = "live"
+    FROZEN = "frozen"
+
+
+@app.command("list", epilog="Example: segsvc segments list --order-by 'member_count desc'")
+def list_segments(
+    label: Labels = None,
+    order_by: Annotated[str, typer.Option(help="slug, create_time or member_count; ' desc' turns it round.")] = "slug",
+    json_output: Json = False,
+) -> None:
+    """List all segments with their rules and sizes."""
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+
+    found: list[segments_pb2.Segment] = []
+    request = segments_pb2.ListSegmentsRequest(page_size=1000, order_by=order_by, labels=_labels(label))
+    with connected(settings_of_process()) as front:
+        while True:
+            page = front.segments.ListSegments(request, timeout=TIMEOUT_S)
+            found.extend(page.segments)
+            if not page.next_page_token:
+                break
+            request.page_token = page.next_page_token
+    if json_output:
+        print_json([to_json(segment) for segment in found])
+        return
+    shown = table("slug", "rule", "members", "state", "name", right=("members",))
+    for segment in found:
+        state = segments_pb2.Segment.State.Name(segment.state).lower()
+        shown.add_row(
+            segment.slug, _rule_text(segment), f"{segment.member_count:,}", state, plain(segment.display_name)
+        )
+    console().print(shown)
+
+
+@app.command(epilog="Example: segsvc segments show checkout")
+def show(slug: Slug, json_output: Json = False) -> None:
+    """Show one segment."""
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+
+    with connected(settings_of_process()) as front:
+        segment = front.segments.GetSegment(segments_pb2.GetSegmentRequest(slug=slug), timeout=TIMEOUT_S)
+    _show_segment(segment, json_output)
+
+
+@app.command(epilog="Example: segsvc segments create checkout --name 'New checkout' --label team=pay")
+def create(
+    slug: Slug,
+    name: Annotated[str, typer.Option(help="For people; at most 200 characters.")] = "",
+    description: Annotated[str, typer.Option(help="For people; at most 4000 characters.")] = "",
+    label: Labels = None,
+    json_output: Json = False,
+) -> None:
+    """Create a segment. Nobody is in it until it is rolled out."""
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+
+    segment = segments_pb2.Segment(slug=slug, display_name=name, description=description, labels=_labels(label))
+    request = segments_pb2.CreateSegmentRequest(segment=segment, request_id=str(uuid4()))
+    with connected(settings_of_process()) as front:
+        _show_segment(front.segments.CreateSegment(request, timeout=TIMEOUT_S), json_output)
+
+
+@app.command(epilog="Example: segsvc segments edit checkout --name 'Checkout 2' --label team=pay")
+def edit(
+    slug: Slug,
+    name: Annotated[str | None, typer.Option(help="New name.", show_default=False)] = None,
+    description: Annotated[str | None, typer.Option(help="New description.", show_default=False)] = None,
+    label: Labels = None,
+    clear_labels: Annotated[bool, typer.Option("--clear-labels", help="Remove all labels.")] = False,
+    etag: Etag = "",
+    json_output: Json = False,
+) -> None:
+    """Change name, description or labels (all labels at once); what is not named stays."""
+    from google.protobuf.field_mask_pb2 import FieldMask  # noqa: PLC0415
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+
+    changes = {
+        "display_name": name is not None,
+        "description": description is not None,
+        "labels": bool(label) or clear_labels,
+    }
+    paths = [path for path, changed in changes.items() if changed]
+    if not paths:
+        raise typer.BadParameter("name at least one of --name, --description, --label, --clear-labels")
+    if label and clear_labels:
+        raise typer.BadParameter("--label replaces all labels already; leave --clear-labels out")
+    segment = segments_pb2.Segment(
+        slug=slug, display_name=name or "", description=description or "", labels=_labels(label), etag=etag
+    )
+    request = segments_pb2.UpdateSegmentRequest(segment=segment, update_mask=FieldMask(paths=paths))
+    with connected(settings_of_process()) as front:
+        _show_segment(front.segments.UpdateSegment(request, timeout=TIMEOUT_S), json_output)
+
+
+@app.command(epilog="Example: segsvc segments rollout checkout --percent 30")
+def rollout(
+    slug: Slug,
+    percent: Annotated[float, typer.Option(help="Share of the users, 0 to 100, at most three decimals.")],
+    condition: Annotated[str, typer.Option(help='CEL over user: user.country == "RU". Empty: everyone.')] = "",
+    policy: Annotated[PolicyName, typer.Option(help="What users get who come or change later.")] = PolicyName.LIVE,
+    etag: Etag = "",
+    no_wait: NoWait = False,
+    json_output: Json = False,
+) -> None:
+    """Put a rule in force for all users, replacing the earlier one: on every shard, or on none."""
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+
+    rule = segments_pb2.RollOutRule(
+        percent=percent,
+        condition=condition,
+        policy=segments_pb2.RollOutRule.FROZEN if policy is PolicyName.FROZEN else segments_pb2.RollOutRule.LIVE,
+    )
+    request = segments_pb2.RollOutSegmentRequest(
+        slug=slug, rule=rule, etag=etag, request_id=str(uuid4()), return_immediately=True
+    )
+    with connected(settings_of_process()) as front:
+        operation = front.segments.RollOutSegment(request, timeout=TIMEOUT_S)
+        _show_end(front, operation, no_wait=no_wait, json_output=json_output)
+
+
+@app.command(epilog="Example: segsvc segments delete checkout --yes")
+def delete(
+    slug: Slug,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    etag: Etag = "",
+    no_wait: NoWait = False,
+    json_output: Json = False,
+) -> None:
+    """Cancel a segment for all its users and remove it: on every shard, or on none."""
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+
+    if not yes and sys.stdin.isatty():
+        typer.confirm(f"Delete {slug} for all its users?", abort=True)
+    request = segments_pb2.DeleteSegmentRequest(slug=slug, etag=etag, request_id=str(uuid4()), return_immediately=True)
+    with connected(settings_of_process()) as front:
+        operation = front.segments.DeleteSegment(request, timeout=TIMEOUT_S)
+        _show_end(front, operation, no_wait=no_wait, json_output=json_output)
+
+
+@app.command(epilog="Example: segsvc segments stats checkout")
+def stats(slug: Slug, json_output: Json = False) -> None:
+    """Count a segment's members now."""
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+
+    with connected(settings_of_process()) as front:
+        found = front.segments.GetSegmentStatistics(
+            segments_pb2.GetSegmentStatisticsRequest(slug=slug), timeout=TIMEOUT_S
+        )
+    if json_output:
+        print_json(to_json(found))
+        return
+    shown = table("what", "value", right=("value",))
+    for what, value in (
+        ("members", f"{found.member_count:,}"),
+        ("by the rule", f"{found.rule_count:,}"),
+        ("put in by hand", f"{found.included_count:,}"),
+        ("kept out by hand", f"{found.excluded_count:,}"),
+        ("users", f"{found.user_count:,}"),
+        ("share", f"{found.member_share:.3%}"),
+        *((f"members on shard {shard.shard}", f"{shard.member_count:,}") for shard in found.shards),
+    ):
+        shown.add_row(what, value)
+    console().print(shown)
+
+
+@app.command(epilog="Example: segsvc segments export checkout --output members.txt")
+def export(
+    slug: Slug,
+    output: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
+    resume_token: Annotated[str, typer.Option(help="Go on after an export that was cut off.")] = "",
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON object a page: user_ids and resume_token.")
+    ] = False,
+) -> None:
+    """Write the ids of all members, one a line."""
+    from segsvc.cli.exporting import export_members  # noqa: PLC0415
+
+    export_members(settings_of_process(), slug, output, resume_token, json_output=json_output)
+
+
+def _labels(given: list[str] | None) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for item in given or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--label must be key=value, is {item!r}")
+        labels[key] = value
+    return labels
+
+
+def _rule_text(segment: segments_pb2.Segment) -> str:
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    if not segment.HasField("rule"):
+        return "not rolled out"
+    condition = f" if {plain(segment.rule.condition)}" if segment.rule.condition else ""
+    frozen = ", frozen" if segment.rule.policy == segments_pb2.RollOutRule.FROZEN else ""
+    return f"{segment.rule.percent:g} %{condition}{frozen}"
+
+
+def _show_segment(segment: segments_pb2.Segment, json_output: bool) -> None:
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import to_json  # noqa: PLC0415
+
+    if json_output:
+        print_json(to_json(segment))
+        return
+    shown = table("field", "value")
+    for field, value in (
+        ("slug", segment.slug),
+        ("name", plain(segment.display_name)),
+        ("description", plain(segment.description)),
+        ("labels", ", ".join(f"{key}={plain(value)}" for key, value in sorted(segment.labels.items()))),
+        ("rule", _rule_text(segment)),
+        ("state", segments_pb2.Segment.State.Name(segment.state).lower()),
+        ("members", f"{segment.member_count:,}"),
+        ("created", segment.create_time.ToJsonString()),
+        ("changed", segment.update_time.ToJsonString()),
+        ("uid", segment.uid),
+        ("etag", segment.etag),
+    ):
+        shown.add_row(field, value)
+    console().print(shown)
+
+
+def _show_end(front: Front, operation: Operation, *, no_wait: bool, json_output: bool) -> None:
+    """Wait for an operation, unless told otherwise, and say how it ended."""
+    from segsvc.cli.following import follow, outcome  # noqa: PLC0415
+    from segsvc.cli.front import to_json  # noqa: PLC0415
+
+    if not no_wait:
+        operation = follow(front, operation, quiet=json_output)
+    if json_output:
+        print_json(to_json(operation))
+    elif no_wait:
+        console().print(f"accepted: {operation.name}")
+    error, text = outcome(operation)
+    if error:
+        raise Refusal(error)
+    if text and not json_output:
+        console().print(text)

@@ -1,0 +1,128 @@
+"""The demonstration from nothing to its report: a stack of its own, the story, and what to do next."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from segsvc.config import Settings
+from segsvc.demo.client import OperationFailed
+from segsvc.demo.people import user_ids
+from segsvc.demo.screen import Screen, StepFailed
+from segsvc.demo.story import Story, commands, failpoint_dir
+from segsvc.local.processes import LocalStackError, ended_as_interrupted, tail
+from segsvc.local.stack import LocalStack
+
+REPORT = Path("build/demo-report.json")
+_MARKER = "made-by-demo"
+OPERATION_DEADLINE_S = 10.0
+"""Shorter than in production, so that what happens after a crash can be watched."""
+
+
+def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settings], bool]) -> bool:
+    """Run the demonstration; True if every step found what it expected.
+
+    Args:
+        users: how many arrive.
+        keep: leave the stack up afterwards.
+        stack_dir: folder of the stack; deleted afterwards unless kept.
+
+    Raises:
+        LocalStackError: the stack did not start, or the folder holds somebody's data.
+        KeyboardInterrupt, SystemExit: interrupted; nothing is left.
+    """
+    screen = Screen()
+    started = time.monotonic()
+    screen.console.print(f"[bold]segsvc[/bold]: {users:,} users, real PostgreSQL, Redis, Kafka and Celery")
+    _take_folder(stack_dir)
+    stack = LocalStack(
+        {"failpoint_dir": failpoint_dir(stack_dir.resolve()), "operation_deadline_s": OPERATION_DEADLINE_S},
+        home=stack_dir,
+        say=screen.note,
+        ready=ready,
+    )
+    with contextlib.ExitStack() as undo:
+        screen.chapter("The stack starts")
+        undo.enter_context(ended_as_interrupted())
+        undo.callback(lambda: stack.down(purge=True))
+        settings = stack.up()
+        (stack_dir / _MARKER).touch()
+        failpoint_dir(stack_dir).mkdir(exist_ok=True)
+        screen.note(f"[dim]{time.monotonic() - started:.1f} s[/dim]")
+        _tell(settings, users, screen, stack)
+        screen.write(REPORT)
+        _summary(screen, time.monotonic() - started)
+        if keep:
+            undo.pop_all()
+            _next_steps(screen, settings, users)
+    if not keep:
+        screen.note("the stack is stopped and its data deleted (KEEP=1 leaves it up)")
+    return screen.all_ok
+
+
+def _take_folder(stack_dir: Path) -> None:
+    """Make room for the stack; only what an earlier demonstration left is deleted.
+
+    Raises:
+        LocalStackError: the folder holds another stack.
+    """
+    if not stack_dir.exists():
+        return
+    if (stack_dir / _MARKER).exists() or not any(stack_dir.iterdir()):
+        LocalStack(home=stack_dir, say=lambda _: None).down(purge=True)
+        shutil.rmtree(stack_dir, ignore_errors=True)
+        return
+    raise LocalStackError(
+        f"{stack_dir} holds a stack with data. Delete it with 'segsvc down --purge', "
+        "or give the demonstration a folder of its own: SEGSVC_STACK_DIR=build/demo make demo"
+    )
+
+
+def _tell(settings: Settings, users: int, screen: Screen, stack: LocalStack) -> None:
+    """Run the story; what goes wrong ends with the last lines of the log that matters."""
+    story = Story(settings, users, screen)
+    try:
+        story.tell()
+    except StepFailed:
+        _show_log(screen, stack)
+    except (grpc.RpcError, OperationFailed) as error:
+        screen.console.print(f"[red]{error}[/red]", markup=True)
+        _show_log(screen, stack)
+    finally:
+        story.close()
+
+
+def _show_log(screen: Screen, stack: LocalStack) -> None:
+    """The end of the log whose last error is the newest; of the front's if none has one."""
+    logs = sorted(stack.logs.glob("*.log"), key=lambda log: log.stat().st_mtime)
+    with_errors = [log for log in logs if '"level": "error"' in tail(log, 200)]
+    chosen = with_errors[-1] if with_errors else stack.logs / "serve.log"
+    screen.console.print(f"\nThe last lines of {chosen}:\n{tail(chosen)}", markup=False)
+
+
+def _summary(screen: Screen, seconds: float) -> None:
+    failed = [report for report in screen.reports if not report.ok]
+    screen.chapter("Summary")
+    if failed:
+        screen.note(f"[red]{len(failed)} of {len(screen.reports)} steps failed[/red] in {seconds:.0f} s:")
+        for report in failed:
+            screen.note(f"  {report.step}: expected {report.expected}; {report.actual}")
+    else:
+        screen.note(f"[green]all {len(screen.reports)} steps as expected[/green] in {seconds:.0f} s")
+    screen.note(f"report: {REPORT}")
+
+
+def _next_steps(screen: Screen, settings: Settings, users: int) -> None:
+    screen.chapter("The stack is up")
+    screen.note(f"API      {settings.grpc_address}")
+    screen.note(f"Flower   http://{settings.flower_address}  ({settings.flower_user} / {settings.flower_password})")
+    screen.note(f"metrics  http://{settings.metrics_address}/metrics")
+    screen.note("\n  to copy:")
+    for command in commands(int(user_ids(users)[0])):
+        screen.note(f"  .venv/bin/{command}")
+    screen.note("\n  make down stops it")

@@ -1,0 +1,104 @@
+"""What the demonstration prints and remembers: steps with what was expected, what happened, and how long it took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    step: str
+    expected: str
+    actual: str
+    ok: bool
+    seconds: float
+
+
+class StepFailed(Exception):
+    """A step found something else than it expected; the report has it."""
+
+
+@dataclass(slots=True)
+class Step:
+    """A running step. ``say`` what it found; what ``expect`` refuses makes the step fail."""
+
+    name: str
+    expected: str
+    actual: str = ""
+    ok: bool = True
+
+    def expect(self, holds: bool, actual: str) -> None:
+        """Record what was found. One refusal is enough for the step to count as failed."""
+        if not self.ok:
+            return
+        self.actual = actual
+        self.ok = holds
+
+
+class Screen:
+    """Prints as a person wants to read it; ``write`` leaves the report for programs."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.reports: list[StepReport] = []
+
+    def chapter(self, title: str) -> None:
+        self.console.print(f"\n[bold]{title}[/bold]")
+
+    def note(self, text: str) -> None:
+        self.console.print(f"  {text}")
+
+    @contextmanager
+    def step(self, name: str, expected: str) -> Iterator[Step]:
+        """Run a step, print its outcome and time, remember it. An exception counts as its outcome and goes on."""
+        step = Step(name, expected)
+        started = time.monotonic()
+        try:
+            yield step
+        except BaseException as error:
+            step.ok, step.actual = False, f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            self.reports.append(StepReport(name, expected, step.actual, step.ok, round(seconds, 3)))
+            mark = "[green]✓[/green]" if step.ok else "[red]✗[/red]"
+            self.console.print(f"  {mark} {name}: {step.actual} [dim]({seconds:.2f} s)[/dim]")
+            if not step.ok:
+                self.console.print(f"    [red]expected: {expected}[/red]")
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[ProgressBar]:
+        """A progress bar that disappears when it is done; without a terminal it prints nothing."""
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield ProgressBar(progress, progress.add_task(title, total=total))
+
+    def table(self, *columns: str) -> Table:
+        return Table(*columns, box=None, padding=(0, 2), header_style="bold")
+
+    @property
+    def all_ok(self) -> bool:
+        return bool(self.reports) and all(report.ok for report in self.reports)
+
+    def write(self, path: Path) -> None:
+        """Write the report: a list of {step, expected, actual, ok, seconds}."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([asdict(report) for report in self.reports], indent=2, ensure_ascii=False) + "\n")
+
+
+class ProgressBar:
+    def __init__(self, progress: Progress, task: object) -> None:
+        self._progress = progress
+        self._task = task
+
+    def to(self, completed: int) -> None:
+        self._progress.update(self._task, completed=completed)  # type: ignore[arg-type]

@@ -1,0 +1,431 @@
+"""A Kafka for one machine: the user's brokers, a real one of our own, or librdkafka's in-memory stand-in.
+
+In this order, and the choice is always said:
+
+1. ``SEGSVC_KAFKA_BOOTSTRAP_SERVERS`` is set: those brokers are used, and none is started or stopped.
+2. Java 17 or later and Maven are there: Apache Kafka's own broker (KRaft, one node) from its Maven artifact. The jars
+   are fetched once and kept.
+3. Neither: the mock broker inside librdkafka, in a process of its own. It keeps everything in memory and does not do
+   all that Kafka does. ``SEGSVC_REQUIRE_REAL_KAFKA=1`` makes this an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from kafka import KafkaAdminClient
+from kafka.admin import NewTopic
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from segsvc.local.processes import MARKER, Daemon, LocalStackError, free_ports, start, tail
+
+KAFKA_ARTIFACT = ("org.apache.kafka", "kafka_2.13", "4.4.0")
+SLF4J_VERSION = "1.7.36"  # of the slf4j-api that this Kafka brings
+COPY_GOAL = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
+JAVA_VERSION_MIN = 17
+START_TIMEOUT_S = 90.0
+FETCH_TIMEOUT_S = 600.0
+
+EVENT_TOPICS = ("create-user", "update-user", "delete-user")
+# A user's events are in order within a partition; eight let several consumers share the work.
+TOPICS: dict[str, int] = {
+    **dict.fromkeys(EVENT_TOPICS, 8),
+    **{f"{topic}.dlq": 1 for topic in EVENT_TOPICS},
+    "segment-events": 1,
+}
+
+Say = Callable[[str], object]
+
+_POM = """\
+<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>segsvc</groupId>
+  <artifactId>kafka-jars</artifactId>
+  <version>1</version>
+  <dependencies>
+    <dependency><groupId>{0}</groupId><artifactId>{1}</artifactId><version>{2}</version></dependency>
+    <!-- Without a binding, the broker's log would be empty. -->
+    <dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId><version>{3}</version></dependency>
+  </dependencies>
+</project>
+"""
+
+_BROKER = """\
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller_port}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+controller.listener.names=CONTROLLER
+log.dirs={data}
+auto.create.topics.enable=false
+num.partitions=8
+offsets.topic.num.partitions=4
+offsets.topic.replication.factor=1
+transaction.state.log.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+num.network.threads=2
+num.io.threads=4
+"""
+
+
+class KafkaServer(Protocol):
+    """What the stack and the tests need of a Kafka, whichever it is."""
+
+    bootstrap_servers: str
+    stand_in: bool
+    description: str
+
+    @property
+    def running(self) -> bool: ...
+
+    def stop(self) -> None: ...
+
+    def create_topics(self, topics: Mapping[str, int]) -> None: ...
+
+
+def real_kafka_required(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``SEGSVC_REQUIRE_REAL_KAFKA`` asks for a real broker (anything but empty and 0)."""
+    return environ.get("SEGSVC_REQUIRE_REAL_KAFKA", "") not in ("", "0")
+
+
+def java_version() -> int | None:
+    """Major version of the ``java`` on the PATH; None if there is none or it does not say."""
+    try:
+        done = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
+    return int(found[1]) if found else None
+
+
+def why_no_real_kafka() -> str | None:
+    """What is missing for a broker of our own, with the command that mends it; None if nothing is."""
+    version = java_version()
+    if version is None:
+        return "Java is missing (apt-get install openjdk-17-jre-headless maven)"
+    if version < JAVA_VERSION_MIN:
+        return f"Java {version} is too old: {JAVA_VERSION_MIN} or later (apt-get install openjdk-17-jre-headless maven)"
+    if shutil.which("mvn") is None:
+        return "Maven is missing (apt-get install maven)"
+    return None
+
+
+def start_kafka(
+    folder: Path, *, jars: Path, mark: Path | None = None, say: Say = print, environ: Mapping[str, str] = os.environ
+) -> KafkaServer:
+    """Start the best Kafka that can be had here, or find the user's. Topics are made by ``create_topics``.
+
+    Args:
+        folder: place of its data and log; made if absent.
+        jars: folder where the broker's jars are kept between runs; made if absent.
+        mark: the stack's folder for ``processes.find_marked``.
+        say: told in a sentence what was chosen, and what takes long.
+
+    Raises:
+        LocalStackError: it did not start, or a real one is required and cannot be had.
+    """
+    if servers := environ.get("SEGSVC_KAFKA_BOOTSTRAP_SERVERS"):
+        say(f"Kafka: using your brokers at {servers}")
+        return UserKafka(servers)
+    missing = why_no_real_kafka()
+    if missing is None:
+        try:
+            fetch_jars(jars, mark=mark or folder, say=say)
+        except LocalStackError as error:
+            if real_kafka_required(environ):
+                raise
+            missing = str(error)
+    elif real_kafka_required(environ):
+        raise LocalStackError(
+            f"SEGSVC_REQUIRE_REAL_KAFKA=1, but no real Kafka can be had: {missing}; "
+            "or point SEGSVC_KAFKA_BOOTSTRAP_SERVERS at your own."
+        )
+    server: RealKafka | StandInKafka
+    if missing is None:
+        server = RealKafka(folder, jars, mark=mark)
+    else:
+        say(
+            "ATTENTION: NO REAL KAFKA. librdkafka's in-memory broker stands in: nothing is kept on disk, and it does "
+            f"not do all that Kafka does. Why: {missing}"
+        )
+        server = StandInKafka(folder, mark=mark)
+    server.start()
+    return server
+
+
+def fetch_jars(jars: Path, *, mark: Path, say: Say = print) -> None:
+    """Fetch the broker's jars with Maven into ``jars``, unless they are there. They appear whole or not at all.
+
+    Raises:
+        LocalStackError: Maven failed; with the last lines of what it said.
+    """
+    pom = _POM.format(*KAFKA_ARTIFACT, SLF4J_VERSION)
+    if _holds(jars, pom):
+        return
+    say("Kafka: fetching the broker with Maven (44 jars, 43 MB, once)")
+    jars.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = jars.with_name(f"{jars.name}.unfinished-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        (unfinished / "pom.xml").write_text(pom)
+        log = unfinished / "maven.log"
+        command = ["mvn", "-q", "-B", "--strict-checksums", "-f", str(unfinished / "pom.xml"), COPY_GOAL]
+        with log.open("wb") as output:
+            child = start(
+                [*command, "-DincludeScope=runtime", f"-DoutputDirectory={unfinished / 'jars'}"],
+                env={MARKER: str(mark.resolve())},
+                output=output,
+            )
+            try:
+                code = child.wait(timeout=FETCH_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                code = -1
+            finally:
+                if child.poll() is None:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+        if code != 0:
+            raise LocalStackError(f"Maven could not fetch Kafka (exit code {code}). What it said last:\n{tail(log)}")
+        # Beside the jars, it tells which versions they are.
+        (unfinished / "pom.xml").rename(unfinished / "jars" / "pom.xml")
+        shutil.rmtree(jars, ignore_errors=True)
+        try:
+            (unfinished / "jars").rename(jars)
+        except OSError:
+            if not _holds(jars, pom):  # else another run was faster, with the same jars
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _holds(jars: Path, pom: str) -> bool:
+    """Whether ``jars`` is what this pom names, and not an older version's."""
+    try:
+        return (jars / "pom.xml").read_text() == pom
+    except FileNotFoundError:
+        return False
+
+
+class UserKafka:
+    """Brokers that somebody else runs."""
+
+    stand_in = False
+
+    def __init__(self, bootstrap_servers: str) -> None:
+        self.bootstrap_servers = bootstrap_servers
+        self.description = f"Kafka at {bootstrap_servers} (SEGSVC_KAFKA_BOOTSTRAP_SERVERS)"
+
+    @property
+    def running(self) -> bool:
+        return True
+
+    def stop(self) -> None:
+        """Nothing: it is not ours."""
+
+    def create_topics(self, topics: Mapping[str, int]) -> None:
+        """Create those that are absent, each with so many partitions."""
+        create_topics(self.bootstrap_servers, topics)
+
+
+class RealKafka:
+    """Apache Kafka, one KRaft node for broker and controller, on free ports of 127.0.0.1."""
+
+    stand_in = False
+
+    def __init__(self, folder: Path, jars: Path, *, mark: Path | None = None) -> None:
+        self.folder = folder.resolve()
+        self.bootstrap_servers = ""
+        self.description = f"Kafka {KAFKA_ARTIFACT[2]} (a broker of our own)"
+        self.log = self.folder / "kafka.log"
+        self._classpath = f"{jars.resolve()}/*"
+        self._daemon = Daemon("kafka", self.folder, log=self.log, mark=mark)
+        self._mark = (mark or folder).resolve()
+        self._ports: tuple[int, int] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._daemon.running
+
+    @property
+    def pid(self) -> int | None:
+        return self._daemon.pid
+
+    def start(self) -> None:
+        """Start it, formatting its storage the first time; returns when clients can connect.
+
+        Raises:
+            LocalStackError: it did not start; with the last lines of its log.
+        """
+        if self._ports and self.running:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._ports = self._ports or _two(free_ports(2))
+        self.bootstrap_servers = f"127.0.0.1:{self._ports[0]}"
+        data = self.folder / "data"
+        if not data.exists():
+            unfinished = self.folder / "data.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            config = self._write_config("format.properties", unfinished)
+            self._format(config)
+            unfinished.rename(data)
+        config = self._write_config("server.properties", data)
+        options = ["-Xmx512m", "-Xms128m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
+        self._daemon.spawn(self._java(*options, "kafka.Kafka", str(config)), cwd=self.folder)
+        # First that it listens: kafka-python would wait longer and longer between its attempts.
+        listening = partial(_listens, self._ports[0])
+        self._daemon.await_ready(listening, timeout_s=START_TIMEOUT_S)
+        self._daemon.await_ready(lambda: _answers(self.bootstrap_servers), timeout_s=START_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Orderly shutdown. Returns when it is gone."""
+        self._daemon.stop(signals=((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)))
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash does. Returns when it is gone."""
+        self._daemon.stop(signals=((signal.SIGKILL, 5.0),))
+
+    def restart(self) -> None:
+        """Stop, then start: same address, same data."""
+        self.stop()
+        self.start()
+
+    def create_topics(self, topics: Mapping[str, int]) -> None:
+        """Create those that are absent, each with so many partitions."""
+        create_topics(self.bootstrap_servers, topics)
+
+    def _write_config(self, name: str, data: Path) -> Path:
+        assert self._ports is not None
+        config = self.folder / name
+        config.write_text(_BROKER.format(port=self._ports[0], controller_port=self._ports[1], data=data))
+        return config
+
+    def _java(self, *arguments: str) -> list[str]:
+        prefix = "-Dorg.slf4j.simpleLogger"
+        logging = [
+            f"{prefix}.showDateTime=true",
+            f"{prefix}.dateTimeFormat=HH:mm:ss.SSS",
+            f"{prefix}.defaultLogLevel=info",
+        ]
+        return ["java", *logging, "-cp", self._classpath, *arguments]
+
+    def _format(self, config: Path) -> None:
+        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        command = self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(config))
+        with self.log.open("ab") as log:
+            child = start(command, env={MARKER: str(self._mark)}, output=log, cwd=self.folder)
+            try:
+                code = child.wait(timeout=START_TIMEOUT_S)
+            finally:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+        if code != 0:
+            raise LocalStackError(f"Kafka's storage could not be made. The last lines of {self.log}:\n{tail(self.log)}")
+
+
+class StandInKafka:
+    """librdkafka's mock broker in a process of its own; everything is lost when it ends."""
+
+    stand_in = True
+
+    def __init__(self, folder: Path, *, mark: Path | None = None) -> None:
+        self.folder = folder.resolve()
+        self.bootstrap_servers = ""
+        self.description = "librdkafka's in-memory broker (a stand-in, not Kafka)"
+        self.log = self.folder / "kafka-stand-in.log"
+        self._address_file = self.folder / "address.json"
+        self._daemon = Daemon("kafka-stand-in", self.folder, log=self.log, mark=mark)
+
+    @property
+    def running(self) -> bool:
+        return self._daemon.running
+
+    @property
+    def pid(self) -> int | None:
+        return self._daemon.pid
+
+    def start(self) -> None:
+        """Start it; returns when it has said its address.
+
+        Raises:
+            LocalStackError: it did not start; with the last lines of its log.
+        """
+        if self.bootstrap_servers and self.running:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._address_file.unlink(missing_ok=True)
+        self._daemon.spawn([sys.executable, "-m", "segsvc.local.kafka_standin", str(self._address_file)])
+        self._daemon.await_ready(self._address_file.exists, timeout_s=START_TIMEOUT_S)
+        self.bootstrap_servers = json.loads(self._address_file.read_text())["bootstrap_servers"]
+
+    def stop(self) -> None:
+        """End it, and with it all its messages. Returns when it is gone."""
+        self._daemon.stop(signals=((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)))
+
+    def create_topics(self, topics: Mapping[str, int]) -> None:
+        """Nothing to do: it makes a topic (of four partitions) when a client first asks for it."""
+
+
+def create_topics(bootstrap_servers: str, topics: Mapping[str, int]) -> None:
+    """Create those topics that are absent, each with so many partitions and the brokers' default replication.
+
+    Raises:
+        LocalStackError: the brokers refused or could not be reached.
+    """
+    try:
+        admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
+        try:
+            absent = set(topics) - set(admin.list_topics())
+            for name in sorted(absent):
+                try:
+                    admin.create_topics([NewTopic(name=name, num_partitions=topics[name], replication_factor=-1)])
+                except TopicAlreadyExistsError:
+                    continue  # somebody else was faster
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise LocalStackError(f"the topics could not be created on {bootstrap_servers}: {error}") from error
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _answers(bootstrap_servers: str) -> bool:
+    """Whether the broker answers a metadata request and has a working controller."""
+    try:
+        admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers, request_timeout_ms=5000)
+    except KafkaError:
+        return False
+    try:
+        admin.list_topics()
+    except KafkaError:
+        return False
+    finally:
+        admin.close()
+    return True
+
+
+def _two(ports: list[int]) -> tuple[int, int]:
+    return ports[0], ports[1]

