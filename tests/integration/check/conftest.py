@@ -1,0 +1,63 @@
+"""A small installation, sound and cached, written anew for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from segsvc.bootstrap import Check
+from segsvc.cache.client import CacheClient
+from segsvc.config import Settings
+from segsvc.domain.operation import OperationKind, OperationState
+from segsvc.local.postgres import PostgresServer
+from segsvc.local.redis import RedisServer
+from segsvc.postgres.migrate import migrate
+from tests.integration.check.world import SHARDS, World
+
+
+@pytest.fixture(scope="module")
+def check_settings(pg_server: PostgresServer, cache_server: RedisServer) -> Settings:
+    """Two migrated shards and a catalog, and the cache."""
+    names = ["check_catalog", *(f"check_{shard}" for shard in range(SHARDS))]
+    for name in names:
+        pg_server.create_database(name)
+    settings = Settings(
+        _env_file=None,  # type: ignore[call-arg]
+        cluster="check",
+        catalog_dsn=pg_server.dsn(names[0]),
+        shard_dsns=tuple(pg_server.dsn(name) for name in names[1:]),
+        cache_url=cache_server.url,
+    )
+    migrate(settings)
+    return settings
+
+
+@pytest.fixture
+def cache(check_settings: Settings) -> Iterator[CacheClient]:
+    with redis.Redis.from_url(check_settings.cache_url) as client:
+        client.flushall()
+    made = CacheClient(check_settings.cache_url, timeout_s=2, ttl_s=3600)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def world(check_settings: Settings) -> World:
+    """Sound, with a history; not yet in the cache."""
+    made = World(check_settings)
+    for segment in made.segments:
+        made.add_operation(OperationKind.CREATE, segment, OperationState.DONE)
+        if segment.rule is not None:
+            made.add_operation(OperationKind.ROLL_OUT, segment, OperationState.DONE, rule=segment.rule)
+    made.add_operation(OperationKind.DELETE, made.segments[0], OperationState.ABORTED)
+    made.write()
+    return made
+
+
+@pytest.fixture
+def service(check_settings: Settings) -> Iterator[Check]:
+    made = Check(check_settings)
+    yield made
+    made.close()
