@@ -1,0 +1,90 @@
+# Everything is made from a virtual environment in .venv, which makes itself. `make` alone lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The Python that makes .venv: 3.11 or later.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+BIN := .venv/bin
+VENV := .venv/made
+# More arguments for the tool that a target runs: make test ARGS="-k chord -x"
+ARGS ?=
+
+.PHONY: help
+help: ## This list
+	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	    /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+##@ Run
+# USERS and KEEP reach the demo through the environment.
+.PHONY: demo up down check
+demo: $(VENV) ## The main job from beginning to end (USERS=200000; KEEP=1 leaves the stack up)
+	@$(BIN)/segsvc demo $(ARGS)
+
+up: $(VENV) ## Start the whole stack on this machine
+	@$(BIN)/segsvc up $(ARGS)
+
+down: $(VENV) ## Stop it (the data stays)
+	@$(BIN)/segsvc down $(ARGS)
+
+check: $(VENV) ## Recompute every membership of the running stack and compare
+	@$(BIN)/segsvc check $(ARGS)
+
+##@ Test
+.PHONY: test test-docker test-long fresh
+test: $(VENV) ## All tests that need no Docker: unit to end-to-end, on real components
+	@$(BIN)/python -m pytest -m "not docker and not long" $(ARGS)
+
+test-docker: $(VENV) ## The chord on pytest-celery's containers; skipped where there is no Docker engine
+	@$(BIN)/python -m pytest -m docker $(ARGS)
+
+test-long: $(VENV) ## Tests that take minutes each
+	@$(BIN)/python -m pytest -m long $(ARGS)
+
+fresh: ## Demo and test from a clean clone in an empty home directory
+	@tools/fresh
+
+##@ Keep it sound
+.PHONY: sure fmt fmt-check lint types imports proto proto-check lock
+sure: fmt-check lint types imports proto-check test ## All that must hold before a commit
+
+fmt: $(VENV) ## Format the code, mend what can be mended
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+fmt-check: $(VENV)
+	@$(BIN)/ruff format --check .
+
+lint: $(VENV) ## Ruff's rules
+	@$(BIN)/ruff check .
+
+types: $(VENV) ## mypy --strict
+	@$(BIN)/mypy
+
+imports: $(VENV) ## Who may import whom
+	@$(BIN)/lint-imports
+
+proto: $(VENV) ## Generate grpc_api/generated from protos/
+	@$(BIN)/python tools/protos.py generate
+
+proto-check: $(VENV) ## Lint and format of protos/, and that the generated code is current
+	@$(BIN)/python tools/protos.py check
+
+lock: $(VENV) ## Make requirements.lock from setup.cfg (UPGRADE=1: the newest versions that it allows)
+	@$(BIN)/uv pip compile --no-config --quiet --python-version 3.11 --python-platform linux --all-extras \
+	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate $(if $(UPGRADE),--upgrade) \
+	    --custom-compile-command "make lock" --output-file requirements.lock setup.cfg
+
+##@ Clear up
+.PHONY: clean
+clean: ## Stop the stack; remove .venv, build and caches
+	@if [ -x $(BIN)/segsvc ]; then $(BIN)/segsvc down; fi
+	@rm -rf .venv build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV): requirements.lock setup.cfg tools/make-venv
+	@tools/make-venv $(PYTHON)
+
+.PHONY: .venv
+.venv: $(VENV)
