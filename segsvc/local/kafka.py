@@ -30,14 +30,11 @@ from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
+from segsvc.local.kafka_jars import KAFKA_ARTIFACT, fetch_jars
 from segsvc.local.processes import MARKER, Daemon, LocalStackError, free_ports, start, tail
 
-KAFKA_ARTIFACT = ("org.apache.kafka", "kafka_2.13", "4.4.0")
-SLF4J_VERSION = "1.7.36"  # of the slf4j-api that this Kafka brings
-COPY_GOAL = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
 JAVA_VERSION_MIN = 17
 START_TIMEOUT_S = 90.0
-FETCH_TIMEOUT_S = 600.0
 
 EVENT_TOPICS = ("create-user", "update-user", "delete-user")
 # A user's events are in order within a partition; eight let several consumers share the work.
@@ -48,20 +45,6 @@ TOPICS: dict[str, int] = {
 }
 
 Say = Callable[[str], object]
-
-_POM = """\
-<project xmlns="http://maven.apache.org/POM/4.0.0">
-  <modelVersion>4.0.0</modelVersion>
-  <groupId>segsvc</groupId>
-  <artifactId>kafka-jars</artifactId>
-  <version>1</version>
-  <dependencies>
-    <dependency><groupId>{0}</groupId><artifactId>{1}</artifactId><version>{2}</version></dependency>
-    <!-- Without a binding, the broker's log would be empty. -->
-    <dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId><version>{3}</version></dependency>
-  </dependencies>
-</project>
-"""
 
 _BROKER = """\
 process.roles=broker,controller
@@ -170,60 +153,6 @@ def start_kafka(
         server = StandInKafka(folder, mark=mark)
     server.start()
     return server
-
-
-def fetch_jars(jars: Path, *, mark: Path, say: Say = print) -> None:
-    """Fetch the broker's jars with Maven into ``jars``, unless they are there. They appear whole or not at all.
-
-    Raises:
-        LocalStackError: Maven failed; with the last lines of what it said.
-    """
-    pom = _POM.format(*KAFKA_ARTIFACT, SLF4J_VERSION)
-    if _holds(jars, pom):
-        return
-    say("Kafka: fetching the broker with Maven (44 jars, 43 MB, once)")
-    jars.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = jars.with_name(f"{jars.name}.unfinished-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        (unfinished / "pom.xml").write_text(pom)
-        log = unfinished / "maven.log"
-        command = ["mvn", "-q", "-B", "--strict-checksums", "-f", str(unfinished / "pom.xml"), COPY_GOAL]
-        with log.open("wb") as output:
-            child = start(
-                [*command, "-DincludeScope=runtime", f"-DoutputDirectory={unfinished / 'jars'}"],
-                env={MARKER: str(mark.resolve())},
-                output=output,
-            )
-            try:
-                code = child.wait(timeout=FETCH_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                code = -1
-            finally:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-        if code != 0:
-            raise LocalStackError(f"Maven could not fetch Kafka (exit code {code}). What it said last:\n{tail(log)}")
-        # Beside the jars, it tells which versions they are.
-        (unfinished / "pom.xml").rename(unfinished / "jars" / "pom.xml")
-        shutil.rmtree(jars, ignore_errors=True)
-        try:
-            (unfinished / "jars").rename(jars)
-        except OSError:
-            if not _holds(jars, pom):  # else another run was faster, with the same jars
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _holds(jars: Path, pom: str) -> bool:
-    """Whether ``jars`` is what this pom names, and not an older version's."""
-    try:
-        return (jars / "pom.xml").read_text() == pom
-    except FileNotFoundError:
-        return False
 
 
 class UserKafka:

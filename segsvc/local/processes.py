@@ -271,14 +271,15 @@ def start(
     It gets this process's environment without its ``SEGSVC_*`` variables, and ``env``: a stack's settings come from
     its file alone, not from whatever the launcher happened to be started with.
     """
+    if user is not None:
+        # By a program instead of Popen(user=…): that forks this process with its threads and their locks, and a child
+        # of a process that has used gRPC can crash before it executes anything. Without it, Popen need not fork so.
+        argv = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *argv]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")}
     return subprocess.Popen(
         list(argv),
         env={**inherited, **env},
         cwd=cwd,
-        user=user,
-        group=user,
-        extra_groups=[] if user else None,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

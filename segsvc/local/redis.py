@@ -60,6 +60,7 @@ class RedisServer:
         folder: its place; made if absent.
         config: directives of valkey.conf beside the common ones (``BROKER_CONFIG`` or ``CACHE_CONFIG``).
         password: drawn at random unless given.
+        port: a free one unless given.
         mark: the stack's folder for ``processes.find_marked``; ``folder`` unless given.
     """
 
@@ -70,6 +71,7 @@ class RedisServer:
         config: Mapping[str, str],
         *,
         password: str | None = None,
+        port: int = 0,
         mark: Path | None = None,
     ) -> None:
         self.name = name
@@ -77,7 +79,7 @@ class RedisServer:
         self.log = self.folder / f"{name}.log"
         self._config = {**_COMMON, **config}
         self._password = password or secrets.token_urlsafe(24)
-        self._port = 0
+        self._port = port
         self._daemon = Daemon(name, self.folder, log=self.log, mark=mark)
 
     @property

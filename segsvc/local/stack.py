@@ -20,8 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dotenv import dotenv_values
-
 from segsvc.config import Settings
 from segsvc.local import preflight
 from segsvc.local.kafka import TOPICS, KafkaServer, start_kafka
@@ -40,6 +38,7 @@ from segsvc.local.processes import (
     wait_until,
 )
 from segsvc.local.redis import BROKER_CONFIG, CACHE_CONFIG, RedisServer
+from segsvc.local.stack_env import read_env, write_env
 from segsvc.local.supervision import ProcessSpec, Supervisor
 
 RUNNING_TIMEOUT_S = 90.0
@@ -135,7 +134,7 @@ class LocalStack:
         if self._settings is None:
             if not self.env_file.exists():
                 raise LocalStackError(f"the stack of {self.home} is not up (make up)")
-            self._settings = Settings(_env_file=None, **_read_env(self.env_file))
+            self._settings = Settings(_env_file=None, **read_env(self.env_file))
         return self._settings
 
     def up(self) -> Settings:
@@ -235,7 +234,7 @@ class LocalStack:
         kafka.create_topics(TOPICS)
 
         self._settings = self._choose_settings(postgres, databases, broker, cache, kafka)
-        _write_env(self.env_file, self._settings)
+        write_env(self.env_file, self._settings)
         self._run_migrations()
 
         self._say(f"starting {', '.join(spec.name for spec in self._processes)}")
@@ -389,27 +388,3 @@ class LocalStack:
             except BlockingIOError:
                 raise LocalStackError(f"another command is starting or stopping the stack of {self.home}") from None
             yield fresh
-
-
-def _write_env(path: Path, settings: Settings) -> None:
-    """Write all settings as ``SEGSVC_NAME='value'`` for its owner's eyes only, whole or not at all."""
-    unfinished = path.with_suffix(".new")
-    unfinished.unlink(missing_ok=True)
-    unfinished.touch(mode=0o600)
-    lines = []
-    for name, value in settings.model_dump(mode="json").items():
-        if value is not None:
-            text = " ".join(value) if isinstance(value, list) else str(value)
-            quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-            lines.append(f"SEGSVC_{name.upper()}='{quoted}'\n")
-    unfinished.write_text("".join(lines))
-    unfinished.replace(path)
-
-
-def _read_env(path: Path) -> dict[str, Any]:
-    """What ``_write_env`` wrote, by field name: the environment does not come into it."""
-    return {
-        name.removeprefix("SEGSVC_").lower(): value
-        for name, value in dotenv_values(path, interpolate=False).items()
-        if value is not None
-    }

@@ -16,7 +16,9 @@ import pytest
 from segsvc.config import Settings
 from segsvc.local import kafka, preflight, processes, stack
 from segsvc.local.folders import make_private, socket_folder
+from segsvc.local.kafka_jars import fetch_jars
 from segsvc.local.processes import Daemon, LocalStackError, free_ports, kill_marked, tail, wait_until
+from segsvc.local.stack_env import read_env, write_env
 from segsvc.local.supervision import ProcessSpec, Supervisor
 
 PYTHON = sys.executable
@@ -132,10 +134,10 @@ def test_stack_env_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.Monk
         kafka_stand_in=True,
     )
     file = tmp_path / "stack.env"
-    stack._write_env(file, settings)
+    write_env(file, settings)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     monkeypatch.setenv("SEGSVC_FLOWER_PASSWORD", "not this one")
-    assert Settings(_env_file=None, **stack._read_env(file)) == settings
+    assert Settings(_env_file=None, **read_env(file)) == settings
     # A process of the stack reads the same.
     monkeypatch.delenv("SEGSVC_FLOWER_PASSWORD")
     monkeypatch.setenv("HOME", "expanded")
@@ -227,7 +229,7 @@ def test_a_failed_fetch_leaves_no_jars(tmp_path: Path, monkeypatch: pytest.Monke
     maven.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(LocalStackError, match=r"(?s)Maven could not fetch Kafka.*no network today"):
-        kafka.fetch_jars(tmp_path / "build" / "jars", mark=tmp_path, say=lambda _: None)
+        fetch_jars(tmp_path / "build" / "jars", mark=tmp_path, say=lambda _: None)
     assert list((tmp_path / "build").iterdir()) == []
 
 
@@ -239,9 +241,9 @@ def test_jars_of_another_version_are_fetched_anew(tmp_path: Path, monkeypatch: p
     jars, said = tmp_path / "jars", list[str]()
     jars.mkdir()
     (jars / "old.jar").touch()
-    kafka.fetch_jars(jars, mark=tmp_path, say=said.append)
+    fetch_jars(jars, mark=tmp_path, say=said.append)
     assert [file.name for file in jars.iterdir()] == ["pom.xml"]
-    kafka.fetch_jars(jars, mark=tmp_path, say=said.append)
+    fetch_jars(jars, mark=tmp_path, say=said.append)
     assert len(said) == 1
 
 
