@@ -275,7 +275,8 @@ class _Single:
         if isinstance(outcome, ServiceError):
             self._call.fail(outcome)
         else:
-            self._call.answer(_encoded(user_id, outcome, self._slugs))
+            encoded_user_id = wire.encode_user_id(user_id, self._call.payload)
+            self._call.answer(_encoded(encoded_user_id, outcome, self._slugs))
 
 
 class _Batch:
@@ -294,7 +295,7 @@ class _Batch:
         if isinstance(outcome, ServiceError):
             result = wire.encode_error_result(status_of(outcome))
         else:
-            result = wire.encode_result(_encoded(user_id, outcome, self._slugs))
+            result = wire.encode_result(_encoded(wire.encode_user_id(user_id), outcome, self._slugs))
         with self._lock:
             self._results[index] = result
             self._left -= 1
@@ -316,9 +317,9 @@ class _BatchPlace:
         self._batch.put(self._index, user_id, outcome)
 
 
-def _encoded(user_id: int, entry: Entry, slugs: Mapping[int, bytes]) -> bytes:
+def _encoded(encoded_user_id: bytes, entry: Entry, slugs: Mapping[int, bytes]) -> bytes:
     try:
-        return wire.encode_user_segments(user_id, entry, slugs)
+        return wire.encode_user_segments(encoded_user_id, entry, slugs)
     except KeyError:
         raise UnknownSegment from None
 

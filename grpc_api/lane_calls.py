@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
-import random
+import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ GET_USER_SEGMENTS: Final = "/segmentation.v1.MembershipService/GetUserSegments"
 BATCH_GET_USER_SEGMENTS: Final = "/segmentation.v1.MembershipService/BatchGetUserSegments"
 METHODS: Final = (GET_USER_SEGMENTS, BATCH_GET_USER_SEGMENTS)
 """The methods of the lane. Their order gives the native front's numbers."""
+_BATCH: Final = METHODS.index(BATCH_GET_USER_SEGMENTS)
 
 REQUEST_ID_KEY: Final = "x-request-id"
 REQUEST_ID_CHARACTERS_MAX: Final = 128
@@ -86,20 +88,13 @@ class NativeCall:
     __slots__ = ("_front", "_id", "batch", "deadline", "payload", "request_id")
 
     def __init__(
-        self,
-        front: NativeGrpcFront,
-        call_id: int,
-        *,
-        batch: bool,
-        payload: bytes,
-        request_id: str,
-        deadline: float | None,
+        self, front: NativeGrpcFront, call_id: int, method: int, payload: bytes, request_id: str, deadline: float | None
     ) -> None:
         self._front = front
         self._id = call_id
-        self.request_id = request_id
-        self.batch = batch
+        self.batch = method == _BATCH
         self.payload = payload
+        self.request_id = request_id
         self.deadline = deadline
 
     def answer(self, payload: bytes) -> None:
@@ -117,8 +112,9 @@ class NativeCalls:
 
     def __init__(self, front: NativeGrpcFront) -> None:
         self._front = front
-        # Of its own, seeded here: processes forked after an import would share the module's sequence.
-        self._random = random.Random()
+        # Drawn here, not at import: processes forked later would share it.
+        self._ids = secrets.token_hex(8)
+        self._made = itertools.count()
 
     def take(self, calls_max: int) -> list[Call] | None:
         events = self._front.recv_batch_details(calls_max)
@@ -131,16 +127,8 @@ class NativeCalls:
             if kind != EVENT_CALL or payload is None:
                 continue
             remaining_s = details[2] if details else None
-            calls.append(
-                NativeCall(
-                    self._front,
-                    call_id,
-                    batch=METHODS[method] == BATCH_GET_USER_SEGMENTS,
-                    payload=payload,
-                    request_id=self._request_id(key),
-                    deadline=None if remaining_s is None else now + remaining_s,
-                )
-            )
+            deadline = None if remaining_s is None else now + remaining_s
+            calls.append(NativeCall(self._front, call_id, method, payload, self._request_id(key), deadline))
         return calls
 
     def close(self) -> None:
@@ -153,7 +141,7 @@ class NativeCalls:
             text = key.decode("ascii")
             if text.isprintable():
                 return text
-        return f"{self._random.getrandbits(128):032x}"
+        return f"{self._ids}{next(self._made):016x}"
 
 
 # -- grpcio ---------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def user_id_of(payload: bytes) -> int:
         user_id: int = pb.GetUserSegmentsRequest.FromString(payload).user_id
     except DecodeError:
         raise _not_a_message() from None
-    check_user_id(user_id)
+    if user_id <= 0:
+        check_user_id(user_id)
     return user_id
 
 
@@ -98,10 +99,22 @@ def user_ids_of(payload: bytes) -> Sequence[int]:
     return list(user_ids)
 
 
-def encode_user_segments(user_id: int, entry: Entry, encoded_slugs: Mapping[int, bytes]) -> bytes:
+def encode_user_id(user_id: int, request: bytes = b"") -> bytes:
+    """``UserSegments.user_id``.
+
+    Args:
+        request: the GetUserSegmentsRequest that asked, whose only field is the same: as a rule, it can be copied.
+    """
+    # Tag and shortest form of the number leave no other way to write it in so many bytes.
+    if len(request) == 1 + (user_id.bit_length() + 6) // 7:
+        return request
+    return b"\x08" + varint(user_id)
+
+
+def encode_user_segments(encoded_user_id: bytes, entry: Entry, encoded_slugs: Mapping[int, bytes]) -> bytes:
     """A UserSegments. Raises KeyError if the slug of one of the segments is not known yet."""
     slugs = [encoded_slugs[segment_id] for segment_id in entry[FIRST_SEGMENT:]]
-    return b"".join((b"\x08", varint(user_id), *slugs, _times[entry[READ_TIME]]))
+    return b"".join((encoded_user_id, *slugs, _times[entry[READ_TIME]]))
 
 
 def encode_result(user_segments: bytes) -> bytes:

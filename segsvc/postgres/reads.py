@@ -253,11 +253,17 @@ class PostgresMemberships:
             try:
                 yield PostgresWarmSession(connection)
             finally:
-                try:
-                    connection.execute(sa.select(sa.func.pg_advisory_unlock(WARM_LOCK)))
-                except sa.exc.DBAPIError:
-                    # The session may still hold the lock, so it must not go back into the pool.
-                    connection.invalidate()
+                # A session that was lost took its lock with it.
+                if not connection.invalidated:
+                    _unlock(connection)
+
+
+def _unlock(connection: sa.Connection) -> None:
+    try:
+        connection.execute(sa.select(sa.func.pg_advisory_unlock(WARM_LOCK)))
+    except sa.exc.SQLAlchemyError:
+        # The session may still hold the lock, so it must not go back into the pool.
+        connection.invalidate()
 
 
 class PostgresWarmSession:

@@ -23,18 +23,37 @@ def test_answer_is_the_message(user_id: int, time_us: int, slugs: list[str]) -> 
     entry = (NEVER_US, 1, time_us, 5, *range(len(slugs)))
     message = pb.UserSegments(user_id=user_id, slugs=slugs)
     message.read_time.FromMicroseconds(time_us)
-    assert wire.encode_user_segments(user_id, entry, encoded) == message.SerializeToString(deterministic=True)
+    expected = message.SerializeToString(deterministic=True)
+    assert wire.encode_user_segments(wire.encode_user_id(user_id), entry, encoded) == expected
+    request = pb.GetUserSegmentsRequest(user_id=user_id).SerializeToString()
+    assert wire.encode_user_segments(wire.encode_user_id(user_id, request), entry, encoded) == expected
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\x08\x85\x00",
+        b"\x08\x85\x80\x00",
+        b"\x88\x00\x05",
+        b"\x08\x05\x12\x00",
+        b"\x12\x00\x08\x05",
+        b"\x08\x07\x08\x05",
+    ],
+)
+def test_odd_spelling_of_a_request_is_not_copied(request_bytes: bytes) -> None:
+    assert wire.user_id_of(request_bytes) == 5
+    assert wire.encode_user_id(5, request_bytes) == b"\x08\x05"
 
 
 def test_times_are_remembered_within_bounds() -> None:
     for time_us in range(70_000):
-        wire.encode_user_segments(1, (NEVER_US, 1, time_us, 5), {})
+        wire.encode_user_segments(b"", (NEVER_US, 1, time_us, 5), {})
     assert len(wire._times) <= 65_536
 
 
 def test_unknown_segment_is_no_answer() -> None:
     with pytest.raises(KeyError):
-        wire.encode_user_segments(1, (NEVER_US, 1, 0, 5, 77), {})
+        wire.encode_user_segments(b"", (NEVER_US, 1, 0, 5, 77), {})
 
 
 @given(ids, slug_lists)
