@@ -45,7 +45,7 @@ from tasks.waiting import Backoff, Waits
 
 log = get_logger(__name__)
 
-POLL_RECORDS_MAX: Final = 1000
+POLL_RECORDS_MAX: Final = 2000
 POLL_BUSY_MS: Final = 10
 """While batches are under way: how soon their results are looked for when no events arrive."""
 POLL_IDLE_MS: Final = 200

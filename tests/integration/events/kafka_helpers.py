@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
@@ -27,15 +27,18 @@ PARTITIONS = 3
 class Topics:
     """The three topics and their dead letters, under a prefix of their own."""
 
-    def __init__(self, server: KafkaServer, settings: Settings) -> None:
+    def __init__(self, server: KafkaServer, settings: Settings, *, dead_letters: bool = True) -> None:
         self.settings = settings
         self.server = server
         self._prefix = settings.kafka_topic_prefix
         names = [self._prefix + topic for topic in TOPICS]
-        server.create_topics(
-            {**dict.fromkeys(names, PARTITIONS), **{f"{name}.dlq": 1 for name in names}, f"{self._prefix}segment-events": 1}
-        )
+        server.create_topics({**dict.fromkeys(names, PARTITIONS), f"{self._prefix}segment-events": 1})
+        if dead_letters:
+            self.create_dead_letters()
         self.producer: KafkaProducer = make_producer(settings)
+
+    def create_dead_letters(self) -> None:
+        self.server.create_topics({f"{self._prefix}{topic}.dlq": 1 for topic in TOPICS})
 
     def send(self, topic: str, events: Iterable[Mapping[str, Any]]) -> None:
         """Send events as a producer of user events does: keyed by user."""
@@ -57,7 +60,7 @@ class Topics:
         """Events that are not committed yet."""
         consumer = self._consumer(group_id=self.settings.kafka_group, enable_auto_commit=False)
         try:
-            where = [TopicPartition(self._prefix + topic, n) for topic in TOPICS for n in range(PARTITIONS)]
+            where = [one for topic in TOPICS for one in _partitions(consumer, self._prefix + topic)]
             ends = consumer.end_offsets(where)
             return sum(ends[one] - (consumer.committed(one) or 0) for one in where)
         finally:
@@ -67,7 +70,7 @@ class Topics:
         """The first messages of a topic, ``count`` of them; fails if they do not come."""
         consumer = self._consumer(auto_offset_reset="earliest")
         try:
-            consumer.assign([TopicPartition(self._prefix + topic, 0)])
+            consumer.assign(_partitions(consumer, self._prefix + topic))
             records: list[ConsumerRecord] = []
             for _ in range(100):
                 for batch in consumer.poll(timeout_ms=200).values():
@@ -80,6 +83,10 @@ class Topics:
 
     def close(self) -> None:
         self.producer.close(timeout=5)
+
+
+def _partitions(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
+    return [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]
 
 
 class InProcessBatches:
@@ -106,7 +113,9 @@ class InProcessBatches:
     def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
         if self.broker_down:
             raise broker_unavailable()
-        return {batch_id: self._running.pop(batch_id).result() for batch_id in batch_ids if self._running[batch_id].done()}
+        return {
+            batch_id: self._running.pop(batch_id).result() for batch_id in batch_ids if self._running[batch_id].done()
+        }
 
     def _apply(self, topic: str, shard: int, rows: Sequence[Sequence[Any]]) -> Outcome:
         reason = self.fault(topic, shard)
@@ -132,7 +141,7 @@ class RunningBridge:
         self._thread.join(30)
         assert not self._thread.is_alive()
 
-    def __enter__(self) -> RunningBridge:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

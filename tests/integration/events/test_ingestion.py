@@ -47,7 +47,9 @@ def test_new_users_get_dense_slots_bits_and_counters(one_shard: Shards) -> None:
 
 
 def test_attributes_keep_integers_and_doubles_apart(one_shard: Shards) -> None:
-    attributes = '{"i":1,"d":1.0,"e":100.0,"big":9223372036854775807,"small":0.0000001,"s":"ä\\"\\\\","t":["x"],"b":true}'
+    attributes = (
+        '{"i":1,"d":1.0,"e":100.0,"big":9223372036854775807,"small":0.0000001,"s":"ä\\"\\\\","t":["x"],"b":true}'
+    )
     one_shard.ingestion.apply_batch(0, [CreateUser(1, attributes)])
     with one_shard.databases.shard_tx(0) as connection:
         doubles = connection.execute(
@@ -179,9 +181,7 @@ def test_any_delivery_ends_in_the_same_state(one_shard: Shards, events: list[Use
     one_shard.add_segment(2, 100_000)
     # Creations of one user are one event: the first that is delivered fixes the attributes.
     first: dict[int, UserEvent] = {}
-    events = [
-        first.setdefault(event.user_id, event) if isinstance(event, CreateUser) else event for event in events
-    ]
+    events = [first.setdefault(event.user_id, event) if isinstance(event, CreateUser) else event for event in events]
     deliveries = events * 2
     seed.shuffle(deliveries)
     while deliveries:

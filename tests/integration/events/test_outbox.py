@@ -86,9 +86,7 @@ def test_in_order_over_many_batches(one_shard: Shards, outbox: Outbox, publisher
     assert publisher.seqs == list(range(1, BATCH_MAX + 51))
 
 
-def test_what_the_broker_did_not_take_comes_again(
-    one_shard: Shards, outbox: Outbox, publisher: FakePublisher
-) -> None:
+def test_what_the_broker_did_not_take_comes_again(one_shard: Shards, outbox: Outbox, publisher: FakePublisher) -> None:
     record(one_shard, 1, 2, 3)
     publisher.takes = 2
     assert outbox.publish_pending() == (2, True)
