@@ -80,7 +80,7 @@ class ProgressReporter:
         text = f"shard {progress.shard}: {progress.blocks_done}/{progress.blocks_total} blocks"
         try:
             # The only form of progress that Flower shows: PROGRESS, with this text.
-            self._task.send_event("task-progress", result=text, kwargs=f"{{{self._title}}}")
+            self._task.send_event("task-progress", result=text, kwargs=f"{{{self._title}, shard {progress.shard}}}")
             runtime().ledger.put_progress(self._operation_id, progress)
         except (ServiceError, OperationalError, RedisError) as error:
             log.debug("progress_not_shown", operation=str(self._operation_id), reason=type(error).__name__)
