@@ -21,8 +21,11 @@ def check(
     """Recompute every membership from users, rules and overrides and compare all that is stored. Exit code 1 and each
     difference by name, if there is any. Safe beside traffic."""
     from segsvc.bootstrap import Check  # noqa: PLC0415
+    from segsvc.cli.startup import verified  # noqa: PLC0415
 
     settings = settings_of_process()
+    # Nothing is proved of the wrong databases; those out of reach end the check by themselves.
+    verified(settings)
     service = Check(settings, with_cache=not without_cache)
     try:
         with bar("checking", hidden=json_output) as shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -17,9 +18,10 @@ from segsvc.cli.base import Refusal
 from segsvc.cli.doctor_items import Item
 from segsvc.cli.front import connected
 from segsvc.config import Settings
+from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import TOPICS
 from tasks.app import QUEUES, app
-from tasks.kafka_clients import quieten_client_log
+from tasks.dispatcher import CeleryDispatcher
 
 _PING_S: Final = 2.0
 _LAG_WATCH_S: Final = 3.0
@@ -65,7 +67,8 @@ def _cache_run_id(settings: Settings) -> str | None:
 
 def kafka(settings: Settings) -> Sequence[Item]:
     """The brokers, the topics, and how many events wait."""
-    quieten_client_log()
+    # What it cannot reach is said below, once.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         consumer = KafkaConsumer(
             bootstrap_servers=settings.kafka_bootstrap_servers.split(","),
@@ -139,8 +142,9 @@ def front(settings: Settings) -> Sequence[Item]:
 def workers(settings: Settings) -> Sequence[Item]:
     """Whether a worker of each queue answers."""
     try:
+        CeleryDispatcher(app).check()
         answers: Mapping[str, Any] = app.control.inspect(timeout=_PING_S).ping() or {}
-    except (OperationalError, OSError):
+    except (ServiceError, OperationalError, OSError):
         return [Item("they cannot be asked without the broker", "see the broker above")]
     alive = {name.partition("@")[0] for name in answers}
     return [

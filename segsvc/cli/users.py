@@ -33,8 +33,7 @@ def show(user_id: UserId, json_output: Json = False) -> None:
     shown.add_row("created", user.create_time.ToJsonString())
     shown.add_row("changed", user.update_time.ToJsonString())
     for name, value in sorted(MessageToDict(user.attributes).items()):
-        text = f"{value:.15g}" if isinstance(value, float) and not isinstance(value, bool) else str(value)
-        shown.add_row(f"user.{name}", plain(text))
+        shown.add_row(f"user.{name}", plain(_text(value)))
     console().print(shown)
 
 
@@ -55,4 +54,11 @@ def segments(user_id: UserId, json_output: Json = False) -> None:
     for slug in found.slugs:
         shown.add_row(slug)
     console().print(shown)
-    console().print(f"user {user_id} is in {len(found.slugs):,} segments, read at {found.read_time.ToJsonString()}")
+    console().print(f"user {user_id}: {len(found.slugs):,} in all, read at {found.read_time.ToJsonString()}")
+
+
+def _text(value: object) -> str:
+    """An attribute for people. JSON has only one kind of number: 42.0 is shown as 42."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -136,7 +136,7 @@ def look(database: Database) -> Seen | Finding:
             return read(connection)
     except exc.OperationalError as error:
         # For the operator, whose DSN it is: the driver's reason (it never has the password) is what helps.
-        reason = mask(str(error.orig).strip().splitlines()[-1])
+        reason = mask(str(error.orig).strip().splitlines()[0])
         remedy = f"start its server or correct {database.setting}"
         return Finding(database.name, f"cannot be reached ({reason})", remedy, outage=True)
 

@@ -1,0 +1,54 @@
+"""Running the checker, and faults that more than one test file makes."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from segsvc.bootstrap import Check
+from segsvc.config import Settings
+from segsvc.services.check import Checker
+from segsvc.services.check_report import Report
+from tests.integration.check.world import World
+
+SETTLE_S = 0.3
+ABSENT = "00000000-0000-4000-8000-000000000000"
+"""An operation that no ledger knows."""
+
+
+def run(service: Check, settings: Settings, *, cache: bool = True) -> Report:
+    """The check as ``segsvc check`` runs it, but less patient with the cache."""
+    checker = Checker(
+        service.reads,
+        service.reader if cache else None,
+        cluster=settings.cluster,
+        shard_count=settings.shard_count,
+        fence_ttl_s=settings.fence_ttl_s,
+        settle_s=SETTLE_S,
+    )
+    return checker.run()
+
+
+def texts(report: Report) -> list[str]:
+    return [str(difference) for difference in report.differences]
+
+
+def flip(world: World, shard: int, segment: int, user: int) -> None:
+    slot = world.slots(shard)[user]
+    world.on_shard(
+        shard,
+        "UPDATE memberships SET bits = set_bit(bits, :bit, 1 - get_bit(bits, :bit)) "
+        "WHERE block = :block AND segment_id = :segment",
+        bit=slot % 1024, block=slot // 1024, segment=segment,
+    )  # fmt: skip
+
+
+def prepare(world: World, gid: str) -> None:
+    with world.shards[1].connect() as connection:
+        connection.execute(sa.text("UPDATE shard_state SET next_slot = next_slot"))
+        assert connection.connection.driver_connection is not None
+        connection.exec_driver_sql(f"PREPARE TRANSACTION '{gid}'")
+
+
+def finish(world: World, gid: str) -> None:
+    with world.shards[1].connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"ROLLBACK PREPARED '{gid}'")

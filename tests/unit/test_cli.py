@@ -1,0 +1,239 @@
+"""The command line by itself: help, settings, exit codes, and what it must not load or show."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from segsvc.cli.app import app
+from segsvc.cli.base import Refusal, bar, plain
+from segsvc.cli.commands_check import show
+from segsvc.cli.commands_processes import flower_environment
+from segsvc.cli.doctor_storage import skew_items
+from segsvc.config import Settings
+from segsvc.domain.errors import LockTimeout, segment_not_found
+from segsvc.services.check_report import Kind, Report
+
+HEAVY = ("grpc", "sqlalchemy", "celery", "redis", "kafka", "numpy", "pydantic", "alembic", "structlog")
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    """Runs commands without the settings of this machine."""
+    for name in list(os.environ):
+        if name.startswith("SEGSVC_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SEGSVC_ENV_FILE", "")
+    return CliRunner()
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command of the tree that does something, with the words that name it."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield path, command
+        return
+    for name, child in children.items():
+        yield from commands(child, (*path, name))
+
+
+ALL = dict(commands(get_command(app)))
+
+
+def make_settings(**given: Any) -> Settings:
+    return Settings(_env_file=None, **given)  # type: ignore[call-arg]
+
+
+# -- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_these() -> None:
+    assert {
+        "serve", "worker", "beat", "bridge", "flower", "up", "down", "status", "migrate", "config", "check", "doctor",
+        "segments list", "segments show", "segments create", "segments edit", "segments rollout", "segments delete",
+        "segments stats", "segments export", "users show", "users segments",
+        "operations list", "operations show", "operations watch", "operations cancel",
+    } <= {" ".join(path) for path in ALL}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_help_of_every_command_has_an_example(runner: CliRunner, path: tuple[str, ...]) -> None:
+    result = runner.invoke(app, [*path, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "Example: " in result.output
+    assert f"segsvc {' '.join(path)}" in result.output.split("Example: ")[1]
+
+
+SHOWING = ("segments", "users", "operations", "check", "doctor", "config", "migrate", "status")
+
+
+@pytest.mark.parametrize("path", [path for path in ALL if path[0] in SHOWING], ids=" ".join)
+def test_what_shows_something_can_show_json(path: tuple[str, ...]) -> None:
+    if path != ("operations", "cancel"):
+        assert "--json" in [name for option in ALL[path].params for name in option.opts]
+
+
+def test_help_is_quick_because_it_loads_nothing_heavy() -> None:
+    code = f"import sys, segsvc.cli.app; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_module_can_be_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "segsvc", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: segsvc" in done.stdout
+
+
+# -- settings and usage ---------------------------------------------------------------------------------------------
+
+
+def test_a_bad_setting_is_named_without_its_value(runner: CliRunner) -> None:
+    result = runner.invoke(
+        app,
+        ["config"],
+        env={"SEGSVC_CATALOG_DSN": "postgres://me:secret@host/x", "SEGSVC_LOCK_TIMEOUT_S": "3"},
+    )
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert sorted(result.stderr.splitlines()) == [
+        "SEGSVC_CATALOG_DSN: a DSN must start with postgresql+psycopg2://",
+        "SEGSVC_LOCK_TIMEOUT_S: Input should be less than or equal to 2",
+    ]
+
+
+def test_config_masks_secrets(runner: CliRunner) -> None:
+    env = {
+        "SEGSVC_CATALOG_DSN": "postgresql+psycopg2://me:secret@host/x",
+        "SEGSVC_SHARD_DSNS": "postgresql+psycopg2://me:secret@host/a postgresql+psycopg2://host/b?password=secret",
+        "SEGSVC_BROKER_URL": "redis://:secret@host/0",
+        "SEGSVC_FLOWER_PASSWORD": "secret",
+    }
+    for arguments in (["config"], ["config", "--json"]):
+        result = runner.invoke(app, arguments, env=env)
+        assert result.exit_code == 0
+        assert "secret" not in result.output
+        assert "SEGSVC_GRPC_ADDRESS" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["worker"], ["worker", "--queue", "nonsense"], ["segments", "rollout", "x"], ["users", "show", "me"],
+     ["segments", "edit", "x"], ["segments", "create", "x", "--label", "no-equals-sign"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_ends_with_2(runner: CliRunner, arguments: list[str]) -> None:
+    assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_an_unreachable_front_is_said_and_ends_with_1(runner: CliRunner) -> None:
+    result = runner.invoke(app, ["segments", "list"], env={"SEGSVC_GRPC_ADDRESS": "127.0.0.1:1"})
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "UNAVAILABLE: the front at 127.0.0.1:1 cannot be reached; is it running? (segsvc up, or segsvc serve)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (segment_not_found("x"), "SEGMENT_NOT_FOUND: there is no segment 'x'"),
+        (Refusal("two\nlines"), "two\nlines"),
+        (LockTimeout(), "LOCK_TIMEOUT: a shard is locked by an operation; try again in a moment"),
+    ],
+)
+def test_errors_for_people_become_lines(runner: CliRunner, error: Exception, line: str) -> None:
+    broken = typer.Typer(cls=type(get_command(app)))
+
+    @broken.command()
+    def fail() -> None:
+        raise error
+
+    @broken.command()
+    def other() -> None: ...
+
+    result = runner.invoke(broken, ["fail"])
+    assert (result.exit_code, result.stderr) == (1, line + "\n")
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["beat", "check"])
+def test_databases_that_are_not_set_up_are_refused(runner: CliRunner, command: str) -> None:
+    result = runner.invoke(app, [command])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "the shards: SEGSVC_SHARD_DSNS names none; run `segsvc up`, or name your shard databases\n"
+    )
+
+
+def test_flower_gets_its_password_where_nobody_else_can_read_it() -> None:
+    settings = make_settings(flower_password="p:w", flower_address="[::1]:5555", flower_db="/x/flower.db")
+    assert flower_environment(settings) == {
+        "FLOWER_BASIC_AUTH": "segsvc:p:w",
+        "FLOWER_ADDRESS": "::1",
+        "FLOWER_PORT": "5555",
+        "FLOWER_PERSISTENT": "true",
+        "FLOWER_DB": "/x/flower.db",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "SEGSVC_FLOWER_PASSWORD is empty"),
+        ({"flower_password": "a,b"}, "must not contain a comma"),
+        ({"flower_password": "x", "flower_user": "a:b"}, "nor the user a colon"),
+        ({"flower_password": "x", "flower_address": "nowhere"}, "SEGSVC_FLOWER_ADDRESS must be host:port"),
+    ],
+)
+def test_flower_does_not_start_open(given: dict[str, str], said: str) -> None:
+    with pytest.raises(Refusal, match=said):
+        flower_environment(make_settings(**given))
+
+
+# -- what people see ------------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_the_check_ends_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(users=1000, segments=2, memberships=5000, entries=900, duration_s=1.25)
+    show(report)
+    report.add_all(Kind.BIT, 200, [])
+    report.add(Kind.COUNTER, 2, "shard_state", "user_count is 1", "there are 2 users")
+    report.cache_checked = False
+    show(report)
+    assert capsys.readouterr().out.splitlines() == [
+        "no difference in 1,000 users, 2 segments, 5,000 memberships, 900 cache entries (1.2 s)",
+        "shard 2, shard_state: user_count is 1, there are 2 users",
+        "… and 200 more",
+        "201 differences in 1,000 users, 2 segments, 5,000 memberships, 900 cache entries (left out) (1.2 s)",
+    ]
+
+
+def test_uneven_shards_are_told_once_there_are_users_enough() -> None:
+    assert [item.remedy for item in skew_items([0, 400, 0, 0])] == [""]
+    assert [item.remedy for item in skew_items([10_000, 10_100, 9_900, 11_900])] == [""]
+    [item] = skew_items([10_000, 10_000, 10_000, 20_000])
+    assert item.text == "users a shard: 10,000, 10,000, 10,000, 20,000"
+    assert item.remedy.startswith("shards differ by more than 20 %")
+
+
+def test_texts_of_users_cannot_rewrite_the_terminal() -> None:
+    assert plain("a\x1b[2Jb\nc é 漢") == "a�[2Jb�c é 漢"
+
+
+def test_a_bar_shows_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    with bar("working") as shown:
+        shown.to(1, 2, "half")
+    assert time.monotonic() - started < 0.9
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,327 @@
+"""Commands that talk to the front, against a server with canned answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.longrunning import operations_pb2
+from google.protobuf import any_pb2, empty_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from segmentation.v1 import membership_pb2, segments_pb2
+from segmentation.v1 import operations_pb2 as watch_pb2
+from typer.testing import CliRunner, Result
+
+from segsvc.cli.app import app
+
+NAME = "operations/0b5f1c2e-0000-4000-8000-000000000000"
+Answer = Callable[[Any, grpc.ServicerContext], Any]
+
+
+class CannedFront:
+    """A gRPC server that remembers requests and answers as it was told, by full method name."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, tuple[Any, Answer, bool]] = {}
+        self.requests: list[Any] = []
+
+    def on(self, method: str, request_type: type[Message], answer: Answer, *, stream: bool = False) -> None:
+        self.answers[method] = (request_type, answer, stream)
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        if call.method not in self.answers:
+            return None
+        request_type, answer, stream = self.answers[call.method]
+
+        def handle(request: Any, context: grpc.ServicerContext) -> Any:
+            self.requests.append(request)
+            return answer(request, context)
+
+        make = grpc.unary_stream_rpc_method_handler if stream else grpc.unary_unary_rpc_method_handler
+        return make(
+            handle,
+            request_deserializer=request_type.FromString,
+            response_serializer=lambda message: message.SerializeToString(),
+        )
+
+
+class _Handler(grpc.GenericRpcHandler):
+    def __init__(self, front: CannedFront) -> None:
+        self._front = front
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        return self._front.service(handler_call_details)
+
+
+@pytest.fixture
+def front(monkeypatch: pytest.MonkeyPatch) -> Iterator[CannedFront]:
+    canned = CannedFront()
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers((_Handler(canned),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("SEGSVC_ENV_FILE", "")
+    monkeypatch.setenv("SEGSVC_GRPC_ADDRESS", f"127.0.0.1:{port}")
+    yield canned
+    server.stop(0).wait()
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def refuse(code: grpc.StatusCode, reason: str, message: str) -> Answer:
+    def answer(_request: Any, context: grpc.ServicerContext) -> Any:
+        status = status_pb2.Status(code=code.value[0], message=message)
+        status.details.add().Pack(error_details_pb2.ErrorInfo(domain="segsvc", reason=reason))
+        context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+        context.abort(code, message)
+
+    return answer
+
+
+def packed(message: Message) -> any_pb2.Any:
+    made = any_pb2.Any()
+    made.Pack(message)
+    return made
+
+
+def operation(*, done: bool, response: Message | None = None, error: status_pb2.Status | None = None) -> Any:
+    metadata = watch_pb2.OperationMetadata(
+        kind=watch_pb2.OperationMetadata.ROLL_OUT,
+        slug="checkout",
+        state=watch_pb2.OperationMetadata.DONE if done else watch_pb2.OperationMetadata.PREPARING,
+        shards=[watch_pb2.ShardProgress(shard=1, state=watch_pb2.ShardProgress.WORKING, blocks_done=3, blocks_total=9)],
+    )
+    made = operations_pb2.Operation(name=NAME, metadata=packed(metadata), done=done)
+    if response is not None:
+        made.response.Pack(response)
+    if error is not None:
+        made.error.CopyFrom(error)
+    return made
+
+
+RULE = segments_pb2.RollOutRule(percent=12.5, condition='user.country == "RU"', policy=segments_pb2.RollOutRule.FROZEN)
+SEGMENT = segments_pb2.Segment(
+    slug="checkout",
+    display_name="New\x1b[31m",
+    member_count=1234,
+    rule=RULE,
+    state=segments_pb2.Segment.ACTIVE,
+)
+
+
+# -- segments -------------------------------------------------------------------------------------------------------
+
+
+def test_list_walks_all_pages(front: CannedFront) -> None:
+    def answer(request: segments_pb2.ListSegmentsRequest, _: Any) -> segments_pb2.ListSegmentsResponse:
+        if request.page_token:
+            return segments_pb2.ListSegmentsResponse(segments=[segments_pb2.Segment(slug="last")])
+        return segments_pb2.ListSegmentsResponse(segments=[SEGMENT], next_page_token="more")
+
+    front.on("/segmentation.v1.SegmentService/ListSegments", segments_pb2.ListSegmentsRequest, answer)
+    result = run("segments", "list", "--label", "team=pay", "--order-by", "member_count desc")
+    assert result.exit_code == 0
+    assert [line.split("  ")[0] for line in result.stdout.splitlines()] == ["slug", "checkout", "last"]
+    assert '12.5 % if user.country == "RU", frozen' in result.stdout
+    assert "\x1b" not in result.stdout
+    assert [request.page_token for request in front.requests] == ["", "more"]
+    assert dict(front.requests[0].labels) == {"team": "pay"}
+    assert front.requests[0].order_by == "member_count desc"
+    assert [item["slug"] for item in json.loads(run("segments", "list", "--json").stdout)] == ["checkout", "last"]
+
+
+def test_a_refusal_is_one_line(front: CannedFront) -> None:
+    answer = refuse(grpc.StatusCode.NOT_FOUND, "SEGMENT_NOT_FOUND", "there is no segment 'x'")
+    front.on("/segmentation.v1.SegmentService/GetSegment", segments_pb2.GetSegmentRequest, answer)
+    for arguments in (["segments", "show", "x"], ["segments", "show", "x", "--json"]):
+        result = run(*arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == "SEGMENT_NOT_FOUND: there is no segment 'x'\n"
+
+
+def test_edit_sends_only_what_was_named(front: CannedFront) -> None:
+    front.on(
+        "/segmentation.v1.SegmentService/UpdateSegment", segments_pb2.UpdateSegmentRequest, lambda request, _: SEGMENT
+    )
+    for arguments, paths in (
+        (["--name", ""], ["display_name"]),
+        (["--description", "d", "--label", "a=b=c"], ["description", "labels"]),
+        (["--clear-labels"], ["labels"]),
+    ):
+        assert run("segments", "edit", "checkout", "--etag", "e", *arguments).exit_code == 0
+        assert list(front.requests[-1].update_mask.paths) == paths
+        assert front.requests[-1].segment.etag == "e"
+    assert dict(front.requests[1].segment.labels) == {"a": "b=c"}
+
+
+def roll_out(front: CannedFront, end: Any) -> None:
+    front.on(
+        "/segmentation.v1.SegmentService/RollOutSegment",
+        segments_pb2.RollOutSegmentRequest,
+        lambda request, _: operation(done=False),
+    )
+    front.on(
+        "/segmentation.v1.OperationService/WatchOperation",
+        watch_pb2.WatchOperationRequest,
+        lambda request, _: iter([watch_pb2.WatchOperationResponse(name=NAME)]),
+        stream=True,
+    )
+    for method, request_type in (
+        ("GetOperation", operations_pb2.GetOperationRequest),
+        ("WaitOperation", operations_pb2.WaitOperationRequest),
+    ):
+        front.on(f"/google.longrunning.Operations/{method}", request_type, lambda request, _: end)
+
+
+def test_rollout_waits_and_says_what_it_did(front: CannedFront) -> None:
+    response = segments_pb2.RollOutSegmentResponse(added_count=1000, removed_count=5, member_count=30_000)
+    roll_out(front, operation(done=True, response=response))
+    result = run("segments", "rollout", "checkout", "--percent", "30", "--policy", "frozen")
+    assert result.exit_code == 0
+    assert result.stdout == "roll out checkout: done; 1,000 added, 5 removed, 30,000 members\n"
+    request = front.requests[0]
+    assert (request.rule.percent, request.rule.policy) == (30, segments_pb2.RollOutRule.FROZEN)
+    assert request.return_immediately
+    assert len(request.request_id) == 36
+    shown = json.loads(run("segments", "rollout", "checkout", "--percent", "30", "--json").stdout)
+    assert shown["response"]["member_count"] == "30000"
+    result = run("segments", "rollout", "checkout", "--percent", "30", "--no-wait")
+    assert result.stdout == f"accepted: {NAME}\n"
+
+
+def test_a_rollout_that_is_aborted_ends_with_1(front: CannedFront) -> None:
+    status = status_pb2.Status(code=code_pb2.ABORTED, message="the shards did not all prepare before the deadline")
+    status.details.add().Pack(error_details_pb2.ErrorInfo(domain="segsvc", reason="OPERATION_ABORTED"))
+    roll_out(front, operation(done=True, error=status))
+    for json_output in ([], ["--json"]):
+        result = run("segments", "rollout", "checkout", "--percent", "30", *json_output)
+        assert result.exit_code == 1
+        assert result.stderr == "OPERATION_ABORTED: the shards did not all prepare before the deadline\n"
+
+
+def test_delete_says_how_many_it_had(front: CannedFront) -> None:
+    end = operation(done=True, response=segments_pb2.DeleteSegmentResponse(removed_count=7))
+    front.on("/segmentation.v1.SegmentService/DeleteSegment", segments_pb2.DeleteSegmentRequest, lambda request, _: end)
+    result = run("segments", "delete", "checkout", "--yes")
+    assert (result.exit_code, result.stdout) == (0, "roll out checkout: done; it had 7 members\n")
+
+
+def statistics(front: CannedFront) -> None:
+    front.on(
+        "/segmentation.v1.SegmentService/GetSegmentStatistics",
+        segments_pb2.GetSegmentStatisticsRequest,
+        lambda request, _: segments_pb2.SegmentStatistics(
+            member_count=1234, user_count=10_000, member_share=0.1234,
+            shards=[segments_pb2.ShardCounts(shard=3, member_count=1234)],
+        ),
+    )  # fmt: skip
+
+
+def test_stats_are_a_table(front: CannedFront) -> None:
+    statistics(front)
+    result = run("segments", "stats", "checkout")
+    assert result.exit_code == 0
+    assert [line.split() for line in result.stdout.splitlines()][-2:] == [
+        ["share", "12.340%"],
+        ["members", "on", "shard", "3", "1,234"],
+    ]
+
+
+class CutExport:
+    """Three pages; the stream is cut after the second, once."""
+
+    PAGES = ((1, 2), (3, 4), (5,))
+
+    def __init__(self, cuts: int) -> None:
+        self.cuts = cuts
+
+    def __call__(self, request: segments_pb2.ExportSegmentUsersRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        for number in range(int(request.resume_token or 0), len(self.PAGES)):
+            if number == 2 and self.cuts:
+                self.cuts -= 1
+                context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
+            yield segments_pb2.ExportSegmentUsersResponse(user_ids=self.PAGES[number], resume_token=str(number + 1))
+
+
+EXPORT = "/segmentation.v1.SegmentService/ExportSegmentUsers"
+
+
+def test_an_export_goes_on_after_a_cut(front: CannedFront, tmp_path: Path) -> None:
+    statistics(front)
+    front.on(EXPORT, segments_pb2.ExportSegmentUsersRequest, CutExport(2), stream=True)
+    result = run("segments", "export", "checkout")
+    assert (result.exit_code, result.stdout) == (0, "1\n2\n3\n4\n5\n")
+    file = tmp_path / "members"
+    assert run("segments", "export", "checkout", "--output", str(file)).exit_code == 0
+    assert file.read_text() == "1\n2\n3\n4\n5\n"
+    lines = run("segments", "export", "checkout", "--json").stdout.splitlines()
+    assert json.loads(lines[1]) == {"user_ids": [3, 4], "resume_token": "2"}
+
+
+def test_an_export_that_is_cut_for_good_says_how_to_go_on(front: CannedFront, tmp_path: Path) -> None:
+    statistics(front)
+    cut = CutExport(100)
+    front.on(EXPORT, segments_pb2.ExportSegmentUsersRequest, cut, stream=True)
+    file = tmp_path / "members"
+    result = run("segments", "export", "checkout", "--output", str(file))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[0] == "go on with: segsvc segments export checkout --resume-token 2"
+    cut.cuts = 0
+    again = run("segments", "export", "checkout", "--output", str(file), "--resume-token", "2")
+    assert again.exit_code == 0
+    assert file.read_text() == "1\n2\n3\n4\n5\n"
+
+
+# -- users and operations -------------------------------------------------------------------------------------------
+
+
+def test_users_are_shown(front: CannedFront) -> None:
+    user = membership_pb2.User(user_id=42, shard=2)
+    user.attributes.update({"age": 33, "country": "RU\n", "tags": ["a", "b"], "ratio": 0.25, "beta": True})
+    front.on("/segmentation.v1.MembershipService/GetUser", membership_pb2.GetUserRequest, lambda request, _: user)
+    front.on(
+        "/segmentation.v1.MembershipService/GetUserSegments",
+        membership_pb2.GetUserSegmentsRequest,
+        lambda request, _: membership_pb2.UserSegments(user_id=42, slugs=["a", "b"]),
+    )
+    rows = [line.split(maxsplit=1) for line in run("users", "show", "42").stdout.splitlines()]
+    assert [row[0].strip() for row in rows][-5:] == ["user.age", "user.beta", "user.country", "user.ratio", "user.tags"]
+    assert [row[1].strip() for row in rows][-5:] == ["33", "True", "RU�", "0.25", "a, b"]
+    result = run("users", "segments", "42")
+    assert [line.strip() for line in result.stdout.splitlines()][:3] == ["slug", "a", "b"]
+    assert json.loads(run("users", "segments", "42", "--json").stdout)["slugs"] == ["a", "b"]
+
+
+def test_operations_are_listed_shown_watched_and_cancelled(front: CannedFront) -> None:
+    done = operation(done=True, response=segments_pb2.RollOutSegmentResponse(member_count=9))
+    roll_out(front, done)
+    front.on(
+        "/google.longrunning.Operations/ListOperations",
+        operations_pb2.ListOperationsRequest,
+        lambda request, _: operations_pb2.ListOperationsResponse(operations=[done] * request.page_size),
+    )
+    front.on(
+        "/google.longrunning.Operations/CancelOperation",
+        operations_pb2.CancelOperationRequest,
+        lambda request, _: empty_pb2.Empty(),
+    )
+    listed = run("operations", "list", "--filter", "slug = checkout", "--limit", "3")
+    assert listed.exit_code == 0
+    assert listed.stdout.count(NAME) == 3
+    assert front.requests[-1].filter == "slug = checkout"
+    shown = run("operations", "show", NAME)
+    assert "roll out checkout" in shown.stdout
+    assert "working" in shown.stdout
+    watched = run("operations", "watch", NAME.removeprefix("operations/"))
+    assert watched.exit_code == 0
+    assert watched.stdout.splitlines()[-1] == "roll out checkout: done; 0 added, 0 removed, 9 members"
+    assert front.requests[-1].name == NAME
+    assert run("operations", "cancel", NAME).stdout == f"{NAME} is aborted\n"
