@@ -75,14 +75,17 @@ class BlockingCalls:
         threads: calls at once.
         waiting_max: calls that may wait for a thread; beyond, a call is refused at once: one that waits long is
             likely to be given up by its client before it is begun.
+        bound_s: what sessions allow a statement anyway; a longer deadline does not raise it.
     """
 
-    def __init__(self, name: str, *, threads: int, waiting_max: int) -> None:
+    def __init__(self, name: str, *, threads: int, waiting_max: int, bound_s: float) -> None:
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+        self._bound_s = bound_s
         self._places = threading.BoundedSemaphore(threads + waiting_max)
 
     async def run(self, work: Callable[[float | None], T]) -> T:
-        """Run ``work(time left)`` for the current call and return its result.
+        """Run ``work(time left)`` for the current call and return its result. No time left is given (None) if the call
+        has no deadline, or one later than the sessions' own bound.
 
         If the call is cancelled while it waits for a thread, the work is never begun; if it has begun, it ends by
         itself, within the bounds of its statements, and its result is dropped.
@@ -93,7 +96,7 @@ class BlockingCalls:
         if not self._places.acquire(blocking=False):
             raise ServiceError(Reason.OVERLOADED, "too many calls wait", retry_after_s=0.5)
         try:
-            future = self._pool.submit(contextvars.copy_context().run, _begin, current(), work)
+            future = self._pool.submit(contextvars.copy_context().run, _begin, current(), self._bound_s, work)
         except BaseException:
             self._places.release()
             raise
@@ -109,8 +112,8 @@ class BlockingCalls:
         self._places.release()
 
 
-def _begin(call: Call, work: Callable[[float | None], T]) -> T:
+def _begin(call: Call, bound_s: float, work: Callable[[float | None], T]) -> T:
     remaining_s = call.remaining_s()
     if remaining_s is not None and remaining_s <= 0:
         raise deadline_exceeded()
-    return work(remaining_s)
+    return work(None if remaining_s is None or remaining_s > bound_s else remaining_s)

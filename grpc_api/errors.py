@@ -92,7 +92,7 @@ def status_of_exception(error: BaseException, method: str) -> Status:
         return status_of(
             ServiceError(Reason.OVERLOADED, "another change took too long; nothing was done", retry_after_s=0.5)
         )
-    _log.error("call failed unexpectedly", method=method, exc_info=error)
+    _log.error("call_failed", method=method, exc_info=error)
     return status_of(ServiceError(Reason.INTERNAL, "an internal error; the service's log has it"))
 
 

@@ -76,7 +76,7 @@ class HealthMonitor:
             if alive != self._alive[number]:
                 self._alive[number] = alive
                 name = "catalog" if number == 0 else f"shard {number - 1}"
-                _log.info("dependency is back" if alive else "dependency is out of reach", dependency=name)
+                _log.info("dependency_is_back" if alive else "dependency_is_out_of_reach", dependency=name)
                 await self._publish()
             await asyncio.sleep(max(0.0, begun + PROBE_INTERVAL_S - time.monotonic()))
 

@@ -18,7 +18,7 @@ from grpc import aio
 
 from grpc_api import call_scope
 from grpc_api.errors import status_of_exception, trailing_metadata
-from segsvc.domain.errors import Reason, ServiceError, invalid_field
+from segsvc.domain.errors import Reason, ServiceError
 from segsvc.log import get_logger
 from segsvc.metrics import rpc_seconds, rpcs
 
@@ -160,7 +160,7 @@ class Observe(Around):
             rpcs.labels(label, code.name).inc()
             rpc_seconds.labels(label).observe(seconds)
             if code is not grpc.StatusCode.OK:
-                _log.info("call refused", method=method, code=code.name, seconds=round(seconds, 4))
+                _log.info("call_refused", method=method, code=code.name, seconds=round(seconds, 4))
 
 
 class MapErrors(Around):
@@ -180,7 +180,8 @@ class MapErrors(Around):
         except aio.AbortError:
             raise
         except DecodeError:
-            await _abort(context, invalid_field("request", "is not a valid message of this method"), method)
+            # gRPC's own convention for bytes that are no message, and what the hot lane answers.
+            await _abort(context, ServiceError(Reason.INTERNAL, "the request is not a valid message"), method)
         except Exception as error:  # noqa: BLE001  # whatever it is, it must be mapped
             await _abort(context, error, method)
 

@@ -81,7 +81,7 @@ class Supervisor:
             os.close(self._parent_lives)
             code = self._run(index, self._parent_gone)
         except BaseException:  # noqa: BLE001  # the last thing this process does is to say why
-            _log.exception("front process failed", index=index)
+            _log.exception("front_process_failed", index=index)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -92,7 +92,7 @@ class Supervisor:
         index, begun = self._children.pop(pid)
         if self._stopping:
             return
-        _log.error("front process ended", index=index, pid=pid, exit_code=code)
+        _log.error("front_process_ended", index=index, pid=pid, exit_code=code)
         if time.monotonic() - begun < YOUNG_S:
             self._exit_code = code if code > 0 else 1
             self._stop()

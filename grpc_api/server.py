@@ -84,7 +84,7 @@ def _serve_one(settings: Settings, make_sender: MakeSender, index: int = 0, pare
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(settings, make_sender, index, parent_gone))
     except ListenError as error:
-        _log.error("cannot listen", reason=str(error))  # the reason is all there is to say
+        _log.error("cannot_listen", reason=str(error))  # the reason is all there is to say
         return 1
     return 0
 
@@ -120,8 +120,18 @@ class FrontProcess:
         self._settings = settings
         self._index = index
         self._services = Front(settings, sender=make_sender(settings))
-        self._blocking = BlockingCalls("blocking", threads=BLOCKING_THREADS, waiting_max=BLOCKING_WAITING_MAX)
-        self._creations = BlockingCalls("creations", threads=CREATION_THREADS, waiting_max=CREATION_WAITING_MAX)
+        self._blocking = BlockingCalls(
+            "blocking",
+            threads=BLOCKING_THREADS,
+            waiting_max=BLOCKING_WAITING_MAX,
+            bound_s=settings.statement_timeout_s,
+        )
+        self._creations = BlockingCalls(
+            "creations",
+            threads=CREATION_THREADS,
+            waiting_max=CREATION_WAITING_MAX,
+            bound_s=settings.statement_timeout_s,
+        )
         self._health = health.aio.HealthServicer()
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
@@ -144,8 +154,9 @@ class FrontProcess:
             native.set_fallback(f"{folder}/grpcio.sock")
         await server.start()
         stack.push_async_callback(server.stop, DRAIN_S)
-        # Unwound before the server stops: calls that wait for an operation's end answer now, so draining is short.
+        # Unwound before the server stops: calls that wait for an operation answer now, so draining is short.
         stack.push_async_callback(asyncio.to_thread, self._services.watcher.close)
+        stack.callback(self._services.operations.close)
         await self._watch_health(stack)
         if native is not None:
             native.start()

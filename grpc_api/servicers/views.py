@@ -20,11 +20,11 @@ class OperationViews:
 
     async def describe(self, operation_id: UUID) -> OperationView:
         """The operation as it is now. Raises ServiceError OPERATION_NOT_FOUND, CATALOG_UNAVAILABLE."""
-        return await self._blocking.run(lambda _: self._view(operation_id))
+        return await self._blocking.run(lambda _: self._views([self._operations.get(operation_id)])[0])
 
     async def describe_all(self, operations: Sequence[Operation]) -> list[OperationView]:
         """These operations, in their order. Raises ServiceError CATALOG_UNAVAILABLE."""
-        return await self._blocking.run(lambda _: [self._view(operation.id) for operation in operations])
+        return await self._blocking.run(lambda _: self._views(operations))
 
     async def wait(self, operation: Operation, patience_s: float | None) -> None:
         """Return when the operation has ended or the time is up.
@@ -61,7 +61,9 @@ class OperationViews:
             # acceptance is an answer too.
             return OperationView(accepted, (), None)
 
-    def _view(self, operation_id: UUID) -> OperationView:
-        operation, shards = self._operations.progress(operation_id)
-        result = self._operations.result(operation) if operation.state is OperationState.DONE else None
-        return OperationView(operation, shards, result)
+    def _views(self, operations: Sequence[Operation]) -> list[OperationView]:
+        described = self._operations.describe(operations)
+        return [
+            OperationView(operation, shards, result)
+            for operation, (shards, result) in zip(operations, described, strict=True)
+        ]

@@ -225,6 +225,19 @@ class OperationFilter:
 
 
 @dataclass(frozen=True, slots=True)
+class OperationDetails:
+    """What the catalog keeps of an operation beside its row.
+
+    Attributes:
+        progress: what the shards last said; those that said nothing are left out.
+        segment: of one that is committed, the segment as it was then; None: deleted, or not committed.
+    """
+
+    progress: Sequence[ShardProgress]
+    segment: Segment | None
+
+
+@dataclass(frozen=True, slots=True)
 class Gid:
     """Id of a shard's prepared transaction: ``segsvc:<cluster>:<operation uuid>:<shard>``, at most 199 bytes.
 

@@ -17,6 +17,7 @@ from segsvc.domain.errors import Reason
 from segsvc.domain.operation import (
     Failure,
     Operation,
+    OperationDetails,
     OperationFilter,
     OperationKind,
     OperationPlan,
@@ -24,14 +25,13 @@ from segsvc.domain.operation import (
     OperationState,
     ShardCounts,
     ShardProgress,
-    ShardState,
 )
 from segsvc.domain.segment import Segment
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.postgres import ledger_steps, tables
 from segsvc.postgres.engine import Databases, sqlstate
-from segsvc.postgres.segment_rows import segment_from_json
+from segsvc.postgres.ledger_views import select_outcomes, select_progress
 from segsvc.twophase import OpenOperation, WorkFailed
 
 log = get_logger(__name__)
@@ -141,14 +141,21 @@ class PostgresLedger:
     def result(self, operation_id: UUID) -> OperationResult | None:
         """What a committed operation has to say; None: it is not committed."""
         with self._databases.catalog_tx() as connection:
-            stored = connection.execute(
-                sa.select(_operations.result).where(_operations.id == operation_id)
-            ).scalar_one_or_none()
-            if stored is None:
+            outcomes = select_outcomes(connection, [operation_id])
+            if operation_id not in outcomes:
                 return None
             counts = _load_votes(connection, [operation_id]).get(operation_id, [])
-        segment = stored["segment"]
-        return OperationResult(segment_from_json(segment) if segment else None, counts)
+        return OperationResult(outcomes[operation_id], counts)
+
+    def details(self, operation_ids: Sequence[UUID]) -> Mapping[UUID, OperationDetails]:
+        """Everything that is shown of operations beside themselves, for each of these."""
+        with self._databases.catalog_tx() as connection:
+            progress = select_progress(connection, operation_ids)
+            outcomes = select_outcomes(connection, operation_ids)
+        return {
+            operation_id: OperationDetails(progress.get(operation_id, []), outcomes.get(operation_id))
+            for operation_id in operation_ids
+        }
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
@@ -277,22 +284,7 @@ class PostgresLedger:
     def progress(self, operation_id: UUID) -> Sequence[ShardProgress]:
         """What the shards last said; those that said nothing are left out."""
         with self._databases.catalog_tx() as connection:
-            rows = connection.execute(
-                sa.select(
-                    _progress.shard,
-                    _progress.state,
-                    _progress.blocks_done,
-                    _progress.blocks_total,
-                    _progress.added,
-                    _progress.removed,
-                )
-                .where(_progress.operation_id == operation_id)
-                .order_by(_progress.shard)
-            ).all()
-        return [
-            ShardProgress(row.shard, ShardState(row.state), row.blocks_done, row.blocks_total, row.added, row.removed)
-            for row in rows
-        ]
+            return select_progress(connection, [operation_id]).get(operation_id, [])
 
     # -- acceptance -------------------------------------------------------------------------------------------------
 

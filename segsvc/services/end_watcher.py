@@ -38,9 +38,12 @@ class OperationEndWatcher:
         self._thread.start()
 
     def watch(self, operation_id: UUID) -> Future[Operation]:
-        """A future that gets the operation once it is final."""
+        """A future that gets the operation once it is final; it is cancelled if the watcher is closed before."""
         future: Future[Operation] = Future()
         with self._changed:
+            if self._closed:
+                future.cancel()
+                return future
             self._waiting.setdefault(operation_id, []).append(future)
             self._changed.notify()
         return future

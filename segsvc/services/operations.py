@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol
 from uuid import UUID, uuid4
@@ -14,6 +14,7 @@ from segsvc.domain.errors import LockTimeout, Reason, ServiceError, invalid_fiel
 from segsvc.domain.operation import (
     Failure,
     Operation,
+    OperationDetails,
     OperationFilter,
     OperationKind,
     OperationPlan,
@@ -40,6 +41,8 @@ class OperationStore(Protocol):
     def result(self, operation_id: UUID) -> OperationResult | None: ...
 
     def progress(self, operation_id: UUID) -> Sequence[ShardProgress]: ...
+
+    def details(self, operation_ids: Sequence[UUID]) -> Mapping[UUID, OperationDetails]: ...
 
     def put_progress(self, operation_id: UUID, progress: ShardProgress) -> None: ...
 
@@ -92,6 +95,12 @@ class OperationService:
         self._watcher = watcher
         self._shards = shards
         self._fan_out = fan_out
+        self._closing = False
+
+    def close(self) -> None:
+        """This process is about to go: creations stop waiting. One whose turn has not come is aborted and answered
+        OPERATION_QUEUE_BUSY; one that has started goes on elsewhere, and its caller may ask again."""
+        self._closing = True
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
@@ -182,6 +191,20 @@ class OperationService:
         operation = self.get(operation_id)
         hints = {progress.shard: progress for progress in self._store.progress(operation_id)}
         return operation, [self._shard_progress(operation, shard, hints.get(shard)) for shard in self._shards]
+
+    def describe(
+        self, operations: Sequence[Operation]
+    ) -> Sequence[tuple[Sequence[ShardProgress], OperationResult | None]]:
+        """For each of these: how far each shard is, and what a DONE one has to say (None of others)."""
+        details = self._store.details([operation.id for operation in operations])
+        described: list[tuple[Sequence[ShardProgress], OperationResult | None]] = []
+        for operation in operations:
+            detail = details[operation.id]
+            hints = {progress.shard: progress for progress in detail.progress}
+            shards = [self._shard_progress(operation, shard, hints.get(shard)) for shard in self._shards]
+            done = operation.state is OperationState.DONE
+            described.append((shards, OperationResult(detail.segment, operation.votes) if done else None))
+        return described
 
     def _shard_progress(self, operation: Operation, shard: int, hint: ShardProgress | None) -> ShardProgress:
         """What is certain (votes, the operation's state) before what a shard last said of itself."""
@@ -284,7 +307,7 @@ class OperationService:
             operation = self.get(operation_id)
             if operation.state is not OperationState.QUEUED:
                 return
-            if give_up is not None and time.monotonic() >= give_up:
+            if self._closing or (give_up is not None and time.monotonic() >= give_up):
                 busy = Failure(
                     Reason.OPERATION_QUEUE_BUSY.text,
                     "other operations are before this one; nothing was created, try again",
@@ -315,7 +338,7 @@ class OperationService:
         future = self._watcher.watch(operation_id)
         try:
             return future.result(None if give_up is None else max(0.0, give_up - time.monotonic()))
-        except FutureTimeout:
+        except (FutureTimeout, CancelledError):  # the time is up, or the watcher was closed
             raise ServiceError(
                 Reason.DEADLINE_EXCEEDED,
                 "the creation has started and is not decided; repeat it with the same request_id",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from uuid import uuid4
 
 import grpc
 import pytest
+import redis
 from google.longrunning import operations_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from segmentation.v1 import membership_pb2_grpc, segments_pb2, segments_pb2_grpc
@@ -84,49 +86,53 @@ def await_ready(channel: grpc.Channel, process: subprocess.Popen[bytes], log: Pa
             return
 
 
-@pytest.fixture(scope="session", params=["native", "grpcio"])
-def front(
-    request: pytest.FixtureRequest,
-    pg_server: PostgresServer,
-    cache_server: RedisServer,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[FrontUnderTest]:
-    kind: str = request.param
-    installation = Installation(f"contract-{kind}", pg_server)
-    installation.create()
-    folder = tmp_path_factory.mktemp(f"front-{kind}")
-    failpoints = folder / "failpoints"
-    failpoints.mkdir()
-    port, metrics_port = free_ports(2)
-    environment = {
+def environment_of(kind: str, installation: Installation, folder: Path, **settings: str) -> dict[str, str]:
+    """The environment of a front's process; settings by their variables' names without the prefix, in any case."""
+    (folder / "failpoints").mkdir(exist_ok=True)
+    return {
         **{name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")},
         **installation.environment(),
         "SEGSVC_ENV_FILE": str(folder / "none.env"),
-        "SEGSVC_CACHE_URL": cache_server.url,
         "SEGSVC_GRPC_FRONT": kind,
-        "SEGSVC_GRPC_ADDRESS": f"127.0.0.1:{port}",
-        "SEGSVC_METRICS_ADDRESS": f"127.0.0.1:{metrics_port}",
+        "SEGSVC_METRICS_ADDRESS": "",
         "SEGSVC_GRPC_REFLECTION": "true",
-        "SEGSVC_FAILPOINT_DIR": str(failpoints),
+        "SEGSVC_FAILPOINT_DIR": str(folder / "failpoints"),
         "SEGSVC_OPERATION_DEADLINE_S": "10",
         "SEGSVC_LOG_FORMAT": "console",
         "PYTHONPATH": str(REPOSITORY),
+        **{f"SEGSVC_{name.upper()}": value for name, value in settings.items()},
     }
+
+
+@contextmanager
+def running_front(
+    kind: str,
+    installation: Installation,
+    folder: Path,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    **settings: str,
+) -> Iterator[FrontUnderTest]:
+    """A front in a process of its own, which must end well and must not have logged a fault.
+
+    Args:
+        folder: for its log and for what controls it.
+        credentials: of a client that speaks TLS.
+    """
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
     log = folder / "front.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("front_process.py")), str(folder)],
-            env=environment,
+            env=environment_of(kind, installation, folder, grpc_address=address, **settings),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    address = f"127.0.0.1:{port}"
-    channel = grpc.insecure_channel(address)
+    channel = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
     try:
         await_ready(channel, process, log)
-        tested = FrontUnderTest(kind, address, installation, folder, failpoints, process, channel)
-        eventually(tested.serving)
-        yield tested
+        yield FrontUnderTest(kind, address, installation, folder, folder / "failpoints", process, channel)
     finally:
         channel.close()
         process.terminate()
@@ -134,10 +140,31 @@ def front(
             code = process.wait(timeout=20)
         finally:
             process.kill()
-            installation.databases.close()
-        text = log.read_text()
-        assert code == 0, f"the front ended with {code}:\n{text[-4000:]}"
-        assert "Traceback" not in text, f"the front logged a fault:\n{text[-8000:]}"
+    text = log.read_text()
+    assert code == 0, f"the front ended with {code}:\n{text[-4000:]}"
+    assert "Traceback" not in text, f"the front logged a fault:\n{text[-8000:]}"
+
+
+@pytest.fixture(scope="session", params=["native", "grpcio"])
+def installation(
+    request: pytest.FixtureRequest, pg_server: PostgresServer, cache_server: RedisServer
+) -> Iterator[Installation]:
+    """Databases of the front of one kind, which is its ``name``'s end."""
+    made = Installation(f"contract-{request.param}", pg_server, cache_server)
+    made.create()
+    # The cache's keys name users and shards, not installations: the other front's entries must not be there.
+    redis.Redis.from_url(cache_server.url).flushall()
+    yield made
+    made.databases.close()
+
+
+@pytest.fixture(scope="session")
+def front(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontUnderTest]:
+    """The front under test, each kind in its turn."""
+    kind = installation.name.removeprefix("contract-")
+    with running_front(kind, installation, tmp_path_factory.mktemp(f"front-{kind}")) as tested:
+        eventually(tested.serving)
+        yield tested
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +32,9 @@ class ThreadSender:
         self._control = control
         self._parts = OperationParts(settings, Databases(settings, "runner", Pool(8)), make_cache(settings), self)
         self._threads = ThreadPoolExecutor(8)
-        threading.Thread(target=self._recover, daemon=True).start()
+        self._closing = threading.Event()
+        self._recovery = threading.Thread(target=self._recover)
+        self._recovery.start()
 
     def check(self) -> None:
         """Raises BROKER_UNAVAILABLE while the test says so."""
@@ -41,6 +42,8 @@ class ThreadSender:
             raise broker_unavailable()
 
     def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
+        if self._closing.is_set():
+            raise broker_unavailable()
         self._threads.submit(self._run, operation.id, list(shards))
 
     def _run(self, operation_id: UUID, shards: list[int]) -> None:
@@ -54,10 +57,15 @@ class ThreadSender:
         except (ServiceError, LockTimeout) as error:
             log.warning("runner gave up", operation=str(operation_id), reason=str(error))
 
+    def close(self) -> None:
+        """End what runs by itself, before the interpreter takes its threads away."""
+        self._closing.set()
+        self._recovery.join()
+        self._threads.shutdown(wait=True)
+
     def _recover(self) -> None:
         """What beat does: carry on what a failure has left behind."""
-        while True:
-            time.sleep(0.5)
+        while not self._closing.wait(0.5):
             try:
                 self._parts.coordinator.recover()
             except (ServiceError, LockTimeout) as error:
@@ -67,7 +75,16 @@ class ThreadSender:
 def main() -> int:
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
-    return serve(settings, make_sender=lambda given: ThreadSender(given, Path(sys.argv[1])))
+    senders: list[ThreadSender] = []
+
+    def make_sender(given: Settings) -> ThreadSender:
+        senders.append(ThreadSender(given, Path(sys.argv[1])))
+        return senders[-1]
+
+    code = serve(settings, make_sender=make_sender)
+    for sender in senders:
+        sender.close()
+    return code
 
 
 if __name__ == "__main__":

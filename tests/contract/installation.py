@@ -10,23 +10,19 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from segsvc.bootstrap import make_cache
 from segsvc.config import Settings
 from segsvc.domain.events import CreateUser, DeleteUser, UserEvent
 from segsvc.domain.sharding import shard_of
 from segsvc.failpoints import NoFailpoints
 from segsvc.local.postgres import PostgresServer
+from segsvc.local.redis import RedisServer
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.ingestion import Ingestion
 
 SHARDS = 4
-
-
-class NoCache:
-    """Invalidates nothing: these tests create users, which needs no cache, and delete those that were never read."""
-
-    def unblock(self, shard: int, user_ids: Sequence[int]) -> None: ...
 
 
 @dataclass
@@ -39,6 +35,7 @@ class Installation:
 
     name: str
     server: PostgresServer
+    cache: RedisServer
     databases: Databases = field(init=False)
 
     @property
@@ -46,20 +43,23 @@ class Installation:
         return [f"{self.name}_catalog", *(f"{self.name}_shard{shard}" for shard in range(SHARDS))]
 
     def environment(self) -> dict[str, str]:
+        """What a process of this installation needs to find it."""
         catalog, *shards = (self.server.dsn(name) for name in self.database_names)
         return {
             "SEGSVC_CLUSTER": self.name,
             "SEGSVC_CATALOG_DSN": catalog,
             "SEGSVC_SHARD_DSNS": " ".join(shards),
+            "SEGSVC_CACHE_URL": self.cache.url,
         }
+
+    def _settings(self) -> Settings:
+        catalog, *shards = (self.server.dsn(name) for name in self.database_names)
+        return Settings(cluster=self.name, catalog_dsn=catalog, shard_dsns=tuple(shards), cache_url=self.cache.url)
 
     def create(self) -> None:
         for name in self.database_names:
             self.server.create_database(name)
-        catalog, *shards = (self.server.dsn(name) for name in self.database_names)
-        self.databases = Databases(
-            Settings(catalog_dsn=catalog, shard_dsns=tuple(shards), cluster=self.name), "test", Pool(2)
-        )
+        self.databases = Databases(self._settings(), "test", Pool(2))
         tables.catalog.create_all(self.databases.catalog)
         with self.databases.catalog.begin() as connection:
             connection.execute(sa.insert(tables.installation).values(cluster=self.name, shard_count=SHARDS))
@@ -78,11 +78,13 @@ class Installation:
         self._apply([DeleteUser(user_id) for user_id in user_ids])
 
     def _apply(self, events: Sequence[UserEvent]) -> None:
-        ingestion = Ingestion(PostgresUserStore(self.databases), NoCache(), NoFailpoints())
+        cache = make_cache(self._settings())
+        ingestion = Ingestion(PostgresUserStore(self.databases), cache, NoFailpoints())
         for shard in range(SHARDS):
             batch = [event for event in events if shard_of(event.user_id, SHARDS) == shard]
             report = ingestion.apply_batch(shard, batch)
             assert not report.dead
+        cache.close()
 
     def fill_catalog(self, segments: int, marker: str, *, description: str = "") -> None:
         """Put segments straight into the catalog, labelled ``marker``; the shards do not know them."""

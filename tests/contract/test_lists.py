@@ -66,7 +66,8 @@ def test_by_members(front: FrontUnderTest, mine: dict[str, str], seven: list[str
     ]
     assert [count for count, _ in listed] == sorted((count for count, _ in listed), reverse=True)
     assert {slug for _, slug in listed} == set(seven)
-    assert listed[0] == (40, seven[5])
+    assert listed[0][1] == seven[5]
+    assert listed[0][0] >= 40
 
 
 def test_only_segments_with_all_labels(front: FrontUnderTest, mine: dict[str, str], seven: list[str]) -> None:
@@ -78,10 +79,13 @@ def test_the_total_is_of_all_pages(front: FrontUnderTest, mine: dict[str, str], 
     assert [page.total_size for page in pages(front, labels=mine, page_size=3)] == [7, 7, 7]
 
 
-def test_a_page_holds_fifty_unless_asked(front: FrontUnderTest, mine: dict[str, str]) -> None:
-    for _ in range(51):
-        front.create(labels=mine)
-    sizes = [len(page.segments) for page in pages(front, labels=mine)]
+def test_a_page_holds_fifty_unless_asked(front: FrontUnderTest) -> None:
+    marker = uuid4().hex
+    front.installation.fill_catalog(51, marker)
+    try:
+        sizes = [len(page.segments) for page in pages(front, labels={"marker": marker})]
+    finally:
+        front.installation.empty_catalog()
     assert sizes == [50, 1]
 
 

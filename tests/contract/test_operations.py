@@ -80,7 +80,7 @@ def test_a_rollout_answers_when_it_is_done(front: FrontUnderTest, users: range) 
     assert response.segment == segment
     assert (segment.rule.percent, segment.rule.condition, segment.rule.policy) == (30.5, "", pb.RollOutRule.LIVE)
     assert segment.etag != before.etag
-    assert 0 < segment.member_count == response.member_count == response.added_count < len(users)
+    assert 0 < segment.member_count == response.member_count == response.added_count < response.matched_count
     assert segment.HasField("member_count_time")
     assert response.removed_count == 0
     assert [counts.shard for counts in response.shards] == [0, 1, 2, 3]
@@ -289,11 +289,11 @@ def test_a_creation_whose_turn_does_not_come(front: FrontUnderTest) -> None:
     slug, late = front.create().slug, new_slug()
     with held(front):
         roll_out(front, slug, 10, return_immediately=True)
-        request = pb.CreateSegmentRequest(segment=pb.Segment(slug=late))
+        request = pb.CreateSegmentRequest(segment=pb.Segment(slug=late), request_id=str(uuid4()))
         refusal = refused(lambda: front.segments.CreateSegment(request, timeout=1))
         assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "OPERATION_QUEUE_BUSY")
     assert refused(lambda: front.segments.GetSegment(pb.GetSegmentRequest(slug=late))).reason == "SEGMENT_NOT_FOUND"
-    assert front.create(late).slug == late
+    assert front.segments.CreateSegment(request, timeout=10).slug == late
 
 
 def test_a_creation_that_has_started_and_is_not_decided(front: FrontUnderTest) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+import sqlalchemy as sa
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 from segmentation.v1 import segments_pb2 as pb
 
+from segsvc.postgres import tables
 from tests.contract.conftest import FrontUnderTest, new_slug
 from tests.contract.refusals import refused
 
@@ -168,6 +170,19 @@ def test_a_mask_cannot_name_anything_else(front: FrontUnderTest, path: str) -> N
 def test_an_update_of_nothing_changes_nothing(front: FrontUnderTest) -> None:
     before = front.create(display_name="name")
     assert update(front, slug=before.slug) == before
+
+
+def test_an_edit_is_in_the_audit_trail(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    update(front, slug=slug, display_name="one", labels={"a": "b"})
+    update(front, slug=slug, description="two")
+    audit = tables.audit.c
+    with front.installation.databases.catalog.connect() as connection:
+        trail = connection.execute(
+            sa.select(audit.action, audit.details).where(audit.slug == slug).order_by(audit.seq)
+        ).all()
+    assert [row.action for row in trail] == ["created", "edited", "edited"]
+    assert [row.details for row in trail[1:]] == [{"display_name": "one", "labels": {"a": "b"}}, {"description": "two"}]
 
 
 def test_a_stale_etag_is_refused(front: FrontUnderTest) -> None:
