@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import sqlalchemy as sa
-
 from segsvc.cache.client import CacheClient
 from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
@@ -17,7 +15,6 @@ from segsvc.failpoints import failpoints
 from segsvc.fan_out import ThreadFanOut
 from segsvc.log import get_logger
 from segsvc.metrics import recovery_alarms
-from segsvc.postgres import tables
 from segsvc.postgres.audit_reads import PostgresAuditReads
 from segsvc.postgres.blocks import PostgresShardTransaction
 from segsvc.postgres.catalog import PostgresSegmentCatalog
@@ -230,6 +227,7 @@ class Inspection:
 
     def __init__(self, settings: Settings) -> None:
         self._databases = Databases(settings, "inspection", Pool(1))
+        self._reads = PostgresAuditReads(self._databases)
         self._cache = make_cache(settings)
         self._reader = CacheReader(self._cache, settings.shard_count)
 
@@ -237,8 +235,8 @@ class Inspection:
         """Users on all shards. Raises SHARD_UNAVAILABLE."""
         total = 0
         for shard in range(self._databases.shard_count):
-            with self._databases.shard_tx(shard) as connection:
-                total += int(connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one())
+            with self._reads.shard(shard) as snapshot:
+                total += snapshot.state().user_count
         return total
 
     def cached(self, user_ids: Sequence[int]) -> list[Entry | None]:

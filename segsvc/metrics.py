@@ -23,7 +23,7 @@ recovery_alarms = Counter("segsvc_recovery_alarms_total", "Things recovery must 
 
 # -- events (bridge, workers) ---------------------------------------------------------------------------------------
 events = Counter("segsvc_events_total", "Events taken from Kafka, by topic and outcome.", ["topic", "outcome"])
-"""outcome: applied, dead (sent to the dead-letter topic)."""
+"""outcome: applied, ignored (no effect: a duplicate, or overtaken by a newer one), dead (on the dead-letter topic)."""
 event_batches_in_flight = Gauge("segsvc_event_batches_in_flight", "Batches that the bridge waits for.")
 
 # -- warming (workers) ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ _CHUNK = 2000
 class Inside:
     def __init__(self, settings: Settings) -> None:
         self._inspection = Inspection(settings)
+        self._env_file = settings.stack_dir / "stack.env"
 
     def close(self) -> None:
         self._inspection.close()
@@ -34,7 +36,13 @@ class Inside:
     def check(self) -> tuple[int, str]:
         """Run ``segsvc check`` as its user would: (exit code, last line of what it printed)."""
         done = subprocess.run(
-            [sys.executable, "-m", "segsvc", "check"], capture_output=True, text=True, check=False, timeout=600
+            [sys.executable, "-m", "segsvc", "check"],
+            # This stack, whatever other one the environment names.
+            env={**os.environ, "SEGSVC_ENV_FILE": str(self._env_file)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
         )
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         return done.returncode, lines[-1] if lines else "no output"
