@@ -189,6 +189,8 @@ directory = sa.Table(
     sa.Column("block", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("user_ids", BYTEA, nullable=False, comment="1024 little-endian int64; 0: no user"),
 )
+# Ids hardly compress, and every creation rewrites its block: do not try each time.
+sa.event.listen(directory, "after_create", sa.DDL("ALTER TABLE directory ALTER COLUMN user_ids SET STORAGE EXTERNAL"))
 
 memberships = sa.Table(
     "memberships",

@@ -37,6 +37,8 @@ def upgrade() -> None:
         sa.Column("user_ids", postgresql.BYTEA(), nullable=False, comment="1024 little-endian int64; 0: no user"),
         sa.PrimaryKeyConstraint("block", name=op.f("pk_directory")),
     )
+    # Ids hardly compress, and every creation rewrites its block: do not try each time.
+    op.execute("ALTER TABLE directory ALTER COLUMN user_ids SET STORAGE EXTERNAL")
     op.create_table(
         "memberships",
         sa.Column("block", sa.BigInteger(), autoincrement=False, nullable=False),
