@@ -28,11 +28,11 @@ DETAILS_KEY: Final = "grpc-status-details-bin"
 """Trailing metadata that holds the serialised Status, by gRPC's convention."""
 
 TEXT_BYTES_MAX: Final = 1024
-"""Longest message and longest text in the details. The status travels in HTTP headers twice (as percent-encoded text
-and as base64), and clients refuse more than 8 to 16 KiB of headers: the call would fail with an unrelated error."""
-
-VIOLATIONS_MAX: Final = 4
-"""Most field violations in one status, for the same reason."""
+NAME_BYTES_MAX: Final = 256
+DETAILS_BYTES_MAX: Final = 3584
+"""Longest message or description; longest name of a field or value in the metadata; size beyond which no further field
+violation is added. The status travels in HTTP headers, as percent-encoded text and once more as base64, and clients
+refuse more than 8 KiB of headers: the call would fail with an unrelated error."""
 
 _CODES: Final[dict[Category, int]] = {
     Category.INVALID_ARGUMENT: code_pb2.INVALID_ARGUMENT,
@@ -57,19 +57,24 @@ _log = get_logger(__name__)
 def status_of(error: ServiceError) -> Status:
     """The status that a client gets for a refusal.
 
-    Texts longer than TEXT_BYTES_MAX are shortened, violations beyond VIOLATIONS_MAX left out.
+    What is too long is shortened, and violations that do not fit (never the first) are left out.
     """
-    status = Status(code=_CODES[error.reason.category], message=_shortened(error.message))
+    status = Status(code=_CODES[error.reason.category], message=_shortened(error.message, TEXT_BYTES_MAX))
     info = ErrorInfo(domain=DOMAIN, reason=error.reason.text)
     for key, value in error.metadata.items():
-        info.metadata[key] = _shortened(value)
+        info.metadata[key] = _shortened(value, NAME_BYTES_MAX)
     _add(status, info)
-    if error.violations:
-        violations = [
-            BadRequest.FieldViolation(field=_shortened(item.field), description=_shortened(item.description))
-            for item in error.violations[:VIOLATIONS_MAX]
-        ]
-        _add(status, BadRequest(field_violations=violations))
+    bad_request = BadRequest()
+    for item in error.violations:
+        violation = BadRequest.FieldViolation(
+            field=_shortened(item.field, NAME_BYTES_MAX), description=_shortened(item.description, TEXT_BYTES_MAX)
+        )
+        size = status.ByteSize() + bad_request.ByteSize() + violation.ByteSize()
+        if bad_request.field_violations and size > DETAILS_BYTES_MAX:
+            break
+        bad_request.field_violations.append(violation)
+    if bad_request.field_violations:
+        _add(status, bad_request)
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
@@ -116,8 +121,8 @@ def _add(status: Status, detail: Message) -> None:
     status.details.append(packed)
 
 
-def _shortened(text: str) -> str:
+def _shortened(text: str, bytes_max: int) -> str:
     encoded = text.encode("utf-8", errors="replace")
-    if len(encoded) <= TEXT_BYTES_MAX:
+    if len(encoded) <= bytes_max:
         return encoded.decode("utf-8")
-    return encoded[: TEXT_BYTES_MAX - 3].decode("utf-8", errors="ignore") + "…"
+    return encoded[: bytes_max - 3].decode("utf-8", errors="ignore") + "…"

@@ -54,19 +54,26 @@ class HealthMonitor:
         self._servicer = servicer
         self._probes = (catalog, *shards)
         self._alive = [False] * len(self._probes)
+        self._watching: asyncio.Task[None] | None = None
         self._pool = ThreadPoolExecutor(max_workers=len(self._probes), thread_name_prefix="health")
 
-    async def run(self) -> None:
-        """Watch until cancelled. Everything is NOT_SERVING until its first probe has succeeded."""
+    async def start(self) -> None:
+        """Begin to watch. Everything is NOT_SERVING until a probe has succeeded; so do this before the server starts,
+        for a health servicer says SERVING by default."""
         await self._publish()
-        async with asyncio.TaskGroup() as watchers:
-            for number, probe in enumerate(self._probes):
-                watchers.create_task(self._watch(number, probe))
+        self._watching = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
         """NOT_SERVING from now on: the process is about to go."""
+        if self._watching is not None:
+            self._watching.cancel()
         await self._servicer.enter_graceful_shutdown()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as watchers:
+            for number, probe in enumerate(self._probes):
+                watchers.create_task(self._watch(number, probe))
 
     async def _watch(self, number: int, probe: Probe) -> None:
         loop = asyncio.get_running_loop()
@@ -100,4 +107,7 @@ def _answers(probe: Probe) -> bool:
     except ServiceError as error:
         # Busy is alive: only an outage, or no answer in time, is not.
         return error.reason.category is not Category.UNAVAILABLE and error.reason is not Reason.DEADLINE_EXCEEDED
+    except Exception:  # noqa: BLE001  # the watch must go on
+        _log.exception("probe_failed")
+        return False
     return True

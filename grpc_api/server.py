@@ -152,12 +152,14 @@ class FrontProcess:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="segsvc-front-"))
             server.add_insecure_port(f"unix:{folder}/grpcio.sock")
             native.set_fallback(f"{folder}/grpcio.sock")
+        monitor = self._make_monitor()
+        await monitor.start()
         await server.start()
         stack.push_async_callback(server.stop, DRAIN_S)
         # Unwound before the server stops: calls that wait for an operation answer now, so draining is short.
         stack.push_async_callback(asyncio.to_thread, self._services.watcher.close)
         stack.callback(self._services.operations.close)
-        await self._watch_health(stack)
+        stack.push_async_callback(monitor.stop)
         if native is not None:
             native.start()
         _log.info(
@@ -254,16 +256,10 @@ class FrontProcess:
         stack.callback(server.server_close)
         stack.callback(server.shutdown)
 
-    async def _watch_health(self, stack: contextlib.AsyncExitStack) -> None:
+    def _make_monitor(self) -> HealthMonitor:
         probes = self._services.probes
-        monitor = HealthMonitor(
-            self._health,
-            probes.catalog,
-            [functools.partial(probes.shard, shard) for shard in range(self._settings.shard_count)],
-        )
-        watching = asyncio.create_task(monitor.run())
-        stack.callback(watching.cancel)
-        stack.push_async_callback(monitor.stop)
+        shards = range(self._settings.shard_count)
+        return HealthMonitor(self._health, probes.catalog, [functools.partial(probes.shard, shard) for shard in shards])
 
     def _close_services(self) -> None:
         self._blocking.close()

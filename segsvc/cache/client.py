@@ -115,12 +115,20 @@ class CacheClient:
         token = _token()
         lease_ms, now_us = scripts.LEASE_MS, self._now_us()
         with self.connection() as connection:
-            args = [connection.run_id, secrets.token_bytes(entries.NONCE_BYTES), token]
-            args += [b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT]
+            args = [token, b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT]
             g = keys.generation(shard)
             chunks = _chunks(user_ids, KEYS_PER_CALL)
             replies = connection.run_all(
-                [_call(scripts.ACQUIRE, [g, *keys.users(shard, chunk)], args) for chunk in chunks]
+                [
+                    # A nonce of its own for each call: if the generation is dropped between two of them, the second
+                    # must not bring it back, with entries that others have filled under it since.
+                    _call(
+                        scripts.ACQUIRE,
+                        [g, *keys.users(shard, chunk)],
+                        [connection.run_id, secrets.token_bytes(entries.NONCE_BYTES), *args],
+                    )
+                    for chunk in chunks
+                ]
             )
         # The generation may change between two calls of a batch. Only what was granted under the last one is kept:
         # an entry with an older nonce would be a miss from the start.

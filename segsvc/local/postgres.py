@@ -23,7 +23,7 @@ from urllib.parse import quote
 import psutil
 
 from segsvc.local.folders import digest, make_private, socket_folder
-from segsvc.local.processes import MARKER, POLL_S, Daemon, LocalStackError, start, tail
+from segsvc.local.processes import MARKER, POLL_S, Daemon, LocalStackError, as_user, start, tail
 
 SYSTEM_USER = "pgserver"
 START_TIMEOUT_S = 60.0
@@ -319,19 +319,7 @@ class PostgresServer:
 
 def _can_run(user: str, program: Path) -> bool:
     """Whether ``user`` can execute ``program`` (every folder above it, its libraries and itself)."""
-    try:
-        done = subprocess.run(
-            [str(program), "--version"],
-            user=user,
-            group=user,
-            extra_groups=[],
-            cwd="/",
-            capture_output=True,
-            check=False,
-        )
-    except OSError:
-        return False
-    return done.returncode == 0
+    return _succeeds(as_user(user, [str(program), "--version"]))
 
 
 def _can_enter(user: str, folder: Path) -> bool:
@@ -340,13 +328,8 @@ def _can_enter(user: str, folder: Path) -> bool:
         mask = os.umask(0)
         os.umask(mask)
         return mask & 0o001 == 0 and _can_enter(user, folder.parent)
-    done = subprocess.run(
-        ["/bin/sh", "-c", 'cd "$1"', "sh", str(folder)],
-        user=user,
-        group=user,
-        extra_groups=[],
-        cwd="/",
-        capture_output=True,
-        check=False,
-    )
-    return done.returncode == 0
+    return _succeeds(as_user(user, ["/bin/sh", "-c", 'cd "$1"', "sh", str(folder)]))
+
+
+def _succeeds(command: list[str]) -> bool:
+    return subprocess.run(command, cwd="/", capture_output=True, check=False).returncode == 0

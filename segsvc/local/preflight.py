@@ -15,7 +15,7 @@ import psutil
 
 from segsvc.local.kafka import real_kafka_required, why_no_real_kafka
 from segsvc.local.postgres import SYSTEM_USER
-from segsvc.local.processes import LocalStackError
+from segsvc.local.processes import LocalStackError, as_user
 
 PYTHON_MIN = (3, 11)
 DISK_BYTES_MIN = 3 << 30
@@ -106,14 +106,21 @@ def _machine(home: Path) -> list[Finding]:
 
 
 def _system_user() -> list[Finding]:
-    """PostgreSQL does not run as root: root needs a user for it, or the means to make one."""
-    if os.geteuid() != 0 or shutil.which("useradd"):
+    """PostgreSQL does not run as root: root needs a user for it, or the means to make one, and to become it."""
+    if os.geteuid() != 0:
         return []
+    findings = []
+    try:
+        as_user(SYSTEM_USER, [])
+    except LocalStackError as error:
+        findings.append(Finding(str(error), "apt-get install util-linux, or run as an ordinary user"))
     try:
         pwd.getpwnam(SYSTEM_USER)
     except KeyError:
-        return [Finding(f"the user {SYSTEM_USER} is missing and there is no useradd", "apt-get install passwd")]
-    return []
+        if not shutil.which("useradd"):
+            problem = f"the user {SYSTEM_USER} is missing and there is no useradd"
+            findings.append(Finding(problem, "apt-get install passwd, or run as an ordinary user"))
+    return findings
 
 
 def _kafka(environ: Mapping[str, str]) -> list[Finding]:

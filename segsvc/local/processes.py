@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -258,6 +259,24 @@ class Daemon:
         self._record.unlink(missing_ok=True)
 
 
+def as_user(user: str | None, argv: Sequence[str]) -> list[str]:
+    """The command that runs ``argv`` as the system user ``user`` (only root may); ``argv`` itself for None.
+
+    By a program instead of Popen(user=…): that forks this process with its threads and their locks, and a child of a
+    process that has used gRPC can crash before it executes anything. Without it, Popen need not fork so.
+
+    Raises:
+        LocalStackError: the program is not there.
+    """
+    if user is None:
+        return list(argv)
+    # It is found on whatever PATH we were started with: root's tools are at home in these folders.
+    program = shutil.which("setpriv", path="/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin")
+    if program is None:
+        raise LocalStackError("setpriv is missing, by which root starts PostgreSQL")
+    return [program, f"--reuid={user}", f"--regid={user}", "--clear-groups", *argv]
+
+
 def start(
     argv: Sequence[str],
     *,
@@ -271,13 +290,9 @@ def start(
     It gets this process's environment without its ``SEGSVC_*`` variables, and ``env``: a stack's settings come from
     its file alone, not from whatever the launcher happened to be started with.
     """
-    if user is not None:
-        # By a program instead of Popen(user=…): that forks this process with its threads and their locks, and a child
-        # of a process that has used gRPC can crash before it executes anything. Without it, Popen need not fork so.
-        argv = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *argv]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")}
     return subprocess.Popen(
-        list(argv),
+        as_user(user, argv),
         env={**inherited, **env},
         cwd=cwd,
         stdin=subprocess.DEVNULL,

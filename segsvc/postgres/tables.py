@@ -190,7 +190,8 @@ directory = sa.Table(
     sa.Column("user_ids", BYTEA, nullable=False, comment="1024 little-endian int64; 0: no user"),
 )
 # Ids hardly compress, and every creation rewrites its block: do not try each time.
-sa.event.listen(directory, "after_create", sa.DDL("ALTER TABLE directory ALTER COLUMN user_ids SET STORAGE EXTERNAL"))
+_EXTERNAL = sa.DDL("ALTER TABLE directory ALTER COLUMN user_ids SET STORAGE EXTERNAL")  # type: ignore[no-untyped-call]
+sa.event.listen(directory, "after_create", _EXTERNAL)
 
 memberships = sa.Table(
     "memberships",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import pytest
 import redis
 
+import segsvc.cache.client
 from segsvc.cache import keys, scripts
 from segsvc.cache.client import CacheClient
+from segsvc.cache.connection import CacheConnection, Command
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, Entry
 from segsvc.local.redis import RedisServer
@@ -98,6 +101,23 @@ def test_many_users_in_one_call(world: World) -> None:
     assert grant.user_ids == set(users) - {600}
     assert world.client.fill(SHARD, grant, [(user, ENTRY) for user in sorted(grant.user_ids)]) == 999
     assert world.cached(*users).count(None) == 1
+
+
+def test_bulk_change_between_the_calls_of_one_acquire(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was granted under the old generation could only be filled as a miss; it must not get the new nonce."""
+    monkeypatch.setattr(segsvc.cache.client, "KEYS_PER_CALL", 1)
+    run_all = CacheConnection.run_all
+
+    def interrupted(connection: CacheConnection, commands: Sequence[Command]) -> list[object]:
+        replies = run_all(connection, commands[:1])
+        world.raw.delete(G)
+        return replies + run_all(connection, commands[1:])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CacheConnection, "run_all", interrupted)
+        grant = world.client.acquire(SHARD, [2, 4, 6])
+    assert grant.user_ids == {4, 6}
+    assert world.raw.get(G).endswith(grant.nonce)
 
 
 # -- fill -----------------------------------------------------------------------------------------------------------

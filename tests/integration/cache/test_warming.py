@@ -22,17 +22,18 @@ BLOCK_USERS = 1024
 
 
 class Watched:
-    """The world's cache and shards, with each block that is read noted; and a clock."""
+    """The world's cache and shards, with notes of what is asked and filled; and a clock."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.notes = WarmNotes(world.client)
         self.filled: list[int] = []
-        self.statements = 0
+        self.asked = 0
         self.now_s = 1_800_000_000.0
         self.before_fill: Callable[[], None] = lambda: None
 
     def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant:
+        self.asked += len(user_ids)
         return self.world.client.acquire(shard, user_ids)
 
     def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int:
@@ -236,12 +237,15 @@ def test_new_users_are_warmed_before_anybody_reads_them(world: World, watched: W
     assert warmer.warm_shard(SHARD).blocks == 0
 
 
-def test_dropped_generation_means_everything_again(world: World, watched: Watched) -> None:
+@pytest.mark.parametrize("read_since", [False, True])
+def test_dropped_generation_means_everything_again(world: World, watched: Watched, read_since: bool) -> None:
     users = world.add_users(2 * 1500)
     warmer = watched.warmer()
     warmer.warm_shard(SHARD)
     world.client.drop_generations([SHARD])
-    assert warmer.warm_shard(SHARD).entries == 1500
+    if read_since:
+        world.fill(4)  # under a new generation
+    assert warmer.warm_shard(SHARD).entries == 1500 - read_since
     assert is_warm(world, [user for user in users if user % 2 == 0])
 
 
@@ -258,12 +262,14 @@ def test_lost_entries_come_back_within_a_minute(world: World, watched: Watched) 
     warmer = watched.warmer()
     warmer.warm_shard(SHARD)
     watched.filled.clear()
+    watched.asked = 0
     world.client.unblock(SHARD, [4, 8])
     watched.now_s += 59
     assert warmer.warm_shard(SHARD).blocks == 0
     watched.now_s += 1
     report = warmer.warm_shard(SHARD)
     assert (report.blocks, report.entries, watched.filled) == (3, 2, [0]), "only what is missing is read"
+    assert watched.asked == BLOCK_USERS, "blocks that have all their keys are not even asked for"
     assert is_warm(world, [4, 8])
     watched.now_s += 30
     assert warmer.warm_shard(SHARD).blocks == 0
