@@ -13,20 +13,22 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql import insert
 
-from segsvc.domain.errors import shard_unavailable
-from segsvc.domain.operation import Gid, Operation, ShardCounts
+from segsvc.domain.errors import Reason, shard_unavailable
+from segsvc.domain.operation import Failure, Gid, Operation, ShardCounts
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.postgres import tables
 from segsvc.postgres.blocks import PostgresShardTransaction, lock_exclusive
 from segsvc.postgres.engine import Databases, sqlstate
-from segsvc.twophase import Finish, Prepared, ProgressHook
+from segsvc.twophase import Finish, Prepared, ProgressHook, WorkFailed
 
 log = get_logger(__name__)
 
 UNDEFINED_OBJECT = "42704"
 OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
 DUPLICATE_OBJECT = "42710"
+_REFUSALS = ("22", "23", "42")
+"""SQLSTATE classes that trying again does not mend: data exception, integrity violation, wrong statement."""
 
 Work = Callable[[PostgresShardTransaction, Operation, ProgressHook, bool], ShardCounts]
 """An operation's work on one shard; the last argument says whether to write or only to count."""
@@ -78,7 +80,7 @@ class PostgresParticipant:
             self._crash.reach("locked-not-prepared", **where)
             if not _insert_fence(connection, operation):
                 return None  # a twin's fence is there; leaving the block rolls back
-            counts = self._work(PostgresShardTransaction(connection, self.shard), operation, on_progress, True)
+            counts = self._do(connection, operation, on_progress)
             self._crash.reach("worked-not-prepared", **where)
             try:
                 tag = _utility(connection, "PREPARE TRANSACTION", gid)
@@ -96,6 +98,23 @@ class PostgresParticipant:
             connection.rollback()
         self._crash.reach("prepare-answered", **where)
         return counts
+
+    def _do(self, connection: sa.Connection, operation: Operation, on_progress: ProgressHook) -> ShardCounts:
+        """The work. What the database refuses now it refuses for ever, since the work is deterministic.
+
+        Raises:
+            WorkFailed: data or constraints forbid it; the reason is in the log, not in the message.
+        """
+        try:
+            return self._work(PostgresShardTransaction(connection, self.shard), operation, on_progress, True)
+        except exc.DBAPIError as error:
+            if not sqlstate(error).startswith(_REFUSALS):
+                raise
+            log.exception("work_refused", operation=str(operation.id), shard=self.shard, sqlstate=sqlstate(error))
+            metadata = {"why": "SHARD_REFUSED", "shard": str(self.shard)}
+            raise WorkFailed(
+                Failure(Reason.INTERNAL.text, f"shard {self.shard} refused the change; run the checker", metadata)
+            ) from error
 
     def count(self, operation: Operation) -> ShardCounts:
         """Count what a prepared operation changes, without changing anything."""

@@ -76,8 +76,8 @@ class EndWatcher(Protocol):
 class OperationService:
     """Creates, rolls out and deletes segments through the queue of operations, and tells how operations fare."""
 
-    _POLL_S = 0.02
-    """How often a creation looks whether its turn has come."""
+    _POLL_S, _POLL_MAX_S = 0.02, 0.25
+    """How often a creation looks whether its turn has come: less and less often."""
 
     def __init__(
         self,
@@ -297,6 +297,7 @@ class OperationService:
 
         Whoever else starts it sends a chord for it, as for any operation.
         """
+        pause_s = self._POLL_S
         while True:
             started = self._store.start_oldest()
             if started is not None and started.id == operation_id:
@@ -316,7 +317,8 @@ class OperationService:
                 # Aborted first, so that what is answered next stays true; not if it has just started.
                 if self._coordinator.abort(operation_id, busy, from_states=(OperationState.QUEUED,)):
                     return
-            time.sleep(self._POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(self._POLL_MAX_S, pause_s * 1.5)
 
     def _run(self, operation: Operation) -> None:
         """Be the runner of a creation; whatever fails is left to Celery and recovery."""
