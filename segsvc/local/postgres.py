@@ -215,16 +215,18 @@ class PostgresServer:
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
 
     def _drop_stale_lock(self) -> None:
-        """Remove the lock file of a crashed server if its process id belongs to a stranger by now.
+        """Remove the lock file of a crashed server if its process id belongs to a stranger by now, or to a dead process
+        that its parent has not taken notice of yet.
 
         PostgreSQL itself removes it only when no process has that id, and would refuse to start for ever.
         """
         lock = self.data / "postmaster.pid"
         try:
-            owner = psutil.Process(int(lock.read_text().split("\n", 1)[0])).name()
+            owner = psutil.Process(int(lock.read_text().split("\n", 1)[0]))
+            stale = owner.name() != "postgres" or owner.status() == psutil.STATUS_ZOMBIE
         except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
             return
-        if owner != "postgres":
+        if stale:
             lock.unlink(missing_ok=True)
 
     def _spawn_until_shared_memory_is_free(self, binaries: Path) -> None:
