@@ -30,17 +30,17 @@ from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
+from segsvc.domain import events
 from segsvc.local.kafka_jars import KAFKA_ARTIFACT, fetch_jars
 from segsvc.local.processes import MARKER, Daemon, LocalStackError, free_ports, start, tail
 
 JAVA_VERSION_MIN = 17
 START_TIMEOUT_S = 90.0
 
-EVENT_TOPICS = ("create-user", "update-user", "delete-user")
 # A user's events are in order within a partition; eight let several consumers share the work.
 TOPICS: dict[str, int] = {
-    **dict.fromkeys(EVENT_TOPICS, 8),
-    **{f"{topic}.dlq": 1 for topic in EVENT_TOPICS},
+    **dict.fromkeys(events.TOPICS, 8),
+    **{f"{topic}.dlq": 1 for topic in events.TOPICS},
     "segment-events": 1,
 }
 

@@ -46,7 +46,16 @@ READY_TIMEOUT_S = 60.0
 MIGRATE_TIMEOUT_S = 300.0
 SHARDS = 4
 # Ports that people expect; others are taken where these are not free.
-_PORTS = {"grpc_address": 50051, "metrics_address": 9464, "flower_address": 5555}
+_PORTS = {
+    "grpc_address": 50051,
+    "flower_address": 5555,
+    # Apart by more than the front has processes, each of which takes the next one.
+    "metrics_address": 9464,
+    "operation_worker_metrics_address": 9564,
+    "event_worker_metrics_address": 9565,
+    "warming_worker_metrics_address": 9566,
+    "bridge_metrics_address": 9567,
+}
 
 Say = Callable[[str], object]
 
@@ -75,6 +84,13 @@ def service_processes() -> tuple[ProcessSpec, ...]:
         segsvc("bridge", "bridge"),
         segsvc("flower", "flower"),
     )
+
+
+def _choose_ports() -> dict[str, int]:
+    """A port for each setting of an address: the one that people expect if it is free, another one otherwise."""
+    free = free_ports(2 * len(_PORTS), preferred=list(_PORTS.values()))
+    others = [port for port in free if port not in _PORTS.values()]
+    return {name: port if port in free else others.pop() for name, port in _PORTS.items()}
 
 
 class LocalStack:
@@ -262,9 +278,8 @@ class LocalStack:
             "kafka_stand_in": kafka.stand_in,
             "stack_dir": self.home,
         }
-        ports = [free_ports(1, preferred=[port])[0] for port in _PORTS.values()]
         choices: dict[str, Any] = {
-            **{name: f"127.0.0.1:{port}" for name, port in zip(_PORTS, ports, strict=True)},
+            **{name: f"127.0.0.1:{port}" for name, port in _choose_ports().items()},
             "grpc_reflection": True,
             "flower_password": secrets.token_urlsafe(12),
             "flower_db": self.home / "flower.db",
