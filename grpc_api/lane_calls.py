@@ -77,7 +77,6 @@ def native_front(target: str, *, reuse_port: bool) -> NativeGrpcFront:
         client_key_metadata=REQUEST_ID_KEY,
         call_details=True,  # the deadlines
         metrics=True,
-        io_threads=1,
         reuse_port=reuse_port,
     )
 

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from itertools import repeat
+from typing import Final, TypeVar
 
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -32,6 +33,7 @@ KEYS_PER_CALL: Final = 256
 _TTL_JITTER: Final = 0.1
 """Entries filled together end spread over the last tenth of their life, not all at once."""
 
+T = TypeVar("T")
 Clock = Callable[[], int]
 
 
@@ -91,6 +93,15 @@ class CacheClient:
             with self.connection() as connection:
                 connection.run_all(calls)
 
+    @property
+    def entries_gone_after_s(self) -> float:
+        """How long after a change an entry that was read before it can still be there: a lease that was given before
+        the change, then the life of what was filled under it.
+
+        A hundredth more, because the cache's clock ends them and another clock measures this time.
+        """
+        return 1.01 * (scripts.LEASE_MS + self._ttl_ms) / 1000
+
     def drop_generations(self, shards: Sequence[int]) -> None:
         """After the COMMIT of a bulk change, before it is reported done: every entry of these shards is a miss.
 
@@ -148,16 +159,21 @@ class CacheClient:
         Raises:
             ServiceError: CACHE_UNAVAILABLE.
         """
-        values = [entries.encode(grant.nonce, entry) for _, entry in rows]
-        lives_ms = [self._life_ms(entry[VALID_UNTIL], entry[READ_TIME]) for _, entry in rows]
-        return self._fill(shard, grant.token, [user_id for user_id, _ in rows], values, lives_ms)
+        return self._fill(
+            shard,
+            grant,
+            [
+                (user_id, entries.encode(grant.nonce, entry), entry[VALID_UNTIL], entry[READ_TIME])
+                for user_id, entry in rows
+            ],
+        )
 
     def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int:
         """As ``fill``, for the warmer's many users at once."""
-        user_ids = columns.user_ids.tolist()
         values = entries.encode_columns(grant.nonce, columns)
-        lives_ms = [self._life_ms(until, columns.read_time_us) for until in columns.valid_until_us.tolist()]
-        return self._fill(shard, grant.token, user_ids, values, lives_ms)
+        read_times_us = repeat(columns.read_time_us)
+        users = zip(columns.user_ids.tolist(), values, columns.valid_until_us.tolist(), read_times_us, strict=False)
+        return self._fill(shard, grant, list(users))
 
     def release(self, shard: int, grant: Grant, user_ids: Sequence[int]) -> None:
         """Give leases back without a fill (a user who does not exist is never cached). Raises CACHE_UNAVAILABLE."""
@@ -169,23 +185,18 @@ class CacheClient:
             with self.connection() as connection:
                 connection.run_all(calls)
 
-    def _life_ms(self, valid_until_us: int, read_time_us: int) -> int:
-        life_ms = int(self._ttl_ms * (1 - _TTL_JITTER * random.random()))
-        if valid_until_us == NEVER_US:
-            return life_ms
-        # From one clock, the shard's, so that no skew between machines can lengthen it.
-        return max(1, min(life_ms, (valid_until_us - read_time_us) // 1000))
-
-    def _fill(
-        self, shard: int, token: bytes, user_ids: Sequence[int], values: Sequence[bytes], lives_ms: Sequence[int]
-    ) -> int:
+    def _fill(self, shard: int, grant: Grant, users: Sequence[tuple[int, bytes, int, int]]) -> int:
+        """Fill users: id, value, valid_until_us and read_time_us of each. A call's users end together, so one whose
+        end is set has a call of its own."""
+        lasting = [user for user in users if user[2] == NEVER_US]
+        ending = [user for user in users if user[2] != NEVER_US]
         calls = []
-        for first in range(0, len(user_ids), KEYS_PER_CALL):
-            chunk = slice(first, first + KEYS_PER_CALL)
-            args: list[bytes] = [token]
-            for value, life_ms in zip(values[chunk], lives_ms[chunk], strict=True):
-                args += (value, b"%d" % life_ms)
-            calls.append(_call(scripts.FILL, keys.users(shard, user_ids[chunk]), args))
+        for chunk in [*_chunks(lasting, KEYS_PER_CALL), *_chunks(ending, 1)]:
+            user_ids, values, valid_until_us, read_time_us = zip(*chunk, strict=True)
+            # Both times are the shard's, so no skew between machines can lengthen a life.
+            left_ms = (valid_until_us[0] - read_time_us[0]) // 1000
+            life_ms = max(1, min(int(self._ttl_ms * (1 - _TTL_JITTER * random.random())), left_ms))
+            calls.append(_call(scripts.FILL, keys.users(shard, user_ids), [grant.token, b"%d" % life_ms, *values]))
         if not calls:
             return 0
         with self.connection() as connection:
@@ -273,8 +284,8 @@ def _token() -> bytes:
     return secrets.token_hex(8).encode()
 
 
-def _chunks(user_ids: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [user_ids[first : first + size] for first in range(0, len(user_ids), size)]
+def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def _call(script: scripts.Script, script_keys: Sequence[bytes], args: Sequence[bytes]) -> list[bytes | str | int]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from hiredis import pack_command
 from redis.connection import Connection as Transport
 from redis.connection import SSLConnection, UnixDomainSocketConnection, parse_url
 
@@ -86,7 +87,9 @@ class CacheConnection:
             # The transport itself would connect anew.
             raise ConnectionClosedError("the connection to the cache is closed")
         try:
-            self._transport.send_packed_command(self._transport.pack_commands(commands))
+            # hiredis declares a tuple of one
+            packed = [pack_command(tuple(command)) for command in commands]  # type: ignore[arg-type]
+            self._transport.send_packed_command(packed)
             return [self._transport.read_response(disable_decoding=True) for _ in commands]
         except BaseException:
             # Replies may be outstanding: the next command on this connection would read another's reply.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,7 @@ from segsvc.domain.membership import NEVER_US, LoadedUser, UserBlock
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
-
-WARM_LOCK: Final = 0x5E65_0002
-"""Key of the advisory lock that a warmer holds on a shard for the length of its session."""
+from segsvc.postgres.locks import WARM_LOCK
 
 _INCLUDE, _EXCLUDE = 1, 2
 _BIT_LENGTH = BLOCK_SLOTS.bit_length() - 1

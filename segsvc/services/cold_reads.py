@@ -368,7 +368,10 @@ def _internal() -> ServiceError:
 def _answer(waiters: Sequence[_Waiter], user_id: int, outcome: Outcome, source: str) -> None:
     if not waiters:
         return
-    metrics.reads.labels("error" if isinstance(outcome, ServiceError) else source).inc(len(waiters))
+    if isinstance(outcome, ServiceError):
+        # An unknown user is an answer, and the caller's business: it says nothing about the service.
+        source = "unknown" if outcome.reason is Reason.USER_NOT_FOUND else "error"
+    metrics.reads.labels(source).inc(len(waiters))
     for waiter in waiters:
         try:
             waiter.answer(user_id, outcome)

@@ -33,16 +33,16 @@ def entry_columns(
     flags, valid_until_us = _flags(blocks, by_slug)
     user_ids = np.concatenate([block.user_ids for block in blocks])
     wanted = np.flatnonzero((user_ids > 0) & np.isin(user_ids, granted))
-    # One row a user: the segments of a user lie together then, in the order of the slugs.
-    by_user = np.ascontiguousarray(flags.transpose(0, 2, 1)).reshape(user_ids.size, by_slug.size)[wanted]
-    users, columns = np.nonzero(by_user)
+    by_user = flags.reshape(user_ids.size, by_slug.size)[wanted]
+    # Row by row, so a user's segments come together, in the order of the slugs.
+    columns = np.flatnonzero(by_user) % max(by_slug.size, 1)
     return EntryColumns(
         user_ids=user_ids[wanted],
         blocks=np.repeat(np.array([block.block for block in blocks], dtype=np.uint32), BLOCK_SLOTS)[wanted],
         row_versions=np.concatenate([block.row_versions for block in blocks])[wanted],
         valid_until_us=valid_until_us[wanted],
         read_time_us=blocks[0].read_time_us,
-        counts=np.bincount(users, minlength=wanted.size),
+        counts=np.count_nonzero(by_user, axis=1),
         segment_ids=by_slug[columns].astype(np.uint32),
     )
 
@@ -50,19 +50,20 @@ def entry_columns(
 def _flags(
     blocks: Sequence[UserBlock], by_slug: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Who is in what, shape (blocks, segments, 1024), overrides laid over; and each slot's nearest expiry."""
+    """Who is in what, shape (blocks, 1024, segments), overrides laid over; and each slot's nearest expiry."""
     sorter = np.argsort(by_slug)
-    packed = np.zeros((len(blocks), by_slug.size, BLOCK_BYTES), dtype=np.uint8)
+    # Turned while eight slots are one byte: an eighth of the work.
+    packed = np.zeros((len(blocks), BLOCK_BYTES, by_slug.size), dtype=np.uint8)
     for index, block in enumerate(blocks):
         named = np.isin(block.segment_ids, by_slug)
         rows = sorter[np.searchsorted(by_slug, block.segment_ids[named], sorter=sorter)]
-        packed[index, rows] = block.packed[named]
-    flags = np.unpackbits(packed, axis=2, bitorder="little").view(np.bool_)
+        packed[index, :, rows] = block.packed[named]
+    flags = np.unpackbits(packed, axis=1, bitorder="little").view(np.bool_)
     valid_until_us = np.full((len(blocks), BLOCK_SLOTS), NEVER_US, dtype=np.int64)
     for index, block in enumerate(blocks):
         overrides = block.overrides[np.isin(block.overrides[:, 1], by_slug)]
         if overrides.size:
             rows = sorter[np.searchsorted(by_slug, overrides[:, 1], sorter=sorter)]
-            flags[index, rows, overrides[:, 0]] = overrides[:, 2] == 1
+            flags[index, overrides[:, 0], rows] = overrides[:, 2] == 1
             np.minimum.at(valid_until_us[index], overrides[:, 0], overrides[:, 3])
     return flags, valid_until_us.reshape(-1)

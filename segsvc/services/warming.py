@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -112,10 +113,19 @@ class _Run:
     looking_over: bool
     """Under this generation everything was warm once: users with a key need nothing."""
     nonce: bytes | None
+    filler: Executor
+    """One thread: while the cache takes one chunk in, the next is read and turned. Both are about equal work."""
+    filling: Future[int] | None = None
     entries: int = 0
     blocks: int = 0
     stopped_by_budget: bool = False
     started: float = field(default_factory=time.monotonic)
+
+    def await_filling(self) -> None:
+        """Wait for the last fill. Raises what it raised."""
+        if self.filling is not None:
+            self.entries += self.filling.result()
+            self.filling = None
 
 
 class Warmer:
@@ -172,10 +182,16 @@ class Warmer:
         return self._now_s() - last.ended_s >= pause_s
 
     def _sweep(self, shard: int, session: WarmSession, last: Sweep | None, next_slot: int) -> WarmReport:
-        run = _Run(shard, session, looking_over=last is not None, nonce=last.nonce if last else None)
+        with ThreadPoolExecutor(1, thread_name_prefix="warm-fill") as filler:
+            run = _Run(shard, session, last is not None, last.nonce if last else None, filler)
+            return self._sweep_blocks(run, last, next_slot)
+
+    def _sweep_blocks(self, run: _Run, last: Sweep | None, next_slot: int) -> WarmReport:
+        shard = run.shard
         whole = last is None or self._is_old(shard, last)
         first_block = 0 if last is None or whole else last.next_slot // BLOCK_SLOTS
         complete = all(self._warm(run, chunk) for chunk in self._chunks(shard, first_block, next_slot))
+        run.await_filling()
         seconds = time.monotonic() - run.started
         if complete and run.nonce is not None:
             ended_s = int(self._now_s()) if last is None or whole else last.ended_s
@@ -221,7 +237,8 @@ class Warmer:
             return
         granted = np.fromiter(grant.user_ids, dtype=np.int64, count=len(grant.user_ids))
         columns = entry_columns(read, granted, nameless, self._slugs)
-        run.entries += self._cache.fill_columns(run.shard, grant, columns)
+        run.await_filling()
+        run.filling = run.filler.submit(self._cache.fill_columns, run.shard, grant, columns)
         gone = grant.user_ids.difference(columns.user_ids.tolist())
         if gone:
             self._cache.release(run.shard, grant, list(gone))  # deleted since their block was listed

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from prometheus_client import REGISTRY
 
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError, cache_unavailable, shard_unavailable
 from segsvc.domain.membership import NEVER_US, Entry, Grant, LoadedUser
@@ -15,6 +16,10 @@ from segsvc.services.cold_reads import USERS_PER_LOAD, ColdReads, Limits, Outcom
 from segsvc.services.slug_map import SlugMap
 
 WAIT_S = 10.0
+
+
+def counted(source: str) -> float:
+    return REGISTRY.get_sample_value("segsvc_reads_total", {"source": source}) or 0.0
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -145,6 +150,17 @@ def test_unknown_user_is_not_found_and_gives_the_lease_back(
     eventually(lambda: bool(world.named("release")))
     assert world.named("release") == [("release", 1, (1005,))]
     assert not world.named("fill")
+
+
+def test_unknown_users_are_counted_apart_from_errors(
+    make: Callable[..., ColdReads], world: FakeWorld, answers: Answers
+) -> None:
+    sources = ("unknown", "error", "miss")
+    before = [counted(source) for source in sources]
+    world.failures[2] = shard_unavailable(2)
+    make().submit([1005, 1, 2], None, answers)
+    answers.wait(3)
+    assert [counted(source) - count for source, count in zip(sources, before, strict=True)] == [1, 1, 1]
 
 
 def test_calls_gather_for_one_statement(make: Callable[..., ColdReads], world: FakeWorld, answers: Answers) -> None:

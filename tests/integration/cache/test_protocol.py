@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import redis
@@ -12,9 +13,10 @@ import segsvc.cache.client
 from segsvc.cache import keys, scripts
 from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import CacheConnection, Command
+from segsvc.cache.warm_notes import WarmNotes
 from segsvc.domain.errors import Reason, ServiceError
-from segsvc.domain.membership import NEVER_US, Entry
-from segsvc.local.redis import RedisServer
+from segsvc.domain.membership import NEVER_US, Entry, Sweep
+from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from tests.integration.cache.conftest import World, eventually
 
 USER = 4
@@ -143,8 +145,9 @@ def test_value_carries_the_nonce_of_its_lease(world: World) -> None:
     assert world.cached(USER) == [None], "read before the bulk change, it must not be a hit after it"
 
 
-def test_entries_live_a_day_with_jitter_and_end_with_an_override(world: World) -> None:
+def test_entries_live_a_day_with_jitter_and_end_with_an_override(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     users = list(range(2, 202, 2))
+    monkeypatch.setattr(segsvc.cache.client, "KEYS_PER_CALL", 1)  # users of one call end together
     grant = world.client.acquire(SHARD, users)
     world.client.fill(SHARD, grant, [(user, ENTRY) for user in users[1:]])
     read_time_us = world.client._now_us()
@@ -383,3 +386,40 @@ def test_wrong_password_is_an_outage(cache_server: RedisServer) -> None:
     with pytest.raises(ServiceError) as error:
         client.acquire(SHARD, [USER])
     assert "wrong" not in str(error.value)
+
+
+# -- Redis Cluster --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster_client(tmp_path: Path) -> Iterator[CacheClient]:
+    """A server that refuses commands over several hash slots, as every node of a Redis Cluster does."""
+    server = RedisServer("cluster", tmp_path / "cluster", {**CACHE_CONFIG, "cluster-enabled": "yes"})
+    server.start()
+    with redis.Redis.from_url(server.url) as raw:
+        raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        eventually(lambda: b"cluster_state:ok" in raw.execute_command("CLUSTER", "INFO"))
+        with pytest.raises(redis.ResponseError, match="same slot"):
+            raw.execute_command("MGET", G, keys.generation(1))
+    client = CacheClient(server.url, timeout_s=1.0, ttl_s=60)
+    yield client
+    client.close()
+    server.purge()
+
+
+def test_every_step_stays_within_one_shards_hash_slot(cluster_client: CacheClient) -> None:
+    notes = WarmNotes(cluster_client)
+    for shard in (0, 1):
+        users = list(range(shard + 2, 1000, 2))
+        token = cluster_client.block(shard, users[0])
+        grant = cluster_client.acquire(shard, users)
+        assert cluster_client.fill(shard, grant, [(user, ENTRY) for user in users[5:]]) == len(users) - 5
+        cluster_client.release(shard, grant, users[:5])
+        cluster_client.unblock(shard, users, token)
+        notes.add_reads(shard, {1: 8, 2: 9})
+        notes.fade(shard)
+        assert notes.hottest(shard) == [2, 1]
+        notes.note_sweep(shard, Sweep(grant.nonce, 7, 8))
+        assert notes.last_sweep(shard) == Sweep(grant.nonce, 7, 8)
+        assert notes.present(shard, [users, users[:1]]) == [0, 0]
+    cluster_client.drop_generations([0, 1])

@@ -31,9 +31,11 @@ class Watched:
         self.asked = 0
         self.now_s = 1_800_000_000.0
         self.before_fill: Callable[[], None] = lambda: None
+        self.after_ask: Callable[[], None] = lambda: None
 
     def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant:
         self.asked += len(user_ids)
+        self.after_ask()
         return self.world.client.acquire(shard, user_ids)
 
     def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int:
@@ -310,16 +312,15 @@ def full(world: World, watched: Watched) -> tuple[Watched, Warmer]:
     room = watched.notes.memory().used_bytes + 1
 
     def take_the_rest() -> None:
-        # The second block's entries find the memory used up; whatever comes after them does not begin.
-        if len(watched.filled) == 1:
+        if watched.asked == 2 * BLOCK_USERS:
             world.raw.set("ballast", b"x" * 1_000_000)
 
-    watched.before_fill = take_the_rest
+    watched.after_ask = take_the_rest
     warmer = watched.warmer(budget_bytes=room + 900_000)
     report = warmer.warm_shard(SHARD)
     assert report.stopped_by_budget
     assert watched.filled == [1, 2]
-    watched.before_fill = lambda: None
+    watched.after_ask = lambda: None
     watched.filled.clear()
     return watched, warmer
 
