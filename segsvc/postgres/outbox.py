@@ -10,9 +10,7 @@ import sqlalchemy as sa
 from segsvc.domain.audit import AuditEntry
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
-
-OUTBOX_LOCK = 0x5E65_0003
-"""Advisory lock of the catalog: who holds it is the one publisher. Skipping locked rows would break the order."""
+from segsvc.postgres.locks import OUTBOX_LOCK
 
 
 class PostgresOutboxStore:

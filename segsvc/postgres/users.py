@@ -16,8 +16,8 @@ from segsvc.domain.errors import LockTimeout
 from segsvc.domain.events import Unstorable
 from segsvc.domain.user_fold import StoredUser, UserRow
 from segsvc.postgres import tables
-from segsvc.postgres.blocks import SHARD_LOCK
 from segsvc.postgres.engine import Databases, sqlstate
+from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.user_bits import PostgresShardBits, int_array
 
 _REFUSED_CLASSES = ("22", "23")

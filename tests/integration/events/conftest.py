@@ -18,6 +18,7 @@ from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.ingestion import Ingestion
+from tests.installation import create_databases
 
 _numbers = itertools.count()
 
@@ -96,25 +97,16 @@ def make_shards(pg_server: PostgresServer) -> Iterator[MakeShards]:
 
     def make(shard_count: int = 1, **settings: object) -> Shards:
         number = next(_numbers)
-        names = [f"events_{number}_{shard}" for shard in range(shard_count)]
-        catalog = f"events_{number}_catalog"
-        for name in (*names, catalog):
-            pg_server.create_database(name)
+        catalog, *shards = [f"events_{number}_{name}" for name in ("catalog", *range(shard_count))]
         values = Settings(
             _env_file=None,
-            shard_dsns=tuple(pg_server.dsn(name) for name in names),
+            shard_dsns=tuple(pg_server.dsn(name) for name in shards),
             catalog_dsn=pg_server.dsn(catalog),
             **settings,
         )
+        create_databases(pg_server, [catalog, *shards], values.cluster)
         databases = Databases(values, "test", Pool(4))
         made.append(databases)
-        tables.catalog.create_all(databases.catalog)
-        for shard, engine in enumerate(databases.shards):
-            tables.shard.create_all(engine)
-            with engine.begin() as connection:
-                connection.execute(
-                    sa.insert(tables.shard_state).values(cluster="test", shard=shard, shard_count=shard_count)
-                )
         cache = FakeCache()
         return Shards(values, databases, Ingestion(PostgresUserStore(databases), cache, NoFailpoints()), cache)
 

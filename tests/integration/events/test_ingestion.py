@@ -17,8 +17,8 @@ from segsvc.domain.events import CreateUser, DeleteUser, UpdateUser, UserEvent
 from segsvc.failpoints import NoFailpoints
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
-from segsvc.postgres.blocks import SHARD_LOCK
 from segsvc.postgres.engine import Databases
+from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.ingestion import BatchReport, Ingestion
 from tests.integration.events.conftest import MakeShards, Shards
