@@ -6,6 +6,7 @@ from celery.signals import worker_ready
 
 from segsvc.domain.errors import ServiceError
 from segsvc.log import get_logger
+from segsvc.metrics import recovery_time
 from tasks.app import app, runtime
 
 log = get_logger(__name__)
@@ -16,6 +17,7 @@ def recover() -> None:
     """Carry on operations that nobody carries on, and end prepared transactions by the ledger."""
     try:
         runtime().coordinator.recover()
+        recovery_time.set_to_current_time()
     except ServiceError as error:
         # The next run is two seconds away; whatever could be reached has been looked after.
         log.warning("recovery_incomplete", reason=error.reason.text, **error.metadata)
