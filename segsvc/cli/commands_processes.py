@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -11,6 +15,8 @@ import typer
 from segsvc.cli.base import FAILED, Refusal, settings_of_process
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from segsvc.bootstrap import TaskSender
     from segsvc.config import Settings
 
@@ -50,24 +56,60 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")])
     from segsvc.cli.startup import start_process  # noqa: PLC0415
 
     settings = settings_of_process()
-    start_process(settings)
-    processes = {
-        Queue.OPERATIONS: settings.operation_worker_processes,
-        Queue.EVENTS: settings.event_worker_processes,
-        Queue.WARMING: settings.warming_worker_processes,
+    processes, metrics_address = {
+        Queue.OPERATIONS: (settings.operation_worker_processes, settings.operation_worker_metrics_address),
+        Queue.EVENTS: (settings.event_worker_processes, settings.event_worker_metrics_address),
+        Queue.WARMING: (settings.warming_worker_processes, settings.warming_worker_metrics_address),
     }[queue]
-    _celery(
-        "worker",
-        f"--queues={queue.value}",
-        f"--hostname={queue.value}@%h",
-        f"--concurrency={processes}",
-        # Workers need nothing of each other: what they know is in the ledger.
-        "--without-mingle",
-        "--without-gossip",
-        # Flower lives on them.
-        "--task-events",
-        f"--loglevel={settings.log_level}",
-    )
+    with _worker_metrics(metrics_address, settings.stack_dir):
+        start_process(settings)
+        _celery(
+            "worker",
+            f"--queues={queue.value}",
+            f"--hostname={queue.value}@%h",
+            f"--concurrency={processes}",
+            # Workers need nothing of each other: what they know is in the ledger.
+            "--without-mingle",
+            "--without-gossip",
+            # Flower lives on them.
+            "--task-events",
+            f"--loglevel={settings.log_level}",
+        )
+
+
+@contextmanager
+def _worker_metrics(address: str, stack_dir: Path) -> Iterator[None]:
+    """Serve the metrics of a worker and its children, added up, while the block runs.
+
+    They keep them in files of a fresh folder, in a local stack below its own. Nothing may have imported
+    ``prometheus_client`` before: its import decides where values live.
+
+    Raises:
+        Refusal: nothing can listen there.
+    """
+    if not address:
+        yield
+        return
+    parent = stack_dir if stack_dir.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="segsvc-metrics-", dir=parent, ignore_cleanup_errors=True) as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        from segsvc.metrics_http import all_processes  # noqa: PLC0415
+
+        with _serving(address, all_processes(Path(folder))):
+            yield
+
+
+@contextmanager
+def _serving(address: str, registry: CollectorRegistry | None = None) -> Iterator[None]:
+    """Serve metrics; ``registry`` None: those of this process. Raises Refusal if nothing can listen there."""
+    from segsvc.metrics_http import MetricsAddressError, serving  # noqa: PLC0415
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(serving(address, registry))
+        except MetricsAddressError as error:
+            raise Refusal(str(error)) from error
+        yield
 
 
 def beat() -> None:
@@ -86,8 +128,9 @@ def bridge() -> None:
     from tasks.kafka_bridge import run_bridge  # noqa: PLC0415
 
     settings = settings_of_process()
-    start_process(settings)
-    run_bridge(settings)
+    with _serving(settings.bridge_metrics_address):
+        start_process(settings)
+        run_bridge(settings)
 
 
 def flower() -> None:

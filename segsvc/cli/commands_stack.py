@@ -25,8 +25,15 @@ def up() -> None:
     shown = table("what", "where")
     shown.add_row("gRPC", settings.grpc_address)
     shown.add_row("Flower", f"http://{settings.flower_address} ({settings.flower_user}, {settings.flower_password})")
-    if settings.metrics_address:
-        shown.add_row("metrics", f"http://{settings.metrics_address}/metrics")
+    for process, address in (
+        ("front", settings.metrics_address),
+        ("operations worker", settings.operation_worker_metrics_address),
+        ("events worker", settings.event_worker_metrics_address),
+        ("warming worker", settings.warming_worker_metrics_address),
+        ("bridge", settings.bridge_metrics_address),
+    ):
+        if address:
+            shown.add_row(f"metrics, {process}", f"http://{address}/metrics")
     shown.add_row("settings", str(settings.stack_dir / "stack.env"))
     console().print(shown)
 

@@ -25,9 +25,7 @@ from segsvc.domain.errors import LockTimeout
 from segsvc.postgres import identity, tables
 from segsvc.postgres.engine import translated
 from segsvc.postgres.identity import Database, Finding, FindingsError, Kind, Seen, StartupError
-
-MIGRATION_LOCK: Final = 0x5E65_0003
-"""Key of the advisory lock that one migrator of a database holds at a time."""
+from segsvc.postgres.locks import MIGRATION_LOCK
 
 _WAIT_S: Final = 60
 """Longest wait for another migrator of the same database."""

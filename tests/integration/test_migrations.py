@@ -16,7 +16,8 @@ from segsvc.config import Settings
 from segsvc.local.postgres import PostgresServer
 from segsvc.postgres import tables
 from segsvc.postgres.identity import Kind, StartupError
-from segsvc.postgres.migrate import MIGRATION_LOCK, Migrated, MigrationError, head, inspect, migrate, verify
+from segsvc.postgres.locks import MIGRATION_LOCK
+from segsvc.postgres.migrate import Migrated, MigrationError, head, inspect, migrate, verify
 
 _numbers = count()
 

@@ -69,6 +69,12 @@ def upgrade() -> None:
             comment="last time a chord was sent; quiet since then: recovery sends another",
         ),
         sa.Column("commit_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column(
+            "shards_committed_time",
+            postgresql.TIMESTAMP(timezone=True),
+            nullable=True,
+            comment="known by then; noted only if the cache cannot be told",
+        ),
         sa.Column("end_time", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.CheckConstraint(
             "state IN ('QUEUED','PREPARING','COMMITTED','DONE','ABORTED')", name=op.f("ck_operations_state")
