@@ -8,9 +8,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from segsvc.postgres import tables
-
-COMMIT_ORDER_LOCK = 0x5E65_0002
-"""Advisory lock of the catalog under which commit sequence numbers are drawn."""
+from segsvc.postgres.locks import COMMIT_ORDER_LOCK
 
 
 def record(

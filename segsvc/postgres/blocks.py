@@ -19,9 +19,7 @@ from segsvc.domain import bits
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.postgres import tables
-
-SHARD_LOCK = 0x5E65_0001
-"""Key of the shard's advisory lock: operations hold it exclusively, changes of users share it."""
+from segsvc.postgres.locks import SHARD_LOCK
 
 _HEADER_BYTES = 19
 _TRAILER_BYTES = 2

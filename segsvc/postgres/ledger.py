@@ -6,7 +6,6 @@ Implements ``twophase.Ledger`` and the store of ``services.operations``. Times a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -29,9 +28,16 @@ from segsvc.domain.operation import (
 from segsvc.domain.segment import Segment
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
+from segsvc.metrics import operations_finished
 from segsvc.postgres import ledger_steps, tables
 from segsvc.postgres.engine import Databases, sqlstate
-from segsvc.postgres.ledger_views import select_outcomes, select_progress
+from segsvc.postgres.ledger_views import (
+    select_operation_locked,
+    select_operations,
+    select_outcomes,
+    select_progress,
+    select_votes,
+)
 from segsvc.twophase import OpenOperation, WorkFailed
 
 log = get_logger(__name__)
@@ -74,7 +80,7 @@ class PostgresLedger:
     def get(self, operation_id: UUID) -> Operation | None:
         """The operation as it is now, its votes included; None: there is none of this id."""
         with self._databases.catalog_tx() as connection:
-            found = _load(connection, _operations.id == operation_id)
+            found = select_operations(connection, _operations.id == operation_id)
         return found[0] if found else None
 
     def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
@@ -89,7 +95,7 @@ class PostgresLedger:
     def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
         """Those of these operations that are DONE or ABORTED."""
         with self._databases.catalog_tx() as connection:
-            return _load(
+            return select_operations(
                 connection,
                 _operations.id.in_(operation_ids),
                 _operations.state.in_([OperationState.DONE.name, OperationState.ABORTED.name]),
@@ -107,7 +113,7 @@ class PostgresLedger:
         if before_seq is not None:
             conditions.append(_operations.seq < before_seq)
         with self._databases.catalog_tx() as connection:
-            return _load(connection, *conditions, order=_operations.seq.desc(), limit=page_size)
+            return select_operations(connection, *conditions, order=_operations.seq.desc(), limit=page_size)
 
     def open_operations(self) -> Sequence[OpenOperation]:
         """All operations that are not final, oldest first, judged by the catalog's clock."""
@@ -131,7 +137,9 @@ class PostgresLedger:
                     ),
                 ).where(_operations.state.in_([state.name for state in _OPEN]))
             ).all()
-            loaded = _load(connection, _operations.id.in_([row.id for row in judged]), order=_operations.seq.asc())
+            loaded = select_operations(
+                connection, _operations.id.in_([row.id for row in judged]), order=_operations.seq.asc()
+            )
         flags = {row.id: row for row in judged}
         return [
             OpenOperation(operation, expired=flags[operation.id].expired, quiet=flags[operation.id].quiet)
@@ -144,7 +152,7 @@ class PostgresLedger:
             outcomes = select_outcomes(connection, [operation_id])
             if operation_id not in outcomes:
                 return None
-            counts = _load_votes(connection, [operation_id]).get(operation_id, [])
+            counts = select_votes(connection, [operation_id]).get(operation_id, [])
         return OperationResult(outcomes[operation_id], counts)
 
     def details(self, operation_ids: Sequence[UUID]) -> Mapping[UUID, OperationDetails]:
@@ -167,17 +175,18 @@ class PostgresLedger:
         while True:
             try:
                 with self._databases.catalog_tx() as connection:
-                    operation_id, started = ledger_steps.start_oldest(connection, self._deadline_s)
+                    dequeued = ledger_steps.start_oldest(connection, self._deadline_s)
             except exc.IntegrityError as error:
                 if sqlstate(error) != UNIQUE_VIOLATION:
                     raise
                 # uq_operations_in_flight: another process started one between our look and our write.
                 return None
-            if operation_id is None:
+            if dequeued is None:
                 return None
-            if started:
-                self._crash.reach("started", operation=operation_id)
-                return self.get(operation_id)
+            if dequeued.valid:
+                self._crash.reach("started", operation=dequeued.operation_id)
+                return self.get(dequeued.operation_id)
+            _count_ended(dequeued.kind, OperationState.ABORTED)
 
     def claim_dispatch(self, operation_id: UUID) -> bool:
         """Whether the caller sends the fresh chord; the row lock lets one of several recoveries win."""
@@ -226,7 +235,7 @@ class PostgresLedger:
         """
         try:
             with self._databases.catalog_tx() as connection:
-                operation = _load_locked(connection, operation_id)
+                operation = select_operation_locked(connection, operation_id)
                 if operation is None or operation.state is not OperationState.PREPARING:
                     return False
                 if len(operation.votes) < self._shard_count:
@@ -245,7 +254,24 @@ class PostgresLedger:
     def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
         """Decide against: one of ``from_states`` → ABORTED, what was reserved given back, in one transaction."""
         with self._databases.catalog_tx() as connection:
-            return ledger_steps.abort(connection, operation_id, failure, from_states)
+            kind = ledger_steps.abort(connection, operation_id, failure, from_states)
+        if kind is None:
+            return False
+        _count_ended(kind, OperationState.ABORTED)
+        return True
+
+    def all_shards_committed(self, operation_id: UUID) -> float:
+        """Note it once, by the catalog's clock; seconds since it was noted first, 0 if it is not COMMITTED any more."""
+        now = sa.func.clock_timestamp()
+        noted = _operations.shards_committed_time
+        with self._databases.catalog_tx() as connection:
+            waited_s = connection.execute(
+                sa.update(tables.operations)
+                .where(_operations.id == operation_id, _operations.state == OperationState.COMMITTED.name)
+                .values(shards_committed_time=sa.func.coalesce(noted, now))
+                .returning(sa.extract("epoch", now - noted))
+            ).scalar_one_or_none()
+        return float(waited_s or 0)
 
     def finish(self, operation_id: UUID) -> bool:
         """COMMITTED → DONE; a deleted segment leaves the catalog in the same transaction, its slug free again."""
@@ -260,6 +286,7 @@ class PostgresLedger:
                 return False
             if row.kind == OperationKind.DELETE:
                 connection.execute(sa.delete(tables.segments).where(tables.segments.c.id == row.segment_id))
+        _count_ended(OperationKind(row.kind), OperationState.DONE)
         return True
 
     # -- hints for people -------------------------------------------------------------------------------------------
@@ -331,70 +358,6 @@ class PostgresLedger:
         return self.get(operation_id)
 
 
-def _load(
-    connection: sa.Connection,
-    *conditions: sa.ColumnElement[bool],
-    order: sa.ColumnElement[Any] | None = None,
-    limit: int | None = None,
-    lock: bool = False,
-) -> list[Operation]:
-    query = sa.select(
-        _operations.id,
-        _operations.seq,
-        _operations.plan,
-        _operations.state,
-        _operations.create_time,
-        _operations.start_time,
-        _operations.deadline,
-        _operations.commit_time,
-        _operations.end_time,
-        _operations.failure,
-        _operations.commit_seq,
-    ).where(*conditions)
-    if order is not None:
-        query = query.order_by(order)
-    if limit is not None:
-        query = query.limit(limit)
-    if lock:
-        query = query.with_for_update()
-    rows = connection.execute(query).all()
-    votes = _load_votes(connection, [row.id for row in rows])
-    return [
-        Operation(
-            id=row.id,
-            seq=row.seq,
-            plan=OperationPlan.from_json(row.plan),
-            state=OperationState[row.state],
-            create_time=row.create_time,
-            start_time=row.start_time,
-            deadline=row.deadline,
-            commit_time=row.commit_time,
-            end_time=row.end_time,
-            failure=Failure.from_json(row.failure) if row.failure else None,
-            votes=votes.get(row.id, []),
-            commit_seq=row.commit_seq,
-        )
-        for row in rows
-    ]
-
-
-def _load_locked(connection: sa.Connection, operation_id: UUID) -> Operation | None:
-    """The operation with its row locked: votes that are in now are all that can be in before the decision."""
-    found = _load(connection, _operations.id == operation_id, lock=True)
-    return found[0] if found else None
-
-
-def _load_votes(connection: sa.Connection, operation_ids: Sequence[UUID]) -> dict[UUID, list[ShardCounts]]:
-    votes: dict[UUID, list[ShardCounts]] = {}
-    if not operation_ids:
-        return votes
-    rows = connection.execute(
-        sa.select(_votes.operation_id, _votes.shard, _votes.matched, _votes.added, _votes.removed, _votes.members)
-        .where(_votes.operation_id.in_(operation_ids))
-        .order_by(_votes.operation_id, _votes.shard)
-    ).all()
-    for row in rows:
-        votes.setdefault(row.operation_id, []).append(
-            ShardCounts(row.shard, row.matched, row.added, row.removed, row.members)
-        )
-    return votes
+def _count_ended(kind: OperationKind, state: OperationState) -> None:
+    """Called by whoever won the compare-and-set, after its transaction: so each operation is counted once at most."""
+    operations_finished.labels(kind.name, state.name).inc()

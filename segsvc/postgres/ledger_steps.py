@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -54,12 +55,17 @@ def count_segments(connection: sa.Connection) -> int:
     return int(connection.execute(sa.select(sa.func.count()).select_from(tables.segments)).scalar_one())
 
 
-def start_oldest(connection: sa.Connection, deadline_s: float) -> tuple[UUID | None, bool]:
-    """Move the oldest QUEUED operation on.
+@dataclass(frozen=True, slots=True)
+class Dequeued:
+    """An operation that has left the queue. ``valid``: it is PREPARING now; otherwise it is ABORTED."""
 
-    Returns:
-        (id, True) if it is PREPARING now; (id, False) if it was not valid any more and is ABORTED; (None, False) if
-        there was nothing to start.
+    operation_id: UUID
+    kind: OperationKind
+    valid: bool
+
+
+def start_oldest(connection: sa.Connection, deadline_s: float) -> Dequeued | None:
+    """Move the oldest QUEUED operation on. None: there was nothing to start.
 
     Raises:
         sqlalchemy.exc.IntegrityError: another one is in flight since this looked; nothing changed.
@@ -67,7 +73,7 @@ def start_oldest(connection: sa.Connection, deadline_s: float) -> tuple[UUID | N
     # Only spares a pointless attempt: what keeps two out is the unique index, which the update below runs into.
     in_flight = sa.exists().where(_operations.state.in_([OperationState.PREPARING.name, OperationState.COMMITTED.name]))
     if connection.execute(sa.select(in_flight)).scalar_one():
-        return None, False
+        return None
     row = connection.execute(
         sa.select(_operations.id, _operations.plan)
         .where(_operations.state == OperationState.QUEUED.name)
@@ -76,11 +82,12 @@ def start_oldest(connection: sa.Connection, deadline_s: float) -> tuple[UUID | N
         .with_for_update()
     ).one_or_none()
     if row is None:  # also when another process moved it while this waited for the row
-        return None, False
-    failure = _validate_and_reserve(connection, OperationPlan.from_json(row.plan))
+        return None
+    plan = OperationPlan.from_json(row.plan)
+    failure = _validate_and_reserve(connection, plan)
     if failure is not None:
         abort(connection, row.id, failure, [OperationState.QUEUED])
-        return row.id, False
+        return Dequeued(row.id, plan.kind, valid=False)
     now = sa.func.clock_timestamp()
     connection.execute(
         sa.update(tables.operations)
@@ -92,7 +99,7 @@ def start_oldest(connection: sa.Connection, deadline_s: float) -> tuple[UUID | N
             deadline=now + sa.func.make_interval(0, 0, 0, 0, 0, 0, deadline_s),
         )
     )
-    return row.id, True
+    return Dequeued(row.id, plan.kind, valid=True)
 
 
 def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
@@ -154,8 +161,8 @@ def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
 
 def abort(
     connection: sa.Connection, operation_id: UUID, failure: Failure, from_states: Sequence[OperationState]
-) -> bool:
-    """Decide against an operation and give back what it had reserved. False: it was in none of these states."""
+) -> OperationKind | None:
+    """Decide against an operation and give back what it had reserved. Its kind; None: it is in none of these states."""
     row = connection.execute(
         sa.update(tables.operations)
         .where(_operations.id == operation_id, _operations.state.in_([state.name for state in from_states]))
@@ -163,14 +170,14 @@ def abort(
         .returning(_operations.kind, _operations.segment_id)
     ).one_or_none()
     if row is None:
-        return False
+        return None
     if row.kind == OperationKind.CREATE:
         connection.execute(
             sa.delete(tables.segments).where(_segments.id == row.segment_id, _segments.state == SegmentState.RESERVED)
         )
         # A creation that failed is no answer to keep: the same request may be made again.
         connection.execute(sa.delete(tables.requests).where(_requests.operation_id == operation_id))
-    return True
+    return OperationKind(row.kind)
 
 
 def commit(connection: sa.Connection, operation: Operation) -> None:

@@ -1,19 +1,100 @@
-"""What is shown of operations beside their rows, for many of them at once."""
+"""Operations as they are read, many at once: their rows with votes, and what is shown of them beside these."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from segsvc.domain.operation import ShardProgress, ShardState
+from segsvc.domain.operation import (
+    Failure,
+    Operation,
+    OperationPlan,
+    OperationState,
+    ShardCounts,
+    ShardProgress,
+    ShardState,
+)
 from segsvc.domain.segment import Segment
 from segsvc.postgres import tables
 from segsvc.postgres.segment_rows import segment_from_json
 
 _operations = tables.operations.c
+_votes = tables.votes.c
 _progress = tables.progress.c
+
+
+def select_operations(
+    connection: sa.Connection,
+    *conditions: sa.ColumnElement[bool],
+    order: sa.ColumnElement[Any] | None = None,
+    limit: int | None = None,
+    lock: bool = False,
+) -> list[Operation]:
+    """Operations that fulfil all conditions, votes included; ``lock``: their rows are locked for a change."""
+    query = sa.select(
+        _operations.id,
+        _operations.seq,
+        _operations.plan,
+        _operations.state,
+        _operations.create_time,
+        _operations.start_time,
+        _operations.deadline,
+        _operations.commit_time,
+        _operations.end_time,
+        _operations.failure,
+        _operations.commit_seq,
+    ).where(*conditions)
+    if order is not None:
+        query = query.order_by(order)
+    if limit is not None:
+        query = query.limit(limit)
+    if lock:
+        query = query.with_for_update()
+    rows = connection.execute(query).all()
+    votes = select_votes(connection, [row.id for row in rows])
+    return [
+        Operation(
+            id=row.id,
+            seq=row.seq,
+            plan=OperationPlan.from_json(row.plan),
+            state=OperationState[row.state],
+            create_time=row.create_time,
+            start_time=row.start_time,
+            deadline=row.deadline,
+            commit_time=row.commit_time,
+            end_time=row.end_time,
+            failure=Failure.from_json(row.failure) if row.failure else None,
+            votes=votes.get(row.id, []),
+            commit_seq=row.commit_seq,
+        )
+        for row in rows
+    ]
+
+
+def select_operation_locked(connection: sa.Connection, operation_id: UUID) -> Operation | None:
+    """The operation with its row locked: votes that are in now are all that can be in before the decision."""
+    found = select_operations(connection, _operations.id == operation_id, lock=True)
+    return found[0] if found else None
+
+
+def select_votes(connection: sa.Connection, operation_ids: Sequence[UUID]) -> dict[UUID, list[ShardCounts]]:
+    """The votes for these operations, by shard; those without one are left out."""
+    votes: dict[UUID, list[ShardCounts]] = {}
+    if not operation_ids:
+        return votes
+    rows = connection.execute(
+        sa.select(_votes.operation_id, _votes.shard, _votes.matched, _votes.added, _votes.removed, _votes.members)
+        .where(_votes.operation_id.in_(operation_ids))
+        .order_by(_votes.operation_id, _votes.shard)
+    ).all()
+    for row in rows:
+        votes.setdefault(row.operation_id, []).append(
+            ShardCounts(row.shard, row.matched, row.added, row.removed, row.members)
+        )
+    return votes
 
 
 def select_progress(connection: sa.Connection, operation_ids: Sequence[UUID]) -> dict[UUID, list[ShardProgress]]:

@@ -91,6 +91,7 @@ operations = sa.Table(
     sa.Column("deadline", _TIME),
     sa.Column("dispatch_time", _TIME, comment="last time a chord was sent; quiet since then: recovery sends another"),
     sa.Column("commit_time", _TIME),
+    sa.Column("shards_committed_time", _TIME, comment="known by then; noted only if the cache cannot be told"),
     sa.Column("end_time", _TIME),
     sa.CheckConstraint("state IN ('QUEUED','PREPARING','COMMITTED','DONE','ABORTED')", name="state"),
     sa.Index("ix_operations_slug", "slug", "seq"),

@@ -21,6 +21,7 @@ from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.ingestion import Ingestion
+from tests.installation import create_databases
 
 SHARDS = 4
 
@@ -57,18 +58,8 @@ class Installation:
         return Settings(cluster=self.name, catalog_dsn=catalog, shard_dsns=tuple(shards), cache_url=self.cache.url)
 
     def create(self) -> None:
-        for name in self.database_names:
-            self.server.create_database(name)
+        create_databases(self.server, self.database_names, self.name)
         self.databases = Databases(self._settings(), "test", Pool(2))
-        tables.catalog.create_all(self.databases.catalog)
-        with self.databases.catalog.begin() as connection:
-            connection.execute(sa.insert(tables.installation).values(cluster=self.name, shard_count=SHARDS))
-        for shard, engine in enumerate(self.databases.shards):
-            tables.shard.create_all(engine)
-            with engine.begin() as connection:
-                connection.execute(
-                    sa.insert(tables.shard_state).values(cluster=self.name, shard=shard, shard_count=SHARDS)
-                )
 
     def create_users(self, users: Mapping[int, Mapping[str, Any]]) -> None:
         """Apply create-user events of these users, attributes by id."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -20,44 +17,18 @@ from segmentation.v1 import segments_pb2 as pb
 
 from tests.contract.conftest import FrontUnderTest, eventually, new_slug
 from tests.contract.refusals import read_status, refused
-
-State = operations_pb2.OperationMetadata.State
-NOBODY = f"operations/{UUID(int=0)}"
-
-
-def roll_out(front: FrontUnderTest, slug: str, percent: float, timeout: float = 20, **fields: Any) -> lro.Operation:
-    request = pb.RollOutSegmentRequest(slug=slug, rule={"percent": percent}, **fields)
-    return front.segments.RollOutSegment(request, timeout=timeout)
-
-
-def delete(front: FrontUnderTest, slug: str, **fields: Any) -> lro.Operation:
-    return front.segments.DeleteSegment(pb.DeleteSegmentRequest(slug=slug, **fields), timeout=20)
-
-
-def metadata(operation: lro.Operation) -> operations_pb2.OperationMetadata:
-    found = operations_pb2.OperationMetadata()
-    assert operation.metadata.Unpack(found)
-    return found
-
-
-def wait(front: FrontUnderTest, name: str, timeout: float = 20) -> lro.Operation:
-    return front.operations.WaitOperation(lro.WaitOperationRequest(name=name), timeout=timeout)
-
-
-def get_operation(front: FrontUnderTest, name: str) -> lro.Operation:
-    return front.operations.GetOperation(lro.GetOperationRequest(name=name), timeout=10)
-
-
-@contextmanager
-def held(front: FrontUnderTest, point: str = "prepared-not-voted", operation: str = "") -> Iterator[Callable[[], None]]:
-    """Operations (or only the one of this name) wait at a point of the commit protocol until the block ends, or the
-    function it gives is called."""
-    file = front.failpoints / point
-    file.write_text(f"hold operation={operation.removeprefix('operations/')}" if operation else "hold")
-    try:
-        yield lambda: file.unlink(missing_ok=True)
-    finally:
-        file.unlink(missing_ok=True)
+from tests.contract.rollouts import (
+    NOBODY,
+    State,
+    delete,
+    get_operation,
+    held,
+    metadata,
+    operations_of,
+    roll_out,
+    running_operation,
+    wait,
+)
 
 
 @pytest.fixture
@@ -236,7 +207,7 @@ def test_a_cancelled_rollout_answers_with_its_error(front: FrontUnderTest, users
     before = front.create()
     with ThreadPoolExecutor(1) as threads, held(front):
         waiting = threads.submit(roll_out, front, before.slug, 10)
-        name = _running(front, before.slug)
+        name = running_operation(front, before.slug)
         front.operations.CancelOperation(lro.CancelOperationRequest(name=name), timeout=10)
         operation = waiting.result(timeout=10)
     assert operation.done
@@ -302,7 +273,7 @@ def test_a_creation_that_has_started_and_is_not_decided(front: FrontUnderTest) -
     with ThreadPoolExecutor(1) as threads, held(front) as release:
         roll_out(front, slug, 10, return_immediately=True)
         creation = threads.submit(refused, lambda: front.segments.CreateSegment(request, timeout=3))
-        with held(front, "voted", _running(front, late)):
+        with held(front, "voted", running_operation(front, late)):
             release()
             refusal = creation.result(timeout=10)
     assert refusal.code == StatusCode.DEADLINE_EXCEEDED
@@ -315,7 +286,9 @@ def test_the_broker_is_asked_before_anything_is_accepted(front: FrontUnderTest, 
         refusal = refused(call)
         assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "BROKER_UNAVAILABLE")
         assert refusal.retry_after_s
-    assert [metadata(operation).kind for operation in _of(front, slug)] == [operations_pb2.OperationMetadata.CREATE]
+    assert [metadata(operation).kind for operation in operations_of(front, slug)] == [
+        operations_pb2.OperationMetadata.CREATE
+    ]
 
 
 def test_more_segments_than_there_may_be(front: FrontUnderTest) -> None:
@@ -355,131 +328,6 @@ def test_a_repeated_deletion_is_the_same_operation(front: FrontUnderTest) -> Non
 def test_a_request_id_belongs_to_its_method(front: FrontUnderTest) -> None:
     slug, request_id = front.create().slug, str(uuid4())
     assert roll_out(front, slug, 10, request_id=request_id).name != delete(front, slug, request_id=request_id).name
-
-
-# -- google.longrunning.Operations ----------------------------------------------------------------------------------
-
-
-def test_names_of_operations(front: FrontUnderTest) -> None:
-    for call in (
-        lambda name: front.operations.GetOperation(lro.GetOperationRequest(name=name)),
-        lambda name: front.operations.WaitOperation(lro.WaitOperationRequest(name=name), timeout=5),
-        lambda name: front.operations.CancelOperation(lro.CancelOperationRequest(name=name)),
-        lambda name: list(front.watches.WatchOperation(operations_pb2.WatchOperationRequest(name=name), timeout=5)),
-    ):
-        missing, malformed, unknown = (refused(lambda n=name: call(n)) for name in ("", "operations/1", NOBODY))  # noqa: B023
-        assert (missing.reason, list(missing.violations)) == ("FIELD_REQUIRED", ["name"])
-        assert (malformed.reason, list(malformed.violations)) == ("FIELD_INVALID", ["name"])
-        assert (unknown.code, unknown.reason) == (StatusCode.NOT_FOUND, "OPERATION_NOT_FOUND")
-        assert unknown.metadata == {"operation": NOBODY}
-
-
-def test_operations_are_the_history(front: FrontUnderTest) -> None:
-    request = lro.DeleteOperationRequest(name=roll_out(front, front.create().slug, 1).name)
-    refusal = refused(lambda: front.operations.DeleteOperation(request))
-    assert (refusal.code, refusal.reason) == (StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
-
-
-def test_operations_are_listed_newest_first(front: FrontUnderTest) -> None:
-    slug = front.create().slug
-    names = [roll_out(front, slug, percent).name for percent in (1, 2, 3, 4, 5)]
-    listed = [operation.name for operation in _of(front, slug)]
-    assert listed[:5] == names[::-1]
-    assert len(listed) == 6
-    paged, token = [], ""
-    while True:
-        page = front.operations.ListOperations(
-            lro.ListOperationsRequest(name="operations", filter=f"slug = {slug}", page_size=4, page_token=token)
-        )
-        paged += [operation.name for operation in page.operations]
-        token = page.next_page_token
-        if not token:
-            break
-    assert paged == listed
-    assert get_operation(front, names[0]) == next(op for op in _of(front, slug) if op.name == names[0])
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("slug = {slug}", 3),
-        ('slug="{slug}"', 3),
-        ("slug = {slug} AND kind = ROLL_OUT", 2),
-        ("kind=CREATE AND state=DONE AND slug={slug}", 1),
-        ("  slug = {slug}   AND state = ABORTED ", 0),
-    ],
-)
-def test_filters(front: FrontUnderTest, text: str, count: int) -> None:
-    slug = front.create().slug
-    roll_out(front, slug, 1)
-    roll_out(front, slug, 2)
-    request = lro.ListOperationsRequest(name="operations", filter=text.format(slug=slug))
-    assert len(front.operations.ListOperations(request).operations) == count
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["slug", "slug = ", "slug = A", "name = x", "state = done", "kind = X", "slug = a OR slug = b", "slug=a AND slug=b",
-     "slug = a slug = b", "slug != a"],
-)  # fmt: skip
-def test_filters_that_are_none(front: FrontUnderTest, text: str) -> None:
-    refusal = refused(lambda: front.operations.ListOperations(lro.ListOperationsRequest(filter=text)))
-    assert (refusal.reason, list(refusal.violations)) == ("FIELD_INVALID", ["filter"])
-
-
-def test_what_cannot_be_asked_of_operations(front: FrontUnderTest) -> None:
-    ask = front.operations.ListOperations
-    assert list(refused(lambda: ask(lro.ListOperationsRequest(name="segments"))).violations) == ["name"]
-    assert list(refused(lambda: ask(lro.ListOperationsRequest(page_size=-1))).violations) == ["page_size"]
-    token = ask(lro.ListOperationsRequest(page_size=1)).next_page_token
-    for wrong in ({"page_token": "x"}, {"page_token": token, "filter": "kind = CREATE"}):
-        assert refused(lambda wrong=wrong: ask(lro.ListOperationsRequest(**wrong))).reason == "PAGE_TOKEN_INVALID"
-
-
-# -- watching -------------------------------------------------------------------------------------------------------
-
-
-def test_a_watch_shows_every_change_and_ends_with_the_end(front: FrontUnderTest, users: range) -> None:
-    slug = front.create().slug
-    with held(front) as release:
-        name = roll_out(front, slug, 10, return_immediately=True).name
-        watch = front.watches.WatchOperation(operations_pb2.WatchOperationRequest(name=name), timeout=20)
-        messages, times = [next(watch)], [time.monotonic()]
-        assert messages[0].metadata.state in (State.QUEUED, State.PREPARING)
-        release()
-        for message in watch:
-            messages.append(message)
-            times.append(time.monotonic())
-    assert [message.name for message in messages] == [name] * len(messages)
-    states = [message.metadata.state for message in messages]
-    assert states == sorted(states)
-    assert states[-1] == State.DONE
-    assert messages[-1].metadata == metadata(get_operation(front, name))
-    assert all(one != other for one, other in itertools.pairwise(messages))
-    assert all(later - earlier > 0.08 for earlier, later in itertools.pairwise(times))
-
-
-def test_a_watch_of_an_ended_operation_is_one_message(front: FrontUnderTest) -> None:
-    operation = roll_out(front, front.create().slug, 10)
-    watch = front.watches.WatchOperation(operations_pb2.WatchOperationRequest(name=operation.name), timeout=10)
-    assert [message.metadata for message in watch] == [metadata(operation)]
-
-
-def _of(front: FrontUnderTest, slug: str) -> list[lro.Operation]:
-    request = lro.ListOperationsRequest(name="operations", filter=f"slug = {slug}")
-    return list(front.operations.ListOperations(request, timeout=10).operations)
-
-
-def _running(front: FrontUnderTest, slug: str) -> str:
-    """The name of the newest operation of a slug, once there is one that has not ended."""
-    found: list[str] = []
-
-    def look() -> bool:
-        found[:] = [operation.name for operation in _of(front, slug)[:1] if not operation.done]
-        return bool(found)
-
-    eventually(look)
-    return found[0]
 
 
 def _nothing_prepared(front: FrontUnderTest) -> bool:

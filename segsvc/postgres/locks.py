@@ -1,0 +1,23 @@
+"""Keys of all advisory locks, in one place, so that no two are one by accident.
+
+A key is a number within one database. Each has a number of its own in all of them, since catalog and shards share code.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SHARD_LOCK: Final = 0x5E65_0001
+"""Of a shard: operations hold it exclusively, changes of users share it."""
+
+COMMIT_ORDER_LOCK: Final = 0x5E65_0002
+"""Of the catalog: under it, commit sequence numbers are drawn."""
+
+OUTBOX_LOCK: Final = 0x5E65_0003
+"""Of the catalog: who holds it is the one publisher. Skipping locked rows would break the order."""
+
+WARM_LOCK: Final = 0x5E65_0004
+"""Of a shard: a warmer holds it for the length of its session."""
+
+MIGRATION_LOCK: Final = 0x5E65_0005
+"""Of every database: one migrator holds it at a time."""

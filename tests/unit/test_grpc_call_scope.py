@@ -1,0 +1,79 @@
+"""Deadlines, and blocking calls on threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from grpc_api import call_scope
+from grpc_api.call_scope import BlockingCalls, Call
+from segsvc.domain.errors import Reason, ServiceError
+
+
+def call_with(deadline_s: float | None) -> Call:
+    now = time.monotonic()
+    return Call("/a.B/C", "id", now, None if deadline_s is None else now + deadline_s)
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "patience_s"), [(10.0, 9.0), (2.0, 1.8), (1.0, 0.8), (0.2, 0.0), (0.1, 0.0), (-1.0, 0.0)]
+)
+def test_patience_leaves_time_for_the_answer(deadline_s: float, patience_s: float) -> None:
+    assert call_with(deadline_s).patience_s() == pytest.approx(patience_s, abs=0.02)
+
+
+def test_without_a_deadline_there_is_no_end() -> None:
+    assert call_with(None).patience_s() is None
+    assert call_with(None).remaining_s() is None
+
+
+async def test_work_is_told_how_much_time_is_left() -> None:
+    blocking = BlockingCalls("test", threads=1, waiting_max=1, bound_s=30)
+    for deadline_s, told in ((5.0, 5.0), (None, None), (60.0, None)):
+        call_scope.enter(call_with(deadline_s))
+        left = await blocking.run(lambda timeout_s: timeout_s)
+        assert left == (told if told is None else pytest.approx(told, abs=0.1))
+    blocking.close()
+
+
+async def test_a_call_whose_turn_comes_too_late_does_nothing() -> None:
+    blocking = BlockingCalls("test", threads=1, waiting_max=1, bound_s=30)
+    call_scope.enter(call_with(-0.1))
+    done: list[None] = []
+    with pytest.raises(ServiceError) as caught:
+        await blocking.run(lambda _: done.append(None))
+    assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+    assert not done
+    blocking.close()
+
+
+async def test_what_waits_is_bounded_and_its_place_comes_back() -> None:
+    blocking = BlockingCalls("test", threads=1, waiting_max=1, bound_s=30)
+    call_scope.enter(call_with(None))
+    release = threading.Event()
+    running = asyncio.create_task(blocking.run(lambda _: release.wait(5)))
+    waiting = asyncio.create_task(blocking.run(lambda _: "never begun"))
+    await asyncio.sleep(0)
+    with pytest.raises(ServiceError) as caught:
+        await blocking.run(lambda _: None)
+    assert caught.value.reason is Reason.OVERLOADED
+    assert caught.value.retry_after_s
+    waiting.cancel()  # its client has gone: the place is free though no thread was
+    await asyncio.gather(waiting, return_exceptions=True)
+    third = asyncio.create_task(blocking.run(lambda _: "third"))
+    release.set()
+    assert await running
+    assert await third == "third"
+    blocking.close()
+
+
+async def test_exceptions_come_through() -> None:
+    blocking = BlockingCalls("test", threads=1, waiting_max=0, bound_s=30)
+    call_scope.enter(call_with(None))
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            await blocking.run(lambda _: 1 / 0)
+    blocking.close()
