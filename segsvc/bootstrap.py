@@ -14,7 +14,7 @@ from segsvc.domain.operation import Operation, ShardCounts
 from segsvc.failpoints import failpoints
 from segsvc.fan_out import ThreadFanOut
 from segsvc.log import get_logger
-from segsvc.metrics import recovery_alarms
+from segsvc.metrics import in_doubt_seconds, recovery_alarms
 from segsvc.postgres.audit_reads import PostgresAuditReads
 from segsvc.postgres.blocks import PostgresShardTransaction
 from segsvc.postgres.catalog import PostgresSegmentCatalog
@@ -51,12 +51,18 @@ class TaskSender(Dispatcher, Broker, Protocol):
     """Celery, as far as this package needs it."""
 
 
-class LogAlarms:
-    """Alarms as log lines and a metric; an alert rule watches the metric."""
+class MetricsObserver:
+    """What the protocol observes, as metrics, which alert rules watch; alarms in the log as well.
+
+    Implements ``twophase.Observer``.
+    """
 
     def raise_alarm(self, what: str, **where: object) -> None:
         recovery_alarms.labels(what).inc()
         log.error("alarm", what=what, **{key: str(value) for key, value in where.items()})
+
+    def in_doubt(self, shard: int, oldest_s: float) -> None:
+        in_doubt_seconds.labels(shard).set(oldest_s)
 
 
 def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: ProgressHook, write: bool) -> ShardCounts:
@@ -97,7 +103,7 @@ class OperationParts:
             invalidation=invalidation,
             dispatcher=dispatcher,
             fan_out=self.fan_out,
-            alarms=LogAlarms(),
+            observer=MetricsObserver(),
             crash_points=crash_points,
         )
 
@@ -195,17 +201,21 @@ class Front:
         self.users = UserService(PostgresUserReader(self.databases))
         self.probes = PostgresProbes(self.databases)
         self.watcher = OperationEndWatcher(parts.ledger)
+        # Not the coordinator's threads: a visit that prepares a shard may end in an abort, which visits all shards
+        # itself and would wait for threads that wait for it.
+        self._creation_fan_out = ThreadFanOut(max(1, settings.shard_count))
         self.operations = OperationService(
             store=parts.ledger,
             coordinator=parts.coordinator,
             broker=sender,
             watcher=self.watcher,
             shards=range(settings.shard_count),
-            fan_out=self.fan_out,
+            fan_out=self._creation_fan_out,
         )
 
     def close(self) -> None:
         self.watcher.close()
+        self._creation_fan_out.close()
         self.fan_out.close()
         self.cache.close()
         self.databases.close()

@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     grpc_tls_key: Path | None = Field(None, description="PEM private key; only with SEGSVC_GRPC_FRONT=grpcio.")
     grpc_reflection: bool = Field(False, description="Serve gRPC reflection (off in production).")
     front_processes: int = Field(1, ge=1, le=64, description="Front processes sharing the port (SO_REUSEPORT).")
-    metrics_address: str = Field("127.0.0.1:9464", description="host:port of the front's Prometheus metrics; '' = off.")
+    metrics_address: str = Field(
+        "127.0.0.1:9464", description="host:port of the front's Prometheus metrics (process n: port + n); '' = off."
+    )
     cold_reads_max: int = Field(
         4096, ge=1, le=65536, description="Users that may wait for one shard's cold read at once; more: OVERLOADED."
     )
@@ -95,6 +97,16 @@ class Settings(BaseSettings):
     operation_worker_processes: int = Field(4, ge=1, le=64, description="Processes of the operations worker.")
     event_worker_processes: int = Field(2, ge=1, le=64, description="Processes of the events worker.")
     warming_worker_processes: int = Field(1, ge=1, le=64, description="Processes of the warming worker.")
+    operation_worker_metrics_address: str = Field(
+        "", description="host:port of the operations worker's Prometheus metrics; '' = off."
+    )
+    event_worker_metrics_address: str = Field(
+        "", description="host:port of the events worker's Prometheus metrics; '' = off."
+    )
+    warming_worker_metrics_address: str = Field(
+        "", description="host:port of the warming worker's Prometheus metrics; '' = off."
+    )
+    bridge_metrics_address: str = Field("", description="host:port of the bridge's Prometheus metrics; '' = off.")
     flower_address: str = Field("127.0.0.1:5555", description="host:port of Flower.")
     flower_user: str = Field("segsvc", description="User name of Flower's basic authentication.")
     flower_password: str = Field("", description="Password of Flower; empty: Flower refuses to start.")
@@ -122,6 +134,20 @@ class Settings(BaseSettings):
         for dsn in (value,) if isinstance(value, str) else value:
             if not dsn.startswith("postgresql+psycopg2://"):
                 raise ValueError("a DSN must start with postgresql+psycopg2://")
+        return value
+
+    @field_validator(
+        "metrics_address",
+        "operation_worker_metrics_address",
+        "event_worker_metrics_address",
+        "warming_worker_metrics_address",
+        "bridge_metrics_address",
+    )
+    @classmethod
+    def _address(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if value and not (host and port.isdecimal()):
+            raise ValueError("an address of metrics is host:port, or empty for none")
         return value
 
     @model_validator(mode="after")

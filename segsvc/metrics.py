@@ -1,30 +1,58 @@
-"""Every metric of the service, by name, in one place. Names are stable: dashboards and alert rules use them."""
+"""Every metric of the service, by name, in one place. Names are stable: dashboards and alert rules use them.
+
+A worker is several processes behind one address (``segsvc.metrics_http``): a gauge's ``multiprocess_mode`` says what
+their values make together.
+"""
 
 from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from segsvc.domain.events import TOPICS
+
 _FAST_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 # -- reads (front) --------------------------------------------------------------------------------------------------
 reads = Counter("segsvc_reads_total", "Users looked up, by where the answer came from.", ["source"])
-"""source: hit (cache), miss (shard, then filled), bypass (shard, not filled), error."""
+"""source: hit (cache), miss (shard, then filled), bypass (shard, not filled), unknown (no such user), error."""
 cold_read_seconds = Histogram("segsvc_cold_read_seconds", "One statement that loads users of a shard.", buckets=_FAST_S)
-cold_reads_waiting = Gauge("segsvc_cold_reads_waiting", "Users that wait for a cold read.", ["shard"])
+cold_reads_waiting = Gauge(
+    "segsvc_cold_reads_waiting", "Users that wait for a cold read.", ["shard"], multiprocess_mode="livesum"
+)
 
 # -- RPCs (front) ---------------------------------------------------------------------------------------------------
 rpcs = Counter("segsvc_rpcs_total", "Finished calls outside the hot lane.", ["method", "code"])
 rpc_seconds = Histogram("segsvc_rpc_seconds", "Duration of calls outside the hot lane.", ["method"])
 
-# -- operations (workers) -------------------------------------------------------------------------------------------
+# -- operations (workers; those that a front creates, aborts or cancels are counted there) --------------------------
 operations_finished = Counter("segsvc_operations_finished_total", "Operations that ended.", ["kind", "state"])
-in_doubt_seconds = Gauge("segsvc_in_doubt_seconds", "Age of the oldest prepared transaction, per shard.", ["shard"])
+"""kind and state: names of the enumerations of the domain. Whoever made the operation final counts it."""
+in_doubt_seconds = Gauge(
+    "segsvc_in_doubt_seconds",
+    "Age of the oldest prepared transaction of a shard, as recovery last saw it.",
+    ["shard"],
+    # Recovery runs in one process of a worker now and in another one then: what the last of them saw is true.
+    multiprocess_mode="mostrecent",
+)
+recovery_time = Gauge(
+    "segsvc_recovery_timestamp_seconds",
+    "When recovery last ran to its end with everything in reach, in seconds since 1970.",
+    multiprocess_mode="max",
+)
 recovery_alarms = Counter("segsvc_recovery_alarms_total", "Things recovery must not decide; look at them.", ["what"])
+ALARMS = ("foreign-prepared", "unknown-prepared", "prepared-after-done", "prepared-lost")
+for _what in ALARMS:
+    # At 0 from the start: a rule that watches a counter rise does not see one that begins at 1.
+    recovery_alarms.labels(_what)
 
 # -- events (bridge, workers) ---------------------------------------------------------------------------------------
 events = Counter("segsvc_events_total", "Events taken from Kafka, by topic and outcome.", ["topic", "outcome"])
 """outcome: applied, ignored (no effect: a duplicate, or overtaken by a newer one), dead (on the dead-letter topic)."""
-event_batches_in_flight = Gauge("segsvc_event_batches_in_flight", "Batches that the bridge waits for.")
+for _topic in TOPICS:
+    events.labels(_topic, "dead")
+event_batches_in_flight = Gauge(
+    "segsvc_event_batches_in_flight", "Batches that the bridge waits for.", multiprocess_mode="livesum"
+)
 
 # -- warming (workers) ----------------------------------------------------------------------------------------------
 warmed = Counter("segsvc_warmed_entries_total", "Cache entries written by the warmer.", ["shard"])

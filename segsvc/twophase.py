@@ -121,6 +121,10 @@ class Ledger(Protocol):
     def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
         """Decide against: one of ``from_states`` → ABORTED. False: it was in none of them."""
 
+    def all_shards_committed(self, operation_id: UUID) -> float:
+        """Note that every shard of a COMMITTED operation has committed, unless it is noted already. Seconds since it
+        was noted first, by the catalog's clock; 0 if the operation is not COMMITTED any more."""
+
     def finish(self, operation_id: UUID) -> bool:
         """COMMITTED → DONE. False: somebody else did it."""
 
@@ -163,6 +167,10 @@ class Participant(Protocol):
 class Invalidation(Protocol):
     """The cache, as far as a bulk change needs it."""
 
+    @property
+    def entries_gone_after_s(self) -> float:
+        """How long after a change an entry that was read before it can still be there."""
+
     def drop_generations(self, shards: Sequence[int]) -> None:
         """Make every entry of these shards a miss. Raises CACHE_UNAVAILABLE: some may still be hits."""
 
@@ -181,10 +189,14 @@ class FanOut(Protocol):
         """Return when all visits have ended. Raises the first error, after all have ended."""
 
 
-class Alarms(Protocol):
-    """Told of things that recovery must not decide by itself, or that should never happen."""
+class Observer(Protocol):
+    """Told what people should know. Decides nothing, and must not raise."""
 
-    def raise_alarm(self, what: str, **where: object) -> None: ...
+    def raise_alarm(self, what: str, **where: object) -> None:
+        """Something that recovery must not decide by itself, or that should never happen."""
+
+    def in_doubt(self, shard: int, oldest_s: float) -> None:
+        """Age of the oldest of our prepared transactions that recovery found on a shard; 0: there was none."""
 
 
 class Coordinator:
@@ -203,7 +215,7 @@ class Coordinator:
         invalidation: Invalidation,
         dispatcher: Dispatcher,
         fan_out: FanOut,
-        alarms: Alarms,
+        observer: Observer,
         crash_points: CrashPoints,
     ) -> None:
         self._cluster = cluster
@@ -212,7 +224,7 @@ class Coordinator:
         self._invalidation = invalidation
         self._dispatcher = dispatcher
         self._fan_out = fan_out
-        self._alarms = alarms
+        self._observer = observer
         self._crash = crash_points
 
     def gid(self, operation_id: UUID, shard: int) -> Gid:
@@ -327,11 +339,33 @@ class Coordinator:
         """
         self._fan_out(lambda participant: self._commit_shard(operation, participant), self.participants)
         self._crash.reach("committed-not-invalidated", operation=operation.id)
-        self._invalidation.drop_generations(range(len(self.participants)))
+        self._publish(operation)
         self._crash.reach("invalidated-not-done", operation=operation.id)
         self._ledger.finish(operation.id)
         self._crash.reach("done-next-not-started", operation=operation.id)
         self.start_next()
+
+    def _publish(self, operation: Operation) -> None:
+        """Drop the caches' generations; or, where no cache can be reached, wait until its entries have ended.
+
+        Every shard has committed. What may still be old in a cache was filled under a lease that was given before the
+        last COMMIT PREPARED: under a later one the shard is read after it, and gives the new bits. Such a lease ends
+        by itself, and so does the entry that was filled under it; reads lengthen neither. The time is counted from a
+        moment at which every shard is known to have committed. The decision's own time would be too early: a shard
+        can be down for days between the two, and its old entries be filled until it commits.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE: not yet.
+        """
+        try:
+            self._invalidation.drop_generations(range(len(self.participants)))
+        except ServiceError as error:
+            if error.reason is not Reason.CACHE_UNAVAILABLE:
+                raise
+            waited_s = self._ledger.all_shards_committed(operation.id)
+            if waited_s <= self._invalidation.entries_gone_after_s:
+                raise
+            log.warning("finished_without_the_cache", operation=str(operation.id), waited_s=round(waited_s))
 
     def _commit_shard(self, operation: Operation, participant: Participant) -> None:
         """Make a COMMITTED operation's work visible on one shard."""
@@ -350,7 +384,7 @@ class Coordinator:
             return
         # Voted, decided, and gone without a trace: a server that lost a prepared transaction. The work is
         # deterministic, so doing it again gives the other shards' result.
-        self._alarms.raise_alarm("prepared-lost", operation=str(operation.id), shard=participant.shard)
+        self._observer.raise_alarm("prepared-lost", operation=str(operation.id), shard=participant.shard)
         participant.redo(operation)
 
     # -- against ----------------------------------------------------------------------------------------------------
@@ -393,19 +427,18 @@ class Coordinator:
         Raises:
             ServiceError: the catalog is out of reach (nothing was done), or a shard was (all others were done).
         """
-        found: list[tuple[Participant, Prepared]] = []
+        found: dict[int, Sequence[Prepared]] = {}
         first_error: ServiceError | None = None
 
         def look(participant: Participant) -> None:
-            # Extending a list is atomic; each visit adds its own.
-            found.extend((participant, prepared) for prepared in participant.prepared())
+            found[participant.shard] = participant.prepared()  # each visit has a key of its own
 
         try:
             self._fan_out(look, self.participants)
         except ServiceError as error:  # a shard out of reach delays only itself
             first_error = error
-        self._crash.reach("recovery-looked", found=len(found))
-        ours = self._ours(found)
+        self._crash.reach("recovery-looked", found=sum(map(len, found.values())))
+        ours = [one for shard, prepared in found.items() for one in self._ours(self.participants[shard], prepared)]
         states = self._ledger.states({gid.operation_id for _, gid in ours})
         for participant, gid in ours:
             try:
@@ -421,29 +454,32 @@ class Coordinator:
         if first_error is not None:
             raise first_error
 
-    def _ours(self, found: Iterable[tuple[Participant, Prepared]]) -> list[tuple[Participant, Gid]]:
+    def _ours(self, participant: Participant, found: Iterable[Prepared]) -> list[tuple[Participant, Gid]]:
         """Those of this installation on the right shard; an alarm for each that looks like ours and is not."""
         ours: list[tuple[Participant, Gid]] = []
-        for participant, prepared in found:
+        oldest_s = 0.0
+        for prepared in found:
             gid = Gid.parse(prepared.gid)
             if gid is not None and gid.cluster == self._cluster and gid.shard == participant.shard:
                 ours.append((participant, gid))
+                oldest_s = max(oldest_s, prepared.age_s)
             elif prepared.gid.startswith("segsvc:"):
-                self._alarms.raise_alarm("foreign-prepared", gid=prepared.gid, shard=participant.shard)
+                self._observer.raise_alarm("foreign-prepared", gid=prepared.gid, shard=participant.shard)
+        self._observer.in_doubt(participant.shard, oldest_s)
         return ours
 
     def _settle(self, participant: Participant, gid: Gid, state: OperationState | None) -> None:
         """End one prepared transaction as its operation's state says; leave it while nothing is decided."""
         if state is None:
             # Written by a catalog that we do not see, or deleted by hand: not ours to judge.
-            self._alarms.raise_alarm("unknown-prepared", gid=str(gid), shard=participant.shard)
+            self._observer.raise_alarm("unknown-prepared", gid=str(gid), shard=participant.shard)
         elif state is OperationState.COMMITTED:
             participant.commit_prepared(gid)
         elif state is OperationState.ABORTED:
             participant.rollback_prepared(gid)  # also a zombie that prepared long after the abort
         elif state is OperationState.DONE:
             # Every shard has the fence, so this can only be a twin's second copy of the work.
-            self._alarms.raise_alarm("prepared-after-done", gid=str(gid), shard=participant.shard)
+            self._observer.raise_alarm("prepared-after-done", gid=str(gid), shard=participant.shard)
             participant.rollback_prepared(gid)
 
     def _advance(self, open_operation: OpenOperation) -> None:
