@@ -1,10 +1,11 @@
-"""A catalog and its shards on the session's PostgreSQL: emptied for each test, which is quicker than new databases."""
+"""A catalog and its shards on the session's PostgreSQL: emptied and used again, which is quicker than new databases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import sqlalchemy as sa
@@ -16,23 +17,65 @@ from segsvc.postgres import tables
 
 _DATABASE_NAMES = "test_catalog", "test_shard{}"
 
+_OF_OPERATIONS = {
+    "catalog": ("requests", "progress", "votes", "operations", "audit", "segments"),
+    "shard": ("memberships", "overrides", "applied_operations", "segments"),
+}
+"""Tables that operations write, those that refer to others first."""
+
+
+@cache
+def _engine(dsn: str) -> sa.Engine:
+    """For the tests' own statements: its connections stay open, for to connect takes longer than most statements."""
+    return sa.create_engine(dsn, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+
 
 def _empty_database(server: PostgresServer, name: str, metadata: sa.MetaData) -> None:
     """Make the database with its tables, or take everything out of it; whoever still uses it is thrown out."""
-    engine = sa.create_engine(server.dsn(name), poolclass=sa.NullPool)
+    engine = _engine(server.dsn(name))
     try:
-        with engine.begin() as connection:
-            connection.execute(
-                sa.text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-                )
-            )
-            names = ", ".join(f'"{table.name}"' for table in metadata.sorted_tables)
-            connection.exec_driver_sql(f"TRUNCATE {names} RESTART IDENTITY")
+        connection = engine.connect()
     except sa.exc.OperationalError:  # there is no such database yet
         server.create_database(name)
         metadata.create_all(engine)
+        return
+    with connection:
+        connection.execute(
+            sa.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+        names = ", ".join(f'"{table.name}"' for table in metadata.sorted_tables)
+        connection.exec_driver_sql(f"TRUNCATE {names} RESTART IDENTITY; {_restart_sequences(metadata)}")
+
+
+def _restart_sequences(metadata: sa.MetaData) -> str:
+    """Statements that let numbers begin at 1 again, where they do not belong to a column."""
+    return "".join(f"ALTER SEQUENCE {sequence.name} RESTART;" for sequence in metadata._sequences.values())
+
+
+def create_databases(server: PostgresServer, names: Sequence[str], cluster: str) -> None:
+    """New databases of an empty installation: the catalog, then the shards in their order."""
+    for name in names:
+        server.create_database(name)
+        engine = _engine(server.dsn(name))
+        (tables.catalog if name == names[0] else tables.shard).create_all(engine)
+    _found(server, names, cluster)
+    for name in names:
+        _engine(server.dsn(name)).dispose()
+
+
+def _found(server: PostgresServer, names: Sequence[str], cluster: str) -> None:
+    """Write into empty databases which installation they are, as the migrator does."""
+    catalog, *shards = names
+    with _engine(server.dsn(catalog)).connect() as connection:
+        connection.execute(sa.insert(tables.installation).values(cluster=cluster, shard_count=len(shards)))
+    for shard, name in enumerate(shards):
+        with _engine(server.dsn(name)).connect() as connection:
+            connection.execute(
+                sa.insert(tables.shard_state).values(cluster=cluster, shard=shard, shard_count=len(shards))
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +91,46 @@ class Installation:
 
     def execute(self, shard: int | None, statement: str, **parameters: object) -> Sequence[sa.Row[tuple[object, ...]]]:
         """Run one statement in a transaction of its own. ``shard`` None: on the catalog."""
-        engine = sa.create_engine(
-            self.settings.catalog_dsn if shard is None else self.settings.shard_dsns[shard], poolclass=sa.NullPool
-        )
-        with engine.begin() as connection:
-            result = connection.execute(sa.text(statement), parameters)
+        with _engine(self.settings.catalog_dsn if shard is None else self.settings.shard_dsns[shard]).connect() as own:
+            result = own.execute(sa.text(statement), parameters)
             return result.all() if result.returns_rows else []
 
     def prepared(self, shard: int) -> list[str]:
         """Gids prepared on a shard."""
         rows = self.execute(shard, "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()")
         return [str(row.gid) for row in rows]
+
+    def forget_operations(self) -> None:
+        """Take out all operations and segments, with all that they made; the users stay, as in a new installation."""
+        dsns = [self.settings.catalog_dsn, *self.settings.shard_dsns]
+        for dsn, metadata in zip(dsns, [tables.catalog, *[tables.shard] * self.shard_count], strict=True):
+            # Not TRUNCATE: it makes new files for every table and index, which takes longer than a few rows.
+            names = _OF_OPERATIONS["catalog" if metadata is tables.catalog else "shard"]
+            statements = "".join(f"DELETE FROM {name};" for name in names)
+            with _engine(dsn).connect() as connection:
+                connection.exec_driver_sql(statements + _restart_sequences(metadata))
+
+    def users_digest(self) -> list[object]:
+        """Equal digests: the same users in the same slots, with the same attributes and versions, on every shard."""
+        return [
+            self.execute(
+                shard,
+                "SELECT (SELECT md5(string_agg(u::text, '|' ORDER BY id)) FROM users u), "
+                "(SELECT md5(string_agg(d::text, '|' ORDER BY block)) FROM directory d), "
+                "(SELECT string_agg(s::text, '|') FROM shard_state s), (SELECT count(*) FROM deleted_users)",
+            )
+            for shard in range(self.shard_count)
+        ]
+
+    def roll_back_prepared(self) -> list[str]:
+        """End every prepared transaction of the shards; what there was."""
+        left: list[str] = []
+        for shard, dsn in enumerate(self.settings.shard_dsns):
+            for gid in self.prepared(shard):
+                left.append(gid)
+                with _engine(dsn).connect() as connection:
+                    connection.exec_driver_sql("ROLLBACK PREPARED %s", (gid,))
+        return left
 
     def add_users(self, user_ids: Sequence[int]) -> None:
         """Put users on an installation without users, in the order of their ids, past any event."""
@@ -115,24 +187,11 @@ def new_installation(server: PostgresServer, *, shards: int = 4, **overrides: ob
         shard_dsns=tuple(server.dsn(name) for name in names[1:]),
         **overrides,  # type: ignore[arg-type]
     )
+    _found(server, names, settings.cluster)
     installation = Installation(settings, server)
-    installation.execute(
-        None, "INSERT INTO installation (cluster, shard_count) VALUES (:c, :n)", c=settings.cluster, n=shards
-    )
-    for shard in range(shards):
-        installation.execute(
-            shard,
-            "INSERT INTO shard_state (cluster, shard, shard_count) VALUES (:c, :s, :n)",
-            c=settings.cluster,
-            s=shard,
-            n=shards,
-        )
     left: list[str] = []
     try:
         yield installation
     finally:
-        for shard, name in enumerate(names[1:]):
-            for gid in installation.prepared(shard):
-                left.append(gid)
-                server.psql("ROLLBACK PREPARED :'gid'", name, gid=gid)
+        left = installation.roll_back_prepared()
     assert not left, f"left prepared: {left}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from segsvc.bootstrap import OperationParts
 from segsvc.domain.bucketing import bucket
 from segsvc.domain.operation import Operation, OperationState, ShardProgress
-from segsvc.domain.segment import SegmentText
+from segsvc.domain.segment import Rule, SegmentText
 from segsvc.failpoints import FailpointError
+from segsvc.fan_out import ThreadFanOut
 from segsvc.local.postgres import PostgresServer
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.services.end_watcher import OperationEndWatcher
@@ -38,6 +40,8 @@ class Messages:
 class Generations:
     """Remembers which generations were dropped."""
 
+    entries_gone_after_s = 3600.0
+
     def __init__(self) -> None:
         self.dropped: list[list[int]] = []
         self.error: Exception | None = None
@@ -51,28 +55,29 @@ class Generations:
 class Rig:
     """One process's worth of the protocol, and hands to move it."""
 
-    def __init__(self, installation: Installation) -> None:
+    def __init__(self, installation: Installation, databases: Databases) -> None:
         self.installation = installation
         self.messages = Messages()
         self.cache = Generations()
-        self.databases = Databases(installation.settings, "test", Pool(6))
+        self.databases = databases
         self.parts = OperationParts(installation.settings, self.databases, self.cache, self.messages)
         self.ledger = self.parts.ledger
         self.coordinator = self.parts.coordinator
         self.watcher = OperationEndWatcher(self.ledger)
+        self._creation_fan_out = ThreadFanOut(installation.shard_count)
         self.service = OperationService(
             store=self.ledger,
             coordinator=self.coordinator,
             broker=self.messages,
             watcher=self.watcher,
             shards=range(installation.shard_count),
-            fan_out=self.parts.fan_out,
+            fan_out=self._creation_fan_out,
         )
 
     def close(self) -> None:
         self.watcher.close()
+        self._creation_fan_out.close()
         self.parts.fan_out.close()
-        self.databases.close()
 
     def prepare(self, operation: Operation, shard: int) -> None:
         self.coordinator.prepare_shard(operation.id, shard, _ignore)
@@ -128,6 +133,10 @@ class Rig:
             assert sorted(map(tuple, copies)) == sorted(map(tuple, segments))
 
 
+def roll_out(rig: Rig, threshold: int, slug: str = "checkout") -> Operation:
+    return rig.service.roll_out(slug, Rule(threshold), etag="", request=None)
+
+
 def _ignore(_: ShardProgress) -> None:
     pass
 
@@ -152,23 +161,42 @@ def arm(failpoint_dir: Path) -> Callable[[str, str], None]:
     return set_action
 
 
-@pytest.fixture
-def installation(pg_server: PostgresServer, failpoint_dir: Path) -> Iterator[Installation]:
+@pytest.fixture(scope="module")
+def installation_with_users(pg_server: PostgresServer) -> Iterator[Installation]:
+    """The users of all tests of a module: no operation changes them."""
     with new_installation(
         pg_server,
         shards=SHARDS,
-        failpoint_dir=failpoint_dir,
         # Recovery of a test need not wait for quiet, so that its steps are the test's.
         redispatch_quiet_s=0.001,
         operation_deadline_s=30,
         lock_timeout_s=0.3,
     ) as made:
         made.add_users(USERS)
+        before = made.users_digest()
         yield made
+        assert made.users_digest() == before
+
+
+@pytest.fixture(scope="module")
+def databases(installation_with_users: Installation) -> Iterator[Databases]:
+    made = Databases(installation_with_users.settings, "test", Pool(6))
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def rig(installation: Installation) -> Iterator[Rig]:
-    made = Rig(installation)
+def installation(installation_with_users: Installation, failpoint_dir: Path) -> Iterator[Installation]:
+    """An installation with users and nothing else, whose failpoints are the test's."""
+    settings = installation_with_users.settings.model_copy(update={"failpoint_dir": failpoint_dir})
+    yield replace(installation_with_users, settings=settings)
+    left = installation_with_users.roll_back_prepared()
+    installation_with_users.forget_operations()
+    assert not left, f"left prepared: {left}"
+
+
+@pytest.fixture
+def rig(installation: Installation, databases: Databases) -> Iterator[Rig]:
+    made = Rig(installation, databases)
     yield made
     made.close()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
 
-from segsvc.domain.errors import LockTimeout, Reason, ServiceError, cache_unavailable
+from segsvc.domain.errors import LockTimeout, Reason, ServiceError
 from segsvc.domain.operation import (
     Failure,
     Gid,
@@ -22,16 +22,12 @@ from segsvc.domain.operation import (
 )
 from segsvc.domain.segment import Rule, SegmentText
 from segsvc.failpoints import NoFailpoints
-from segsvc.postgres.blocks import SHARD_LOCK
+from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.participant import PostgresParticipant
 from segsvc.twophase import Finish
-from tests.integration.operations.conftest import SHARDS, USERS, Rig
+from tests.integration.operations.conftest import SHARDS, USERS, Rig, roll_out
 
 CANCELLED = Failure(Reason.OPERATION_ABORTED.text, "cancelled", {"why": "CANCELLED"})
-
-
-def roll_out(rig: Rig, threshold: int, slug: str = "checkout") -> Operation:
-    return rig.service.roll_out(slug, Rule(threshold), etag="", request=None)
 
 
 def test_ramp_keeps_who_is_in_and_a_lowered_percentage_removes_only_what_a_raise_had_added(rig: Rig) -> None:
@@ -313,20 +309,6 @@ def test_cancel_aborts_until_the_commit(rig: Rig) -> None:
     assert caught.value.reason is Reason.OPERATION_NOT_FOUND
 
 
-def test_the_cache_is_dropped_before_done_and_done_waits_for_it(rig: Rig) -> None:
-    rig.create()
-    rig.cache.dropped.clear()
-    operation = roll_out(rig, 10_000)
-    rig.cache.error = cache_unavailable()
-    with pytest.raises(ServiceError):
-        rig.deliver()
-    assert rig.state(operation) is OperationState.COMMITTED
-    rig.cache.error = None
-    rig.settle()
-    assert rig.state(operation) is OperationState.DONE
-    assert rig.cache.dropped == [list(range(SHARDS))]
-
-
 def test_what_changed_while_it_queued_is_found_at_the_start(rig: Rig) -> None:
     rig.create()
     segment = rig.ledger.segment("checkout")
@@ -391,9 +373,29 @@ def test_existing_slugs_and_the_limit_are_refused(rig: Rig, monkeypatch: pytest.
     monkeypatch.setattr("segsvc.services.operations.SEGMENTS_MAX", 2)
     monkeypatch.setattr("segsvc.postgres.ledger_steps.SEGMENTS_MAX", 2)
     with ThreadPoolExecutor(4) as pool:
-        outcomes = [f.exception() for f in [pool.submit(rig.create, f"s{i}") for i in range(4)]]
+        creations = [pool.submit(rig.create, f"s{i}") for i in range(4)]
+        while wait(creations, timeout=0.01).not_done:
+            rig.deliver()  # who finds that another's turn has come sends a chord for it
+    outcomes = [creation.exception() for creation in creations]
     assert outcomes.count(None) == 1
     assert {e.reason for e in outcomes if isinstance(e, ServiceError)} == {Reason.TOO_MANY_SEGMENTS}
+    rig.check_invariants()
+
+
+def test_a_creation_that_every_shard_refuses_is_aborted_and_says_so(rig: Rig) -> None:
+    for shard in range(SHARDS):
+        # A copy that should not be there, under every id that can be drawn next.
+        rig.installation.execute(
+            shard, "INSERT INTO segments (id, slug, salt) SELECT n, 'stray', 0 FROM generate_series(1, 100) n"
+        )
+    with pytest.raises(ServiceError) as caught:
+        rig.create()
+    assert (caught.value.reason, caught.value.metadata["why"]) == (Reason.INTERNAL, "SHARD_REFUSED")
+    assert "stray" not in caught.value.message
+    assert rig.ledger.segment("checkout") is None
+    for shard in range(SHARDS):
+        rig.installation.execute(shard, "DELETE FROM segments")
+    rig.create()
     rig.check_invariants()
 
 

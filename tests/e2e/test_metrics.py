@@ -1,0 +1,106 @@
+"""Every process that counts something shows it: what happens is seen at the addresses of the settings."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from urllib.request import urlopen
+from uuid import uuid4
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from segsvc.config import Settings
+from segsvc.demo.client import Client
+from segsvc.domain.operation import Gid
+from segsvc.local.stack import LocalStack
+from segsvc.postgres.engine import Databases, Pool
+from tests.e2e.events import all_readable, eventually, producer
+
+USERS = list(range(6_000_001, 6_000_201))
+
+Samples = Counter[tuple[str, ...]]
+"""Values by name and labels' values in the order of the labels' names, added up over processes."""
+
+
+def scrape(*addresses: str) -> Samples:
+    found: Samples = Counter()
+    for address in addresses:
+        with urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            for family in text_string_to_metric_families(answer.read().decode()):
+                for sample in family.samples:
+                    if sample.name.startswith("segsvc_"):
+                        found[(sample.name, *dict(sorted(sample.labels.items())).values())] += sample.value
+    return found
+
+
+def everywhere(settings: Settings) -> Samples:
+    return scrape(
+        settings.metrics_address,
+        settings.operation_worker_metrics_address,
+        settings.event_worker_metrics_address,
+        settings.warming_worker_metrics_address,
+        settings.bridge_metrics_address,
+    )
+
+
+def test_what_happens_is_counted_where_it_is_said(client: Client, settings: Settings) -> None:
+    before = everywhere(settings)
+    with producer(settings) as send:
+        send("create-user", ({"user_id": user, "attributes": {}} for user in USERS))
+        send("create-user", ["no event"])
+    assert eventually(lambda: all_readable(client, USERS))
+    client.create("counted", "")
+    client.roll_out("counted", 50)
+    client.delete("counted")
+
+    def risen(*name: str) -> float:
+        return everywhere(settings)[name] - before[name]
+
+    kinds = ("CREATE", "ROLL_OUT", "DELETE")
+    assert [risen("segsvc_operations_finished_total", kind, "DONE") for kind in kinds] == [1, 1, 1]
+    bridge = settings.bridge_metrics_address
+    assert eventually(lambda: risen("segsvc_events_total", "applied", "create-user") >= len(USERS))
+    assert eventually(lambda: risen("segsvc_events_total", "dead", "create-user") == 1)
+    assert ("segsvc_event_batches_in_flight",) in scrape(bridge)
+    warming = settings.warming_worker_metrics_address
+    assert eventually(
+        lambda: sum(scrape(warming)[("segsvc_warmed_entries_total", str(shard))] for shard in range(4)) > 0
+    )
+
+
+def test_what_is_in_doubt_is_seen_whichever_process_looks(stack: LocalStack, settings: Settings) -> None:
+    worker = settings.operation_worker_metrics_address
+    gid = str(Gid(settings.cluster, uuid4(), 1))  # ours by name, and unknown to the ledger: recovery leaves it alone
+
+    def in_doubt() -> list[float]:
+        samples = scrape(worker)
+        return [samples[("segsvc_in_doubt_seconds", str(shard))] for shard in range(4)]
+
+    def last_run() -> float:
+        return scrape(worker)[("segsvc_recovery_timestamp_seconds",)]
+
+    databases = Databases(settings, "test", Pool(1))
+    try:
+        with databases.shard_connection(1) as connection:
+            connection.exec_driver_sql("INSERT INTO deleted_users (id, version) VALUES (1, 0)")
+            connection.exec_driver_sql("PREPARE TRANSACTION %s", (gid,))
+            connection.rollback()
+        try:
+            assert eventually(lambda: in_doubt()[1] > 0)
+            assert (in_doubt()[0], in_doubt()[2], in_doubt()[3]) == (0, 0, 0)
+            assert scrape(worker)[("segsvc_recovery_alarms_total", "unknown-prepared")] > 0
+            # A process that is gone is no longer asked, and its place is taken by another.
+            [main] = [part.pid for part in stack.status() if part.name == "worker-operations"]
+            for child in psutil.Process(main).children():
+                os.kill(child.pid, signal.SIGKILL)
+            before = last_run()
+            assert eventually(lambda: last_run() > before, timeout_s=60)
+            assert in_doubt()[1] > 0
+        finally:
+            with databases.shard_autocommit(1) as connection:
+                connection.exec_driver_sql("ROLLBACK PREPARED %s", (gid,))
+        assert eventually(lambda: in_doubt() == [0, 0, 0, 0])
+    finally:
+        databases.close()

@@ -1,0 +1,63 @@
+"""What is counted and measured of operations."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY
+
+from segsvc import metrics
+from segsvc.domain.segment import Rule
+from tests.integration.operations.conftest import SHARDS, Rig, roll_out
+
+
+def ended() -> dict[tuple[str, str], float]:
+    """Operations counted so far, by kind and state."""
+    return {
+        (sample.labels["kind"], sample.labels["state"]): sample.value
+        for metric in metrics.operations_finished.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+
+
+def test_each_operation_that_ends_is_counted_once(rig: Rig) -> None:
+    before = ended()
+    rig.create()
+    segment = rig.ledger.segment("checkout")
+    assert segment is not None
+    done = rig.service.roll_out("checkout", Rule(1000), etag=segment.etag, request=None)
+    rig.service.roll_out("checkout", Rule(2000), etag=segment.etag, request=None)  # aborted when its turn comes
+    rig.deliver()
+    cancelled = roll_out(rig, 3000)
+    rig.prepare(cancelled, 0)
+    for _ in range(2):
+        rig.service.cancel(cancelled.id)
+        rig.coordinator.finalize(done.id)
+        rig.coordinator.recover()
+    rig.service.delete("checkout", etag="", request=None)
+    rig.deliver()
+    counted = {label: count - before.get(label, 0) for label, count in ended().items()}
+    assert {label: count for label, count in counted.items() if count} == {
+        ("CREATE", "DONE"): 1,
+        ("ROLL_OUT", "DONE"): 1,
+        ("ROLL_OUT", "ABORTED"): 2,
+        ("DELETE", "DONE"): 1,
+    }
+
+
+def test_the_age_of_what_is_in_doubt_is_measured_on_each_shard(rig: Rig) -> None:
+    def ages() -> list[float | None]:
+        return [REGISTRY.get_sample_value("segsvc_in_doubt_seconds", {"shard": str(shard)}) for shard in range(SHARDS)]
+
+    rig.create()
+    operation = roll_out(rig, 10_000)
+    rig.prepare(operation, 1)
+    [age] = [prepared.age_s for prepared in rig.coordinator.participants[1].prepared()]
+    rig.messages.sent.clear()
+    rig.coordinator.recover()
+    measured = ages()
+    assert (measured[0], measured[2]) == (0, 0)
+    assert measured[1] is not None
+    assert measured[1] > age > 0
+    rig.settle()
+    rig.coordinator.recover()
+    assert ages() == [0, 0, 0]
