@@ -141,17 +141,24 @@ class CacheClient:
                     for chunk in chunks
                 ]
             )
-        # The generation may change between two calls of a batch. Only what was granted under the last one is kept:
-        # an entry with an older nonce would be a miss from the start.
-        nonce: bytes = replies[-1][0] if replies else b""
-        granted = [
-            user_id
-            for chunk, (chunk_nonce, flags) in zip(chunks, replies, strict=True)
-            if chunk_nonce == nonce
-            for user_id, flag in zip(chunk, flags, strict=True)
-            if flag == ord("1")
-        ]
-        return Grant(nonce, token, frozenset(granted))
+            # The generation may change between two calls of a batch. Only what was granted under the last one is
+            # kept: an entry with an older nonce would be a miss from the start. The other leases are given back.
+            nonce: bytes = replies[-1][0] if replies else b""
+            granted: list[int] = []
+            outdated: list[int] = []
+            busy = 0
+            for chunk, (chunk_nonce, flags) in zip(chunks, replies, strict=True):
+                given = [user_id for user_id, flag in zip(chunk, flags, strict=True) if flag == ord("1")]
+                (granted if chunk_nonce == nonce else outdated).extend(given)
+                busy += flags.count(b"2")
+            if outdated:
+                connection.run_all(
+                    [
+                        _call(scripts.RELEASE, keys.users(shard, chunk), [token])
+                        for chunk in _chunks(outdated, KEYS_PER_CALL)
+                    ]
+                )
+        return Grant(nonce, token, frozenset(granted), busy + len(outdated))
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         """Store what was read under a grant; users not granted must not be among them. Returns how many were stored.

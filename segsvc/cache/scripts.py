@@ -32,7 +32,7 @@ class Script:
 ACQUIRE: Final = Script(
     f"""#!lua
 -- KEYS: g, then users' keys. ARGV: run_id, a fresh nonce, token, lease in ms, now in us, format.
--- Gives the nonce in force, and for each user '1' (the lease was given) or '0'.
+-- Gives the nonce in force, and for each user '1' (the lease was given), '0' (a hit) or '2' (leased or blocked).
 local g = redis.call('GET', KEYS[1])
 if not g or #g ~= {RUN_ID_BYTES + NONCE_BYTES} or string.sub(g, 1, {RUN_ID_BYTES}) ~= ARGV[1] then
   -- Lost, or another run's: a new generation, under which nothing filled before is a hit.
@@ -53,7 +53,7 @@ for i, u in ipairs(users) do
     -- A lease or a block is another's. A value is refused exactly if a read would call it a hit: any other value
     -- would stay a miss for ever if it could not be replaced.
     if kind == {ord("L")} or kind == {ord("B")} then
-      given = '0'
+      given = '2'
     elseif string.sub(u, 1, {PREFIX_BYTES}) == prefix and #u >= {HEADER_BYTES} and #u % 4 == 0
         and struct.unpack('<i8', u, {PREFIX_BYTES + 1}) > now then
       given = '0'

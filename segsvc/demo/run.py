@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from segsvc.local.stack import LocalStack
 
 REPORT = Path("build/demo-report.json")
 _MARKER = "made-by-demo"
+_LOG_LINES = 15
 OPERATION_DEADLINE_S = 10.0
 """Shorter than in production, so that what happens after a crash can be watched."""
 
@@ -98,11 +100,17 @@ def _tell(settings: Settings, users: int, screen: Screen, stack: LocalStack) -> 
 
 
 def _show_log(screen: Screen, stack: LocalStack) -> None:
-    """The end of the log whose last error is the newest; of the front's if none has one."""
-    logs = sorted(stack.logs.glob("*.log"), key=lambda log: log.stat().st_mtime)
-    with_errors = [log for log in logs if '"level": "error"' in tail(log, 200)]
-    chosen = with_errors[-1] if with_errors else stack.logs / "serve.log"
-    screen.console.print(f"\nThe last lines of {chosen}:\n{tail(chosen)}", markup=False)
+    """The newest warnings and errors of all processes; the end of the front's log if there are none."""
+    found: list[tuple[str, str]] = []
+    for log in stack.logs.glob("*.log"):
+        for line in tail(log, 500).splitlines():
+            with contextlib.suppress(ValueError, AttributeError):
+                entry = json.loads(line)
+                if entry.get("level") in ("warning", "error", "critical"):
+                    found.append((entry["timestamp"], f"{log.name}: {entry['level']}: {entry['event']}"))
+    front = stack.logs / "serve.log"
+    lines = [text for _, text in sorted(found)[-_LOG_LINES:]] or [f"{front}:", *tail(front).splitlines()]
+    screen.console.print("\nThe last lines of the logs that matter:", *lines, sep="\n  ", markup=False)
 
 
 def _summary(screen: Screen, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ class Screen:
     """Prints as a person wants to read it; ``write`` leaves the report for programs."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        # Into a file or a pipe nothing is wrapped.
+        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.reports: list[StepReport] = []
 
     def chapter(self, title: str) -> None:

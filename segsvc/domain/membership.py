@@ -52,11 +52,13 @@ class Grant:
         nonce: the shard's cache generation when the lease was given; entries filled under it carry it.
         token: the lease's token, used in one call only.
         user_ids: the users for whom the lease was given; for others the cache is in use or blocked.
+        busy: how many were refused although no entry of theirs is a hit: leased to others, or blocked by a writer.
     """
 
     nonce: bytes
     token: bytes
     user_ids: frozenset[int]
+    busy: int = 0
 
 
 @dataclass(frozen=True, slots=True)

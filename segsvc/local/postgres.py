@@ -135,7 +135,7 @@ class PostgresServer:
         if not (self.data / "PG_VERSION").exists():
             self._initdb(binaries)
         self._write_config()
-        self._drop_stale_lock()
+        self._drop_stale_locks()
         self._spawn_until_shared_memory_is_free(binaries)
 
     def stop(self) -> None:
@@ -214,20 +214,20 @@ class PostgresServer:
             return False
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
 
-    def _drop_stale_lock(self) -> None:
-        """Remove the lock file of a crashed server if its process id belongs to a stranger by now, or to a dead process
-        that its parent has not taken notice of yet.
+    def _drop_stale_locks(self) -> None:
+        """Remove the lock files of a crashed server, of its data and of its socket, if their process id belongs to a
+        stranger by now, or to a dead process that its parent has not taken notice of yet.
 
-        PostgreSQL itself removes it only when no process has that id, and would refuse to start for ever.
+        PostgreSQL itself removes them only when no process has that id, and would refuse to start for ever.
         """
-        lock = self.data / "postmaster.pid"
-        try:
-            owner = psutil.Process(int(lock.read_text().split("\n", 1)[0]))
-            stale = owner.name() != "postgres" or owner.status() == psutil.STATUS_ZOMBIE
-        except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
-            return
-        if stale:
-            lock.unlink(missing_ok=True)
+        for lock in (self.data / "postmaster.pid", self.socket_folder / ".s.PGSQL.5432.lock"):
+            try:
+                owner = psutil.Process(int(lock.read_text().split("\n", 1)[0]))
+                stale = owner.name() != "postgres" or owner.status() == psutil.STATUS_ZOMBIE
+            except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+                continue
+            if stale:
+                lock.unlink(missing_ok=True)
 
     def _spawn_until_shared_memory_is_free(self, binaries: Path) -> None:
         """Start the postmaster, again as long as backends of a killed one still hold the data folder.

@@ -38,6 +38,8 @@ SWEEP_SHARE: Final = 0.05
 """The part of the time that looking over may take."""
 MAXMEMORY_SHARE: Final = 0.9
 """The part of the server's memory that the warmer fills; the rest is for what is read."""
+BUSY_SHARE: Final = 1 / 64
+"""A sweep that found more of its users busy has not made the shard warm. A few always are, where there are reads."""
 MISSING_SHARE: Final = 1 / 16
 """With the memory used up, a block is still warmed if no more of its users are without a key: entries that are
 replaced take no more memory."""
@@ -118,6 +120,9 @@ class _Run:
     filling: Future[int] | None = None
     entries: int = 0
     blocks: int = 0
+    users: int = 0
+    busy: int = 0
+    """Users who are leased to others or blocked: not warm, and not this run's to fill."""
     stopped_by_budget: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -192,6 +197,8 @@ class Warmer:
         first_block = 0 if last is None or whole else last.next_slot // BLOCK_SLOTS
         complete = all(self._warm(run, chunk) for chunk in self._chunks(shard, first_block, next_slot))
         run.await_filling()
+        if run.busy > run.users * BUSY_SHARE:
+            complete = False  # the next run looks again: leases end within seconds
         seconds = time.monotonic() - run.started
         if complete and run.nonce is not None:
             ended_s = int(self._now_s()) if last is None or whole else last.ended_s
@@ -221,6 +228,8 @@ class Warmer:
         if not user_ids:
             return True
         grant = self._cache.acquire(run.shard, user_ids)
+        run.users += len(user_ids)
+        run.busy += grant.busy
         if run.nonce not in (None, grant.nonce):
             self._cache.release(run.shard, grant, list(grant.user_ids))
             return False

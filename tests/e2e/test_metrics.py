@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from urllib.error import URLError
 from urllib.request import urlopen
 from uuid import uuid4
 
 import psutil
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from segsvc.config import Settings
@@ -24,9 +26,9 @@ Samples = Counter[tuple[str, ...]]
 """Values by name and labels' values in the order of the labels' names, added up over processes."""
 
 
-def scrape(*addresses: str) -> Samples:
+def scrape(*where: str) -> Samples:
     found: Samples = Counter()
-    for address in addresses:
+    for address in where:
         with urlopen(f"http://{address}/metrics", timeout=10) as answer:
             for family in text_string_to_metric_families(answer.read().decode()):
                 for sample in family.samples:
@@ -35,18 +37,32 @@ def scrape(*addresses: str) -> Samples:
     return found
 
 
-def everywhere(settings: Settings) -> Samples:
-    return scrape(
+def addresses(settings: Settings) -> list[str]:
+    return [
         settings.metrics_address,
         settings.operation_worker_metrics_address,
         settings.event_worker_metrics_address,
         settings.warming_worker_metrics_address,
         settings.bridge_metrics_address,
-    )
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _all_serve(settings: Settings) -> None:
+    """Processes that have just been started take a moment to listen."""
+
+    def serves(address: str) -> bool:
+        try:
+            return bool(scrape(address))
+        except URLError:
+            return False
+
+    for address in addresses(settings):
+        assert eventually(lambda address=address: serves(address)), address  # type: ignore[misc]
 
 
 def test_what_happens_is_counted_where_it_is_said(client: Client, settings: Settings) -> None:
-    before = everywhere(settings)
+    before = scrape(*addresses(settings))
     with producer(settings) as send:
         send("create-user", ({"user_id": user, "attributes": {}} for user in USERS))
         send("create-user", ["no event"])
@@ -56,7 +72,7 @@ def test_what_happens_is_counted_where_it_is_said(client: Client, settings: Sett
     client.delete("counted")
 
     def risen(*name: str) -> float:
-        return everywhere(settings)[name] - before[name]
+        return scrape(*addresses(settings))[name] - before[name]
 
     kinds = ("CREATE", "ROLL_OUT", "DELETE")
     assert [risen("segsvc_operations_finished_total", kind, "DONE") for kind in kinds] == [1, 1, 1]
@@ -90,7 +106,7 @@ def test_what_is_in_doubt_is_seen_whichever_process_looks(stack: LocalStack, set
         try:
             assert eventually(lambda: in_doubt()[1] > 0)
             assert (in_doubt()[0], in_doubt()[2], in_doubt()[3]) == (0, 0, 0)
-            assert scrape(worker)[("segsvc_recovery_alarms_total", "unknown-prepared")] > 0
+            assert eventually(lambda: scrape(worker)[("segsvc_recovery_alarms_total", "unknown-prepared")] > 0)
             # A process that is gone is no longer asked, and its place is taken by another.
             [main] = [part.pid for part in stack.status() if part.name == "worker-operations"]
             for child in psutil.Process(main).children():

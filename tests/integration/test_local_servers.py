@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import psycopg2
 import pytest
 import redis
@@ -9,7 +12,7 @@ from kafka import KafkaConsumer, KafkaProducer
 
 from segsvc.local.kafka import KafkaServer, RealKafka
 from segsvc.local.postgres import PostgresServer
-from segsvc.local.processes import find_marked
+from segsvc.local.processes import find_marked, wait_until
 from segsvc.local.redis import RedisServer
 
 
@@ -36,6 +39,19 @@ def test_postgres_keeps_a_prepared_transaction_over_a_crash(pg_server: PostgresS
         cursor.execute("SELECT i FROM t")
         assert cursor.fetchall() == [(1,)]
     connection.close()
+
+
+def test_postgres_starts_again_before_anybody_has_noticed_that_it_was_killed(servers_folder: Path) -> None:
+    parent = PostgresServer(servers_folder / "zombie", mark=servers_folder, fast=True)
+    parent.start()
+    assert parent.pid is not None
+    killed = psutil.Process(parent.pid)
+    killed.kill()
+    assert wait_until(lambda: killed.status() == psutil.STATUS_ZOMBIE, timeout_s=10)
+    again = PostgresServer(servers_folder / "zombie", mark=servers_folder, fast=True)
+    again.start()
+    assert again.psql("SELECT 1") == "1\n"
+    again.purge()
 
 
 def test_postgres_orders_text_by_code_point(pg_server: PostgresServer) -> None:

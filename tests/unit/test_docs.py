@@ -224,7 +224,7 @@ def test_alarms_are_explained() -> None:
     code = read(REPOSITORY / "segsvc" / "twophase.py")
     raised = set(re.findall(r'raise_alarm\(\s*"([a-z-]+)"', code))
     explained = first_column(section(read(DOCS / "operations.md"), "### An alarm of recovery"))[1:]
-    assert set(explained) == raised
+    assert set(explained) == raised == set(metrics.ALARMS)
     assert raised <= set(re.findall(r"`([a-z-]+)`", read(DOCS / "commit-protocol.md")))
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
+from segsvc import metrics
 from segsvc.config import Settings
+from segsvc.domain.events import TOPICS
 from segsvc.local.processes import free_ports
 from segsvc.local.stack import _choose_ports
 from segsvc.metrics_http import MetricsAddressError, all_processes, serving
@@ -82,6 +84,12 @@ def test_children_are_added_up_and_the_dead_leave_what_they_counted(tmp_path: Pa
     counted = ['segsvc_in_doubt_seconds{shard="1"} 2.0', 'segsvc_warmed_entries_total{shard="1"} 7.0']
     assert both == str(["segsvc_event_batches_in_flight 5.0", *counted])
     assert one_left == str(counted)
+
+
+def test_what_alert_rules_watch_rise_begins_at_0() -> None:
+    watched = [("segsvc_recovery_alarms_total", {"what": what}) for what in metrics.ALARMS]
+    watched += [("segsvc_events_total", {"topic": topic, "outcome": "dead"}) for topic in TOPICS]
+    assert None not in [REGISTRY.get_sample_value(name, labels) for name, labels in watched]
 
 
 def test_what_a_process_declares_is_served_until_it_ends() -> None:

@@ -161,6 +161,16 @@ def test_bulk_change_while_warming_ends_the_run_and_the_next_does_all_again(worl
     assert warmer.warm_shard(SHARD) == WarmReport(SHARD)
 
 
+def test_sweep_that_found_many_users_busy_is_made_again(world: World, watched: Watched) -> None:
+    world.add_users(2 * BLOCK_USERS)
+    users = users_of_block(0)
+    held = world.client.acquire(SHARD, users[:512])  # somebody's loads, about to be given up
+    assert watched.warmer().warm_shard(SHARD).entries == 512
+    world.client.release(SHARD, held, users[:512])
+    assert watched.warmer().warm_shard(SHARD).entries == 512
+    assert is_warm(world, users)
+
+
 def test_what_reads_filled_is_left_alone(world: World, watched: Watched) -> None:
     world.add_users(20)
     world.fill(4)
