@@ -41,7 +41,7 @@ from typing import Protocol
 from uuid import UUID
 
 from segsvc.domain.errors import Reason, ServiceError
-from segsvc.domain.operation import Failure, Gid, Operation, OperationState, ShardCounts, ShardProgress
+from segsvc.domain.operation import Failure, Gid, Operation, OperationKind, OperationState, ShardCounts, ShardProgress
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 
@@ -357,6 +357,8 @@ class Coordinator:
         Raises:
             ServiceError: CACHE_UNAVAILABLE: not yet.
         """
+        if operation.plan.kind is OperationKind.CREATE:
+            return  # A new segment has no members: no list of anybody's is older for it.
         try:
             self._invalidation.drop_generations(range(len(self.participants)))
         except ServiceError as error:

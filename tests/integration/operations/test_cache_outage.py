@@ -25,6 +25,14 @@ def test_the_cache_is_dropped_before_done_and_done_waits_for_it(rig: Rig) -> Non
     assert rig.cache.dropped == [list(range(SHARDS))]
 
 
+def test_a_creation_changes_no_list_and_needs_no_cache(rig: Rig) -> None:
+    rig.cache.error = cache_unavailable()
+    rig.create()
+    assert rig.ledger.segment("checkout") is not None
+    rig.cache.error = None
+    assert rig.cache.dropped == []
+
+
 def test_without_a_cache_an_operation_is_done_when_no_old_entry_can_be_left(rig: Rig) -> None:
     rig.create()
     operation = roll_out(rig, 10_000)
