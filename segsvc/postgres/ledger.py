@@ -38,7 +38,7 @@ from segsvc.postgres.ledger_views import (
     select_progress,
     select_votes,
 )
-from segsvc.twophase import OpenOperation, WorkFailed
+from segsvc.twophase_ports import OpenOperation, WorkFailed
 
 log = get_logger(__name__)
 

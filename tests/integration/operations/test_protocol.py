@@ -24,7 +24,7 @@ from segsvc.domain.segment import Rule, SegmentText
 from segsvc.failpoints import NoFailpoints
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.participant import PostgresParticipant
-from segsvc.twophase import Finish
+from segsvc.twophase_ports import Finish
 from tests.integration.operations.conftest import SHARDS, USERS, Rig, roll_out
 
 CANCELLED = Failure(Reason.OPERATION_ABORTED.text, "cancelled", {"why": "CANCELLED"})
