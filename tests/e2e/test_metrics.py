@@ -105,7 +105,8 @@ def test_what_is_in_doubt_is_seen_whichever_process_looks(stack: LocalStack, set
             connection.rollback()
         try:
             assert eventually(lambda: in_doubt()[1] > 0)
-            assert (in_doubt()[0], in_doubt()[2], in_doubt()[3]) == (0, 0, 0)
+            # The last look at the others may have met an operation of a moment ago.
+            assert eventually(lambda: [age for shard, age in enumerate(in_doubt()) if shard != 1] == [0, 0, 0])
             assert eventually(lambda: scrape(worker)[("segsvc_recovery_alarms_total", "unknown-prepared")] > 0)
             # A process that is gone is no longer asked, and its place is taken by another.
             [main] = [part.pid for part in stack.status() if part.name == "worker-operations"]
