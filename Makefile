@@ -32,15 +32,9 @@ check: $(VENV) ## Recompute every membership of the running stack and compare
 	@$(BIN)/segsvc check $(ARGS)
 
 ##@ Test
-.PHONY: test test-docker test-long fresh
-test: $(VENV) ## All tests that need no Docker: unit to end-to-end, on real components
-	@$(BIN)/python -m pytest -m "not docker and not long" $(ARGS)
-
-test-docker: $(VENV) ## The chord on pytest-celery's containers; skipped where there is no Docker engine
-	@$(BIN)/python -m pytest -m docker $(ARGS)
-
-test-long: $(VENV) ## Tests that take minutes each
-	@$(BIN)/python -m pytest -m long $(ARGS)
+.PHONY: test fresh
+test: $(VENV) ## All tests, unit to end-to-end, on real components
+	@$(BIN)/python -m pytest $(ARGS)
 
 fresh: ## Demo and test from a clean clone in an empty home directory
 	@tools/fresh
