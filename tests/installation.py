@@ -70,11 +70,17 @@ def _found(server: PostgresServer, names: Sequence[str], cluster: str) -> None:
     """Write into empty databases which installation they are, as the migrator does."""
     catalog, *shards = names
     with _engine(server.dsn(catalog)).connect() as connection:
-        connection.execute(sa.insert(tables.installation).values(cluster=cluster, shard_count=len(shards)))
+        installation = connection.execute(
+            sa.insert(tables.installation)
+            .values(cluster=cluster, shard_count=len(shards))
+            .returning(tables.installation.c.id)
+        ).scalar_one()
     for shard, name in enumerate(shards):
         with _engine(server.dsn(name)).connect() as connection:
             connection.execute(
-                sa.insert(tables.shard_state).values(cluster=cluster, shard=shard, shard_count=len(shards))
+                sa.insert(tables.shard_state).values(
+                    cluster=cluster, installation=installation, shard=shard, shard_count=len(shards)
+                )
             )
 
 

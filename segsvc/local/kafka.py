@@ -41,7 +41,7 @@ START_TIMEOUT_S = 90.0
 TOPICS: dict[str, int] = {
     **dict.fromkeys(events.TOPICS, 8),
     **{f"{topic}.dlq": 1 for topic in events.TOPICS},
-    "segment-events": 1,
+    events.SEGMENT_EVENTS_TOPIC: 1,
 }
 
 Say = Callable[[str], object]

@@ -30,7 +30,6 @@ from segsvc.local.processes import (
     LocalStackError,
     ended_as_interrupted,
     find_marked,
-    free_ports,
     kill_marked,
     start,
     tail,
@@ -38,24 +37,13 @@ from segsvc.local.processes import (
     wait_until,
 )
 from segsvc.local.redis import BROKER_CONFIG, CACHE_CONFIG, RedisServer
-from segsvc.local.stack_env import read_env, write_env
+from segsvc.local.stack_env import choose_ports, read_env, write_env
 from segsvc.local.supervision import ProcessSpec, Supervisor
 
 RUNNING_TIMEOUT_S = 90.0
 READY_TIMEOUT_S = 60.0
 MIGRATE_TIMEOUT_S = 300.0
 SHARDS = 4
-# Ports that people expect; others are taken where these are not free.
-_PORTS = {
-    "grpc_address": 50051,
-    "flower_address": 5555,
-    # Apart by more than the front has processes, each of which takes the next one.
-    "metrics_address": 9464,
-    "operation_worker_metrics_address": 9564,
-    "event_worker_metrics_address": 9565,
-    "warming_worker_metrics_address": 9566,
-    "bridge_metrics_address": 9567,
-}
 
 Say = Callable[[str], object]
 
@@ -84,13 +72,6 @@ def service_processes() -> tuple[ProcessSpec, ...]:
         segsvc("bridge", "bridge"),
         segsvc("flower", "flower"),
     )
-
-
-def _choose_ports() -> dict[str, int]:
-    """A port for each setting of an address: the one that people expect if it is free, another one otherwise."""
-    free = free_ports(2 * len(_PORTS), preferred=list(_PORTS.values()))
-    others = [port for port in free if port not in _PORTS.values()]
-    return {name: port if port in free else others.pop() for name, port in _PORTS.items()}
 
 
 class LocalStack:
@@ -279,7 +260,7 @@ class LocalStack:
             "stack_dir": self.home,
         }
         choices: dict[str, Any] = {
-            **{name: f"127.0.0.1:{port}" for name, port in _choose_ports().items()},
+            **{name: f"127.0.0.1:{port}" for name, port in choose_ports().items()},
             "grpc_reflection": True,
             "flower_password": secrets.token_urlsafe(12),
             "flower_db": self.home / "flower.db",

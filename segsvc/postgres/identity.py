@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -28,7 +29,7 @@ class Finding:
         where: ``the catalog``, ``shard 2``, or the databases of one server.
         problem: what is wrong, with the values seen.
         remedy: what to do about it.
-        outage: it may pass by itself: a server is out of reach.
+        outage: it may pass by itself, or with what is being done: no reason not to start.
     """
 
     where: str
@@ -82,11 +83,13 @@ class Identity:
     """Whom a database belongs to: the row that founding wrote.
 
     Attributes:
+        installation: made when the catalog was; tells apart installations that have the same name.
         shard: its number; None: it is a catalog.
     """
 
     cluster: str
     shard_count: int
+    installation: UUID
     shard: int | None = None
 
     def __str__(self) -> str:
@@ -102,7 +105,10 @@ class Seen:
         server: tells servers apart, replicas and copies included.
         revision: of the schema; None: no migration has run.
         foreign_tables: tables there, if no migration has run: somebody else's.
-        identity: None: not founded yet.
+        identity: None: it has none yet.
+        founded: of a shard: it has an identity; of a catalog: all shards have theirs.
+        retired: the shard goes on in another database since then, and here are old data; None: it does not.
+        closed: writes are refused, because it is being moved.
         prepared_max: ``max_prepared_transactions`` of the server.
     """
 
@@ -111,6 +117,9 @@ class Seen:
     revision: str | None
     foreign_tables: tuple[str, ...]
     identity: Identity | None
+    founded: bool
+    retired: str | None
+    closed: bool
     prepared_max: int
 
 
@@ -149,32 +158,52 @@ def read(connection: sa.Connection) -> Seen:
             sa.cast(sa.func.pg_postmaster_start_time(), sa.Text).label("started"),
             sa.func.current_database().label("database"),
             sa.cast(sa.func.current_setting("max_prepared_transactions"), sa.Integer).label("prepared_max"),
+            (sa.func.current_setting("default_transaction_read_only") == "on").label("closed"),
         )
     ).one()
     names = set(sa.inspect(connection).get_table_names())
     revision: str | None = None
     if "alembic_version" in names:
         revision = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+    about = _about(connection, names) if revision is not None else _About()
     return Seen(
         server=f"{server.system} {server.started}",
         database=server.database,
         revision=revision,
         foreign_tables=tuple(sorted(names - {"alembic_version"})) if revision is None else (),
-        identity=_identity(connection, names) if revision is not None else None,
+        identity=about.identity,
+        founded=about.founded,
+        retired=about.retired,
+        closed=server.closed,
         prepared_max=server.prepared_max,
     )
 
 
-def _identity(connection: sa.Connection, names: set[str]) -> Identity | None:
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What a database's row about itself says; no row: nothing."""
+
+    identity: Identity | None = None
+    founded: bool = False
+    retired: str | None = None
+
+
+def _about(connection: sa.Connection, names: set[str]) -> _About:
     if tables.installation.name in names:
-        installation = tables.installation.c
-        row = connection.execute(sa.select(installation.cluster, installation.shard_count)).one_or_none()
-        return Identity(row.cluster, row.shard_count) if row else None
+        of = tables.installation.c
+        row = connection.execute(sa.select(of.cluster, of.shard_count, of.id, of.founded)).one_or_none()
+        if row:
+            return _About(Identity(row.cluster, row.shard_count, row.id), founded=row.founded is not None)
     if tables.shard_state.name in names:
         state = tables.shard_state.c
-        row = connection.execute(sa.select(state.cluster, state.shard_count, state.shard)).one_or_none()
-        return Identity(row.cluster, row.shard_count, row.shard) if row else None
-    return None
+        row = connection.execute(
+            sa.select(state.cluster, state.shard_count, state.installation, state.shard, state.retired_time)
+        ).one_or_none()
+        if row:
+            identity = Identity(row.cluster, row.shard_count, row.installation, row.shard)
+            retired = row.retired_time.isoformat(timespec="seconds") if row.retired_time else None
+            return _About(identity, founded=True, retired=retired)
+    return _About()
 
 
 def wrong_databases(settings: Settings, seen: Mapping[Database, Seen]) -> list[Finding]:
@@ -183,7 +212,7 @@ def wrong_databases(settings: Settings, seen: Mapping[Database, Seen]) -> list[F
     Args:
         seen: the databases that could be reached, as they are.
     """
-    return [*_shared(seen), *_others(settings, seen), *_replaced(seen)]
+    return [*_shared(seen), *_others(settings, seen), *_strangers(settings, seen), *_retired(seen), *_replaced(seen)]
 
 
 def _shared(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
@@ -227,6 +256,35 @@ def _others(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Findi
             )
 
 
+def _strangers(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Shards of an installation that has our name but another catalog."""
+    catalog = next((what for database, what in seen.items() if database.shard is None), None)
+    if catalog is None or catalog.identity is None or catalog.identity.cluster != settings.cluster:
+        return
+    for database, what in seen.items():
+        found = what.identity
+        if found is None or found.shard != database.shard or found.cluster != settings.cluster:
+            continue  # nothing yet, or said already
+        if found.installation != catalog.identity.installation:
+            yield Finding(
+                database.name,
+                f"its DSN points to {found}, but of another installation of that name ({found.installation}, "
+                f"and the catalog is of {catalog.identity.installation})",
+                f"correct {database.setting} or SEGSVC_CATALOG_DSN",
+            )
+
+
+def _retired(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Databases that a shard has left."""
+    for database, what in seen.items():
+        if what.retired is not None:
+            yield Finding(
+                database.name,
+                f"it was moved away from the database {what.database!r} at {what.retired}, and here are old data",
+                f"correct {database.setting}",
+            )
+
+
 def _replaced(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
     """New databases where there must be data.
 
@@ -238,7 +296,7 @@ def _replaced(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
     if catalog is None:
         return
     for database, what in seen.items():
-        if catalog.identity is not None and what.identity is None and not what.foreign_tables:
+        if catalog.founded and what.identity is None and not what.foreign_tables:
             yield Finding(
                 database.name,
                 f"the database {what.database!r} is new, and the catalog says that the installation is founded",
@@ -251,6 +309,18 @@ def _replaced(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
                 "correct SEGSVC_CATALOG_DSN, or restore the data",
             )
             return
+
+
+def closed(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Databases that refuse writes: they are being moved, or a move was broken off."""
+    for database, what in seen.items():
+        if what.closed:
+            yield Finding(
+                database.name,
+                f"the database {what.database!r} is closed to writes, because it is being moved",
+                "end the move with `segsvc shards settle`",
+                outage=True,
+            )
 
 
 def scarce_prepared_transactions(seen: Mapping[Database, Seen]) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal
+from uuid import UUID
 
 import sqlalchemy as sa
 from alembic import command
@@ -100,11 +101,14 @@ def migrate(settings: Settings, progress: Callable[[Migrated], None] | None = No
     with identity.open_databases(settings) as databases:
         _refuse_unless_right(settings, databases)
         done: list[Migrated] = []
+        installation: UUID | None = None
         for number, database in enumerate(databases, 1):
             with _migration(database) as connection:
                 before, after = _upgrade(database, connection)
-                if database.shard is not None:
-                    _found_shard(connection, settings, database)
+                if installation is None:  # the catalog, which comes first
+                    installation = _name_installation(connection, settings, database)
+                else:
+                    _found_shard(connection, settings, database, installation)
             done.append(Migrated(database.name, before, after, number, len(databases)))
             if progress is not None:
                 progress(done[-1])
@@ -119,7 +123,7 @@ def _refuse_unless_right(settings: Settings, databases: tuple[Database, ...]) ->
             [Finding("the shards", "SEGSVC_SHARD_DSNS names none", "name at least one: their number is fixed for ever")]
         )
     seen, unreachable = _look_at(databases)
-    found = [*unreachable, *_wrong(settings, seen)]
+    found = [*unreachable, *_wrong(settings, seen), *identity.closed(seen)]
     if found:
         raise MigrationError(found)
 
@@ -183,31 +187,56 @@ def _upgrade(database: Database, connection: sa.Connection) -> tuple[str | None,
     return before, head(database.kind)
 
 
-def _found_shard(connection: sa.Connection, settings: Settings, database: Database) -> None:
-    """Write into a new shard which one it is."""
-    connection.execute(
-        insert(tables.shard_state)
-        .values(one=True, cluster=settings.cluster, shard=database.shard, shard_count=settings.shard_count)
-        .on_conflict_do_nothing()
-    )
-    _refuse_unless_ours(connection, settings, database)
-
-
-def _found_catalog(connection: sa.Connection, settings: Settings, database: Database) -> None:
-    """Write into a new catalog whose it is, which says as well that every shard is founded."""
+def _name_installation(connection: sa.Connection, settings: Settings, catalog: Database) -> UUID:
+    """The id of the installation, which is made with its row; it is not founded yet then."""
     exists = connection.execute(sa.select(sa.exists().select_from(tables.installation))).scalar_one()
     if not exists:
         connection.execute(
-            insert(tables.installation).values(cluster=settings.cluster, shard_count=settings.shard_count)
+            insert(tables.installation).values(cluster=settings.cluster, shard_count=settings.shard_count, founded=None)
         )
+    _refuse_unless_ours(connection, settings, catalog)
+    installation: UUID = connection.execute(sa.select(tables.installation.c.id)).scalar_one()
+    return installation
+
+
+def _found_shard(connection: sa.Connection, settings: Settings, database: Database, installation: UUID) -> None:
+    """Write into a new shard which one it is."""
+    connection.execute(
+        insert(tables.shard_state)
+        .values(
+            one=True,
+            cluster=settings.cluster,
+            installation=installation,
+            shard=database.shard,
+            shard_count=settings.shard_count,
+        )
+        .on_conflict_do_nothing()
+    )
+    found = _refuse_unless_ours(connection, settings, database)
+    if found != installation:
+        problem = f"another migrator has made it a shard of the installation {found}"
+        raise MigrationError([Finding(database.name, problem, f"correct {database.setting}")])
+
+
+def _found_catalog(connection: sa.Connection, settings: Settings, database: Database) -> None:
+    """Write into the catalog that every shard is founded."""
+    table = tables.installation
+    connection.execute(sa.update(table).where(table.c.founded.is_(None)).values(founded=sa.func.now()))
     _refuse_unless_ours(connection, settings, database)
 
 
-def _refuse_unless_ours(connection: sa.Connection, settings: Settings, database: Database) -> None:
-    """Look again under the lock: another migrator, with other settings, may have been here since the first look."""
-    found = identity.wrong_databases(settings, {database: identity.read(connection)})
+def _refuse_unless_ours(connection: sa.Connection, settings: Settings, database: Database) -> UUID:
+    """Look again under the lock: another migrator, with other settings, may have been here since the first look.
+
+    Returns the installation that the database belongs to.
+    """
+    what = identity.read(connection)
+    found = identity.wrong_databases(settings, {database: what})
     if found:
         raise MigrationError(found)
+    if what.identity is None:
+        raise RuntimeError(f"{database.name} has lost its identity")
+    return what.identity.installation
 
 
 def inspect(settings: Settings) -> list[Finding]:
@@ -222,11 +251,12 @@ def inspect(settings: Settings) -> list[Finding]:
     for database, what in seen.items():
         if database.name in named:
             continue
-        if what.identity is None:
+        if not what.founded:
             found.append(Finding(database.name, "it was never set up", "run `segsvc migrate`"))
         elif what.revision != head(database.kind):
             problem = f"its schema is at {what.revision}, this release wants {head(database.kind)}"
             found.append(Finding(database.name, problem, "run `segsvc migrate`"))
+    found += identity.closed({database: what for database, what in seen.items() if database.name not in named})
     found += identity.scarce_prepared_transactions(seen)
     return found
 
@@ -235,7 +265,8 @@ def verify(settings: Settings) -> list[Finding]:
     """Called by every process before it does anything: may it work with these databases?
 
     Returns:
-        Databases out of reach: no reason not to start, for a process serves what can be served.
+        Databases out of reach, or closed while they are moved: no reason not to start, for a process serves what can
+        be served.
 
     Raises:
         StartupError: a database is the wrong one, its schema is not this release's, or its server cannot prepare.

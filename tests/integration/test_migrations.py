@@ -166,9 +166,8 @@ def test_a_migrator_waits_for_another(settings: Settings) -> None:
 def test_a_migration_does_not_queue_behind_a_table_in_use(settings: Settings) -> None:
     migrate(settings)
     # As if a migration of a table in use were to come: the same code path, with the newest revision taken back.
-    execute(settings.shard_dsns[1], "DROP TABLE overrides, applied_operations, deleted_users, memberships, directory")
-    execute(settings.shard_dsns[1], "DROP TABLE users, segments, shard_state; DELETE FROM alembic_version")
-    execute(settings.catalog_dsn, "DELETE FROM installation")
+    execute(settings.shard_dsns[1], f"DROP TABLE {', '.join(tables.shard.tables)}; DELETE FROM alembic_version")
+    execute(settings.catalog_dsn, "UPDATE installation SET founded = NULL")
     engine = sa.create_engine(settings.shard_dsns[1], poolclass=sa.NullPool)
     with engine.begin() as user:
         user.execute(sa.text("LOCK TABLE alembic_version IN ROW EXCLUSIVE MODE"))
@@ -217,6 +216,44 @@ def test_another_clusters_databases_are_refused(pg_server: PostgresServer, setti
         "the catalog: its DSN points to the catalog of cluster 'other' with 3 shards, and this is cluster 'test'; "
         "correct SEGSVC_CATALOG_DSN or SEGSVC_CLUSTER"
     )
+
+
+def test_a_shard_of_another_installation_of_the_same_name_is_refused(
+    pg_server: PostgresServer, settings: Settings
+) -> None:
+    other = new_settings(pg_server)
+    migrate(settings)
+    migrate(other)
+    [mine] = rows(settings.catalog_dsn, "SELECT CAST(id AS text) FROM installation")
+    [theirs] = rows(other.shard_dsns[1], "SELECT CAST(installation AS text) FROM shard_state")
+    first, _, third = settings.shard_dsns
+    assert refusal(changed(settings, shard_dsns=(first, other.shard_dsns[1], third))) == (
+        "shard 1: its DSN points to shard 1 of cluster 'test' with 3 shards, but of another installation of that name "
+        f"({theirs[2:-3]}, and the catalog is of {mine[2:-3]}); correct SEGSVC_SHARD_DSNS or SEGSVC_CATALOG_DSN"
+    )
+    assert mine != theirs
+
+
+def test_a_database_that_its_shard_has_left_is_refused(settings: Settings) -> None:
+    migrate(settings)
+    execute(settings.shard_dsns[1], "UPDATE shard_state SET retired_time = '2026-01-02 03:04:05+00'")
+    found = refusal(settings)
+    assert found.startswith("shard 1: it was moved away from the database 'migrate_")
+    assert found.endswith("' at 2026-01-02T03:04:05+00:00, and here are old data; correct SEGSVC_SHARD_DSNS")
+
+
+def test_a_database_closed_for_a_move_lets_processes_start_but_not_migrators(settings: Settings) -> None:
+    migrate(settings)
+    name = settings.shard_dsns[1].partition("/@/"[1:])[2].partition("?")[0]
+    execute(settings.shard_dsns[1], f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    [finding] = verify(settings)
+    assert finding.outage
+    assert str(finding) == (
+        f"shard 1: the database '{name}' is closed to writes, because it is being moved; "
+        "end the move with `segsvc shards settle`"
+    )
+    with pytest.raises(MigrationError, match="is closed to writes"):
+        migrate(settings)
 
 
 def test_another_number_of_shards_is_refused(settings: Settings) -> None:
@@ -286,7 +323,7 @@ def test_a_schema_of_a_newer_release_is_refused(settings: Settings) -> None:
 
 def test_a_crash_before_the_last_step_is_mended_by_running_it_again(settings: Settings) -> None:
     migrate(settings)
-    execute(settings.catalog_dsn, "DELETE FROM installation")
+    execute(settings.catalog_dsn, "UPDATE installation SET founded = NULL")
     with pytest.raises(StartupError) as caught:
         verify(settings)
     assert str(caught.value) == "the catalog: it was never set up; run `segsvc migrate`"

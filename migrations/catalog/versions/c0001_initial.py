@@ -34,7 +34,14 @@ def upgrade() -> None:
         "installation",
         sa.Column("cluster", sa.Text(), nullable=False, comment="name in every gid"),
         sa.Column("shard_count", sa.Integer(), nullable=False, comment="fixed for ever"),
-        sa.Column("founded", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("id", sa.UUID(), server_default=sa.text("gen_random_uuid()"), nullable=False),
+        sa.Column(
+            "founded",
+            postgresql.TIMESTAMP(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=True,
+            comment="null: not every shard is set up yet",
+        ),
         sa.PrimaryKeyConstraint("cluster", name=op.f("pk_installation")),
     )
     op.create_table(

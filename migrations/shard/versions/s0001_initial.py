@@ -89,13 +89,35 @@ def upgrade() -> None:
         "shard_state",
         sa.Column("one", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("cluster", sa.Text(), nullable=False),
+        sa.Column("installation", sa.UUID(), nullable=False, comment="id of the catalog's installation"),
         sa.Column("shard", sa.Integer(), nullable=False),
         sa.Column("shard_count", sa.Integer(), nullable=False),
         sa.Column("next_slot", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("user_count", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column(
+            "retired_time",
+            postgresql.TIMESTAMP(timezone=True),
+            nullable=True,
+            comment="the shard goes on in another database; never to be used again",
+        ),
         sa.CheckConstraint("one", name=op.f("ck_shard_state_one")),
         sa.PrimaryKeyConstraint("one", name=op.f("pk_shard_state")),
     )
+    op.create_table(
+        "user_requests",
+        sa.Column("user_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("request_id", sa.UUID(), nullable=False),
+        sa.Column(
+            "content_hash",
+            postgresql.BYTEA(),
+            nullable=False,
+            comment="SHA-256 of the request, its request_id apart",
+        ),
+        sa.Column("answer", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
+        sa.Column("create_time", postgresql.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("user_id", "request_id", name=op.f("pk_user_requests")),
+    )
+    op.create_index("ix_user_requests_create_time", "user_requests", ["create_time"], unique=False)
     op.create_table(
         "users",
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),

@@ -1,0 +1,450 @@
+"""A shard moves to another PostgreSQL server while users are read, and nobody is told what is not true."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+import redis
+import sqlalchemy as sa
+from segmentation.v1 import membership_pb2, segments_pb2
+
+from segsvc.bootstrap import Check, make_cache, settle_shard
+from segsvc.config import Settings
+from segsvc.domain.bucketing import bucket
+from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.events import CreateUser, DeleteUser, UserEvent
+from segsvc.domain.sharding import shard_of
+from segsvc.failpoints import NoFailpoints
+from segsvc.local.postgres import PostgresServer
+from segsvc.local.redis import RedisServer
+from segsvc.postgres import moving, tables
+from segsvc.postgres.engine import Databases, Pool
+from segsvc.postgres.locks import SHARD_LOCK
+from segsvc.postgres.migrate import StartupError, migrate, verify
+from segsvc.postgres.moving import MoveRefused
+from segsvc.postgres.users import PostgresUserStore
+from segsvc.services.ingestion import Ingestion
+from tests.contract.conftest import FrontUnderTest, eventually, running_front
+from tests.contract.installation import Installation
+from tests.local_servers import REPOSITORY
+
+SHARDS = 3
+MOVED = 1
+USERS = range(1, 6001)
+Segments = frozenset[str]
+
+
+@pytest.fixture(scope="module")
+def second_server(servers_folder: Path) -> Iterator[PostgresServer]:
+    server = PostgresServer(servers_folder / "pg2", mark=servers_folder, fast=True)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.purge()
+
+
+@dataclass
+class Moving(Installation):
+    """An installation whose shards may lie on two servers; its databases are made by the migrator.
+
+    Attributes:
+        dsns: of the shards, as the processes that start next are told.
+    """
+
+    dsns: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in self.database_names[: SHARDS + 1]:
+            self.server.create_database(name)
+        self.dsns = [self.server.dsn(name) for name in self.database_names[1 : SHARDS + 1]]
+        migrate(self.settings)
+        redis.Redis.from_url(self.cache.url).flushall()
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(
+            _env_file=None,  # type: ignore[call-arg]
+            cluster=self.name,
+            catalog_dsn=self.server.dsn(self.database_names[0]),
+            shard_dsns=tuple(self.dsns),
+            cache_url=self.cache.url,
+        )
+
+    def environment(self) -> dict[str, str]:
+        return {**super().environment(), "SEGSVC_SHARD_DSNS": " ".join(self.dsns)}
+
+    @contextmanager
+    def ingestion(self) -> Iterator[Ingestion]:
+        """What applies events, on the databases as they are now."""
+        databases, cache = Databases(self.settings, "worker", Pool(2)), make_cache(self.settings)
+        try:
+            yield Ingestion(PostgresUserStore(databases), cache, NoFailpoints())
+        finally:
+            cache.close()
+            databases.close()
+
+    def salt_of(self, slug: str) -> int:
+        [row] = self.execute(0, f"SELECT salt FROM segments WHERE slug = '{slug}'")
+        return tables.salt_from_db(int(row.strip("(,)")))
+
+    def execute(self, shard: int, statement: str) -> list[str]:
+        engine = sa.create_engine(self.dsns[shard], poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            result = connection.execute(sa.text(statement))
+            return [repr(row) for row in result.all()] if result.returns_rows else []
+
+
+@pytest.fixture
+def installation(
+    request: pytest.FixtureRequest,
+    pg_server: PostgresServer,
+    second_server: PostgresServer,
+    cache_server: RedisServer,
+) -> Iterator[Moving]:
+    name = f"moving-{request.node.name.removeprefix('test_').replace('_', '-')[:20].strip('-')}"
+    made = Moving(name, pg_server, cache_server)
+    try:
+        yield made
+    finally:
+        left = [server.psql("SELECT gid FROM pg_prepared_xacts") for server in (pg_server, second_server)]
+        assert left == ["", ""]
+
+
+def apply(ingestion: Ingestion, events: list[UserEvent]) -> None:
+    for shard in range(SHARDS):
+        mine = [event for event in events if shard_of(event.user_id, SHARDS) == shard]
+        assert not ingestion.apply_batch(shard, mine).dead
+
+
+def new_database(server: PostgresServer, name: str) -> str:
+    server.create_database(name)
+    return server.dsn(name)
+
+
+class Readers:
+    """Threads that read users without a pause, many of them past the cache, and hold each answer against the truth.
+
+    Attributes:
+        fronts: who is asked, in turn.
+        failures: the shard and the status of each refused read.
+        wrong: what was answered and is not true.
+        reads: answers so far, of each shard.
+
+    Args:
+        truth: what may be answered for a user at this moment.
+    """
+
+    def __init__(self, installation: Moving, front: FrontUnderTest, truth: Callable[[int], set[Segments]]) -> None:
+        self.fronts = [front]
+        self.failures: list[tuple[int, str]] = []
+        self.wrong: list[str] = []
+        self.reads = [0] * SHARDS
+        self._truth = truth
+        self._cache = redis.Redis.from_url(installation.cache.url)
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._read, args=(number,)) for number in range(3)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._cache.close()
+
+    def _read(self, number: int) -> None:
+        user_id = number + 1
+        while not self._stop.is_set():
+            user_id = user_id % 5000 + 7  # coprime with the shards: they come in turn
+            shard = shard_of(user_id, SHARDS)
+            if number == 0:
+                self._cache.delete(f"{{{shard}}}:u:{user_id}")
+            allowed, fronts = self._truth(user_id), self.fronts
+            try:
+                found = segments_of(fronts[self.reads[shard] % len(fronts)], user_id)
+            except grpc.RpcError as error:
+                self.failures.append((shard, f"{error.code().name} {error.details()}"))
+            else:
+                if found not in allowed | self._truth(user_id):
+                    self.wrong.append(f"user {user_id}: {sorted(found)}, not one of {allowed}")
+            self.reads[shard] += 1
+
+    def await_reads(self, more: int = 150) -> None:
+        """Return when every shard was read so often once more."""
+        seen = list(self.reads)
+        eventually(lambda: all(now >= before + more for now, before in zip(self.reads, seen, strict=True)), 20)
+
+
+def segments_of(front: FrontUnderTest, user_id: int) -> Segments:
+    answer = front.memberships.GetUserSegments(membership_pb2.GetUserSegmentsRequest(user_id=user_id), timeout=5)
+    return frozenset(answer.slugs)
+
+
+def roll_out(front: FrontUnderTest, slug: str, percent: float) -> None:
+    request = segments_pb2.RollOutSegmentRequest(slug=slug, rule={"percent": percent})
+    operation = front.segments.RollOutSegment(request, timeout=20)
+    assert operation.done, operation
+    assert not operation.HasField("error"), operation.error
+
+
+def command(installation: Moving, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")}
+    return subprocess.run(
+        [sys.executable, "-m", "segsvc", *arguments],
+        env={**environ, **installation.environment(), "SEGSVC_ENV_FILE": "/nowhere", "PYTHONPATH": str(REPOSITORY)},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_a_shard_moves_while_users_are_read(
+    installation: Moving, second_server: PostgresServer, tmp_path: Path
+) -> None:
+    old_dsn, new_dsn = installation.dsns[MOVED], new_database(second_server, "moved")
+    with installation.ingestion() as ingestion:
+        apply(ingestion, [CreateUser(user_id, "{}") for user_id in USERS])
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+
+    with ExitStack() as stack:
+        old_front = stack.enter_context(running_front("native", installation, tmp_path / "old"))
+        eventually(old_front.serving)
+        old_front.create("moving")
+        roll_out(old_front, "moving", 10)
+        salt = installation.salt_of("moving")
+        percents = [10]
+
+        def truth(user_id: int) -> set[Segments]:
+            found = {bucket(user_id, salt) < percent * 1000 for percent in percents}
+            return {frozenset({"moving"}) if member else frozenset() for member in found}
+
+        readers = Readers(installation, old_front, truth)
+        stack.callback(readers.stop)
+        readers.await_reads()
+
+        copied = command(installation, "shards", "copy", str(MOVED), "--to", new_dsn, "--json")
+        assert copied.returncode == 0, copied.stderr
+        readers.await_reads()
+
+        # The fronts change over one after the other. Both give the same answers, and writes wait.
+        installation.dsns[MOVED] = new_dsn
+        new_front = stack.enter_context(running_front("native", installation, tmp_path / "new"))
+        stack.callback(readers.stop)
+        eventually(new_front.serving)
+        readers.fronts = [old_front, new_front]
+        readers.await_reads()
+        for dsn in (old_dsn, new_dsn):
+            installation.dsns[MOVED] = dsn
+            with installation.ingestion() as ingestion, pytest.raises(ServiceError) as refused:
+                ingestion.apply_batch(MOVED, [CreateUser(7000, "{}")])
+            assert refused.value.reason is Reason.SHARD_UNAVAILABLE
+        readers.fronts = [new_front]
+        readers.await_reads()
+        assert readers.failures == []
+
+        # Settled: the old database is shut, and the shard takes events again.
+        settled = command(installation, "shards", "settle", str(MOVED), "--fence", old_dsn, "--json")
+        assert settled.returncode == 0, settled.stderr
+        fresh, gone = 6001 + (MOVED - 6001) % SHARDS, 5010 + (MOVED - 5010) % SHARDS
+        segments_of(new_front, gone)  # is in the cache now
+        with installation.ingestion() as ingestion:
+            apply(ingestion, [CreateUser(fresh, "{}"), DeleteUser(gone)])
+        assert segments_of(new_front, fresh) in truth(fresh)
+        # The front that was forgotten still has the cache and the other shards; of this one it has nothing old to tell.
+        for front, code in ((new_front, grpc.StatusCode.NOT_FOUND), (old_front, grpc.StatusCode.UNAVAILABLE)):
+            with pytest.raises(grpc.RpcError) as unread:
+                segments_of(front, gone)
+            assert unread.value.code() is code
+
+        # All shards or none, over two servers.
+        percents.append(30)
+        roll_out(new_front, "moving", 30)
+        percents.remove(10)
+        for user_id in range(1, 200):
+            assert segments_of(new_front, user_id) in truth(user_id)
+        # By now all of the moved shard's users among these are cached, for every front.
+        for user_id in range(1, 200):
+            assert segments_of(old_front, user_id) in truth(user_id)
+        readers.await_reads()
+
+    assert readers.wrong == []
+    # While sessions were ended to let writes in again; the other shards were never concerned.
+    assert {shard for shard, _ in readers.failures} <= {MOVED}
+    assert {reason.partition(":")[0] for _, reason in readers.failures} <= {"UNAVAILABLE shard 1 cannot be reached"}
+    assert verify(installation.settings) == []
+    check = Check(installation.settings)
+    try:
+        report = check.checker.run(lambda *_: None)
+    finally:
+        check.close()
+    assert report.differences == []
+    assert report.users == len(USERS)
+    # And the old database is out of use for good.
+    database = old_dsn.partition("?")[0].rpartition("/")[2]
+    shut = installation.server.psql("SELECT datallowconn FROM pg_database WHERE datname = :'name'", name=database)
+    assert shut.strip() == "f"
+    installation.server.psql(f'ALTER DATABASE "{database}" ALLOW_CONNECTIONS true')
+    stale = installation.settings.model_copy(
+        update={"shard_dsns": (installation.dsns[0], old_dsn, installation.dsns[2])}
+    )
+    with pytest.raises(StartupError, match=r"shard 1: it was moved away .* and here are old data"):
+        verify(stale)
+
+
+def test_the_copy_has_everything(installation: Moving, second_server: PostgresServer) -> None:
+    with installation.ingestion() as ingestion:
+        apply(ingestion, [CreateUser(user_id, '{"plan": "ü"}') for user_id in range(1, 4000)])
+        apply(ingestion, [DeleteUser(user_id) for user_id in range(1, 40)])
+    installation.execute(MOVED, "INSERT INTO overrides (user_id, segment_id, effect) VALUES (1000, 1, 1)")
+    installation.execute(MOVED, "INSERT INTO segments (id, slug, salt) VALUES (1, 'one', -5)")
+    installation.execute(MOVED, "INSERT INTO applied_operations (operation_id, kind) VALUES (gen_random_uuid(), 1)")
+    installation.execute(
+        MOVED, "INSERT INTO memberships (block, segment_id, bits) VALUES (0, 1, decode(repeat('01ff', 64), 'hex'))"
+    )
+    installation.execute(
+        MOVED,
+        "INSERT INTO user_requests (user_id, request_id, content_hash, answer) "
+        "VALUES (1000, gen_random_uuid(), '\\x00ff', '[null]')",
+    )
+    new_dsn = new_database(second_server, "complete")
+    copied = moving.copy(installation.settings, MOVED, new_dsn)
+
+    def contents() -> list[list[str]]:
+        return [
+            installation.execute(
+                MOVED, f"SELECT count(*), md5(string_agg(t::text, '|' ORDER BY t::text)) FROM {name} t"
+            )
+            for name in [*tables.shard.tables, "alembic_version"]
+        ]
+
+    before = contents()
+    old_dsn, installation.dsns[MOVED] = installation.dsns[MOVED], new_dsn
+    assert contents() == before
+    assert [table for table, rows in zip(tables.shard.tables, before, strict=False) if rows[0].startswith("(0,")] == []
+    assert copied.users == int(installation.execute(MOVED, "SELECT count(*) FROM users")[0].strip("(,)"))
+    # What COPY does not bring along; whoever adds one must bring it along here.
+    assert tables.shard._sequences == {}
+    assert not [column for table in tables.shard.tables.values() for column in table.columns if column.identity]
+    settle_shard(installation.settings, MOVED, old_dsn)
+    settle_shard(installation.settings, MOVED, old_dsn)  # once more changes nothing
+    assert verify(installation.settings) == []
+
+
+def test_a_copy_waits_for_what_is_prepared(installation: Moving, second_server: PostgresServer) -> None:
+    new_dsn = new_database(second_server, "waits")
+    engine = sa.create_engine(installation.dsns[MOVED], poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SHARD_LOCK)))
+        connection.exec_driver_sql("INSERT INTO deleted_users (id, version) VALUES (4, 0)")
+        connection.exec_driver_sql("PREPARE TRANSACTION 'segsvc:moving:prepared:1'")
+        connection.rollback()
+    with ThreadPoolExecutor(1) as thread:
+        copying = thread.submit(moving.copy, installation.settings, MOVED, new_dsn)
+        waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        eventually(lambda: bool(installation.execute(MOVED, waiting)) or copying.done())
+        assert not copying.done()
+        installation.execute(MOVED, "COMMIT PREPARED 'segsvc:moving:prepared:1'")
+        copying.result(timeout=30)
+    old_dsn, installation.dsns[MOVED] = installation.dsns[MOVED], new_dsn
+    assert installation.execute(MOVED, "SELECT id FROM deleted_users") == ["(4,)"]
+    settle_shard(installation.settings, MOVED, old_dsn)
+
+
+def test_somebody_elses_prepared_transaction_stops_a_move(installation: Moving, second_server: PostgresServer) -> None:
+    new_dsn = new_database(second_server, "foreign")
+    engine = sa.create_engine(installation.dsns[MOVED], poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("INSERT INTO deleted_users (id, version) VALUES (4, 0)")
+        connection.exec_driver_sql("PREPARE TRANSACTION 'theirs'")
+        connection.rollback()
+    with pytest.raises(MoveRefused, match="'theirs' is prepared there"):
+        moving.copy(installation.settings, MOVED, new_dsn)
+    installation.execute(MOVED, "ROLLBACK PREPARED 'theirs'")
+    assert verify(installation.settings) == []
+
+
+def test_a_copy_that_fails_leaves_the_shard_as_it_was(
+    installation: Moving, second_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_dsn = new_database(second_server, "fails")
+    copy_table = moving.copy_table
+
+    def fail_at_users(source: sa.Connection, target: sa.Connection, table: sa.Table) -> None:
+        copy_table(source, target, table)
+        if table is tables.users:
+            second_server.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'fails'")
+
+    monkeypatch.setattr(moving, "copy_table", fail_at_users)
+    with pytest.raises(ServiceError):
+        moving.copy(installation.settings, MOVED, new_dsn)
+    monkeypatch.undo()
+    assert verify(installation.settings) == []
+    with installation.ingestion() as ingestion:
+        apply(ingestion, [CreateUser(1, "{}")])
+    moving.copy(installation.settings, MOVED, new_dsn)  # nothing was left there
+
+
+def test_a_move_can_be_broken_off(installation: Moving, second_server: PostgresServer) -> None:
+    new_dsn = new_database(second_server, "broken_off")
+    moving.copy(installation.settings, MOVED, new_dsn)
+    with pytest.raises(MoveRefused, match="a move was begun"):
+        moving.copy(installation.settings, MOVED, new_database(second_server, "broken_off_2"))
+    settle_shard(installation.settings, MOVED, new_dsn)
+    with installation.ingestion() as ingestion:
+        apply(ingestion, [CreateUser(1, "{}")])
+    installation.dsns[MOVED] = new_dsn
+    [finding] = verify(installation.settings)
+    assert finding.outage
+    assert "not currently accepting connections" in finding.problem
+
+
+def test_settling_refuses_what_is_not_the_other_half(installation: Moving, second_server: PostgresServer) -> None:
+    old_dsn, new_dsn = installation.dsns[MOVED], new_database(second_server, "half")
+    settings = installation.settings
+    with pytest.raises(MoveRefused, match="it is the one that SEGSVC_SHARD_DSNS names"):
+        settle_shard(settings, MOVED, old_dsn)
+    with pytest.raises(MoveRefused, match="it is shard 0 of cluster"):
+        settle_shard(settings, MOVED, installation.dsns[0])
+    with pytest.raises(MoveRefused, match="there is no 'nowhere' on that server"):
+        settle_shard(settings, MOVED, second_server.dsn("nowhere"))
+    moving.copy(settings, MOVED, new_dsn)
+    # Somebody opened the old one by hand, and it went on alone.
+    database = old_dsn.partition("?")[0].rpartition("/")[2]
+    installation.server.psql(f'ALTER DATABASE "{database}" RESET default_transaction_read_only')
+    with pytest.raises(MoveRefused, match="it is open to writes"):
+        settle_shard(settings, MOVED, new_dsn)
+    with installation.ingestion() as ingestion:
+        apply(ingestion, [CreateUser(1, "{}")])
+    installation.server.psql(f'ALTER DATABASE "{database}" SET default_transaction_read_only = on')
+    with pytest.raises(MoveRefused, match="does not hold the same data"):
+        settle_shard(settings, MOVED, new_dsn)
+    assert second_server.psql("SELECT datallowconn FROM pg_database WHERE datname = 'half'").strip() == "t"
+
+
+def test_a_server_that_prepares_too_little_is_refused(installation: Moving, second_server: PostgresServer) -> None:
+    new_dsn = new_database(second_server, "scarce")
+    second_server.psql("ALTER SYSTEM SET max_prepared_transactions = 5")
+    second_server.restart()
+    try:
+        [found] = [second_server.psql("SHOW max_prepared_transactions").strip()]
+        assert found == "5"
+        with pytest.raises(MoveRefused, match="max_prepared_transactions is 5, and 6 is the least"):
+            moving.copy(installation.settings, MOVED, new_dsn)
+    finally:
+        second_server.psql("ALTER SYSTEM RESET max_prepared_transactions")
+        second_server.restart()
+    assert verify(installation.settings) == []
