@@ -1,0 +1,168 @@
+"""The runtime's checked expression (``cel.expr.CheckedExpr``), as far as it is needed to build the tree.
+
+The message is described here, field numbers as published in cel-spec's checked.proto and syntax.proto: the runtime's
+wheel ships no Python classes for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
+
+from segsvc.conditions import tree
+
+_F: Final = descriptor_pb2.FieldDescriptorProto
+_SCALARS: Final = {
+    "int64": _F.TYPE_INT64,
+    "double": _F.TYPE_DOUBLE,
+    "bool": _F.TYPE_BOOL,
+    "string": _F.TYPE_STRING,
+    "bytes": _F.TYPE_BYTES,
+    "uint64": _F.TYPE_UINT64,
+    "int32": _F.TYPE_INT32,
+}
+_PACKAGE: Final = "segsvc.conditions.checked"
+# message → (name, type, number). Before a type: "*" repeated, "?" one of several, so that its presence shows.
+_MESSAGES: Final = {
+    "Checked": (("expr", "Expr", 4), ("source", "Source", 5)),
+    "Source": (("positions", "*Position", 4),),
+    "Position": (("key", "int64", 1), ("value", "int32", 2)),
+    "Expr": (
+        ("id", "int64", 2),
+        ("constant", "?Const", 3),
+        ("ident", "?Ident", 4),
+        ("select", "?Select", 5),
+        ("call", "?Call", 6),
+        ("list", "?List", 7),
+    ),
+    "Const": (
+        ("null", "?int32", 1),
+        ("bool", "?bool", 2),
+        ("int", "?int64", 3),
+        ("uint", "?uint64", 4),
+        ("double", "?double", 5),
+        ("string", "?string", 6),
+        ("bytes", "?bytes", 7),
+    ),
+    "Ident": (("name", "string", 1),),
+    "Select": (("operand", "Expr", 1), ("field", "string", 2), ("test_only", "bool", 3)),
+    "Call": (("target", "Expr", 1), ("function", "string", 2), ("args", "*Expr", 3)),
+    "List": (("elements", "*Expr", 1),),
+}
+
+
+def _describe() -> descriptor_pb2.FileDescriptorProto:
+    file = descriptor_pb2.FileDescriptorProto(name="segsvc/conditions/checked.proto", package=_PACKAGE, syntax="proto3")
+    for message, fields in _MESSAGES.items():
+        described = file.message_type.add(name=message)
+        one_of = [name for name, kind, _ in fields if kind.startswith("?")]
+        if one_of:
+            described.oneof_decl.add(name="kind")
+        for name, kind, number in fields:
+            bare = kind.lstrip("*?")
+            field = described.field.add(name=name, number=number)
+            field.label = _F.LABEL_REPEATED if kind.startswith("*") else _F.LABEL_OPTIONAL
+            field.type = _SCALARS.get(bare, _F.TYPE_MESSAGE)
+            if bare not in _SCALARS:
+                field.type_name = f".{_PACKAGE}.{bare}"
+            if name in one_of:
+                field.oneof_index = 0
+    return file
+
+
+_pool: Final = descriptor_pool.DescriptorPool()
+_pool.Add(_describe())
+_Checked: Final = message_factory.GetMessageClass(_pool.FindMessageTypeByName(f"{_PACKAGE}.Checked"))
+
+_COMPARISONS: Final[dict[str, tree.Comparison]] = {
+    "_==_": "==", "_!=_": "!=", "_<_": "<", "_<=_": "<=", "_>_": ">", "_>=_": ">=",
+}  # fmt: skip
+_TESTS: Final[dict[str, tree.StringTest]] = {
+    "startsWith": "startsWith", "endsWith": "endsWith", "contains": "contains",
+}  # fmt: skip
+_ALLOWED: Final = (
+    "allowed are == != < <= > >= in && || ! has() startsWith endsWith contains size, parentheses, "
+    "and literals of string, int, double, bool and list"
+)
+
+
+class NotInSubset(Exception):
+    """Valid CEL that has no equal in SQL. ``position``: of the offending node, in characters from the start."""
+
+    def __init__(self, what: str, position: int) -> None:
+        super().__init__(what)
+        self.what = what
+        self.position = position
+
+
+def to_tree(serialized: bytes) -> tree.Node:
+    """The tree of a checked expression, as the runtime serialises it.
+
+    Raises:
+        NotInSubset: it has something that conditions must not have.
+    """
+    wrapped = any_pb2.Any.FromString(serialized)
+    checked: Any = _Checked.FromString(wrapped.value)
+    positions = {entry.key: entry.value for entry in checked.source.positions}
+    return _Builder(positions).build(checked.expr)
+
+
+class _Builder:
+    def __init__(self, positions: dict[int, int]) -> None:
+        self._positions = positions
+
+    def _refuse(self, what: str, expr: Any) -> NotInSubset:
+        return NotInSubset(f"{what}; {_ALLOWED}", self._positions.get(expr.id, 0))
+
+    def build(self, expr: Any) -> tree.Node:
+        kind = expr.WhichOneof("kind")
+        if kind == "constant":
+            return self._constant(expr)
+        if kind == "select":
+            return self._select(expr)
+        if kind == "list":
+            return tree.ListOf(tuple(map(self.build, expr.list.elements)))
+        if kind == "call":
+            return self._call(expr)
+        if kind == "ident":
+            raise self._refuse("user is not a value here, only its attributes are (user.name)", expr)
+        raise self._refuse("maps, macros and comprehensions are not allowed", expr)
+
+    def _constant(self, expr: Any) -> tree.Constant:
+        kind = expr.constant.WhichOneof("kind")
+        if kind not in ("bool", "int", "double", "string"):
+            raise self._refuse(f"a literal of type {kind} is not allowed", expr)
+        value = getattr(expr.constant, kind)
+        if kind == "string" and "\0" in value:
+            raise self._refuse("a string must not contain U+0000", expr)
+        return tree.Constant(value)
+
+    def _select(self, expr: Any) -> tree.Attribute | tree.Has:
+        select = expr.select
+        if select.operand.WhichOneof("kind") != "ident" or select.operand.ident.name != "user":
+            raise self._refuse("attributes have no fields: only user.name is allowed", expr)
+        if not select.field.isidentifier() or not select.field.isascii() or len(select.field) > 64:
+            raise self._refuse("names of attributes match [A-Za-z_][A-Za-z0-9_]{0,63}", expr)
+        return tree.Has(select.field) if select.test_only else tree.Attribute(select.field)
+
+    def _call(self, expr: Any) -> tree.Node:
+        call = expr.call
+        function = call.function
+        operands = [call.target, *call.args] if call.HasField("target") else list(call.args)
+        known = {"_&&_": 2, "_||_": 2, "!_": 1, "@in": 2, "size": 1, **dict.fromkeys((*_COMPARISONS, *_TESTS), 2)}
+        if known.get(function) != len(operands):
+            raise self._refuse(f"{_spelled(function)} is not allowed", expr)
+        built = [self.build(operand) for operand in operands]
+        if function in _COMPARISONS:
+            return tree.Compare(_COMPARISONS[function], *built)
+        if function in _TESTS:
+            return tree.Test(_TESTS[function], *built)
+        plain = {"_&&_": tree.And, "_||_": tree.Or, "!_": tree.Not, "@in": tree.In, "size": tree.Size}
+        made: tree.Node = plain[function](*built)
+        return made
+
+
+def _spelled(function: str) -> str:
+    """An operator as people write it."""
+    return {"_?_:_": "?:", "_[_]": "[…]", "-_": "- before an attribute"}.get(function, function.strip("_@")) or function

@@ -1,0 +1,165 @@
+"""A condition: read once, with an exact refusal, then asked about users one by one; in bulk SQL answers.
+
+The official runtime (package ``cel-expr-python``) reads, checks and evaluates: what it says is the meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+
+from cel_expr_python import cel
+
+from segsvc.conditions import checked, tree
+from segsvc.domain.errors import FieldViolation, Reason, ServiceError
+from segsvc.domain.segment import CONDITION_BYTES_MAX
+
+LIST_MAX: Final = 1000
+DEPTH_MAX: Final = 32
+"""Levels of nesting; the runtime's parser holds conditions to it."""
+_REASONS_SHOWN: Final = 3
+_VALUE_SHOWN: Final = 60
+
+_env: Final = cel.NewEnv(variables={"user": cel.Type.Map(cel.Type.STRING, cel.Type.DYN)})
+_RUNTIME_ERROR: Final = re.compile(r"ERROR: <input>:(\d+):(\d+): (.*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Made by ``parse_condition``.
+
+    Attributes:
+        text: as it was given.
+        root: its tree.
+    """
+
+    text: str
+    root: tree.Node
+    _program: Any = field(repr=False, compare=False)
+
+    def holds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether it holds for a user; an error at the top, or anything but a bool, does not."""
+        return self._program.eval(data={"user": dict(attributes)}).value() is True
+
+    def explain(self, attributes: Mapping[str, Any]) -> str:
+        """Why it holds or does not, for people: the comparisons that decide, and what the user has."""
+        if self.holds(attributes):
+            return "the condition holds"
+        return "; ".join(_failures(self.root, attributes)[:_REASONS_SHOWN])
+
+
+def _failures(node: tree.Node, attributes: Mapping[str, Any]) -> list[str]:
+    """What keeps a node that is not true from being true."""
+    match node:
+        case tree.And(left, right):
+            # One is enough; the first is what people read first.
+            return _failures(left if not _holds(left, attributes) else right, attributes)
+        case tree.Or(left, right):
+            return [*_failures(left, attributes), *_failures(right, attributes)]
+        case _:
+            return [_failure(node, attributes)]
+
+
+def _holds(node: tree.Node, attributes: Mapping[str, Any]) -> bool:
+    return _program(tree.render(node)).eval(data={"user": dict(attributes)}).value() is True
+
+
+@lru_cache(maxsize=4096)
+def _program(text: str) -> Any:
+    return _env.compile(text)
+
+
+def _failure(node: tree.Node, attributes: Mapping[str, Any]) -> str:
+    found = []
+    for name in sorted(tree.attributes_of(node)):
+        if name in attributes:
+            value = tree.render(_as_node(attributes[name]))
+            found.append(f"user.{name} is {value if len(value) <= _VALUE_SHOWN else value[:_VALUE_SHOWN] + '…'}")
+        else:
+            found.append(f"user.{name} is absent")
+    text = tree.render(node)
+    return f"{text} is not true" + (f": {', '.join(found)}" if found else "")
+
+
+def _as_node(value: Any) -> tree.Node:
+    return tree.ListOf(tuple(map(_as_node, value))) if isinstance(value, list) else tree.Constant(value)
+
+
+@lru_cache(maxsize=8192)
+def parse_condition(text: str, name: str = "rule.condition") -> Condition:
+    """Read a condition that is not empty.
+
+    Args:
+        name: the field it came in, for the refusal.
+
+    Raises:
+        ServiceError: CONDITION_INVALID, with line and column.
+    """
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > CONDITION_BYTES_MAX:
+        raise _invalid(name, f"must be at most {CONDITION_BYTES_MAX} bytes, is {size}", 1, 1)
+    try:
+        program = _env.compile(text)
+    except TypeError:
+        raise _invalid(name, "must not contain half of a surrogate pair", 1, 1) from None
+    except RuntimeError as error:
+        raise _from_runtime(name, str(error)) from None
+    kind = program.return_type()
+    if kind not in (cel.Type.BOOL, cel.Type.DYN):
+        raise _invalid(name, f"must be a bool, is of type {str(kind).lower()}", 1, 1)
+    try:
+        root = checked.to_tree(program.serialize())
+    except checked.NotInSubset as refusal:
+        raise _invalid(name, refusal.what, *_line_and_column(text, refusal.position)) from None
+    _check_lists(name, root)
+    return Condition(text, root, program)
+
+
+def _check_lists(name: str, node: tree.Node) -> None:
+    match node:
+        case tree.ListOf(items):
+            if len(items) > LIST_MAX:
+                raise _invalid(name, f"a list must have at most {LIST_MAX} items, has {len(items)}", 1, 1)
+            for item in items:
+                _check_lists(name, item)
+        case tree.Size(of) | tree.Not(of):
+            _check_lists(name, of)
+        case (
+            tree.Compare(_, left, right)
+            | tree.Test(_, left, right)
+            | tree.In(left, right)
+            | tree.And(left, right)
+            | tree.Or(left, right)
+        ):
+            _check_lists(name, left)
+            _check_lists(name, right)
+        case _:
+            pass
+
+
+def _line_and_column(text: str, position: int) -> tuple[int, int]:
+    """Both from 1, in characters."""
+    before = text[:position]
+    return before.count("\n") + 1, position - (before.rfind("\n") + 1) + 1
+
+
+def _from_runtime(name: str, message: str) -> ServiceError:
+    found = _RUNTIME_ERROR.search(message)
+    if found:
+        return _invalid(name, found[3].removesuffix(" [INVALID_ARGUMENT]"), int(found[1]), int(found[2]))
+    if "recursion limit" in message:
+        return _invalid(name, f"must be nested at most {DEPTH_MAX} levels deep", 1, 1)
+    return _invalid(name, "is not a CEL expression", 1, 1)
+
+
+def _invalid(name: str, what: str, line: int, column: int) -> ServiceError:
+    where = f"line {line}, column {column}: {what}"
+    return ServiceError(
+        Reason.CONDITION_INVALID,
+        f"{name}: {where}",
+        {"field": name, "line": str(line), "column": str(column)},
+        (FieldViolation(name, where),),
+    )

@@ -1,0 +1,90 @@
+"""Conditions and users for Hypothesis: the whole subset, well and ill typed, around every edge that we know of."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import hypothesis.strategies as st
+
+from segsvc.conditions import tree
+from segsvc.domain.events import CREATE_TOPIC, CreateUser, parse
+
+NAMES = ("a", "b", "tags", "n", "flag")
+
+strings = st.one_of(
+    st.sampled_from(
+        ["", "a", "ab", "b", "RU", "ru", "é", "e\u0301", "😀", "\uffff", "%", "_", "a%", "\\", "\\\\", "'", '"', "a\nb",
+         "{}", "null", "true", "1", "a_b", "\u007f", "$1", ":x", "\u2028"]
+    ),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5),
+)  # fmt: skip
+ints = st.one_of(
+    st.integers(-3, 3),
+    st.sampled_from([18, 2**53 - 1, 2**53, 2**53 + 1, 2**53 + 2, -(2**53), -(2**53) - 1, 2**63 - 1, -(2**63), 2**62]),
+    st.integers(-(2**63), 2**63 - 1),
+)
+doubles = st.one_of(
+    st.sampled_from(
+        [0.0, -0.0, 0.1, 0.5, 1.0, 1.5, 2.0, -1.0, 1e308, -1e308, 5e-324, 2.0**53, 2.0**53 + 2, 2.0**63, -(2.0**63),
+         1e22, 9.3e18, 1e-7]
+    ),
+    st.floats(allow_nan=False, allow_infinity=False),
+)  # fmt: skip
+scalars = st.one_of(strings, ints, doubles, st.booleans())
+tag_lists = st.lists(strings, max_size=4)
+
+users: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
+    st.sampled_from(NAMES), st.one_of(scalars, tag_lists, st.none()), max_size=len(NAMES)
+)
+
+_attributes = st.sampled_from(NAMES).map(tree.Attribute)
+_literals = st.one_of(
+    scalars.map(tree.Constant),
+    st.sampled_from([float("inf"), float("-inf")]).map(tree.Constant),
+    strings.map(tree.Constant),
+)
+
+
+def _lists(items: st.SearchStrategy[Any]) -> st.SearchStrategy[tree.ListOf]:
+    return st.lists(items, max_size=4).map(lambda found: tree.ListOf(tuple(found)))
+
+
+_values = st.recursive(
+    st.one_of(_attributes, _attributes, _literals),
+    lambda inner: st.one_of(_lists(inner), inner.map(tree.Size), _lists(strings.map(tree.Constant))),
+    max_leaves=4,
+)
+_comparisons = st.one_of(
+    st.builds(tree.Compare, st.sampled_from(["==", "!=", "<", "<=", ">", ">="]), _values, _values),
+    st.builds(tree.Compare, st.sampled_from(["==", "!=", "<", "<=", ">", ">="]), _attributes, _literals),
+    st.builds(tree.Compare, st.sampled_from(["==", "<", ">="]), _attributes, _attributes),
+    st.builds(tree.In, _values, st.one_of(_lists(_values), _attributes)),
+    st.builds(tree.In, _attributes, _lists(_literals)),
+    st.builds(
+        tree.Test,
+        st.sampled_from(["startsWith", "endsWith", "contains"]),
+        st.one_of(_attributes, strings.map(tree.Constant)),
+        st.one_of(_attributes, strings.map(tree.Constant)),
+    ),
+    st.sampled_from(NAMES).map(tree.Has),
+    _attributes,
+)
+nodes = st.recursive(
+    _comparisons,
+    lambda inner: st.one_of(
+        st.builds(tree.And, inner, inner),
+        st.builds(tree.Or, inner, inner),
+        inner.map(tree.Not),
+        st.builds(tree.Compare, st.sampled_from(["==", "!="]), inner, inner),
+        st.builds(tree.In, inner, _lists(inner)),
+    ),
+    max_leaves=8,
+)
+
+
+def stored(attributes: dict[str, Any]) -> str:
+    """A user's attributes as they are stored when a create-user event brings them."""
+    event = parse(CREATE_TOPIC, json.dumps({"user_id": 1, "attributes": attributes}).encode())
+    assert isinstance(event, CreateUser)
+    return event.attributes

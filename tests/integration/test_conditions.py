@@ -1,0 +1,137 @@
+"""What SQL says of a condition is what CEL's runtime says, for every condition and user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+from segsvc.conditions import Condition, parse_condition, tree
+from segsvc.domain.errors import ServiceError
+from segsvc.local.postgres import PostgresServer
+from segsvc.postgres.condition_sql import condition_clause
+from tests.conditions import nodes, stored, users
+
+COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+    "phases": (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+}
+QUICK = settings(max_examples=60, **COMMON)
+LONG = settings(max_examples=4000, database=None, **COMMON)
+
+# Those that a rule of thumb gets wrong.
+KNOWN = [
+    "user.a == 9007199254740993",
+    "user.a < 9007199254740993",
+    "user.a <= 9223372036854775807",
+    "user.n in [9007199254740993, 1.0, 'x', true]",
+    "user.a == user.n",
+    "user.a < user.b",
+    "user.a == 1e400 || user.a < 1e400",
+    "user.flag || user.a == 1",
+    "!user.flag",
+    "user.flag && user.a == 1",
+    "(user.a == 1) == user.flag",
+    "user.a in user.tags",
+    "user.tags == ['a', user.b]",
+    "[user.a, 1] == [1, 1.0]",
+    "'a' in ['a', user.b]",
+    "size(user.tags) >= 2 && 'a' in user.tags",
+    "size(user.a) == 1",
+    "user.a.contains('%') || user.a.startsWith('_') || user.a.endsWith('\\\\')",
+    "user.a > '\\uffff'",
+    "user.a in [] || has(user.b)",
+]
+
+
+@pytest.fixture(scope="module")
+def connection(pg_server: PostgresServer) -> Iterator[sa.Connection]:
+    pg_server.create_database("conditions")
+    engine = sa.create_engine(pg_server.dsn("conditions"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as opened:
+        yield opened
+    engine.dispose()
+
+
+def by_sql(
+    connection: sa.Connection, conditions: Sequence[Condition], attributes: Sequence[str]
+) -> list[tuple[bool, ...]]:
+    """For each user, what each condition says."""
+    column = sa.column("attributes", JSONB)
+    rows = sa.func.unnest(sa.literal(attributes, ARRAY(sa.Text)).cast(ARRAY(JSONB))).table_valued(
+        sa.column("attributes", JSONB), with_ordinality="n"
+    )
+    rows = rows.render_derived(name="u")
+    query = sa.select(*(condition_clause(each, column).label(f"c{n}") for n, each in enumerate(conditions)))
+    return [tuple(row) for row in connection.execute(query.select_from(rows).order_by(sa.column("n")))]
+
+
+def agree(connection: sa.Connection, conditions: Sequence[Condition], found: Sequence[dict[str, Any]]) -> int:
+    """Fail unless both say the same; how many pairs were compared."""
+    attributes = [stored(user) for user in found]
+    for text, answers in zip(attributes, by_sql(connection, conditions, attributes), strict=True):
+        user = json.loads(text)
+        assert list(answers) == [each.holds(user) for each in conditions], (
+            [each.text for each in conditions],
+            text,
+        )
+    return len(conditions) * len(found)
+
+
+def readable(candidates: Sequence[tree.Node]) -> list[Condition]:
+    """Those that CEL's checker takes."""
+    made = []
+    for node in candidates:
+        try:
+            made.append(parse_condition(tree.render(node)))
+        except ServiceError:
+            continue  # ill typed as it stands: 1 < "a"
+    return made
+
+
+batches = st.tuples(st.lists(nodes, min_size=4, max_size=8), st.lists(users, min_size=16, max_size=32))
+
+
+@QUICK
+@given(batch=batches)
+def test_sql_agrees_with_the_runtime(
+    connection: sa.Connection, batch: tuple[list[tree.Node], list[dict[str, Any]]]
+) -> None:
+    conditions = readable(batch[0])
+    assume(conditions)
+    agree(connection, conditions, batch[1])
+
+
+@QUICK
+@given(found=st.lists(users, min_size=40, max_size=60))
+def test_sql_agrees_with_the_runtime_where_it_is_known_to_be_hard(
+    connection: sa.Connection, found: list[dict[str, Any]]
+) -> None:
+    agree(connection, [parse_condition(text) for text in KNOWN], found)
+
+
+@pytest.mark.long
+def test_a_million_pairs(connection: sa.Connection, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = 0
+    wanted = 1_000_000
+
+    @LONG
+    @given(batch=batches, more=st.lists(users, min_size=60, max_size=80))
+    def compare(batch: tuple[list[tree.Node], list[dict[str, Any]]], more: list[dict[str, Any]]) -> None:
+        nonlocal pairs
+        conditions = readable(batch[0])
+        assume(conditions)
+        pairs += agree(connection, conditions, [*batch[1], *more])
+
+    while pairs < wanted:
+        compare()
+        with capsys.disabled():
+            print(f"\n{pairs:,} pairs of conditions and users agree")
+    assert pairs >= wanted
