@@ -96,7 +96,10 @@ def rule_of(request: segments_pb2.RollOutSegmentRequest | segments_pb2.PreviewRo
 
 def request_key_of(
     method: str,
-    request: segments_pb2.CreateSegmentRequest | segments_pb2.RollOutSegmentRequest | segments_pb2.DeleteSegmentRequest,
+    request: segments_pb2.CreateSegmentRequest
+    | segments_pb2.RollOutSegmentRequest
+    | segments_pb2.DeleteSegmentRequest
+    | membership_pb2.ModifyUserOverridesRequest,
 ) -> RequestKey | None:
     """What makes a repetition recognisable; None: the caller gave no request_id."""
     if not request.request_id:
@@ -104,7 +107,7 @@ def request_key_of(
     if not _UUID.fullmatch(request.request_id):
         raise invalid_field("request_id", f"must be a UUID, is {request.request_id[:80]!r}")
     content = type(request)()
-    content.CopyFrom(request)  # type: ignore[arg-type]  # the same type, whichever of the three it is
+    content.CopyFrom(request)  # type: ignore[arg-type]  # the same type, whichever it is
     content.ClearField("request_id")
     digest = hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
     return RequestKey(method, UUID(request.request_id), digest)
@@ -196,6 +199,16 @@ def statistics_message(statistics: SegmentStatistics) -> segments_pb2.SegmentSta
         ],
         read_time=time_message(statistics.read_time),
         last_operation=f"{_OPERATION_PREFIX}{last}" if last is not None else "",
+    )
+
+
+def preview_message(shards: Sequence[ShardCounts]) -> segments_pb2.PreviewRollOutResponse:
+    return segments_pb2.PreviewRollOutResponse(
+        matched_count=sum(shard.matched for shard in shards),
+        added_count=sum(shard.added for shard in shards),
+        removed_count=sum(shard.removed for shard in shards),
+        member_count=sum(shard.members for shard in shards),
+        shards=[_counts_message(shard) for shard in shards],
     )
 
 

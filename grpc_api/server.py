@@ -23,7 +23,6 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 from pygrpc_native import NativeGrpcFront
 from segmentation.v1 import (
     membership_pb2,
@@ -47,6 +46,7 @@ from grpc_api.servicers.segments import SegmentServicer
 from segsvc.bootstrap import Front, HotReads, TaskSender
 from segsvc.config import Settings
 from segsvc.log import get_logger
+from segsvc.metrics_http import MetricsAddressError, serving
 
 DRAIN_S = 10.0
 """Longest time that calls in progress get to end after SIGTERM; those that wait for an operation answer at once."""
@@ -210,6 +210,7 @@ class FrontProcess:
             SegmentServicer(
                 segments=services.segments,
                 statistics=services.statistics,
+                preview=services.preview,
                 export=services.export,
                 operations=services.operations,
                 blocking=self._blocking,
@@ -218,7 +219,14 @@ class FrontProcess:
             server,
         )
         membership_pb2_grpc.add_MembershipServiceServicer_to_server(
-            MembershipServicer(services.users, self._blocking, submit), server
+            MembershipServicer(
+                users=services.users,
+                overrides=services.overrides,
+                explain=services.explain,
+                blocking=self._blocking,
+                submit=submit,
+            ),
+            server,
         )
         watch_pb2_grpc.add_OperationServiceServicer_to_server(
             WatchServicer(services.operations, self._blocking), server
@@ -249,12 +257,9 @@ class FrontProcess:
             return
         host, _, port = self._settings.metrics_address.rpartition(":")
         try:
-            server, thread = start_http_server(int(port) + self._index, host)
-        except OSError as error:
-            raise ListenError(f"metrics on {host}:{int(port) + self._index}: {error}") from error
-        stack.callback(thread.join)
-        stack.callback(server.server_close)
-        stack.callback(server.shutdown)
+            stack.enter_context(serving(f"{host}:{int(port) + self._index}"))
+        except MetricsAddressError as error:
+            raise ListenError(str(error)) from error
 
     def _make_monitor(self) -> HealthMonitor:
         probes = self._services.probes

@@ -15,14 +15,16 @@ from segsvc.failpoints import failpoints
 from segsvc.fan_out import ThreadFanOut
 from segsvc.log import get_logger
 from segsvc.metrics import in_doubt_seconds, recovery_alarms
+from segsvc.postgres import moving
 from segsvc.postgres.audit_reads import PostgresAuditReads
-from segsvc.postgres.blocks import PostgresShardTransaction
+from segsvc.postgres.blocks import PostgresShardSnapshots, PostgresShardTransaction
 from segsvc.postgres.catalog import PostgresSegmentCatalog
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.export import PostgresMemberReader
 from segsvc.postgres.ledger import PostgresLedger
 from segsvc.postgres.maintenance import PostgresMaintainedCatalog, PostgresMaintainedShards
 from segsvc.postgres.outbox import PostgresOutboxStore
+from segsvc.postgres.overrides import PostgresOverrideStore
 from segsvc.postgres.participant import PostgresParticipant
 from segsvc.postgres.probes import PostgresProbes
 from segsvc.postgres.reads import PostgresMemberships
@@ -31,11 +33,14 @@ from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.check import Checker
 from segsvc.services.cold_reads import ColdReads, Limits
 from segsvc.services.end_watcher import OperationEndWatcher
+from segsvc.services.explain import ExplainService
 from segsvc.services.export import ExportService
 from segsvc.services.ingestion import Ingestion
 from segsvc.services.maintenance import MaintenanceService
 from segsvc.services.operations import Broker, OperationService
 from segsvc.services.outbox import Outbox, SegmentEventPublisher
+from segsvc.services.overrides import OverrideService
+from segsvc.services.preview import PreviewService
 from segsvc.services.segments import SegmentService
 from segsvc.services.shard_work import perform
 from segsvc.services.slug_map import SlugMap
@@ -198,8 +203,12 @@ class Front:
         self.fan_out = parts.fan_out
         self.segments = SegmentService(PostgresSegmentCatalog(self.databases))
         self.statistics = StatisticsService(self.segments, PostgresShardCounter(self.databases), self.fan_out)
+        self.preview = PreviewService(self.segments, PostgresShardSnapshots(self.databases), self.fan_out)
         self.export = ExportService(self.segments, PostgresMemberReader(self.databases))
         self.users = UserService(PostgresUserReader(self.databases))
+        overrides = PostgresOverrideStore(self.databases)
+        self.overrides = OverrideService(overrides, self.cache, self.segments, failpoints(settings.failpoint_dir))
+        self.explain = ExplainService(overrides)
         self.probes = PostgresProbes(self.databases)
         self.watcher = OperationEndWatcher(parts.ledger)
         # Not the coordinator's threads: a visit that prepares a shard may end in an abort, which visits all shards
@@ -259,6 +268,25 @@ class Inspection:
         self._reader.close()
         self._cache.close()
         self._databases.close()
+
+
+def settle_shard(settings: Settings, shard: int, other_dsn: str) -> None:
+    """End the move of a shard: the database that the settings name is the shard from now on, the other one is not.
+
+    In this order: nobody can read the other one any more; no entry is left in the cache, and no load under way can
+    leave one, that was read there; only then may anything change. Idempotent.
+
+    Raises:
+        segsvc.postgres.moving.MoveRefused: these two are not the databases of one move.
+        ServiceError: UNAVAILABLE, a database or the cache is away. The shard stays closed to writes; run it again.
+    """
+    moving.fence(settings, shard, other_dsn)
+    cache = make_cache(settings)
+    try:
+        cache.drop_generations([shard])
+    finally:
+        cache.close()
+    moving.reopen(settings, shard)
 
 
 class Check:

@@ -9,13 +9,13 @@ from typing import Final
 from segsvc.bootstrap import OutboxServices
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
+from segsvc.domain.events import SEGMENT_EVENTS_TOPIC
 from segsvc.log import get_logger
 from tasks.kafka_clients import Sender
 from tasks.waiting import Backoff, Waits
 
 log = get_logger(__name__)
 
-TOPIC: Final = "segment-events"
 INTERVAL_S: Final = 1.0
 """How often the catalog is asked, when nothing was there the last time."""
 
@@ -25,7 +25,7 @@ class KafkaSegmentEvents:
 
     def __init__(self, settings: Settings) -> None:
         self.sender = Sender(settings)
-        self._topic = settings.kafka_topic_prefix + TOPIC
+        self._topic = settings.kafka_topic_prefix + SEGMENT_EVENTS_TOPIC
 
     def publish(self, messages: Sequence[tuple[str, bytes]]) -> int:
         """See ``services.outbox.SegmentEventPublisher.publish``."""

@@ -8,10 +8,13 @@ from concurrent.futures import Future
 
 from segmentation.v1 import membership_pb2, membership_pb2_grpc
 
-from grpc_api import call_scope, convert
+from grpc_api import call_scope, convert, convert_overrides
 from grpc_api.call_scope import BlockingCalls
 from grpc_api.interceptors import Context
-from segsvc.domain.errors import Reason, ServiceError, required_field
+from segsvc.domain.errors import required_field
+from segsvc.domain.paging import page_size_of
+from segsvc.services.explain import ExplainService
+from segsvc.services.overrides import OverrideService
 from segsvc.services.users import UserService
 
 Submit = Callable[[str, bytes, str, float | None], Future[bytes]]
@@ -20,14 +23,24 @@ The future gives the serialised answer or a ServiceError."""
 
 
 class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
-    """Reads of users and their memberships.
+    """Reads of users and their memberships, and what is changed of one user by hand.
 
     Args:
         submit: the lane's; None: the native front hands it its calls itself, and they never come here.
     """
 
-    def __init__(self, users: UserService, blocking: BlockingCalls, submit: Submit | None) -> None:
+    def __init__(
+        self,
+        *,
+        users: UserService,
+        overrides: OverrideService,
+        explain: ExplainService,
+        blocking: BlockingCalls,
+        submit: Submit | None,
+    ) -> None:
         self._users = users
+        self._overrides = overrides
+        self._explain = explain
         self._blocking = blocking
         self._submit = submit
 
@@ -50,17 +63,39 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
     async def CheckMembership(
         self, request: membership_pb2.CheckMembershipRequest, context: Context
     ) -> membership_pb2.CheckMembershipResponse:
-        raise ServiceError(Reason.NOT_IMPLEMENTED, "memberships cannot be explained yet")
+        if not request.user_id:
+            raise required_field("user_id")
+        explanation = await self._blocking.run(
+            lambda timeout_s: self._explain.explain(request.user_id, request.slug, timeout_s=timeout_s)
+        )
+        return convert_overrides.explanation_message(explanation)
 
     async def ModifyUserOverrides(
         self, request: membership_pb2.ModifyUserOverridesRequest, context: Context
     ) -> membership_pb2.ModifyUserOverridesResponse:
-        raise ServiceError(Reason.NOT_IMPLEMENTED, "overrides cannot be changed yet")
+        if not request.user_id:
+            raise required_field("user_id")
+        changes = convert_overrides.changes_of(request)
+        key = convert.request_key_of(call_scope.current().method, request)
+        changed = await self._blocking.run(
+            lambda timeout_s: self._overrides.modify(request.user_id, changes, key, timeout_s=timeout_s)
+        )
+        return convert_overrides.modified_message(request.user_id, changed)
 
     async def ListUserOverrides(
         self, request: membership_pb2.ListUserOverridesRequest, context: Context
     ) -> membership_pb2.ListUserOverridesResponse:
-        raise ServiceError(Reason.NOT_IMPLEMENTED, "overrides cannot be listed yet")
+        if not request.user_id:
+            raise required_field("user_id")
+        size = page_size_of(request.page_size)
+        page = await self._blocking.run(
+            lambda timeout_s: self._overrides.list(
+                request.user_id, page_size=size, page_token=request.page_token, timeout_s=timeout_s
+            )
+        )
+        return membership_pb2.ListUserOverridesResponse(
+            overrides=map(convert_overrides.override_message, page.overrides), next_page_token=page.next_page_token
+        )
 
     async def _ask_lane(
         self, request: membership_pb2.GetUserSegmentsRequest | membership_pb2.BatchGetUserSegmentsRequest

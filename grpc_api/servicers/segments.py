@@ -11,17 +11,18 @@ from grpc_api import call_scope, convert
 from grpc_api.call_scope import BlockingCalls
 from grpc_api.interceptors import Context
 from grpc_api.servicers.views import OperationViews
-from segsvc.domain.errors import Reason, ServiceError, required_field
+from segsvc.domain.errors import required_field
 from segsvc.domain.paging import page_size_of
-from segsvc.domain.segment import Policy, check_slug, check_text
+from segsvc.domain.segment import check_slug, check_text
 from segsvc.services.export import ExportService
 from segsvc.services.operations import OperationService
+from segsvc.services.preview import PreviewService
 from segsvc.services.segments import SegmentService
 from segsvc.services.statistics import StatisticsService
 
 
 class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
-    """Create, read, edit, roll out, delete, count and export segments.
+    """Create, read, edit, preview, roll out, delete, count and export segments.
 
     Args:
         blocking: threads for everything that ends soon.
@@ -33,6 +34,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         *,
         segments: SegmentService,
         statistics: StatisticsService,
+        preview: PreviewService,
         export: ExportService,
         operations: OperationService,
         blocking: BlockingCalls,
@@ -40,6 +42,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     ) -> None:
         self._segments = segments
         self._statistics = statistics
+        self._preview = preview
         self._export = export
         self._operations = operations
         self._views = OperationViews(operations, blocking)
@@ -100,18 +103,14 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     async def PreviewRollOut(
         self, request: segments_pb2.PreviewRollOutRequest, context: Context
     ) -> segments_pb2.PreviewRollOutResponse:
-        raise ServiceError(Reason.NOT_IMPLEMENTED, "rollouts cannot be previewed yet")
+        slug, rule = check_slug(request.slug), convert.rule_of(request)
+        counts = await self._blocking.run(lambda timeout_s: self._preview.count(slug, rule, timeout_s=timeout_s))
+        return convert.preview_message(counts)
 
     async def RollOutSegment(self, request: segments_pb2.RollOutSegmentRequest, context: Context) -> OperationMessage:
         slug, rule = check_slug(request.slug), convert.rule_of(request)
         etag = convert.etag_of(request.etag, "etag")
         key = convert.request_key_of(call_scope.current().method, request)
-        if rule.condition:
-            raise ServiceError(
-                Reason.NOT_IMPLEMENTED, "rule.condition: conditions are not served yet", {"field": "rule.condition"}
-            )
-        if rule.policy is not Policy.LIVE:
-            raise ServiceError(Reason.NOT_IMPLEMENTED, "rule.policy: only LIVE is served yet", {"field": "rule.policy"})
         accepted = await self._blocking.run(lambda _: self._operations.roll_out(slug, rule, etag=etag, request=key))
         patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()
         return convert.operation_message(await self._views.answer(accepted, patience_s))

@@ -7,6 +7,7 @@ import typer
 from segsvc.cli import commands_check, commands_demo, commands_doctor, commands_processes, commands_stack
 from segsvc.cli import operations as operations_commands
 from segsvc.cli import segments as segments_commands
+from segsvc.cli import shards as shards_commands
 from segsvc.cli import users as users_commands
 from segsvc.cli.base import Commands
 
@@ -25,3 +26,4 @@ commands_demo.add_to(app)
 app.add_typer(segments_commands.app, name="segments")
 app.add_typer(users_commands.app, name="users")
 app.add_typer(operations_commands.app, name="operations")
+app.add_typer(shards_commands.app, name="shards")

@@ -16,6 +16,7 @@ def up() -> None:
     from segsvc.cli.front import is_serving  # noqa: PLC0415
     from segsvc.local.processes import LocalStackError  # noqa: PLC0415
     from segsvc.local.stack import LocalStack  # noqa: PLC0415
+    from segsvc.local.stack_env import metrics_addresses  # noqa: PLC0415
 
     settings_of_process()
     try:
@@ -25,15 +26,8 @@ def up() -> None:
     shown = table("what", "where")
     shown.add_row("gRPC", settings.grpc_address)
     shown.add_row("Flower", f"http://{settings.flower_address} ({settings.flower_user}, {settings.flower_password})")
-    for process, address in (
-        ("front", settings.metrics_address),
-        ("operations worker", settings.operation_worker_metrics_address),
-        ("events worker", settings.event_worker_metrics_address),
-        ("warming worker", settings.warming_worker_metrics_address),
-        ("bridge", settings.bridge_metrics_address),
-    ):
-        if address:
-            shown.add_row(f"metrics, {process}", f"http://{address}/metrics")
+    for process, address in metrics_addresses(settings).items():
+        shown.add_row(f"metrics, {process}", f"http://{address}/metrics")
     shown.add_row("settings", str(settings.stack_dir / "stack.env"))
     console().print(shown)
 

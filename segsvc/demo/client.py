@@ -36,9 +36,15 @@ class Client:
         request = segments_pb2.CreateSegmentRequest(segment=segments_pb2.Segment(slug=slug, display_name=display_name))
         return self.segments.CreateSegment(request, timeout=_TIMEOUT_S)
 
-    def roll_out(self, slug: str, percent: float) -> segments_pb2.RollOutSegmentResponse:
+    def preview(self, slug: str, percent: float, condition: str) -> segments_pb2.PreviewRollOutResponse:
+        rule = segments_pb2.RollOutRule(percent=percent, condition=condition)
+        request = segments_pb2.PreviewRollOutRequest(slug=slug, rule=rule)
+        return self.segments.PreviewRollOut(request, timeout=_TIMEOUT_S)
+
+    def roll_out(self, slug: str, percent: float, condition: str = "") -> segments_pb2.RollOutSegmentResponse:
         """Roll out and wait for the end. Raises OperationFailed."""
-        request = segments_pb2.RollOutSegmentRequest(slug=slug, rule=segments_pb2.RollOutRule(percent=percent))
+        rule = segments_pb2.RollOutRule(percent=percent, condition=condition)
+        request = segments_pb2.RollOutSegmentRequest(slug=slug, rule=rule)
         response = segments_pb2.RollOutSegmentResponse()
         _unpack(self.segments.RollOutSegment(request, timeout=_TIMEOUT_S), response)
         return response
@@ -87,6 +93,28 @@ class Client:
     def user_segments(self, user_id: int) -> list[str]:
         request = membership_pb2.GetUserSegmentsRequest(user_id=user_id)
         return list(self.memberships.GetUserSegments(request, timeout=_TIMEOUT_S).slugs)
+
+    def check(self, user_id: int, slug: str) -> membership_pb2.CheckMembershipResponse:
+        request = membership_pb2.CheckMembershipRequest(user_id=user_id, slug=slug)
+        return self.memberships.CheckMembership(request, timeout=_TIMEOUT_S)
+
+    def override(
+        self,
+        user_id: int,
+        slug: str,
+        effect: membership_pb2.Override.Effect.ValueType,
+        expire_time: float | None = None,
+    ) -> None:
+        """Put a user in or out. ``expire_time``: Unix time in seconds; None: for ever."""
+        override = membership_pb2.Override(slug=slug, effect=effect)
+        if expire_time is not None:
+            override.expire_time.FromNanoseconds(int(expire_time * 1e9))
+        request = membership_pb2.ModifyUserOverridesRequest(user_id=user_id, set=[override])
+        self.memberships.ModifyUserOverrides(request, timeout=_TIMEOUT_S)
+
+    def clear_override(self, user_id: int, slug: str) -> None:
+        request = membership_pb2.ModifyUserOverridesRequest(user_id=user_id, clear=[slug])
+        self.memberships.ModifyUserOverrides(request, timeout=_TIMEOUT_S)
 
     def many_user_segments(self, user_ids: Sequence[int]) -> Iterator[tuple[int, list[str] | None]]:
         """(user id, slugs) for each user, in their order; None: there is no such user.

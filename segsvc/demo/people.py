@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -31,8 +31,13 @@ def user_ids(count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return ids
 
 
-def creation_events(count: int, seed: int = 1, chunk: int = 10_000) -> Iterator[tuple[int, bytes]]:
-    """(user id, create-user event) for each user.
+def event(user_id: int, attributes: Mapping[str, object]) -> bytes:
+    """The create-user event."""
+    return json.dumps({"user_id": user_id, "attributes": attributes}, separators=(",", ":")).encode()
+
+
+def people(count: int, seed: int = 1, chunk: int = 10_000) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """(user id, attributes) for each user.
 
     Countries and app versions follow a power law, ages a skewed bell, sign-ups grow over the years, and most users
     have no tag; a few lack an attribute altogether.
@@ -61,8 +66,7 @@ def creation_events(count: int, seed: int = 1, chunk: int = 10_000) -> Iterator[
                 attributes["age"] = int(ages[i])
             if tag_counts[i]:
                 attributes["tags"] = [_TAGS[(first + i + t) % len(_TAGS)] for t in range(tag_counts[i])]
-            user_id = int(ids[first + i])
-            yield user_id, json.dumps({"user_id": user_id, "attributes": attributes}, separators=(",", ":")).encode()
+            yield int(ids[first + i]), attributes
 
 
 def _zipf(n: int, exponent: float) -> list[float]:

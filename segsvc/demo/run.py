@@ -18,6 +18,7 @@ from segsvc.demo.screen import Screen, StepFailed
 from segsvc.demo.story import Story, commands, failpoint_dir
 from segsvc.local.processes import LocalStackError, ended_as_interrupted, tail
 from segsvc.local.stack import LocalStack
+from segsvc.local.stack_env import metrics_addresses
 
 REPORT = Path("build/demo-report.json")
 _MARKER = "made-by-demo"
@@ -129,7 +130,8 @@ def _next_steps(screen: Screen, settings: Settings, users: int) -> None:
     screen.chapter("The stack is up")
     screen.note(f"API      {settings.grpc_address}")
     screen.note(f"Flower   http://{settings.flower_address}  ({settings.flower_user} / {settings.flower_password})")
-    screen.note(f"metrics  http://{settings.metrics_address}/metrics")
+    for process, address in metrics_addresses(settings).items():
+        screen.note(f"metrics  http://{address}/metrics  ({process})")
     screen.note("\n  to copy:")
     for command in commands(int(user_ids(users)[0])):
         screen.note(f"  .venv/bin/{command}")

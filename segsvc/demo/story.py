@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from kafka import KafkaProducer
@@ -15,8 +15,10 @@ from kafka import KafkaProducer
 from segsvc.config import Settings
 from segsvc.demo.client import Client
 from segsvc.demo.inside import Inside
-from segsvc.demo.people import BOUNDARY_USER, creation_events, user_ids
+from segsvc.demo.people import BOUNDARY_USER, event, people, user_ids
 from segsvc.demo.screen import Screen, StepFailed
+from segsvc.demo.targeting import Targeting, holds
+from segsvc.demo.waiting import wait_for
 
 SEGMENTS = (
     ("checkout-v2", "The new checkout"),
@@ -33,16 +35,6 @@ WARM_TIMEOUT_S = 30.0
 WARM_SHARE = 0.95
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float, poll_s: float = 0.1) -> bool:
-    """Whether the condition came true in time."""
-    give_up = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() >= give_up:
-            return False
-        time.sleep(poll_s)
-    return True
-
-
 class Story:
     def __init__(self, settings: Settings, users: int, screen: Screen) -> None:
         if settings.failpoint_dir is None:
@@ -50,6 +42,7 @@ class Story:
         self._settings = settings
         self._users = users
         self._ids = [int(user_id) for user_id in user_ids(users)]
+        self._matching = 0
         self._screen = screen
         self._failpoints = settings.failpoint_dir
         self._client = Client(settings.grpc_address)
@@ -76,6 +69,7 @@ class Story:
         self._ramp()
         self._survive()
         self._look()
+        self._target()
         self._warm()
         self._delete_segment()
         self._leave()
@@ -88,8 +82,9 @@ class Story:
         started = time.monotonic()
         with self._screen.step("send create-user events", "every event acknowledged by Kafka") as step:
             with self._screen.bar("sending", self._users) as bar:
-                for sent, (user_id, event) in enumerate(creation_events(self._users), 1):
-                    self._producer.send("create-user", key=str(user_id).encode(), value=event)
+                for sent, (user_id, attributes) in enumerate(people(self._users), 1):
+                    self._matching += holds(attributes)
+                    self._producer.send("create-user", key=str(user_id).encode(), value=event(user_id, attributes))
                     if sent % 10_000 == 0:
                         bar.to(sent)
                 self._producer.flush()
@@ -210,6 +205,15 @@ class Story:
                 table.add_row(statistics.segment.slug, f"{statistics.member_count:,}", f"{statistics.member_share:.2%}")
             step.expect(all(statistics.user_count == self._users for statistics in counted), f"{len(counted)} segments")
         self._screen.console.print(table)
+
+    def _target(self) -> None:
+        # Users who are not among those that leave later, so that each chapter stands by itself.
+        looked_at = self._ids[len(self._ids) // 2 :]
+        Targeting(self._client, self._screen, looked_at, self._matching, self._send).tell()
+
+    def _send(self, topic: str, user_id: int, value: bytes) -> None:
+        self._producer.send(topic, key=str(user_id).encode(), value=value)
+        self._producer.flush()
 
     def _warm(self) -> None:
         self._screen.chapter("The cache warms itself")

@@ -29,6 +29,8 @@ CREATE_TOPIC: Final = "create-user"
 UPDATE_TOPIC: Final = "update-user"
 DELETE_TOPIC: Final = "delete-user"
 TOPICS: Final = (CREATE_TOPIC, UPDATE_TOPIC, DELETE_TOPIC)
+SEGMENT_EVENTS_TOPIC: Final = "segment-events"
+"""What happened to segments, told to the world; the others tell us of users."""
 
 EVENT_BYTES_MAX: Final = 64 * 1024
 DEPTH_MAX: Final = 8

@@ -155,11 +155,10 @@ def check_labels(labels: Mapping[str, str], name: str) -> None:
 
 
 def make_rule(percent: float | None, condition: str, policy: Policy, prefix: str = "rule") -> Rule:
-    """Build a rule from what a request says, exact in decimal.
+    """Build a rule from what a request says, exact in decimal. Whoever puts it in force parses the condition.
 
     Raises:
-        ServiceError: FIELD_REQUIRED without a percent; FIELD_INVALID outside 0 to 100, with more than three decimals,
-            or for a condition over 4096 bytes.
+        ServiceError: FIELD_REQUIRED without a percent; FIELD_INVALID outside 0 to 100 or with more than three decimals.
     """
     if percent is None:
         raise required_field(f"{prefix}.percent")
@@ -169,7 +168,4 @@ def make_rule(percent: float | None, condition: str, policy: Policy, prefix: str
     thousandths = Decimal(repr(percent)) * 1000
     if thousandths != thousandths.to_integral_value():
         raise invalid_field(f"{prefix}.percent", f"must have at most three decimals, is {percent!r}")
-    size = len(condition.encode("utf-8"))
-    if size > CONDITION_BYTES_MAX:
-        raise invalid_field(f"{prefix}.condition", f"must be at most {CONDITION_BYTES_MAX} bytes, is {size}")
     return Rule(int(thousandths), condition, policy)

@@ -11,7 +11,6 @@ import numpy as np
 import sqlalchemy as sa
 from psycopg2 import sql
 
-from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.operation import OperationPlan, OperationState
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
@@ -27,6 +26,7 @@ from segsvc.domain.stored import (
     UserColumns,
 )
 from segsvc.postgres import segment_rows, tables
+from segsvc.postgres.condition_statements import slots_where
 from segsvc.postgres.copying import copy_rows
 from segsvc.postgres.engine import Databases, translated
 
@@ -194,12 +194,8 @@ class PostgresShardSnapshot:
         )
 
     def condition_slots(self, condition: str, first: int, count: int) -> Int64s:
-        """Slots of the users for whom a condition holds.
-
-        Raises:
-            ServiceError: NOT_IMPLEMENTED: this release puts no rule with a condition in force.
-        """
-        raise ServiceError(Reason.NOT_IMPLEMENTED, "a rule has a condition, which this release cannot evaluate")
+        """Slots of the users of a range of blocks for whom a condition holds."""
+        return slots_where(self._connection, condition, first, count)
 
     def users_outside(self, slots: int) -> Sequence[tuple[int, int]]:
         """(id, slot) of users whose slot is not below this number, or negative."""

@@ -8,6 +8,8 @@ all big-endian, and a trailer of two bytes. Rows of one width are read as one nu
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +20,10 @@ from psycopg2 import sql
 from segsvc.domain import bits
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
+from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
+from segsvc.postgres.condition_statements import slots_where
+from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import SHARD_LOCK
 
 _HEADER_BYTES = 19
@@ -101,6 +106,10 @@ class PostgresShardTransaction:
         user_ids = np.zeros((blocks, BLOCK_SLOTS), dtype="<i8")
         user_ids[_block_numbers(rows) - first_block] = rows[:, -payload:].copy().view("<i8")
         return cast(bits.UserIds, user_ids)
+
+    def condition_slots(self, condition: str, first_block: int, blocks: int) -> Int64s:
+        """Slots of the users of a range of blocks for whom a condition holds."""
+        return slots_where(self._connection, condition, first_block, blocks)
 
     def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed:
         """Bits of one segment in a range of blocks."""
@@ -187,3 +196,20 @@ class PostgresShardTransaction:
 
 def _block_numbers(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     return rows[:, 6:14].copy().view(">i8").ravel().astype(np.int64)
+
+
+class PostgresShardSnapshots:
+    """Shards as they are at one moment, for counting. Implements ``services.preview.ShardSnapshots``."""
+
+    def __init__(self, databases: Databases) -> None:
+        self._databases = databases
+
+    @property
+    def shard_count(self) -> int:
+        return self._databases.shard_count
+
+    @contextmanager
+    def snapshot(self, shard: int, *, timeout_s: float | None) -> Iterator[PostgresShardTransaction]:
+        """A read-only transaction of one snapshot. Raises ServiceError SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
+        with self._databases.shard_snapshot(shard, timeout_s=timeout_s) as connection:
+            yield PostgresShardTransaction(connection, shard)

@@ -136,6 +136,17 @@ class Databases:
             yield connection
 
     @contextmanager
+    def shard_snapshot(self, shard: int, *, timeout_s: float | None = None) -> Iterator[sa.Connection]:
+        """A read-only transaction whose statements all see the shard at one moment. Raises as ``shard_tx``."""
+        with (
+            translated(shard),
+            self.shards[shard].connect() as pooled,
+            pooled.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True) as connection,
+        ):
+            _bound(connection, timeout_s)
+            yield connection
+
+    @contextmanager
     def shard_autocommit(self, shard: int) -> Iterator[sa.Connection]:
         """A connection on which every statement is its own transaction (COMMIT PREPARED needs that)."""
         with translated(shard), self.shards[shard].connect() as connection:

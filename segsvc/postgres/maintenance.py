@@ -40,11 +40,12 @@ class PostgresMaintainedShards:
             ).all()
         return {row.id: int(row.members) for row in rows}
 
-    def forget(self, shard: int, *, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
+    def forget(self, shard: int, *, request_ttl_s: int, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
         """Drop what no message or reader can ask for any more."""
         with self._databases.shard_tx(shard) as connection:
             for table, age in (
                 (tables.deleted_users, _older_than(tables.deleted_users.c.delete_time, tombstone_ttl_s)),
+                (tables.user_requests, _older_than(tables.user_requests.c.create_time, request_ttl_s)),
                 (tables.applied_operations, _older_than(tables.applied_operations.c.apply_time, fence_ttl_s)),
                 # Expired overrides have no effect already: reads compare the time themselves.
                 (tables.overrides, _older_than(tables.overrides.c.expire_time, 3600)),

@@ -39,7 +39,8 @@ installation = sa.Table(
     catalog,
     sa.Column("cluster", sa.Text, primary_key=True, comment="name in every gid"),
     sa.Column("shard_count", sa.Integer, nullable=False, comment="fixed for ever"),
-    sa.Column("founded", _TIME, nullable=False, server_default=sa.func.now()),
+    sa.Column("id", UUID(as_uuid=True), nullable=False, server_default=sa.func.gen_random_uuid()),
+    sa.Column("founded", _TIME, server_default=sa.func.now(), comment="null: not every shard is set up yet"),
 )
 
 segment_id_seq = sa.Sequence("segment_id_seq", metadata=catalog)
@@ -165,10 +166,12 @@ shard_state = sa.Table(
     # directory, bits and counters, so that these need no lock order of their own.
     sa.Column("one", sa.Boolean, primary_key=True, server_default=sa.true()),
     sa.Column("cluster", sa.Text, nullable=False),
+    sa.Column("installation", UUID(as_uuid=True), nullable=False, comment="id of the catalog's installation"),
     sa.Column("shard", sa.Integer, nullable=False),
     sa.Column("shard_count", sa.Integer, nullable=False),
     sa.Column("next_slot", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("user_count", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("retired_time", _TIME, comment="the shard goes on in another database; never to be used again"),
     sa.CheckConstraint("one", name="one"),
 )
 
@@ -226,6 +229,18 @@ overrides = sa.Table(
     sa.Column("create_time", _TIME, nullable=False, server_default=sa.func.now()),
     sa.Index("ix_overrides_segment_id", "segment_id"),
     sa.Index("ix_overrides_expire_time", "expire_time", postgresql_where=sa.text("expire_time IS NOT NULL")),
+)
+
+user_requests = sa.Table(
+    "user_requests",
+    shard,
+    # Beside the user, because it is written in the transaction that it answers for.
+    sa.Column("user_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("request_id", UUID(as_uuid=True), primary_key=True),
+    sa.Column("content_hash", BYTEA, nullable=False, comment="SHA-256 of the request, its request_id apart"),
+    sa.Column("answer", JSONB, nullable=False),
+    sa.Column("create_time", _TIME, nullable=False, server_default=sa.func.now()),
+    sa.Index("ix_user_requests_create_time", "create_time"),
 )
 
 deleted_users = sa.Table(

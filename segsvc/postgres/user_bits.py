@@ -12,7 +12,9 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from segsvc.domain import bits
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
+from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
+from segsvc.postgres.condition_statements import matching
 
 
 def int_array(values: Iterable[int]) -> sa.BindParameter[Any]:
@@ -54,6 +56,10 @@ class PostgresShardBits:
             )
             for row in rows
         ]
+
+    def matching(self, conditions: Sequence[str], user_ids: Sequence[int]) -> Sequence[Int64s]:
+        """For each condition the positions in ``user_ids`` of those for whom it holds, with the attributes of now."""
+        return matching(self._connection, conditions, user_ids)
 
     def directory(self, blocks: Sequence[int]) -> Mapping[int, bits.UserIds]:
         """User ids of those of these blocks that exist."""

@@ -111,9 +111,10 @@ class PostgresUserTransaction(PostgresShardBits):
         )
 
     def remove(self, user_ids: Sequence[int]) -> None:
-        """Delete users and their overrides."""
+        """Delete users, their overrides, and the answers kept for their requests."""
         ids = int_array(user_ids)
-        self._connection.execute(sa.delete(tables.overrides).where(tables.overrides.c.user_id == sa.any_(ids)))
+        for table in (tables.overrides, tables.user_requests):
+            self._connection.execute(sa.delete(table).where(table.c.user_id == sa.any_(ids)))
         self._connection.execute(sa.delete(tables.users).where(tables.users.c.id == sa.any_(ids)))
 
     def bury(self, versions: Mapping[int, int]) -> None:

@@ -2,8 +2,6 @@
 
 Runs beside traffic. Each shard is read in one snapshot; the catalog is read before and after the shards; the cache is
 looked at again where it differs (``check_blocks``, ``check_ledger`` and ``check_cache`` say why that is enough).
-
-A condition or a frozen rule: see ``check_blocks``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from segsvc.domain.sharding import shard_of
 from segsvc.domain.user_fold import Phase, StoredUser, UserFold, UserRow, fold
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
-from segsvc.services.user_bits import ShardBits, clear_users, place_users
+from segsvc.services.user_bits import ShardBits, clear_users, evaluate_again, place_users
 
 log = get_logger(__name__)
 
@@ -161,8 +161,12 @@ class Ingestion:
                 tx.insert([_row(user_id, user, next_slot + n) for n, (user_id, user) in enumerate(born)])
                 place_users(tx, next_slot, np.array([user_id for user_id, _ in born], dtype=np.int64))
             if changed:
-                # Without conditions a change of attributes changes no membership: buckets depend on the id alone.
                 tx.update(changed)
+                evaluate_again(
+                    tx,
+                    np.array([user.slot for user in changed], dtype=np.int64),
+                    np.array([user.user_id for user in changed], dtype=np.int64),
+                )
             if removed:
                 clear_users(tx, np.array([user.slot for _, user in removed], dtype=np.int64))
                 tx.remove([user_id for user_id, _ in removed])

@@ -18,8 +18,8 @@ class MaintainedShards(Protocol):
     def member_counts(self, shard: int) -> Mapping[int, int]:
         """Members of each segment on this shard by segment id, overrides laid over."""
 
-    def forget(self, shard: int, *, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
-        """Drop tombstones, fences and overrides whose time is over."""
+    def forget(self, shard: int, *, request_ttl_s: int, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
+        """Drop tombstones, fences, overrides and answers kept for request ids whose time is over."""
 
 
 class MaintainedCatalog(Protocol):
@@ -73,4 +73,9 @@ class MaintenanceService:
     def _forget(self) -> None:
         self._catalog.forget(request_ttl_s=self._request_id_ttl_s)
         for shard in self._shard_numbers:
-            self._shards.forget(shard, tombstone_ttl_s=self._tombstone_ttl_s, fence_ttl_s=self._fence_ttl_s)
+            self._shards.forget(
+                shard,
+                request_ttl_s=self._request_id_ttl_s,
+                tombstone_ttl_s=self._tombstone_ttl_s,
+                fence_ttl_s=self._fence_ttl_s,
+            )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol
 from uuid import UUID, uuid4
 
+from segsvc.conditions import parse_condition
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError, invalid_field, segment_not_found
 from segsvc.domain.operation import (
     Failure,
@@ -78,6 +79,7 @@ class OperationService:
     """Creates, rolls out and deletes segments through the queue of operations, and tells how operations fare."""
 
     _POLL_S, _POLL_MAX_S = 0.02, 0.25
+    _RUNNERS = 4
     """How often a creation looks whether its turn has come: less and less often."""
 
     def __init__(
@@ -97,11 +99,15 @@ class OperationService:
         self._shards = shards
         self._fan_out = fan_out
         self._closing = False
+        # Not the caller's thread, which must be able to leave while a shard does not answer. One operation is in
+        # flight at a time; the others are those that hang.
+        self._runner = ThreadPoolExecutor(max_workers=self._RUNNERS, thread_name_prefix="creation")
 
     def close(self) -> None:
         """This process is about to go: creations stop waiting. One whose turn has not come is aborted and answered
         OPERATION_QUEUE_BUSY; one that has started goes on elsewhere, and its caller may ask again."""
         self._closing = True
+        self._runner.shutdown(wait=False)
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
@@ -109,9 +115,11 @@ class OperationService:
         """Accept a rule for a segment and all its users; the operation is durable when this returns.
 
         Raises:
-            ServiceError: NOT_IMPLEMENTED (a condition or FROZEN), SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH,
+            ServiceError: CONDITION_INVALID, SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH,
                 REQUEST_ID_REUSED, BROKER_UNAVAILABLE, CATALOG_UNAVAILABLE.
         """
+        if rule.condition:
+            parse_condition(rule.condition)
         return self._accept_change(OperationKind.ROLL_OUT, slug, rule, etag, request)
 
     def delete(self, slug: str, *, etag: str, request: RequestKey | None) -> Operation:
@@ -302,7 +310,7 @@ class OperationService:
         while True:
             started = self._store.start_oldest()
             if started is not None and started.id == operation_id:
-                self._run(started)
+                self._run_until(started, give_up)
                 return
             if started is not None:
                 self._coordinator.dispatch(started, self._shards)
@@ -320,6 +328,17 @@ class OperationService:
                     return
             time.sleep(pause_s)
             pause_s = min(self._POLL_MAX_S, pause_s * 1.5)
+
+    def _run_until(self, operation: Operation, give_up: float | None) -> None:
+        """Carry out a creation until it ends or the caller's time is up; it then goes on without the caller."""
+        if self._closing:
+            self._coordinator.dispatch(operation, self._shards)
+            return
+        running = self._runner.submit(self._run, operation)
+        try:
+            running.result(None if give_up is None else max(0.0, give_up - time.monotonic()))
+        except FutureTimeout:
+            log.info("creation_goes_on", operation=str(operation.id))
 
     def _run(self, operation: Operation) -> None:
         """Be the runner of a creation; whatever fails is left to Celery and recovery."""

@@ -23,6 +23,7 @@ from segsvc.domain.operation import (
 )
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_SLOTS
+from segsvc.domain.stored import Int64s
 from segsvc.twophase_ports import ProgressHook, WorkFailed
 
 CHUNK_BLOCKS = 1000
@@ -45,6 +46,9 @@ class ShardTransaction(Protocol):
     def overridden(self, segment_id: int) -> bits.OverriddenSlots: ...
 
     def directory(self, first_block: int, blocks: int) -> bits.UserIds: ...
+
+    def condition_slots(self, condition: str, first_block: int, blocks: int) -> Int64s:
+        """Slots of the users of a range of blocks for whom a condition holds, in any order."""
 
     def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed: ...
 
@@ -73,7 +77,13 @@ def perform(tx: ShardTransaction, operation: Operation, on_progress: ProgressHoo
         return _create(tx, operation.plan, write=write)
     if kind is OperationKind.DELETE:
         return _delete(tx, operation.plan, write=write)
+    _existing(tx, operation.plan)
     return _roll_out(tx, operation.plan, on_progress, write=write)
+
+
+def count_roll_out(tx: ShardTransaction, plan: OperationPlan) -> ShardCounts:
+    """What a roll-out would change on one shard. A segment that the shard does not know has no members there yet."""
+    return _roll_out(tx, plan, lambda _: None, write=False)
 
 
 def _create(tx: ShardTransaction, plan: OperationPlan, *, write: bool) -> ShardCounts:
@@ -136,7 +146,6 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
     ``added`` and ``removed`` count users whose membership changes, overrides laid over before and after, so that
     members afterwards = members before + added - removed.
     """
-    segment = _existing(tx, plan)
     rule = plan.rule
     if rule is None:
         raise ValueError("a roll-out has a rule")
@@ -144,9 +153,15 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
     blocks_total = -(-next_slot // BLOCK_SLOTS)
     matched = added = removed = members = rule_count = 0
     blocks_done = 0
-    for (first, count), old, included, excluded in _membership_chunks(tx, segment.id, tx.overridden(segment.id)):
+    for (first, count), old, included, excluded in _membership_chunks(
+        tx, plan.segment_id, tx.overridden(plan.segment_id)
+    ):
         user_ids = tx.directory(first, count)
         condition_holds = user_ids > 0
+        if rule.condition:
+            condition_holds &= bits.unpack(
+                bits.at_slots(tx.condition_slots(rule.condition, first, count), first, count)
+            )
         new = bits.pack(condition_holds & (buckets(user_ids, plan.salt) < rule.threshold))
         matched += int(condition_holds.sum())
         rule_count += bits.popcount(new)
@@ -156,10 +171,10 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
         added += bits.popcount(after & ~before)
         removed += bits.popcount(before & ~after)
         if write:
-            tx.write_segment_bits(segment.id, first, old, new)
+            tx.write_segment_bits(plan.segment_id, first, old, new)
         blocks_done += count
         on_progress(ShardProgress(tx.shard, ShardState.WORKING, blocks_done, blocks_total, added, removed))
     if write:
         frozen_slot = next_slot - 1 if rule.policy is Policy.FROZEN else None
-        tx.put_rule(segment.id, rule, rule_count, frozen_slot)
+        tx.put_rule(plan.segment_id, rule, rule_count, frozen_slot)
     return ShardCounts(tx.shard, matched, added, removed, members)

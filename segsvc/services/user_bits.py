@@ -6,7 +6,7 @@ under it, and holds the row of shard_state, so nobody else reads and writes thes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from segsvc.domain import bits
 from segsvc.domain.bucketing import buckets
-from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.segment import Policy, ShardSegment
 from segsvc.domain.sharding import BLOCK_SLOTS
 
@@ -29,6 +28,12 @@ class ShardBits(Protocol):
 
     def rules(self) -> Sequence[ShardSegment]:
         """The shard's segments that have a rule, by id."""
+
+    def matching(self, conditions: Sequence[str], user_ids: Sequence[int]) -> Sequence[Int64s]:
+        """For each condition the positions in ``user_ids`` of those for whom it holds, with the attributes of now.
+
+        A handful of statements, whatever the number of conditions.
+        """
 
     def directory(self, blocks: Sequence[int]) -> Mapping[int, Int64s]:
         """User ids of those of these blocks that exist, 1024 each, 0 where there is no user."""
@@ -47,11 +52,7 @@ class ShardBits(Protocol):
 
 
 def place_users(tx: ShardBits, first_slot: int, user_ids: Int64s) -> None:
-    """Give new users the slots from ``first_slot`` on, and their bits.
-
-    Raises:
-        ServiceError: INTERNAL for a rule that this release cannot evaluate.
-    """
+    """Give new users, whose rows are written, the slots from ``first_slot`` on, and their bits."""
     first_block = first_slot // BLOCK_SLOTS
     offset = first_slot - first_block * BLOCK_SLOTS
     block_count = -(-(offset + user_ids.size) // BLOCK_SLOTS)
@@ -67,8 +68,7 @@ def place_users(tx: ShardBits, first_slot: int, user_ids: Int64s) -> None:
     packed = np.zeros((len(open_rules), block_count, bits.empty(1).shape[1]), dtype=np.uint8)
     counts: dict[int, int] = {}
     flags = np.zeros(block_count * BLOCK_SLOTS, dtype=np.bool_)
-    for n, segment in enumerate(open_rules):
-        members = evaluate(segment, user_ids)
+    for n, (segment, members) in enumerate(_evaluated(tx, open_rules, user_ids)):
         count = int(np.count_nonzero(members))
         if count:
             counts[segment.id] = count
@@ -89,20 +89,76 @@ def place_users(tx: ShardBits, first_slot: int, user_ids: Int64s) -> None:
     tx.add_to_rule_counts(counts)
 
 
-def evaluate(segment: ShardSegment, user_ids: Int64s) -> npt.NDArray[np.bool_]:
-    """Which users a segment's rule says are members, overrides apart.
+def _evaluated(
+    tx: ShardBits, segments: Sequence[ShardSegment], user_ids: Int64s
+) -> Iterator[tuple[ShardSegment, npt.NDArray[np.bool_]]]:
+    """Each segment with the users whom its rule says are members, overrides apart. All of them have a rule."""
+    # Many segments may share a condition: it is asked once, and where the attributes are.
+    conditions = sorted({segment.rule.condition for segment in segments if segment.rule and segment.rule.condition})
+    holds: dict[str, npt.NDArray[np.bool_]] = {"": np.ones(user_ids.shape, dtype=np.bool_)}
+    for condition, positions in zip(conditions, tx.matching(conditions, user_ids.tolist()), strict=True):
+        holds[condition] = np.zeros(user_ids.shape, dtype=np.bool_)
+        holds[condition][positions] = True
+    for segment in segments:
+        if segment.rule is None:
+            raise AssertionError("a segment to evaluate has a rule")
+        yield segment, holds[segment.rule.condition] & (buckets(user_ids, segment.salt) < segment.rule.threshold)
 
-    A condition is evaluated where the attributes are: its result, selected by the database, belongs here, and-ed to
-    the buckets. Without one the ids are enough.
+
+def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
+    """Set and clear the bits of users whose rows have just got other attributes.
+
+    Rules without a condition say of them what they said, and FROZEN ones keep what the rollout found.
     """
+    segments = [segment for segment in tx.rules() if _follows_changes(segment)]
+    if not segments:
+        return
+    members = np.stack([flags for _, flags in _evaluated(tx, segments, user_ids)])
+    index_of = {segment.id: n for n, segment in enumerate(segments)}
+    ids = np.array([segment.id for segment in segments], dtype=np.int64)
+    added: dict[int, int] = {}
+    for blocks, chosen in _block_chunks(slots, len(segments)):
+        at = np.searchsorted(blocks, slots[chosen] // BLOCK_SLOTS)
+        within = slots[chosen] % BLOCK_SLOTS
+        flags = np.zeros((blocks.size, BLOCK_SLOTS), dtype=np.bool_)
+        flags[at, within] = True
+        concerned = bits.pack(flags)
+
+        old = np.zeros((len(segments), *concerned.shape), dtype=np.uint8)
+        rows = tx.bit_rows(blocks.tolist())
+        known = np.isin(rows.segment_ids, ids)
+        rows_of = np.array([index_of[segment_id] for segment_id in rows.segment_ids[known].tolist()], dtype=np.int64)
+        old[rows_of, np.searchsorted(blocks, rows.blocks[known])] = rows.packed[known]
+
+        wanted = np.zeros((len(segments), blocks.size, BLOCK_SLOTS), dtype=np.bool_)
+        wanted[:, at, within] = members[:, chosen]
+        new = (old & ~concerned) | bits.pack(wanted.reshape(-1, BLOCK_SLOTS)).reshape(old.shape)
+        which_segment, which_block = np.nonzero((old != new).any(axis=2))
+        if not which_segment.size:
+            continue
+        changed = new[which_segment, which_block]
+        tx.put_bit_rows(bits.BitRows(blocks[which_block], ids[which_segment], changed))
+        gained = np.bitwise_count(changed).sum(axis=1, dtype=np.int64)
+        gained -= np.bitwise_count(old[which_segment, which_block]).sum(axis=1, dtype=np.int64)
+        for segment_id, count in zip(ids[which_segment].tolist(), gained.tolist(), strict=True):
+            added[segment_id] = added.get(segment_id, 0) + count
+    if added:
+        tx.add_to_rule_counts(added)
+
+
+def _block_chunks(slots: Int64s, segments: int) -> Iterator[tuple[Int64s, Int64s]]:
+    """Blocks of these slots, as many at a time as memory allows, each with the positions of its slots."""
+    blocks = np.unique(slots // BLOCK_SLOTS)
+    # Flags are a byte for each slot here, eight times their packed size.
+    at_once = max(1, ROWS_AT_ONCE // (8 * max(segments, 8)))
+    for start in range(0, blocks.size, at_once):
+        part = blocks[start : start + at_once]
+        yield part, np.flatnonzero(np.isin(slots // BLOCK_SLOTS, part))
+
+
+def _follows_changes(segment: ShardSegment) -> bool:
     rule = segment.rule
-    if rule is None:
-        return np.zeros(user_ids.shape, dtype=np.bool_)
-    if rule.condition:
-        raise ServiceError(
-            Reason.INTERNAL, "a rule has a condition, which this release cannot evaluate", {"slug": segment.slug}
-        )
-    return buckets(user_ids, segment.salt) < rule.threshold
+    return rule is not None and rule.policy is Policy.LIVE and bool(rule.condition)
 
 
 def clear_users(tx: ShardBits, slots: Int64s) -> None:

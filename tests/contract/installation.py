@@ -63,12 +63,12 @@ class Installation:
 
     def create_users(self, users: Mapping[int, Mapping[str, Any]]) -> None:
         """Apply create-user events of these users, attributes by id."""
-        self._apply([CreateUser(user_id, json.dumps(attributes)) for user_id, attributes in users.items()])
+        self.apply([CreateUser(user_id, json.dumps(attributes)) for user_id, attributes in users.items()])
 
     def delete_users(self, user_ids: Sequence[int]) -> None:
-        self._apply([DeleteUser(user_id) for user_id in user_ids])
+        self.apply([DeleteUser(user_id) for user_id in user_ids])
 
-    def _apply(self, events: Sequence[UserEvent]) -> None:
+    def apply(self, events: Sequence[UserEvent]) -> None:
         cache = make_cache(self._settings())
         ingestion = Ingestion(PostgresUserStore(self.databases), cache, NoFailpoints())
         for shard in range(SHARDS):

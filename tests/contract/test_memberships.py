@@ -157,14 +157,3 @@ def test_a_user_without_attributes(front: FrontUnderTest, users: range) -> None:
     user = get_user(front, users[0])
     assert user.HasField("attributes")
     assert len(user.attributes) == 0
-
-
-def test_what_is_not_served_yet(front: FrontUnderTest) -> None:
-    for call in (
-        lambda: front.memberships.CheckMembership(pb.CheckMembershipRequest(user_id=1, slug="a")),
-        lambda: front.memberships.ModifyUserOverrides(pb.ModifyUserOverridesRequest(user_id=1)),
-        lambda: front.memberships.ListUserOverrides(pb.ListUserOverridesRequest(user_id=1)),
-        lambda: front.segments.PreviewRollOut(segments_pb2.PreviewRollOutRequest(slug="a")),
-    ):
-        refusal = refused(call)
-        assert (refusal.code, refusal.reason) == (StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")

@@ -119,7 +119,6 @@ def test_a_creation_is_an_operation_whose_response_is_the_segment(front: FrontUn
         ({"percent": float("nan")}, "rule.percent"),
         ({"percent": float("inf")}, "rule.percent"),
         ({"percent": 0.0005}, "rule.percent"),
-        ({"percent": 1, "condition": "a" * 4097}, "rule.condition"),
         ({"percent": 1, "policy": 7}, "rule.policy"),
     ],
 )
@@ -135,13 +134,6 @@ def test_three_decimals_are_exact(front: FrontUnderTest, percent: float) -> None
     response = pb.RollOutSegmentResponse()
     assert roll_out(front, front.create().slug, percent).response.Unpack(response)
     assert response.segment.rule.percent == percent
-
-
-@pytest.mark.parametrize("rule", [{"percent": 1, "condition": "true"}, {"percent": 1, "policy": "FROZEN"}])
-def test_what_is_not_served_yet(front: FrontUnderTest, rule: dict[str, Any]) -> None:
-    slug = front.create().slug
-    refusal = refused(lambda: front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule=rule)))
-    assert (refusal.code, refusal.reason) == (StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
 
 
 # -- waiting --------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def test_the_commands_are_these() -> None:
         "segments list", "segments show", "segments create", "segments edit", "segments rollout", "segments delete",
         "segments stats", "segments export", "users show", "users segments",
         "operations list", "operations show", "operations watch", "operations cancel",
+        "shards copy", "shards settle",
     } <= {" ".join(path) for path in ALL}  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from segsvc import metrics
 from segsvc.config import Settings
 from segsvc.domain.events import TOPICS
 from segsvc.local.processes import free_ports
-from segsvc.local.stack import _choose_ports
+from segsvc.local.stack_env import choose_ports
 from segsvc.metrics_http import MetricsAddressError, all_processes, serving
 
 FAMILY = """
@@ -157,7 +157,7 @@ def test_each_address_of_a_stack_has_a_port_of_its_own() -> None:
         with contextlib.suppress(OSError):  # somebody else has it: just as well
             taken.bind(("127.0.0.1", 9464))
             taken.listen()
-        ports = _choose_ports()
+        ports = choose_ports()
     assert set(ports) <= set(Settings.model_fields)
     assert len(set(ports.values())) == len(ports)
     assert 9464 not in ports.values()

@@ -140,14 +140,6 @@ def test_an_event_for_another_shard_is_refused(make_shards: MakeShards) -> None:
     assert not view(shards.databases, 1).users
 
 
-def test_a_rule_with_a_condition_is_refused_before_anything_is_stored(one_shard: Shards) -> None:
-    one_shard.add_segment(1, 100_000, condition="user.age > 3")
-    with pytest.raises(ServiceError) as refused:
-        one_shard.ingestion.apply_batch(0, created([1]))
-    assert refused.value.reason is Reason.INTERNAL
-    assert not view(one_shard.databases, 0).users
-
-
 # -- any events, in any order, any number of times ---------------------------------------------------------------------
 
 _attributes = st.sampled_from(['{"a":1}', '{"a":2}', "{}"])

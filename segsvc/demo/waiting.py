@@ -1,0 +1,16 @@
+"""Waiting for what comes by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, poll_s: float = 0.1) -> bool:
+    """Whether the condition came true in time."""
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() >= give_up:
+            return False
+        time.sleep(poll_s)
+    return True

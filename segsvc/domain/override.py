@@ -1,0 +1,120 @@
+"""Overrides: single users put in or out of segments by hand, whatever the rules say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import IntEnum
+
+from segsvc.domain.errors import invalid_field, required_field
+from segsvc.domain.segment import ShardSegment, check_slug
+from segsvc.domain.user import AttributeValue
+
+CHANGES_MAX = 1000
+
+
+class Effect(IntEnum):
+    """Numbers as in the protos and in the tables."""
+
+    INCLUDE = 1
+    EXCLUDE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class WantedOverride:
+    """``expire_time`` None: for ever."""
+
+    slug: str
+    effect: Effect
+    expire_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """An override that has not expired. ``expire_time`` None: it holds for ever."""
+
+    slug: str
+    effect: Effect
+    expire_time: datetime | None
+    create_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class OverrideChanges:
+    """What one call asks for: all of it, or nothing."""
+
+    put: Sequence[WantedOverride]
+    clear: Sequence[str]
+
+    @property
+    def slugs(self) -> list[str]:
+        return [*(wanted.slug for wanted in self.put), *self.clear]
+
+
+@dataclass(frozen=True, slots=True)
+class UserOverrides:
+    """A user after a change.
+
+    Attributes:
+        slugs: segments the user is in, sorted.
+        read_time_us: when the shard was read, microseconds since 1970.
+        overrides: those that hold, by slug.
+    """
+
+    slugs: Sequence[str]
+    read_time_us: int
+    overrides: Sequence[Override]
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipFacts:
+    """All that one membership depends on, of one moment.
+
+    Attributes:
+        bit: what the rule's materialisation says.
+        override: the one that holds; None: none does.
+    """
+
+    segment: ShardSegment
+    attributes: Mapping[str, AttributeValue]
+    bit: bool
+    override: Override | None
+
+
+class UnknownSlug(Exception):
+    """The shard has no segment of this slug. Nothing was changed."""
+
+    def __init__(self, slug: str) -> None:
+        super().__init__(slug)
+        self.slug = slug
+
+
+class ExpiryPassed(Exception):
+    """An override would have expired already, by the shard's clock. Nothing was changed. ``index``: in the call."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+def check_changes(changes: OverrideChanges) -> None:
+    """Hold a call's changes to their limits.
+
+    Raises:
+        ServiceError: FIELD_REQUIRED, FIELD_INVALID.
+    """
+    if not changes.slugs:
+        raise required_field("set or clear")
+    if len(changes.slugs) > CHANGES_MAX:
+        raise invalid_field("set", f"must be at most {CHANGES_MAX} changes with clear, are {len(changes.slugs)}")
+    seen: set[str] = set()
+    names = [
+        *(f"set[{n}].slug" for n in range(len(changes.put))),
+        *(f"clear[{n}]" for n in range(len(changes.clear))),
+    ]
+    for name, slug in zip(names, changes.slugs, strict=True):
+        check_slug(slug, name)
+        if slug in seen:
+            raise invalid_field(name, f"{slug!r} comes twice")
+        seen.add(slug)

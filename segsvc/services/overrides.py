@@ -1,0 +1,163 @@
+"""Overrides of one user: changed all together or not at all, and visible to every read after the acknowledgement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from segsvc.domain.errors import (
+    LockTimeout,
+    Reason,
+    ServiceError,
+    invalid_field,
+    segment_deleting,
+    segment_not_found,
+    user_not_found,
+)
+from segsvc.domain.operation import RequestKey
+from segsvc.domain.override import (
+    ExpiryPassed,
+    Override,
+    OverrideChanges,
+    UnknownSlug,
+    UserOverrides,
+    check_changes,
+)
+from segsvc.domain.paging import decode_token, encode_token
+from segsvc.domain.segment import SegmentState
+from segsvc.domain.sharding import check_user_id, shard_of
+from segsvc.failpoints import CrashPoints
+from segsvc.services.segments import SegmentService
+
+LOCK_PATIENCE_S = 10.0
+"""How long a change waits for a shard that an operation holds, if the caller has no deadline."""
+
+
+class OverrideStore(Protocol):
+    """Overrides where their users live. All raise SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
+
+    @property
+    def shard_count(self) -> int: ...
+
+    def modify(
+        self,
+        user_id: int,
+        changes: OverrideChanges,
+        request: RequestKey | None,
+        before_commit: Callable[[], None],
+        *,
+        timeout_s: float | None,
+    ) -> UserOverrides | None:
+        """Change a user's overrides in one transaction, or find that this request did so before.
+
+        Args:
+            before_commit: called with the user's row locked, everything written and nothing committed.
+
+        Returns:
+            the user afterwards (of a repeated request: as it was answered); None: there is no such user.
+
+        Raises:
+            UnknownSlug, ExpiryPassed; ServiceError REQUEST_ID_REUSED; LockTimeout: an operation holds the shard.
+        """
+
+    def page(self, user_id: int, after: str, limit: int, *, timeout_s: float | None) -> list[Override] | None:
+        """Overrides that hold, by slug, after this one; None: there is no such user."""
+
+
+class UserBlocks(Protocol):
+    """The cache, as far as a change of one user needs it. Both raise CACHE_UNAVAILABLE."""
+
+    def block(self, shard: int, user_id: int) -> bytes: ...
+
+    def unblock(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OverridePage:
+    """``next_page_token`` is empty on the last page."""
+
+    overrides: Sequence[Override]
+    next_page_token: str
+
+
+class OverrideService:
+    def __init__(
+        self, store: OverrideStore, cache: UserBlocks, segments: SegmentService, crash_points: CrashPoints
+    ) -> None:
+        self._store = store
+        self._cache = cache
+        self._segments = segments
+        self._crash = crash_points
+
+    def modify(
+        self, user_id: int, changes: OverrideChanges, request: RequestKey | None, *, timeout_s: float | None = None
+    ) -> UserOverrides:
+        """Put a user in and out of segments: all of the changes, or none.
+
+        Raises:
+            ServiceError: FIELD_REQUIRED, FIELD_INVALID, USER_NOT_FOUND, SEGMENT_NOT_FOUND, SEGMENT_DELETING,
+                REQUEST_ID_REUSED, SHARD_UNAVAILABLE, CACHE_UNAVAILABLE (it may have been made, and is not visible to
+                every read yet: repeat it), DEADLINE_EXCEEDED.
+        """
+        check_user_id(user_id)
+        check_changes(changes)
+        give_up = time.monotonic() + (LOCK_PATIENCE_S if timeout_s is None else timeout_s)
+        shard = shard_of(user_id, self._store.shard_count)
+        token: bytes | None = None
+
+        def block() -> None:
+            # Before COMMIT: from here on the user's key holds our block, so no fill succeeds and no read hits, until
+            # the unblock below; if this process dies, until the block's life is over. It is refused: nothing is
+            # committed.
+            nonlocal token
+            self._crash.reach("override-not-blocked", shard=shard)
+            token = self._cache.block(shard, user_id)
+            self._crash.reach("override-blocked", shard=shard)
+
+        while True:
+            try:
+                changed = self._store.modify(user_id, changes, request, block, timeout_s=timeout_s)
+                break
+            except LockTimeout:
+                # An operation is in doubt on this shard. Nothing was done; it ends by itself.
+                if time.monotonic() >= give_up:
+                    raise ServiceError(
+                        Reason.SHARD_UNAVAILABLE,
+                        f"shard {shard} is being changed by an operation; nothing was changed",
+                        {"shard": str(shard)},
+                        retry_after_s=1.0,
+                    ) from None
+            except UnknownSlug as unknown:
+                raise self._refusal(unknown.slug, timeout_s) from None
+            except ExpiryPassed as passed:
+                raise invalid_field(f"set[{passed.index}].expire_time", "must be in the future") from None
+        if changed is None:
+            raise user_not_found(user_id)
+        self._crash.reach("override-committed", shard=shard)
+        # After COMMIT, before the answer. A repeated request comes here without a block of its own: the first one may
+        # have died between its COMMIT and its unblock.
+        self._cache.unblock(shard, [user_id], token)
+        return changed
+
+    def list(self, user_id: int, *, page_size: int, page_token: str, timeout_s: float | None = None) -> OverridePage:
+        """Overrides of a user that hold now, by slug.
+
+        Raises:
+            ServiceError: FIELD_INVALID, PAGE_TOKEN_INVALID, USER_NOT_FOUND, SHARD_UNAVAILABLE, DEADLINE_EXCEEDED.
+        """
+        check_user_id(user_id)
+        scope = f"overrides of {user_id}"
+        after = decode_token(scope, page_token, "page_token")[0] if page_token else ""
+        found = self._store.page(user_id, after, page_size + 1, timeout_s=timeout_s)
+        if found is None:
+            raise user_not_found(user_id)
+        page = found[:page_size]
+        return OverridePage(page, encode_token(scope, [page[-1].slug]) if len(found) > page_size else "")
+
+    def _refusal(self, slug: str, timeout_s: float | None) -> ServiceError:
+        """Why a segment that the shard does not have cannot be changed. The shard's lock was held, so it is no
+        creation on its way: at most a deletion that has come this far."""
+        segment = self._segments.get(slug, timeout_s=timeout_s)
+        return segment_deleting(slug) if segment.state is SegmentState.DELETING else segment_not_found(slug)

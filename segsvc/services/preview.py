@@ -1,0 +1,62 @@
+"""What a roll-out would do now: the same work on a snapshot of every shard, counted and not written."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from segsvc.conditions import parse_condition
+from segsvc.domain.errors import segment_deleting
+from segsvc.domain.operation import OperationKind, OperationPlan, ShardCounts
+from segsvc.domain.segment import Rule, SegmentState
+from segsvc.fan_out import ThreadFanOut
+from segsvc.services.segments import SegmentService
+from segsvc.services.shard_work import ShardTransaction, count_roll_out
+from segsvc.services.statistics import require_same
+
+
+class ShardSnapshots(Protocol):
+    """The shards, each to be read as it is at one moment."""
+
+    @property
+    def shard_count(self) -> int: ...
+
+    def snapshot(self, shard: int, *, timeout_s: float | None) -> AbstractContextManager[ShardTransaction]:
+        """Read-only, and without a lock that anybody waits for. Raises SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
+
+
+class PreviewService:
+    """Previews roll-outs.
+
+    Args:
+        fan_out: asks the shards; its threads bound how many are at work at once.
+    """
+
+    def __init__(self, segments: SegmentService, shards: ShardSnapshots, fan_out: ThreadFanOut) -> None:
+        self._segments = segments
+        self._shards = shards
+        self._fan_out = fan_out
+
+    def count(self, slug: str, rule: Rule, *, timeout_s: float | None = None) -> list[ShardCounts]:
+        """What putting the rule in force would change, by shard; changes nothing.
+
+        Raises:
+            ServiceError: SEGMENT_NOT_FOUND, SEGMENT_DELETING, CONDITION_INVALID, FIELD_REQUIRED, FIELD_INVALID,
+                CATALOG_UNAVAILABLE, SHARD_UNAVAILABLE (a part of the counts would be a wrong answer),
+                DEADLINE_EXCEEDED.
+        """
+        if rule.condition:
+            parse_condition(rule.condition)
+        segment = self._segments.get(slug, timeout_s=timeout_s)
+        if segment.state is SegmentState.DELETING:
+            raise segment_deleting(slug)
+        plan = OperationPlan(OperationKind.ROLL_OUT, slug, segment.id, segment.uid, segment.salt, rule)
+
+        def visit(shard: int) -> tuple[ShardCounts, bool]:
+            with self._shards.snapshot(shard, timeout_s=timeout_s) as snapshot:
+                return count_roll_out(snapshot, plan), snapshot.segment(segment.id) is not None
+
+        visits = self._fan_out(visit, range(self._shards.shard_count))
+        if not all(known for _, known in visits):
+            require_same(self._segments, segment, timeout_s)
+        return [counts for counts, _ in visits]
