@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from segsvc.cli import commands_check, commands_demo, commands_doctor, commands_processes, commands_stack
+from segsvc.cli import events as events_commands
 from segsvc.cli import operations as operations_commands
 from segsvc.cli import segments as segments_commands
 from segsvc.cli import shards as shards_commands
@@ -26,4 +27,5 @@ commands_demo.add_to(app)
 app.add_typer(segments_commands.app, name="segments")
 app.add_typer(users_commands.app, name="users")
 app.add_typer(operations_commands.app, name="operations")
+app.add_typer(events_commands.app, name="events")
 app.add_typer(shards_commands.app, name="shards")

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import typer
 
-from segsvc.cli.base import Json, Refusal, console, plain, print_json, settings_of_process, table
+from segsvc.cli.base import Json, Refusal, bar, console, plain, print_json, settings_of_process, table
 
 if TYPE_CHECKING:
     from google.longrunning.operations_pb2 import Operation
@@ -31,6 +31,13 @@ class PolicyName(StrEnum):
 
     LIVE = "live"
     FROZEN = "frozen"
+
+
+Percent = Annotated[float, typer.Option(help="Share of the users, 0 to 100, at most three decimals.")]
+ConditionText = Annotated[
+    str, typer.Option("--condition", help='CEL over user: user.country == "RU". Empty: everyone.')
+]
+Policy = Annotated[PolicyName, typer.Option(help="What users get who come or change later.")]
 
 
 @app.command("list", epilog="Example: segsvc segments list --order-by 'member_count desc'")
@@ -130,12 +137,43 @@ def edit(
         _show_segment(front.segments.UpdateSegment(request, timeout=TIMEOUT_S), json_output)
 
 
+@app.command(epilog="Example: segsvc segments preview checkout --percent 30 --condition 'user.age >= 18'")
+def preview(
+    slug: Slug,
+    percent: Percent,
+    condition: ConditionText = "",
+    policy: Policy = PolicyName.LIVE,
+    json_output: Json = False,
+) -> None:
+    """Count what a rollout would change now, exactly; change nothing."""
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+
+    request = segments_pb2.PreviewRollOutRequest(slug=slug, rule=_rule(percent, condition, policy))
+    with connected(settings_of_process()) as front, bar("counting", hidden=json_output):
+        counts = front.segments.PreviewRollOut(request, timeout=TIMEOUT_S)
+    if json_output:
+        print_json(to_json(counts))
+        return
+    numbers = ("match", "would come", "would go", "members then")
+    shown = table("shard", *numbers, right=numbers)
+    rows: list[tuple[str, segments_pb2.ShardCounts | segments_pb2.PreviewRollOutResponse]] = [
+        *((str(part.shard), part) for part in counts.shards),
+        ("all", counts),
+    ]
+    for shard, part in rows:
+        row = (part.matched_count, part.added_count, part.removed_count, part.member_count)
+        shown.add_row(shard, *(f"{count:,}" for count in row))
+    console().print(shown)
+
+
 @app.command(epilog="Example: segsvc segments rollout checkout --percent 30")
 def rollout(
     slug: Slug,
-    percent: Annotated[float, typer.Option(help="Share of the users, 0 to 100, at most three decimals.")],
-    condition: Annotated[str, typer.Option(help='CEL over user: user.country == "RU". Empty: everyone.')] = "",
-    policy: Annotated[PolicyName, typer.Option(help="What users get who come or change later.")] = PolicyName.LIVE,
+    percent: Percent,
+    condition: ConditionText = "",
+    policy: Policy = PolicyName.LIVE,
     etag: Etag = "",
     no_wait: NoWait = False,
     json_output: Json = False,
@@ -145,13 +183,8 @@ def rollout(
 
     from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
 
-    rule = segments_pb2.RollOutRule(
-        percent=percent,
-        condition=condition,
-        policy=segments_pb2.RollOutRule.FROZEN if policy is PolicyName.FROZEN else segments_pb2.RollOutRule.LIVE,
-    )
     request = segments_pb2.RollOutSegmentRequest(
-        slug=slug, rule=rule, etag=etag, request_id=str(uuid4()), return_immediately=True
+        slug=slug, rule=_rule(percent, condition, policy), etag=etag, request_id=str(uuid4()), return_immediately=True
     )
     with connected(settings_of_process()) as front:
         operation = front.segments.RollOutSegment(request, timeout=TIMEOUT_S)
@@ -220,6 +253,16 @@ def export(
     from segsvc.cli.exporting import export_members  # noqa: PLC0415
 
     export_members(settings_of_process(), slug, output, resume_token, json_output=json_output)
+
+
+def _rule(percent: float, condition: str, policy: PolicyName) -> segments_pb2.RollOutRule:
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    return segments_pb2.RollOutRule(
+        percent=percent,
+        condition=condition,
+        policy=segments_pb2.RollOutRule.FROZEN if policy is PolicyName.FROZEN else segments_pb2.RollOutRule.LIVE,
+    )
 
 
 def _labels(given: list[str] | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,8 +60,10 @@ def make_settings(**given: Any) -> Settings:
 def test_the_commands_are_these() -> None:
     assert {
         "serve", "worker", "beat", "bridge", "flower", "up", "down", "status", "migrate", "config", "check", "doctor",
-        "segments list", "segments show", "segments create", "segments edit", "segments rollout", "segments delete",
-        "segments stats", "segments export", "users show", "users segments",
+        "segments list", "segments show", "segments create", "segments edit", "segments preview", "segments rollout",
+        "segments delete", "segments stats", "segments export",
+        "users show", "users segments", "users explain", "users include", "users exclude", "users clear",
+        "events dead list", "events dead show", "events dead retry",
         "operations list", "operations show", "operations watch", "operations cancel",
         "shards copy", "shards settle",
     } <= {" ".join(path) for path in ALL}  # fmt: skip
@@ -74,13 +77,28 @@ def test_help_of_every_command_has_an_example(runner: CliRunner, path: tuple[str
     assert f"segsvc {' '.join(path)}" in result.output.split("Example: ")[1]
 
 
-SHOWING = ("segments", "users", "operations", "check", "doctor", "config", "migrate", "status")
+SHOWING = ("segments", "users", "operations", "events", "check", "doctor", "config", "migrate", "status")
 
 
 @pytest.mark.parametrize("path", [path for path in ALL if path[0] in SHOWING], ids=" ".join)
 def test_what_shows_something_can_show_json(path: tuple[str, ...]) -> None:
     if path != ("operations", "cancel"):
         assert "--json" in [name for option in ALL[path].params for name in option.opts]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete(shell: str) -> None:
+    environment = {**os.environ, "_SEGSVC_COMPLETE": f"source_{shell}"}
+    program = Path(sys.executable).with_name("segsvc")
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, check=True)
+    assert "_SEGSVC_COMPLETE" in done.stdout
+    words = {"COMP_WORDS": "segsvc users ex", "COMP_CWORD": "2", "_TYPER_COMPLETE_ARGS": "segsvc users ex"}
+    environment = {**os.environ, **words, "_SEGSVC_COMPLETE": f"complete_{shell}"}
+    if shell == "fish":
+        environment["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
+    assert "explain" in done.stdout
+    assert "exclude" in done.stdout
 
 
 def test_help_is_quick_because_it_loads_nothing_heavy() -> None:
