@@ -68,10 +68,12 @@ proto: $(VENV) ## Generate grpc_api/generated from protos/
 proto-check: $(VENV) ## Lint and format of protos/, and that the generated code is current
 	@$(BIN)/python tools/protos.py check
 
-lock: $(VENV) ## Make requirements.lock from setup.cfg (UPGRADE=1: the newest versions that it allows)
-	@$(BIN)/uv pip compile --no-config --quiet --python-version 3.11 --python-platform linux --all-extras \
-	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate $(if $(UPGRADE),--upgrade) \
-	    --custom-compile-command "make lock" --output-file requirements.lock setup.cfg
+lock: $(VENV) ## Make the locks (all of it; the image's) from setup.cfg (UPGRADE=1: the newest versions that it allows)
+	@$(BIN)/uv pip compile $(LOCK) --all-extras --output-file requirements.lock setup.cfg
+	@$(BIN)/uv pip compile $(LOCK) --constraint requirements.lock --output-file docker/requirements.lock setup.cfg
+
+LOCK = --no-config --quiet --python-version 3.11 --python-platform linux --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --no-annotate $(if $(UPGRADE),--upgrade) --custom-compile-command "make lock"
 
 ##@ Clear up
 .PHONY: clean

@@ -17,6 +17,7 @@ def recover() -> None:
     """Carry on operations that nobody carries on, and end prepared transactions by the ledger."""
     try:
         runtime().coordinator.recover()
+        runtime().maintenance.note_recovery()
         recovery_time.set_to_current_time()
     except ServiceError as error:
         # The next run is two seconds away; whatever could be reached has been looked after.

@@ -40,6 +40,7 @@ def _examinations() -> Mapping[str, Examination]:
     return {
         "databases": doctor_storage.databases,
         "prepared transactions": doctor_storage.prepared_transactions,
+        "recovery": doctor_storage.recovery,
         "spread of the users": doctor_storage.shard_skew,
         "cache": doctor_storage.cache,
         "broker": doctor_running.broker,

@@ -17,6 +17,8 @@ from segsvc.services.check_ledger import IN_DOUBT_MAX_S, overdue_s
 
 SKEW_MAX: Final = 0.2
 """Shards may differ from their mean by this share before it is worth a look."""
+RECOVERY_AGE_MAX_S: Final = 30.0
+"""Recovery looks every few seconds."""
 _SKEW_USERS_MIN: Final = 1000
 """With fewer users a shard, chance alone makes such a difference."""
 
@@ -73,6 +75,21 @@ def _why(entry: LedgerEntry) -> str:
     if entry.state is OperationState.COMMITTED:
         return "recovery commits it"
     return "recovery rolls it back"
+
+
+def recovery(settings: Settings) -> Sequence[Item]:
+    """Whether recovery looks after everything, which takes beat and a worker of operations."""
+    service = Check(settings, with_cache=False)
+    try:
+        age_s = service.reads.recovery_age_s()
+    except ServiceError as error:
+        return [Item(str(error), "see the databases above")]
+    finally:
+        service.close()
+    if age_s is not None and age_s <= RECOVERY_AGE_MAX_S:
+        return []
+    text = "recovery has never looked" if age_s is None else f"recovery last looked {age_s:,.0f} s ago"
+    return [Item(text, "start `segsvc beat` and `segsvc worker --queue operations`, or read their logs")]
 
 
 def shard_skew(settings: Settings) -> Sequence[Item]:

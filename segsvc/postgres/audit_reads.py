@@ -47,6 +47,13 @@ class PostgresAuditReads:
             operations = _operations(connection, fence_ttl_s, asked_for)
         return CatalogView(now, [segment_rows.to_segment(row) for row in segments], operations)
 
+    def recovery_age_s(self) -> float | None:
+        """How long ago recovery last looked at everything, by the catalog's clock; None: never."""
+        age = sa.extract("epoch", sa.func.now() - tables.installation.c.recovery_time)
+        with self._databases.catalog_tx() as connection:
+            found = connection.execute(sa.select(age)).scalar_one_or_none()
+        return None if found is None else float(found)
+
     def changing_segments(self) -> frozenset[int]:
         """Segments of operations that are COMMITTED now."""
         table = tables.operations.c

@@ -65,6 +65,17 @@ class PostgresMaintainedCatalog:
             now: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
         return now
 
+    def note_recovery(self) -> None:
+        """Recovery has looked at everything. Written every 5 s at most: looks are more frequent than is worth a row."""
+        recovered = tables.installation.c.recovery_time
+        recent = recovered > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, 5)
+        with self._databases.catalog_tx() as connection:
+            connection.execute(
+                sa.update(tables.installation)
+                .where(sa.not_(sa.func.coalesce(recent, sa.false())))
+                .values(recovery_time=sa.func.now())
+            )
+
     def put_member_counts(self, counts: Mapping[int, int], counted_after: datetime) -> None:
         """Store counts of live segments unless an operation has stored a newer one. Changes no etag: the count is
         no part of what a caller edits."""

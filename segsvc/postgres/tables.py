@@ -41,6 +41,7 @@ installation = sa.Table(
     sa.Column("shard_count", sa.Integer, nullable=False, comment="fixed for ever"),
     sa.Column("id", UUID(as_uuid=True), nullable=False, server_default=sa.func.gen_random_uuid()),
     sa.Column("founded", _TIME, server_default=sa.func.now(), comment="null: not every shard is set up yet"),
+    sa.Column("recovery_time", _TIME, comment="when recovery last looked at everything, give or take 5 s"),
 )
 
 segment_id_seq = sa.Sequence("segment_id_seq", metadata=catalog)

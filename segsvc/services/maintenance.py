@@ -23,9 +23,12 @@ class MaintainedShards(Protocol):
 
 
 class MaintainedCatalog(Protocol):
-    """Both raise CATALOG_UNAVAILABLE."""
+    """All raise CATALOG_UNAVAILABLE."""
 
     def now(self) -> datetime: ...
+
+    def note_recovery(self) -> None:
+        """Remember that recovery has looked at everything just now."""
 
     def put_member_counts(self, counts: Mapping[int, int], counted_after: datetime) -> None:
         """Store counts of segments whose stored count is older than ``counted_after``."""
@@ -59,6 +62,10 @@ class MaintenanceService:
                 step()
             except ServiceError as error:
                 log.warning("maintenance_incomplete", step=step.__name__.strip("_"), reason=error.reason.text)
+
+    def note_recovery(self) -> None:
+        """Called when recovery has looked at everything: ``segsvc doctor`` sees by it whether beat lives."""
+        self._catalog.note_recovery()
 
     def _count_members(self) -> None:
         # The time is taken before the first shard is read: a count that an operation stores meanwhile is newer and

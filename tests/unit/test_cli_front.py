@@ -292,6 +292,11 @@ def test_users_are_shown(front: CannedFront) -> None:
         membership_pb2.GetUserSegmentsRequest,
         lambda request, _: membership_pb2.UserSegments(user_id=42, slugs=["a", "b"]),
     )
+    front.on(
+        "/segmentation.v1.MembershipService/ListUserOverrides",
+        membership_pb2.ListUserOverridesRequest,
+        lambda request, _: membership_pb2.ListUserOverridesResponse(),
+    )
     rows = [line.split(maxsplit=1) for line in run("users", "show", "42").stdout.splitlines()]
     assert [row[0].strip() for row in rows][-5:] == ["user.age", "user.beta", "user.country", "user.ratio", "user.tags"]
     assert [row[1].strip() for row in rows][-5:] == ["33", "True", "RU�", "0.25", "a, b"]

@@ -42,6 +42,12 @@ def upgrade() -> None:
             nullable=True,
             comment="null: not every shard is set up yet",
         ),
+        sa.Column(
+            "recovery_time",
+            postgresql.TIMESTAMP(timezone=True),
+            nullable=True,
+            comment="when recovery last looked at everything, give or take 5 s",
+        ),
         sa.PrimaryKeyConstraint("cluster", name=op.f("pk_installation")),
     )
     op.create_table(

@@ -8,6 +8,8 @@ from segsvc.cli import doctor_storage
 from segsvc.config import Settings
 from segsvc.domain.operation import Gid, OperationKind, OperationState
 from segsvc.local.redis import RedisServer
+from segsvc.postgres.engine import Databases
+from segsvc.postgres.maintenance import PostgresMaintainedCatalog
 from tests.integration.check.checking import ABSENT, ageless, finish, prepare
 from tests.integration.check.world import World
 
@@ -62,6 +64,27 @@ def test_a_transaction_of_nobody_asks_for_a_person(world: World, check_settings:
         assert item.remedy
     finally:
         finish(world, gid)
+
+
+def test_recovery_that_does_not_look_is_found(world: World, check_settings: Settings) -> None:
+    def age(interval: str | None) -> None:
+        with world.catalog.begin() as connection:
+            now = "NULL" if interval is None else f"now() - interval '{interval}'"
+            connection.exec_driver_sql(f"UPDATE installation SET recovery_time = {now}")
+
+    age(None)
+    [item] = doctor_storage.recovery(check_settings)
+    assert item.text == "recovery has never looked"
+    assert "segsvc beat" in item.remedy
+    age("5 minutes")
+    [item] = doctor_storage.recovery(check_settings)
+    assert item.text.startswith("recovery last looked 30")
+    databases = Databases(check_settings, "test")
+    try:
+        PostgresMaintainedCatalog(databases).note_recovery()
+    finally:
+        databases.close()
+    assert doctor_storage.recovery(check_settings) == []
 
 
 def test_outages_are_findings(check_settings: Settings) -> None:

@@ -61,7 +61,7 @@ def test_a_crash_before_the_end_delays_it(rig: Rig, arm: Callable[[str, str], No
     arm(point, "fail shard=1" if point in BY_SHARD else "fail")
     try:
         if kind == "create":
-            rig.service.create_segment(slug, SegmentText(), request=None, deadline_s=0)
+            rig.service.create_segment(slug, SegmentText(), request=None, deadline_s=10)
         elif kind == "roll_out":
             rig.service.roll_out(slug, Rule(60_000), etag="", request=None)
         else:
