@@ -6,16 +6,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import sqlalchemy as sa
 
 from segsvc.config import Settings
 from segsvc.domain.sharding import BLOCK_SLOTS
-from segsvc.local.postgres import PostgresServer
 from segsvc.postgres import tables
 
 _DATABASE_NAMES = "test_catalog", "test_shard{}"
+
+
+class DatabaseServer(Protocol):
+    """A PostgreSQL server that this process may use as it likes."""
+
+    def dsn(self, database: str) -> str: ...
+
+    def create_database(self, name: str) -> None: ...
+
 
 _OF_OPERATIONS = {
     "catalog": ("requests", "progress", "votes", "operations", "audit", "segments"),
@@ -30,7 +39,7 @@ def _engine(dsn: str) -> sa.Engine:
     return sa.create_engine(dsn, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
 
 
-def _empty_database(server: PostgresServer, name: str, metadata: sa.MetaData) -> None:
+def _empty_database(server: DatabaseServer, name: str, metadata: sa.MetaData) -> None:
     """Make the database with its tables, or take everything out of it; whoever still uses it is thrown out."""
     engine = _engine(server.dsn(name))
     try:
@@ -55,7 +64,7 @@ def _restart_sequences(metadata: sa.MetaData) -> str:
     return "".join(f"ALTER SEQUENCE {sequence.name} RESTART;" for sequence in metadata._sequences.values())
 
 
-def create_databases(server: PostgresServer, names: Sequence[str], cluster: str) -> None:
+def create_databases(server: DatabaseServer, names: Sequence[str], cluster: str) -> None:
     """New databases of an empty installation: the catalog, then the shards in their order."""
     for name in names:
         server.create_database(name)
@@ -66,7 +75,7 @@ def create_databases(server: PostgresServer, names: Sequence[str], cluster: str)
         _engine(server.dsn(name)).dispose()
 
 
-def _found(server: PostgresServer, names: Sequence[str], cluster: str) -> None:
+def _found(server: DatabaseServer, names: Sequence[str], cluster: str) -> None:
     """Write into empty databases which installation they are, as the migrator does."""
     catalog, *shards = names
     with _engine(server.dsn(catalog)).connect() as connection:
@@ -89,7 +98,7 @@ class Installation:
     """An empty installation; ``settings`` lead to it."""
 
     settings: Settings
-    server: PostgresServer
+    server: DatabaseServer
 
     @property
     def shard_count(self) -> int:
@@ -177,7 +186,7 @@ class Installation:
 
 
 @contextmanager
-def new_installation(server: PostgresServer, *, shards: int = 4, **overrides: object) -> Iterator[Installation]:
+def new_installation(server: DatabaseServer, *, shards: int = 4, **overrides: object) -> Iterator[Installation]:
     """An empty installation; one at a time.
 
     Raises:

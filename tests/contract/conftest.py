@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from segsvc.local.postgres import PostgresServer
 from segsvc.local.processes import free_ports
 from segsvc.local.redis import RedisServer
 from tests.contract.installation import Installation
+from tests.eventually import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 30.0
@@ -61,14 +62,6 @@ class FrontUnderTest:
 
 def new_slug(prefix: str = "s") -> str:
     return f"{prefix}-{uuid4().hex[:12]}"
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Fail unless the condition holds within the time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not become so in time"
-        time.sleep(0.05)
 
 
 def await_ready(channel: grpc.Channel, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -11,7 +11,8 @@ from google.longrunning import operations_pb2 as lro
 from segmentation.v1 import operations_pb2
 from segmentation.v1 import segments_pb2 as pb
 
-from tests.contract.conftest import FrontUnderTest, eventually
+from tests.contract.conftest import FrontUnderTest
+from tests.eventually import eventually
 
 State = operations_pb2.OperationMetadata.State
 NOBODY = f"operations/{UUID(int=0)}"

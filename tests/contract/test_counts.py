@@ -11,8 +11,9 @@ from segmentation.v1 import segments_pb2 as pb
 
 from segsvc.domain.bucketing import bucket
 from segsvc.postgres import tables
-from tests.contract.conftest import FrontUnderTest, eventually
+from tests.contract.conftest import FrontUnderTest
 from tests.contract.refusals import refused
+from tests.eventually import eventually
 
 FIRST = 3_000_000
 MANY = (*range(FIRST + 1, FIRST + 44_001, 4), *range(FIRST, FIRST + 800))

@@ -15,7 +15,7 @@ from grpc import StatusCode
 from segmentation.v1 import operations_pb2
 from segmentation.v1 import segments_pb2 as pb
 
-from tests.contract.conftest import FrontUnderTest, eventually, new_slug
+from tests.contract.conftest import FrontUnderTest, new_slug
 from tests.contract.refusals import read_status, refused
 from tests.contract.rollouts import (
     NOBODY,
@@ -29,6 +29,7 @@ from tests.contract.rollouts import (
     running_operation,
     wait,
 )
+from tests.eventually import eventually
 
 
 @pytest.fixture

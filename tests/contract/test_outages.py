@@ -8,9 +8,10 @@ from grpc import StatusCode
 from segmentation.v1 import membership_pb2
 from segmentation.v1 import segments_pb2 as pb
 
-from tests.contract.conftest import FrontUnderTest, eventually, new_slug
+from tests.contract.conftest import FrontUnderTest, new_slug
 from tests.contract.refusals import read_status, refusal_of, refused
 from tests.contract.test_protocol import SERVICES
+from tests.eventually import eventually
 
 USERS = range(4_000_000, 4_000_008)
 

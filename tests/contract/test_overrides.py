@@ -16,9 +16,10 @@ from segmentation.v1 import segments_pb2
 
 from segsvc.domain.bucketing import bucket
 from segsvc.domain.events import CreateUser, DeleteUser, UpdateUser
-from tests.contract.conftest import FrontUnderTest, eventually, new_slug
+from tests.contract.conftest import FrontUnderTest, new_slug
 from tests.contract.refusals import refused
 from tests.contract.test_conditions import lists, members, rolled_out, salt_of
+from tests.eventually import eventually
 
 NOBODY = 9_999_998
 IN, OUT = pb.Override.INCLUDE, pb.Override.EXCLUDE

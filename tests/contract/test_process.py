@@ -20,9 +20,10 @@ from segmentation.v1 import segments_pb2 as pb
 
 from segsvc.local.processes import free_ports
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
-from tests.contract.conftest import FrontUnderTest, environment_of, eventually, new_slug, running_front
+from tests.contract.conftest import FrontUnderTest, environment_of, new_slug, running_front
 from tests.contract.installation import Installation
 from tests.contract.refusals import refused
+from tests.eventually import eventually
 
 TLS = Path(__file__).with_name("tls")
 

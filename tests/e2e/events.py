@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -31,16 +30,6 @@ def producer(settings: Settings) -> Iterator[Callable[[str, Iterable[object]], N
         yield send
     finally:
         made.close(timeout=5)
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 30.0, poll_s: float = 0.1) -> bool:
-    """Whether the condition comes true in time."""
-    give_up = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() >= give_up:
-            return False
-        time.sleep(poll_s)
-    return True
 
 
 def all_readable(client: Client, user_ids: list[int]) -> bool:

@@ -15,7 +15,8 @@ from kafka import KafkaProducer
 
 from segsvc.demo.client import Client
 from segsvc.local.stack import LocalStack
-from tests.e2e.events import all_readable, eventually, producer
+from tests.e2e.events import all_readable, producer
+from tests.eventually import eventually
 
 USERS = list(range(6_500_001, 6_500_201))
 SLUG = "by-hand"
@@ -51,7 +52,7 @@ def segment(stack: LocalStack, segsvc: Segsvc) -> Iterator[None]:
     client.wait_ready(30)
     with producer(stack.settings) as send:
         send("create-user", ({"user_id": user, "attributes": {"age": user % 40}} for user in USERS))
-    assert eventually(lambda: all_readable(client, USERS))
+    eventually(lambda: all_readable(client, USERS))
     client.close()
     segsvc("segments", "create", SLUG)
     yield
@@ -100,16 +101,16 @@ def test_dead_letters(segsvc: Segsvc, stack: LocalStack) -> None:
         found[:] = [letter for letter in letters if letter["event"] == '{"user_id": "not a number"}']
         return bool(found)
 
-    assert eventually(arrived)
+    eventually(arrived)
     letter = found[0]
     assert (letter["topic"], letter["key"]) == ("create-user", "me")
     assert "user_id" in letter["reason"]
     assert letter["reason"] in segsvc("events", "dead", "show", letter["id"]).stdout
     assert segsvc("events", "dead", "retry", letter["id"]).stdout == "1 sent again\n"
-    assert eventually(lambda: arrived() and len(found) == 2)  # still wrong: a new letter
+    eventually(lambda: arrived() and len(found) == 2)  # still wrong: a new letter
     count = len(shown(segsvc, "events", "dead", "list", "--new"))
     assert count >= 2
     assert shown(segsvc, "events", "dead", "retry", "--all")["sent"] == count
-    assert eventually(lambda: len(shown(segsvc, "events", "dead", "list", "--new")) == count)
+    eventually(lambda: len(shown(segsvc, "events", "dead", "list", "--new")) == count)
     assert "there is no such dead letter" in segsvc("events", "dead", "show", "create-user/0/999999", code=1).stderr
     segsvc("events", "dead", "retry", code=2)

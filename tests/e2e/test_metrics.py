@@ -18,7 +18,8 @@ from segsvc.demo.client import Client
 from segsvc.domain.operation import Gid
 from segsvc.local.stack import LocalStack
 from segsvc.postgres.engine import Databases, Pool
-from tests.e2e.events import all_readable, eventually, producer
+from tests.e2e.events import all_readable, producer
+from tests.eventually import eventually
 
 USERS = list(range(6_000_001, 6_000_201))
 
@@ -58,7 +59,7 @@ def _all_serve(settings: Settings) -> None:
             return False
 
     for address in addresses(settings):
-        assert eventually(lambda address=address: serves(address)), address  # type: ignore[misc]
+        eventually(lambda address=address: serves(address)), address  # type: ignore[misc]
 
 
 def test_what_happens_is_counted_where_it_is_said(client: Client, settings: Settings) -> None:
@@ -66,7 +67,7 @@ def test_what_happens_is_counted_where_it_is_said(client: Client, settings: Sett
     with producer(settings) as send:
         send("create-user", ({"user_id": user, "attributes": {}} for user in USERS))
         send("create-user", ["no event"])
-    assert eventually(lambda: all_readable(client, USERS))
+    eventually(lambda: all_readable(client, USERS))
     client.create("counted", "")
     client.roll_out("counted", 50)
     client.delete("counted")
@@ -77,13 +78,11 @@ def test_what_happens_is_counted_where_it_is_said(client: Client, settings: Sett
     kinds = ("CREATE", "ROLL_OUT", "DELETE")
     assert [risen("segsvc_operations_finished_total", kind, "DONE") for kind in kinds] == [1, 1, 1]
     bridge = settings.bridge_metrics_address
-    assert eventually(lambda: risen("segsvc_events_total", "applied", "create-user") >= len(USERS))
-    assert eventually(lambda: risen("segsvc_events_total", "dead", "create-user") == 1)
+    eventually(lambda: risen("segsvc_events_total", "applied", "create-user") >= len(USERS))
+    eventually(lambda: risen("segsvc_events_total", "dead", "create-user") == 1)
     assert ("segsvc_event_batches_in_flight",) in scrape(bridge)
     warming = settings.warming_worker_metrics_address
-    assert eventually(
-        lambda: sum(scrape(warming)[("segsvc_warmed_entries_total", str(shard))] for shard in range(4)) > 0
-    )
+    eventually(lambda: sum(scrape(warming)[("segsvc_warmed_entries_total", str(shard))] for shard in range(4)) > 0)
 
 
 def test_what_is_in_doubt_is_seen_whichever_process_looks(stack: LocalStack, settings: Settings) -> None:
@@ -104,20 +103,20 @@ def test_what_is_in_doubt_is_seen_whichever_process_looks(stack: LocalStack, set
             connection.exec_driver_sql("PREPARE TRANSACTION %s", (gid,))
             connection.rollback()
         try:
-            assert eventually(lambda: in_doubt()[1] > 0)
+            eventually(lambda: in_doubt()[1] > 0)
             # The last look at the others may have met an operation of a moment ago.
-            assert eventually(lambda: [age for shard, age in enumerate(in_doubt()) if shard != 1] == [0, 0, 0])
-            assert eventually(lambda: scrape(worker)[("segsvc_recovery_alarms_total", "unknown-prepared")] > 0)
+            eventually(lambda: [age for shard, age in enumerate(in_doubt()) if shard != 1] == [0, 0, 0])
+            eventually(lambda: scrape(worker)[("segsvc_recovery_alarms_total", "unknown-prepared")] > 0)
             # A process that is gone is no longer asked, and its place is taken by another.
             [main] = [part.pid for part in stack.status() if part.name == "worker-operations"]
             for child in psutil.Process(main).children():
                 os.kill(child.pid, signal.SIGKILL)
             before = last_run()
-            assert eventually(lambda: last_run() > before, timeout_s=60)
+            eventually(lambda: last_run() > before, within_s=60)
             assert in_doubt()[1] > 0
         finally:
             with databases.shard_autocommit(1) as connection:
                 connection.exec_driver_sql("ROLLBACK PREPARED %s", (gid,))
-        assert eventually(lambda: in_doubt() == [0, 0, 0, 0])
+        eventually(lambda: in_doubt() == [0, 0, 0, 0])
     finally:
         databases.close()

@@ -19,7 +19,8 @@ from segsvc.demo.client import Client
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.redis import BROKER_CONFIG, CACHE_CONFIG, RedisServer
 from segsvc.local.stack import LocalStack
-from tests.e2e.events import all_readable, eventually, producer
+from tests.e2e.events import all_readable, producer
+from tests.eventually import eventually
 
 USERS = list(range(7_000_001, 7_000_401))
 SLUG = "outages"
@@ -51,7 +52,7 @@ def segment_with_users(stack: LocalStack) -> None:
     client.wait_ready(30)
     with producer(settings) as send:
         send("create-user", ({"user_id": user, "attributes": {"country": "KZ"}} for user in USERS))
-    assert eventually(lambda: all_readable(client, USERS))
+    eventually(lambda: all_readable(client, USERS))
     client.create(SLUG, "")
     client.roll_out(SLUG, 40)
     client.close()
@@ -83,11 +84,11 @@ def test_the_cache_down_and_back(client: Client, stack: LocalStack, settings: Se
             send("create-user", [{"user_id": 7_100_001, "attributes": {}}])
             send("delete-user", [{"user_id": USERS[-1]}])
         # A creation needs no cache; a deletion waits for it.
-        assert eventually(lambda: all_readable(client, [7_100_001]))
+        eventually(lambda: all_readable(client, [7_100_001]))
     finally:
         cache.start()
     del before[USERS[-1]]
-    assert eventually(lambda: client.many_user_segments([USERS[-1]]).__next__()[1] is None)
+    eventually(lambda: client.many_user_segments([USERS[-1]]).__next__()[1] is None)
     client.roll_out(SLUG, 41)
     now = memberships(client)
     assert all(set(slugs or ()) <= set(now[user] or ()) for user, slugs in before.items())
@@ -110,7 +111,7 @@ def test_postgres_down_and_back(client: Client, stack: LocalStack) -> None:
         assert time.monotonic() - started < 15
     finally:
         server.start()
-    assert eventually(lambda: not _fails(client.list_slugs))
+    eventually(lambda: not _fails(client.list_slugs))
     client.roll_out(SLUG, 43)
     assert refusal(lambda: client.user_segments(6_999_999))[1] == "USER_NOT_FOUND"
 
@@ -126,7 +127,7 @@ def test_the_broker_down_and_back(client: Client, stack: LocalStack, settings: S
             send("create-user", [{"user_id": 7_100_002, "attributes": {}}])
     finally:
         broker.start()
-    assert eventually(lambda: all_readable(client, [7_100_002]), timeout_s=90)
+    eventually(lambda: all_readable(client, [7_100_002]), within_s=90)
     assert client.roll_out(SLUG, 45).added_count >= 0
     client.delete("without-broker")
 
@@ -138,7 +139,7 @@ def test_every_worker_of_operations_killed_at_once(client: Client, stack: LocalS
     point.write_text("hold shard=2")
     try:
         name = client.start_roll_out(SLUG, 60)
-        assert eventually(fired.exists, poll_s=0.01)
+        eventually(fired.exists, poll_s=0.01)
         [main] = [part.pid for part in stack.status() if part.name == "worker-operations"]
         assert main is not None
         os.killpg(os.getpgid(main), signal.SIGKILL)

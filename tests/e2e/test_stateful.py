@@ -31,8 +31,8 @@ from segsvc.demo.client import Client
 from segsvc.domain.events import TOPICS
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.stack import LocalStack
-from tests.e2e.events import eventually
 from tests.e2e.test_outages import redis_of
+from tests.eventually import eventually
 from tests.service_model import CONDITIONS, Condition, Model, ModelSegment, attributes_of
 
 Override = membership_pb2.Override
@@ -82,11 +82,14 @@ class World:
             for number in self._consumer.partitions_for_topic(topic) or ()
         ]
         ends = self._consumer.end_offsets(partitions)
-        assert eventually(
-            lambda: all((self._consumer.committed(part) or 0) >= ends[part] for part in partitions),
-            timeout_s=60,
-            poll_s=0.02,
-        ), "the bridge does not come to the end of the events"
+        (
+            eventually(
+                lambda: all((self._consumer.committed(part) or 0) >= ends[part] for part in partitions),
+                timeout_s=60,
+                poll_s=0.02,
+            ),
+            "the bridge does not come to the end of the events",
+        )
 
 
 class ServiceMachine(RuleBasedStateMachine):
@@ -260,7 +263,7 @@ class ServiceMachine(RuleBasedStateMachine):
             server = PostgresServer(stack.home / "postgres", mark=stack.home)
             server.kill()
             server.start()
-            assert eventually(self._listing_works)
+            eventually(self._listing_works)
         else:
             [main] = [part.pid for part in stack.status() if part.name == f"worker-{fault}"]
             if main is not None:  # None: it is coming back already
@@ -302,7 +305,7 @@ class ServiceMachine(RuleBasedStateMachine):
         assert not report.differences, report.differences
         for slug in sorted(self.model.segments):
             # After a fault an operation may be aborted; the next one must not be.
-            assert eventually(lambda slug=slug: self._deleted(slug), timeout_s=60)  # type: ignore[misc]
+            eventually(lambda slug=slug: self._deleted(slug), within_s=60)  # type: ignore[misc]
 
     def _deleted(self, slug: str) -> bool:
         request = segments_pb2.DeleteSegmentRequest(slug=slug)

@@ -34,8 +34,9 @@ from segsvc.postgres.migrate import StartupError, migrate, verify
 from segsvc.postgres.moving import MoveRefused
 from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.ingestion import Ingestion
-from tests.contract.conftest import FrontUnderTest, eventually, running_front
+from tests.contract.conftest import FrontUnderTest, running_front
 from tests.contract.installation import Installation
+from tests.eventually import eventually
 from tests.local_servers import REPOSITORY
 
 SHARDS = 3

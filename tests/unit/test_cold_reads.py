@@ -14,19 +14,13 @@ from segsvc.domain.errors import LockTimeout, Reason, ServiceError, cache_unavai
 from segsvc.domain.membership import NEVER_US, Entry, Grant, LoadedUser
 from segsvc.services.cold_reads import USERS_PER_LOAD, ColdReads, Limits, Outcome
 from segsvc.services.slug_map import SlugMap
+from tests.eventually import eventually
 
 WAIT_S = 10.0
 
 
 def counted(source: str) -> float:
     return REGISTRY.get_sample_value("segsvc_reads_total", {"source": source}) or 0.0
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, "did not come true"
-        time.sleep(0.005)
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,6 @@ from segsvc.postgres.reads import PostgresMemberships
 from tests.installation import Installation, new_installation
 
 SHARDS = 2
-
-
-def eventually(condition: Callable[[], object], *, within_s: float = 15.0) -> None:
-    """Wait until something comes true."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "did not come true in time"
-        time.sleep(0.01)
 
 
 class World:

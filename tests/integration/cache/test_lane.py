@@ -18,7 +18,8 @@ import grpc_api.lane
 from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, REQUEST_ID_KEY
 from segsvc.cache import keys
 from segsvc.local.postgres import PostgresServer
-from tests.integration.cache.conftest import World, eventually
+from tests.eventually import eventually
+from tests.integration.cache.conftest import World
 from tests.integration.cache.lane_front import LANES, Lane, RefusedError, native_lane
 
 INCLUDE = 1

@@ -17,7 +17,8 @@ from segsvc.cache.warm_notes import WarmNotes
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, Entry, Sweep
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
-from tests.integration.cache.conftest import World, eventually
+from tests.eventually import eventually
+from tests.integration.cache.conftest import World
 
 USER = 4
 SHARD = 0

@@ -11,7 +11,8 @@ from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, LoadedUser
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.reads import PostgresMemberships
-from tests.integration.cache.conftest import SHARDS, World, eventually
+from tests.eventually import eventually
+from tests.integration.cache.conftest import SHARDS, World
 
 INCLUDE, EXCLUDE = 1, 2
 
