@@ -32,12 +32,15 @@ check: $(VENV) ## Recompute every membership of the running stack and compare
 	@$(BIN)/segsvc check $(ARGS)
 
 ##@ Test
-.PHONY: test test-long fresh
+.PHONY: test test-long test-docker fresh
 test: $(VENV) ## All tests, unit to end-to-end, on real components
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-long: $(VENV) ## What takes minutes: a million conditions, the service against its model
 	@$(BIN)/python -m pytest -m long $(ARGS)
+
+test-docker: $(VENV) ## The chord on containers (skipped, and counted, where there is no Docker engine)
+	@$(BIN)/python -m pytest -m docker tests/docker $(ARGS)
 
 fresh: ## Demo and test from a clean clone in an empty home directory
 	@tools/fresh

@@ -3,7 +3,7 @@
 Disarmed (no ``SEGSVC_FAILPOINT_DIR``), reaching a point costs one attribute look-up. Armed, a file of the point's
 name in that folder holds the action:
 
-    hold            wait until the file is gone
+    hold            wait until the file is gone or says something else, and do that
     kill            SIGKILL this process
     fail            raise FailpointError
 
@@ -51,24 +51,34 @@ class Failpoints:
         Raises:
             FailpointError: the file says ``fail``.
         """
+        here = {f"{key}={value}" for key, value in where.items()}
+        action = self._noted_action(point, here)
+        if action == "hold":
+            while self._action(point, here) == "hold":
+                time.sleep(self._POLL_S)
+            action = self._noted_action(point, here)
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if action == "fail":
+            raise FailpointError(point)
+
+    def _noted_action(self, point: str, here: set[str]) -> str | None:
+        action = self._action(point, here)
+        if action is not None:
+            with (self._folder / f"{point}.fired").open("a") as log:
+                log.write(f"{os.getpid()} {' '.join(sorted(here))}\n")
+        return action
+
+    def _action(self, point: str, here: set[str]) -> str | None:
         try:
             action, *words = (self._folder / point).read_text().split()
         except (FileNotFoundError, ValueError):
-            return
-        here = {f"{key}={value}" for key, value in where.items()}
+            return None
         if not here.issuperset(words):
-            return
-        with (self._folder / f"{point}.fired").open("a") as log:
-            log.write(f"{os.getpid()} {' '.join(sorted(here))}\n")
-        if action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif action == "fail":
-            raise FailpointError(point)
-        elif action == "hold":
-            while (self._folder / point).exists():
-                time.sleep(self._POLL_S)
-        else:
+            return None
+        if action not in ("hold", "kill", "fail"):
             raise ValueError(f"failpoint {point}: unknown action {action!r}")
+        return action
 
 
 def failpoints(folder: Path | None) -> CrashPoints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -17,15 +18,22 @@ def demo(
         int, typer.Option(min=USERS_MIN, max=USERS_MAX, envvar="USERS", help="How many users arrive.")
     ] = 200_000,
     keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the stack up afterwards.")] = False,
+    running: Annotated[
+        bool, typer.Option("--running", help="No stack of its own: the empty installation that the settings lead to.")
+    ] = False,
+    report: Annotated[Path, typer.Option(help="Where the report is written.")] = Path("build/demo-report.json"),
 ) -> None:
-    """Start a stack, run the main job on it, check every claim, and write build/demo-report.json."""
+    """Start a stack, run the main job on it, check every claim, and write a report."""
     from segsvc.cli.front import is_serving  # noqa: PLC0415
-    from segsvc.demo.run import run_demo  # noqa: PLC0415
+    from segsvc.demo.run import run_demo, run_on  # noqa: PLC0415
     from segsvc.local.processes import LocalStackError  # noqa: PLC0415
 
     settings = settings_of_process()
     try:
-        all_ok = run_demo(users, keep=keep, stack_dir=settings.stack_dir, ready=is_serving)
+        if running:
+            all_ok = run_on(settings, users, report=report)
+        else:
+            all_ok = run_demo(users, keep=keep, stack_dir=settings.stack_dir, ready=is_serving, report=report)
     except LocalStackError as error:
         raise Refusal(str(error)) from error
     if not all_ok:

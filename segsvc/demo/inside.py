@@ -37,8 +37,8 @@ class Inside:
         """Run ``segsvc check`` as its user would: (exit code, last line of what it printed)."""
         done = subprocess.run(
             [sys.executable, "-m", "segsvc", "check"],
-            # This stack, whatever other one the environment names.
-            env={**os.environ, "SEGSVC_ENV_FILE": str(self._env_file)},
+            # The demonstration's own stack, whatever other one the environment names.
+            env={**os.environ, **({"SEGSVC_ENV_FILE": str(self._env_file)} if self._env_file.exists() else {})},
             capture_output=True,
             text=True,
             check=False,

