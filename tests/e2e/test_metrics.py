@@ -59,7 +59,7 @@ def _all_serve(settings: Settings) -> None:
             return False
 
     for address in addresses(settings):
-        eventually(lambda address=address: serves(address)), address  # type: ignore[misc]
+        eventually(lambda address=address: serves(address))  # type: ignore[misc]
 
 
 def test_what_happens_is_counted_where_it_is_said(client: Client, settings: Settings) -> None:

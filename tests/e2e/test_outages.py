@@ -139,7 +139,7 @@ def test_every_worker_of_operations_killed_at_once(client: Client, stack: LocalS
     point.write_text("hold shard=2")
     try:
         name = client.start_roll_out(SLUG, 60)
-        eventually(fired.exists, poll_s=0.01)
+        eventually(fired.exists)
         [main] = [part.pid for part in stack.status() if part.name == "worker-operations"]
         assert main is not None
         os.killpg(os.getpgid(main), signal.SIGKILL)
