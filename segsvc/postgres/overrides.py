@@ -35,6 +35,11 @@ _segments = tables.shard_segments.c
 _requests = tables.user_requests.c
 
 
+STUCK_MAX_S = 30
+"""Half the life of a block in the cache: a process that is frozen between its block and its COMMIT, and dies before it
+unblocks, must not commit when the block is gone and an old entry may be there again."""
+
+
 class PostgresOverrideStore:
     """The overrides of all shards."""
 
@@ -57,6 +62,8 @@ class PostgresOverrideStore:
         """See ``services.overrides.OverrideStore.modify``."""
         shard = shard_of(user_id, self.shard_count)
         with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
+            bound = f"{STUCK_MAX_S}s"
+            connection.execute(sa.select(sa.func.set_config("idle_in_transaction_session_timeout", bound, True)))
             # As events do: an operation that is in doubt on this shard ends first, and no deletion comes between.
             lock_shared(connection)
             # The row orders all changes of one user, events included.

@@ -268,6 +268,9 @@ def test_every_failpoint_of_the_protocol_is_in_the_crash_table() -> None:
         reached |= set(re.findall(r'\.reach\(\s*"([a-z-]+)"', read(REPOSITORY / "segsvc" / name)))
     table = section(read(DOCS / "commit-protocol.md"), "## What survives a crash")
     assert set(first_column(table)) == reached
+    of_overrides = set(re.findall(r'\.reach\(\s*"([a-z-]+)"', read(REPOSITORY / "segsvc/services/overrides.py")))
+    assert of_overrides
+    assert of_overrides <= set(first_column(section(read(DOCS / "cache-protocol.md"), "## Steps")))
 
 
 # -- decisions ------------------------------------------------------------------------------------------------------
