@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
 
-from segsvc.domain.errors import invalid_field, required_field
+from segsvc.domain.errors import invalid_field
 from segsvc.domain.segment import ShardSegment, check_slug
 from segsvc.domain.user import AttributeValue
 
@@ -104,8 +104,6 @@ def check_changes(changes: OverrideChanges) -> None:
     Raises:
         ServiceError: FIELD_REQUIRED, FIELD_INVALID.
     """
-    if not changes.slugs:
-        raise required_field("set or clear")
     if len(changes.slugs) > CHANGES_MAX:
         raise invalid_field("set", f"must be at most {CHANGES_MAX} changes with clear, are {len(changes.slugs)}")
     seen: set[str] = set()

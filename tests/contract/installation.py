@@ -53,13 +53,13 @@ class Installation:
             "SEGSVC_CACHE_URL": self.cache.url,
         }
 
-    def _settings(self) -> Settings:
+    def settings(self) -> Settings:
         catalog, *shards = (self.server.dsn(name) for name in self.database_names)
         return Settings(cluster=self.name, catalog_dsn=catalog, shard_dsns=tuple(shards), cache_url=self.cache.url)
 
     def create(self) -> None:
         create_databases(self.server, self.database_names, self.name)
-        self.databases = Databases(self._settings(), "test", Pool(2))
+        self.databases = Databases(self.settings(), "test", Pool(2))
 
     def create_users(self, users: Mapping[int, Mapping[str, Any]]) -> None:
         """Apply create-user events of these users, attributes by id."""
@@ -69,7 +69,7 @@ class Installation:
         self.apply([DeleteUser(user_id) for user_id in user_ids])
 
     def apply(self, events: Sequence[UserEvent]) -> None:
-        cache = make_cache(self._settings())
+        cache = make_cache(self.settings())
         ingestion = Ingestion(PostgresUserStore(self.databases), cache, NoFailpoints())
         for shard in range(SHARDS):
             batch = [event for event in events if shard_of(event.user_id, SHARDS) == shard]

@@ -141,6 +141,14 @@ def test_a_refused_request_is_not_kept(front: FrontUnderTest, user_id: int) -> N
     assert slug in modify(front, user_id, pb.Override(slug=slug, effect=IN), request_id=request_id).user_segments.slugs
 
 
+def test_no_change_is_a_change_too(front: FrontUnderTest, user_id: int) -> None:
+    slug = front.create().slug
+    before = modify(front, user_id, pb.Override(slug=slug, effect=IN))
+    answer = modify(front, user_id)
+    assert answer.user_segments.slugs == before.user_segments.slugs
+    assert answer.overrides == before.overrides
+
+
 @pytest.mark.parametrize(
     ("fields", "reason", "field"),
     [
@@ -152,7 +160,6 @@ def test_a_refused_request_is_not_kept(front: FrontUnderTest, user_id: int) -> N
         ({"set": [{"slug": "a", "effect": "INCLUDE"}], "clear": ["a"]}, "FIELD_INVALID", "clear[0]"),
         ({"clear": [f"s{n}" for n in range(1001)]}, "FIELD_INVALID", "set"),
         ({"clear": ["a"], "request_id": "no uuid"}, "FIELD_INVALID", "request_id"),
-        ({}, "FIELD_REQUIRED", "set or clear"),
     ],
 )
 def test_wrong_changes(front: FrontUnderTest, user_id: int, fields: dict[str, Any], reason: str, field: str) -> None:
