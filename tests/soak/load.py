@@ -115,8 +115,8 @@ class Operator(Actor):
         request = segments_pb2.CreateSegmentRequest(segment=segment, request_id=str(uuid4()))
         made = until_acknowledged(lambda: self._client.segments.CreateSegment(request, timeout=CALL_S))
         assert isinstance(made, segments_pb2.Segment)
-        timeline = self._history.rules[slug]
-        timeline.begin(SegmentRule(self._salt(made.uid)), time.monotonic()).end = time.monotonic()
+        change = self._history.rules[slug].begin(SegmentRule(self._salt(made.uid)), time.monotonic())
+        change.end = time.monotonic()
 
     def _salt(self, uid: str) -> int:
         while True:
@@ -154,10 +154,10 @@ class Operator(Actor):
             operation = until_acknowledged(lambda: self._operations.GetOperation(request, timeout=CALL_S))  # noqa: B023
             assert isinstance(operation, operations_pb2.Operation)
             time.sleep(0.02)
-        change.end = time.monotonic()
         outcome = "aborted" if operation.HasField("error") else "done"
         if outcome == "aborted":
-            timeline.withdraw(change)
+            timeline.withdraw(change)  # before it ends: nobody may take it for settled
+        change.end = time.monotonic()
         self._counts.operations[outcome] = self._counts.operations.get(outcome, 0) + 1
         return outcome == "done"
 

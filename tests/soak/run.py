@@ -41,6 +41,7 @@ OPERATION_DEADLINE_S = 10.0
 FAULT_EVERY_S = (2.0, 6.0)
 DRAIN_S = 90.0
 WRONG_KEPT = 20
+FORGET_AFTER_S = 60.0
 
 
 class Judge:
@@ -52,6 +53,7 @@ class Judge:
         self._wrong = wrong
         self.judged = 0
         self.wrong_count = 0
+        self._forget_at = 0.0
 
     def catch_up(self) -> None:
         """Judge what has been read; changes that are still open may be new to it, so a verdict is never too hard.
@@ -70,6 +72,11 @@ class Judge:
                 self.wrong_count += 1
                 if len(self._wrong) < WRONG_KEPT:
                     self._wrong.append(f"user {read.user_id} at {read.begin:.3f}: {why}")
+        now = time.monotonic()
+        if now >= self._forget_at:
+            # A read that is not in the log yet began no longer ago than a call may take, and then some.
+            self._history.forget(now - FORGET_AFTER_S)
+            self._forget_at = now + FORGET_AFTER_S
 
 
 def timeline_open(timeline: Timeline[SegmentRule], end: float) -> bool:

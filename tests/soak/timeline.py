@@ -90,6 +90,13 @@ class History:
     users: dict[int, Timeline[int]] = field(default_factory=dict)
     overrides: dict[tuple[int, str], Timeline[bool | None]] = field(default_factory=dict)
 
+    def forget(self, before: float) -> None:
+        """Drop what no read that began at ``before`` or later can see."""
+        # Copies: the writers add to these meanwhile.
+        for timelines in (self.rules, self.users, self.overrides):
+            for timeline in list(timelines.values()):
+                timeline.forget(before)
+
     def wrong(self, user_id: int, answer: frozenset[str] | None, begin: float, end: float) -> str:
         """Why an answer cannot be right; empty if it can.
 
