@@ -105,14 +105,15 @@ def _expected_bits(
     rule = segment.rule
     if rule is None:
         return bits.empty(count)
-    if rule.policy is Policy.FROZEN:
-        # What the rollout found cannot be recomputed from the users of today: its bits are taken as given, for the
-        # users who were there then and still are.
-        there = (user_ids > 0) & (slots_of(first, count) <= _frozen_slot(segment))
-        return stored_bits(rows, segment.id, first, count) & bits.pack(there)
     member = (user_ids > 0) & (buckets(user_ids, segment.salt) < rule.threshold)
+    if rule.policy is Policy.FROZEN:
+        member &= slots_of(first, count) <= _frozen_slot(segment)
     packed = bits.pack(member)
-    if rule.condition:
+    if rule.condition and rule.policy is Policy.FROZEN:
+        # For whom the condition held at the rollout cannot be recomputed from the attributes of today: taken as given,
+        # for those who can be in at all.
+        packed &= stored_bits(rows, segment.id, first, count)
+    elif rule.condition:
         packed &= bits.at_slots(snapshot.condition_slots(rule.condition, first, count), first, count)
     return packed
 
@@ -266,7 +267,7 @@ class ShardCheck:
             where = f"user {user_id} ({place})"
             if rule is None:
                 expected = "the segment was never rolled out"
-            elif rule.policy is Policy.FROZEN:
+            elif rule.policy is Policy.FROZEN and number > _frozen_slot(segment):
                 expected = f"slot {number} came after the frozen roll-out, which saw slots to {_frozen_slot(segment)}"
             else:
                 expected = f"the rule says {int(not found)}"

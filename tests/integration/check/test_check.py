@@ -9,8 +9,9 @@ import pytest
 from segsvc.bootstrap import Check
 from segsvc.cache.client import CacheClient
 from segsvc.config import Settings
+from segsvc.domain.bucketing import bucket
 from tests.integration.check.checking import ABSENT, flip, run, texts
-from tests.integration.check.world import World
+from tests.integration.check.world import World, age
 
 
 def test_a_sound_installation_has_no_difference(
@@ -22,7 +23,7 @@ def test_a_sound_installation_has_no_difference(
     assert texts(report) == []
     assert report.total == 0
     assert report.users == 2997
-    assert report.segments == 5
+    assert report.segments == 7
     assert report.entries == 2997
     assert report.memberships == sum(
         world.by_rule(segment, shard, user, slot)
@@ -58,6 +59,50 @@ def a_bit_after_the_frozen_roll_out(world: World) -> list[str]:
             "bit is 1, slot 1324 came after the frozen roll-out, which saw slots to 1200"
         )
     ]
+
+
+def _flipped(world: World, slug: str, user: int) -> list[str]:
+    """Flip a bit on shard 0; what must be said of it."""
+    segment = next(segment for segment in world.segments if segment.slug == slug)
+    slot = world.slots(0)[user]
+    member = int(world.by_rule(segment, 0, user, slot))
+    flip(world, 0, segment.id, user)
+    counted = sum(world.by_rule(segment, 0, each, at) for each, at in world.slots(0).items())
+    where = f"shard 0, segment {slug} ({segment.id})"
+    return [
+        (
+            f"{where}, user {user} (block {slot // 1024}, bit {slot % 1024}): "
+            f"bit is {1 - member}, the rule says {member}"
+        ),
+        f"{where}: rule_count is {counted}, {counted + 1 - 2 * member} bits are set",
+    ]
+
+
+def _first(world: World, slug: str, *, member: bool, grown_up: bool) -> int:
+    segment = next(segment for segment in world.segments if segment.slug == slug)
+    return next(
+        user
+        for user, slot in world.slots(0).items()
+        if world.by_rule(segment, 0, user, slot) == member and (age(user) >= 18) == grown_up
+    )
+
+
+def a_member_lost_under_a_condition(world: World) -> list[str]:
+    return _flipped(world, "adults", _first(world, "adults", member=True, grown_up=True))
+
+
+def a_member_for_whom_the_condition_does_not_hold(world: World) -> list[str]:
+    segment = next(segment for segment in world.segments if segment.slug == "adults")
+    child = next(user for user in world.slots(0) if age(user) < 18 and bucket(user, segment.salt) < 60_000)
+    return _flipped(world, "adults", child)
+
+
+def a_member_lost_from_a_frozen_roll_out(world: World) -> list[str]:
+    return _flipped(world, "frozen", _first(world, "frozen", member=True, grown_up=False))
+
+
+def a_member_of_a_frozen_roll_out_whose_bucket_is_outside(world: World) -> list[str]:
+    return _flipped(world, "kept", _first(world, "kept", member=False, grown_up=True))
 
 
 def a_bit_of_a_segment_without_a_rule(world: World) -> list[str]:
@@ -146,8 +191,9 @@ def a_user_on_the_wrong_shard(world: World) -> list[str]:
         "UPDATE directory SET user_ids = overlay(user_ids PLACING decode('8913000000000000', 'hex') FROM 8*4+1) "
         "WHERE block = 0",
     )
+    world.on_shard(0, f"""UPDATE users SET attributes = '{{"age": {age(5001)}}}' WHERE id = 5001""")
     for segment in world.segments:
-        if world.by_rule(segment, 0, 5001, 4) and segment.id != 11:
+        if world.by_rule(segment, 0, 5001, 4):
             world.on_shard(
                 0,
                 "UPDATE memberships SET bits = set_bit(bits, 4, 1) WHERE block = 0 AND segment_id = :id",
@@ -219,13 +265,15 @@ def a_deletion_by_nobody(world: World) -> list[str]:
 
 
 FAULTS: list[Callable[[World], list[str]]] = [
-    a_bit, a_bit_of_an_empty_slot, a_bit_after_the_frozen_roll_out, a_bit_of_a_segment_without_a_rule, a_row_of_zeros,
+    a_member_lost_under_a_condition, a_member_for_whom_the_condition_does_not_hold,
+    a_member_lost_from_a_frozen_roll_out, a_member_of_a_frozen_roll_out_whose_bucket_is_outside, a_bit,
+    a_bit_of_an_empty_slot, a_bit_after_the_frozen_roll_out, a_bit_of_a_segment_without_a_rule, a_row_of_zeros,
     bits_of_an_unknown_segment, bits_beyond_the_last_block, a_short_row_of_bits, an_id_of_the_directory,
     a_deleted_user_in_the_directory, a_short_directory_row, the_counter_of_a_segment, the_counter_of_the_users,
-    a_slot_never_given_out, a_tombstone_of_a_living_user, an_override_of_a_deleted_user, a_user_on_the_wrong_shard,
-    a_tombstone_on_the_wrong_shard, a_missing_fence, a_fence_of_an_aborted_operation, a_fence_of_nothing,
-    a_segment_missing_on_a_shard, a_segment_missing_in_the_catalog, another_rule_on_a_shard, another_slug_on_a_shard,
-    a_slug_reserved_by_nobody, a_deletion_by_nobody,
+    a_slot_never_given_out, a_tombstone_of_a_living_user, an_override_of_a_deleted_user,
+    a_user_on_the_wrong_shard, a_tombstone_on_the_wrong_shard, a_missing_fence, a_fence_of_an_aborted_operation,
+    a_fence_of_nothing, a_segment_missing_on_a_shard, a_segment_missing_in_the_catalog, another_rule_on_a_shard,
+    another_slug_on_a_shard, a_slug_reserved_by_nobody, a_deletion_by_nobody,
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def test_the_command_ends_with_0_on_a_sound_installation(
     world.fill(cache)
     done = command(check_settings)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("no difference in 2,997 users, 5 segments, ")
+    assert done.stdout.startswith("no difference in 2,997 users, 7 segments, ")
     done = command(check_settings, "--json")
     assert done.returncode == 0
     report = json.loads(done.stdout)

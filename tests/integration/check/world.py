@@ -33,6 +33,11 @@ class SegmentRow:
     uid: UUID = field(default_factory=uuid4)
 
 
+def age(user: int) -> int:
+    """The one attribute of each user."""
+    return user * 7 % 40
+
+
 class World:
     """Users 1 … 3000, some of them deleted; every kind of segment; overrides; a history of operations."""
 
@@ -48,6 +53,8 @@ class World:
             SegmentRow(9, "alpha", 5, Rule(0)),
             SegmentRow(10, "unrolled", 6),
             SegmentRow(11, "frozen", 77, Rule(50_000, "", Policy.FROZEN), {0: 1200, 1: -1}),
+            SegmentRow(12, "adults", 78, Rule(60_000, "user.age >= 18")),
+            SegmentRow(13, "kept", 79, Rule(60_000, "user.age >= 18", Policy.FROZEN), {0: 1400, 1: 1400}),
         ]
         now = datetime.now(UTC)
         # user, segment, 1 in or 2 out, until
@@ -70,6 +77,8 @@ class World:
         if segment.rule is None:
             return False
         if segment.rule.policy is Policy.FROZEN and slot > segment.frozen_slot[shard]:
+            return False
+        if segment.rule.condition and age(user) < 18:
             return False
         return bucket(user, segment.salt) < segment.rule.threshold
 
@@ -175,7 +184,10 @@ class World:
             insert = connection.execute
             insert(
                 sa.insert(tables.users),
-                [{"id": user, "slot": slot, "attributes": {}, "version": 0} for user, slot in slots.items()],
+                [
+                    {"id": user, "slot": slot, "attributes": {"age": age(user)}, "version": 0}
+                    for user, slot in slots.items()
+                ],
             )
             insert(sa.insert(tables.directory), [{"block": b, "user_ids": bytes(r)} for b, r in directory.items()])
             insert(
