@@ -1,0 +1,157 @@
+"""The commit protocol with one of its rules broken, each as somebody might well have written it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from segsvc.domain.operation import Failure, Gid, Operation, OperationState, ShardCounts, ShardProgress
+from segsvc.twophase import Coordinator
+from segsvc.twophase_ports import Finish, Participant
+from tests.simulation.commit_store import SimulatedLedger, SimulatedShard
+from tests.simulation.commit_world import Parts
+from tests.simulation.database import Transaction
+
+
+class UnknownGidRolledBack(Coordinator):
+    def _settle(self, participant: Participant, gid: Gid, state: OperationState | None) -> None:
+        if state is None:
+            participant.rollback_prepared(gid)
+        else:
+            super()._settle(participant, gid, state)
+
+
+class NotFoundMeansCommitted(Coordinator):
+    def _commit_shard(self, operation: Operation, participant: Participant) -> None:
+        if participant.commit_prepared(self.gid(operation.id, participant.shard)) is Finish.BUSY:
+            super()._commit_shard(operation, participant)
+
+
+class RollbackBeforeTheAbortIsRecorded(Coordinator):
+    def abort(
+        self,
+        operation_id: UUID,
+        failure: Failure,
+        *,
+        from_states: Sequence[OperationState] = (OperationState.QUEUED, OperationState.PREPARING),
+    ) -> bool:
+        self._fan_out(lambda participant: self._rollback_shard(operation_id, participant), self.participants)
+        return super().abort(operation_id, failure, from_states=from_states)
+
+
+class RollbackAfterARefusedVote(Coordinator):
+    """Without reading the ledger again."""
+
+    def prepare_shard(self, operation_id: UUID, shard: int, on_progress: Callable[[ShardProgress], None]) -> None:
+        ledger = self._ledger
+
+        class Hasty:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(ledger, name)
+
+            def vote(_, operation_id: UUID, counts: ShardCounts) -> bool:  # noqa: N805
+                voted = ledger.vote(operation_id, counts)
+                if not voted:
+                    self.participants[shard].rollback_prepared(self.gid(operation_id, shard))
+                return voted
+
+        hasty = Coordinator(
+            cluster=self._cluster,
+            ledger=Hasty(),  # type: ignore[arg-type]
+            participants=self.participants,
+            invalidation=self._invalidation,
+            dispatcher=self._dispatcher,
+            fan_out=self._fan_out,
+            observer=self._observer,
+            crash_points=self._crash,
+        )
+        hasty.prepare_shard(operation_id, shard, on_progress)
+
+
+class VoteWithoutTheCommandTag(SimulatedShard):
+    def _judge_tag(self, tag: str) -> None:
+        """Whatever the server answered, it raised nothing."""
+
+
+class OneInFlightByNotExists(SimulatedLedger):
+    def _enter(self, transaction: Transaction) -> bool:
+        return True  # the check was made a statement ago
+
+
+class DecisionWithoutCompareAndSet(SimulatedLedger):
+    def commit(self, operation_id: UUID) -> bool:
+        operation = self.get(operation_id)
+        if operation is None or operation.state is not OperationState.PREPARING:
+            return False
+        if len(operation.votes) < self._shard_count:
+            return False
+        with self._server.transaction() as transaction:
+            self._decide(transaction, self._catalog.rows[operation_id])
+        return True
+
+
+class LedgerReadBeforeWhatIsPrepared(Coordinator):
+    def recover(self) -> None:
+        ledger = self._ledger
+        known = {one.operation.id: one.operation.state for one in ledger.open_operations()}
+
+        class Early:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(ledger, name)
+
+            def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
+                late = ledger.states(operation_ids)
+                return {one: known.get(one, late[one] if late[one].final else None) for one in late}  # type: ignore[misc]
+
+        self._ledger = Early()  # type: ignore[assignment]
+        try:
+            super().recover()
+        finally:
+            self._ledger = ledger
+
+
+class AbortedVisitedOnce(Coordinator):
+    """By the abort itself; recovery takes it for done."""
+
+    def _settle(self, participant: Participant, gid: Gid, state: OperationState | None) -> None:
+        if state is OperationState.ABORTED:
+            return
+        super()._settle(participant, gid, state)
+
+
+class LockUnderRepeatableRead(SimulatedShard):
+    """The snapshot is as old as the wait for the lock."""
+
+    def _begin(self, transaction: Transaction) -> Callable[[], Mapping[int, set[int]]]:
+        users = {user: set(segments) for user, segments in self._data.users.items()}
+        transaction.lock(self._data.lock)
+        return lambda: users
+
+    def _begin_event(self, transaction: Transaction) -> Callable[[], Mapping[int, int]]:
+        rules = dict(self._data.rules)
+        transaction.lock(self._data.lock, exclusive=False)
+        return lambda: rules
+
+
+class GenerationsDroppedBeforeTheCommits(Coordinator):
+    def _complete(self, operation: Operation) -> None:
+        self._publish(operation)
+        self._fan_out(lambda participant: self._commit_shard(operation, participant), self.participants)
+        self._ledger.finish(operation.id)
+        self.start_next()
+
+
+MUTANTS = {
+    "unknown gid rolled back": Parts(coordinator=UnknownGidRolledBack),
+    "not found means committed": Parts(coordinator=NotFoundMeansCommitted),
+    "rollback before the abort is recorded": Parts(coordinator=RollbackBeforeTheAbortIsRecorded),
+    "rollback after a refused vote without reading again": Parts(coordinator=RollbackAfterARefusedVote),
+    "a vote without the command tag": Parts(shard=VoteWithoutTheCommandTag),
+    "one in flight by NOT EXISTS": Parts(ledger=OneInFlightByNotExists),
+    "a decision that is no compare-and-set": Parts(ledger=DecisionWithoutCompareAndSet),
+    "the ledger read before what is prepared": Parts(coordinator=LedgerReadBeforeWhatIsPrepared),
+    "ABORTED visited once": Parts(coordinator=AbortedVisitedOnce),
+    "the lock under REPEATABLE READ": Parts(shard=LockUnderRepeatableRead),
+    "generations dropped before the commits": Parts(coordinator=GenerationsDroppedBeforeTheCommits),
+}
