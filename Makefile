@@ -32,7 +32,7 @@ check: $(VENV) ## Recompute every membership of the running stack and compare
 	@$(BIN)/segsvc check $(ARGS)
 
 ##@ Test
-.PHONY: test test-long test-docker soak fresh
+.PHONY: test test-long test-docker simulate soak fresh
 test: $(VENV) ## All tests, unit to end-to-end, on real components
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -41,6 +41,9 @@ test-long: $(VENV) ## What takes minutes: a million conditions, the service agai
 
 test-docker: $(VENV) ## The chord on containers (skipped, and counted, where there is no Docker engine)
 	@$(BIN)/python -m pytest -m docker tests/docker $(ARGS)
+
+simulate: $(VENV) ## Both protocols under 100,000 schedules of crashes, losses and delays (SCHEDULES=)
+	@$(BIN)/python -m tests.simulation.run --schedules $(or $(SCHEDULES),100000) $(ARGS)
 
 soak: $(VENV) ## Load while faults fall at random, every answer judged (MINUTES=10)
 	@$(BIN)/python -m tests.soak.run --minutes $(or $(MINUTES),10) $(ARGS)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,10 @@ from prometheus_client import REGISTRY, CollectorRegistry, Metric, start_http_se
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 _LIVE_GAUGES = re.compile(r"gauge_live[a-z]*_(\d+)\.db")
+
+
+_SETTLED_WITHIN_S = 2.0
+_LOOK_AGAIN_S = 0.02
 
 
 class MetricsAddressError(Exception):
@@ -73,6 +79,17 @@ class _AllProcesses(MultiProcessCollector):
 
     def collect(self) -> Iterable[Metric]:
         """What is served. Counters of processes that have ended stay in: a sum must not shrink."""
+        give_up = time.monotonic() + _SETTLED_WITHIN_S
+        while True:
+            try:
+                return self._add_up()
+            except (FileNotFoundError, struct.error, ValueError):
+                # A process has just made its file and not written its head, or has just ended: a moment's matter.
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(_LOOK_AGAIN_S)
+
+    def _add_up(self) -> Iterable[Metric]:
         for file in self._folder.iterdir():
             found = _LIVE_GAUGES.fullmatch(file.name)
             if found and not Path(f"/proc/{found[1]}").exists():

@@ -338,11 +338,10 @@ class Coordinator:
             participant.commit_prepared(gid)
         elif state is OperationState.ABORTED:
             participant.rollback_prepared(gid)  # also a zombie that prepared long after the abort
-        elif state is OperationState.DONE:
-            # Every shard has the fence, so this can only be a twin's second copy of the work; or it was found just
-            # before it was committed, and is not there any more.
-            if participant.rollback_prepared(gid) is Finish.DONE:
-                self._observer.raise_alarm("prepared-after-done", gid=str(gid), shard=participant.shard)
+        # DONE: every shard has the fence, so this can only be a twin's second copy of the work; or it was found just
+        # before it was committed, and is not there any more.
+        elif state is OperationState.DONE and participant.rollback_prepared(gid) is Finish.DONE:
+            self._observer.raise_alarm("prepared-after-done", gid=str(gid), shard=participant.shard)
 
     def _advance(self, open_operation: OpenOperation) -> None:
         """Do the next step of an operation that is not final, if nobody else seems to."""

@@ -31,6 +31,12 @@ QUIET_S = 0.5
 S = OperationState
 
 
+_ALLOWED = {
+    (S.QUEUED, S.PREPARING), (S.QUEUED, S.ABORTED), (S.PREPARING, S.COMMITTED), (S.PREPARING, S.ABORTED),
+    (S.COMMITTED, S.DONE),
+}  # fmt: skip
+
+
 @dataclass
 class Row:
     """An operation in the ledger. Its state changes only along the arrows of the protocol."""
@@ -44,13 +50,8 @@ class Row:
     dispatched: float = 0.0
     lock: Lock = field(default_factory=Lock)
 
-    _ALLOWED = {
-        (S.QUEUED, S.PREPARING), (S.QUEUED, S.ABORTED), (S.PREPARING, S.COMMITTED), (S.PREPARING, S.ABORTED),
-        (S.COMMITTED, S.DONE),
-    }  # fmt: skip
-
     def become(self, state: OperationState) -> None:
-        if (self.state, state) not in self._ALLOWED:
+        if (self.state, state) not in _ALLOWED:
             raise Violation(f"{self.plan.kind.name} was {self.state.name} and becomes {state.name}")
         self.state = state
 
@@ -139,7 +140,9 @@ class SimulatedLedger:
         queued = self._server.ask(
             "oldest",
             lambda: min(
-                (row for row in self._catalog.rows.values() if row.state is S.QUEUED), key=lambda row: row.seq, default=None
+                (row for row in self._catalog.rows.values() if row.state is S.QUEUED),
+                key=lambda row: row.seq,
+                default=None,
             ),
         )
         if queued is None:
@@ -415,5 +418,3 @@ class SimulatedShard:
         """Share the shard's lock. Each later statement sees what is committed then."""
         transaction.lock(self._data.lock, exclusive=False)
         return lambda: self._server.ask("rules", lambda: dict(self._data.rules))
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -51,7 +52,9 @@ class Parts:
 
 
 class World:
-    def __init__(self, seed: int, parts: Parts | None = None, *, rates: FaultRates | None = None, verbose: bool = False):
+    def __init__(
+        self, seed: int, parts: Parts | None = None, *, rates: FaultRates | None = None, verbose: bool = False
+    ):
         self.scheduler = Scheduler(seed, rates or FaultRates(), verbose)
         self.parts = parts or Parts()
         self.catalog = Catalog()
@@ -161,10 +164,8 @@ class World:
             self.scheduler.sleep(RECOVERY_S)
 
     def _recover(self, coordinator: Coordinator) -> None:
-        try:
+        with contextlib.suppress(*UNAVAILABLE):  # the next one is near
             coordinator.recover()
-        except UNAVAILABLE:
-            pass  # the next one is near
 
     def bridge(self) -> None:
         """Send user events until each is applied."""
@@ -264,7 +265,9 @@ class World:
                 open_visits[0] -= 1
 
         for participant in participants:
-            self.scheduler.spawn(f"{self.scheduler.current_name} visit {participant.shard}", lambda p=participant: run(p))
+            self.scheduler.spawn(
+                f"{self.scheduler.current_name} visit {participant.shard}", lambda p=participant: run(p)
+            )
         self.scheduler.wait(lambda: open_visits[0] == 0, None, "wait for visits")
         if errors:
             raise errors[0]

@@ -1,8 +1,8 @@
 """A world of its own: processes that stop at every step, and a seeded scheduler that says who goes on.
 
-Code under test runs unmodified in greenlets. Whatever it asks of the world passes through ``pause``: there the scheduler
-takes over, lets time pass, and goes on with another task; or never comes back, because the process was killed; or
-comes back much later, because it was frozen. The same seed gives the same schedule, step by step.
+Code under test runs unmodified in greenlets. Whatever it asks of the world passes through ``pause``: there the
+scheduler takes over, lets time pass, and goes on with another task; or never comes back, because the process was
+killed; or comes back much later, because it was frozen. The same seed gives the same schedule, step by step.
 """
 
 from __future__ import annotations
@@ -92,6 +92,13 @@ class Scheduler:
     def sleep(self, seconds: float, label: str = "sleep") -> None:
         self._mine().wake_at = self.now + seconds
         self.pause(label)
+
+    def dawdle(self, label: str) -> None:
+        """A reply that sometimes takes long on its way."""
+        if self.chance(0.12):
+            self.sleep(self.random.random(), label)
+        else:
+            self.pause(label)
 
     def wait(self, condition: Callable[[], bool], timeout_s: float | None, label: str) -> bool:
         """Wait until the condition holds; False: it did not in time. Nobody is between the condition and the return."""

@@ -86,6 +86,28 @@ def test_children_are_added_up_and_the_dead_leave_what_they_counted(tmp_path: Pa
     assert one_left == str(counted)
 
 
+STARTING = """
+import sys, threading
+from pathlib import Path
+from segsvc.metrics_http import all_processes
+
+folder = Path(sys.argv[1])
+registry = all_processes(folder)
+# A process that has made its file and not written anything yet.
+(folder / "counter_1.db").touch()
+threading.Timer(0.2, (folder / "counter_1.db").unlink).start()
+print(sum(1 for family in registry.collect() for sample in family.samples if sample.name.startswith("segsvc_")))
+"""
+
+
+def test_a_process_that_starts_while_it_is_scraped_is_waited_for(tmp_path: Path) -> None:
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_alert_rules_watch_rise_begins_at_0() -> None:
     watched = [("segsvc_recovery_alarms_total", {"what": what}) for what in metrics.ALARMS]
     watched += [("segsvc_events_total", {"topic": topic, "outcome": "dead"}) for topic in TOPICS]

@@ -1,0 +1,69 @@
+"""The simulation's Redis answers as the real one does: random sequences of everything the cache protocol sends."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from segsvc.cache import scripts
+from segsvc.cache.entry import FORMAT
+from segsvc.cache.keys import generation, user
+from segsvc.domain.membership import NEVER_US
+from tests.integration.cache.conftest import World
+from tests.simulation.memory_redis import MemoryRedis
+
+SHARD = 0
+KEYS = [user(SHARD, n) for n in (1, 2, 3)]
+TOKENS = (b"t1", b"t2", b"t3")
+NONCES = (b"n" * 10, b"m" * 10)
+NOW_US = 1_000_000
+
+
+def value(nonce: bytes, valid_until_us: int, *, segments: int = 1, cut: int = 0) -> bytes:
+    fields = valid_until_us.to_bytes(8, "little", signed=True) + bytes(16 + 4 + 4 * segments)
+    made = b"V" + nonce + FORMAT + fields
+    return made[: len(made) - cut]
+
+
+def command(draw: random.Random, run_id: bytes) -> tuple[bytes | str | int, ...]:
+    """One of what ``CacheClient`` and ``CacheReader`` send, with arguments that meet each other."""
+    keys = draw.sample(KEYS, draw.randint(1, 3))
+    token, nonce = draw.choice(TOKENS), draw.choice(NONCES)
+    stored = [
+        value(
+            draw.choice(NONCES),
+            draw.choice((NEVER_US, NOW_US, NOW_US + 1, 5)),
+            segments=draw.randrange(3),
+            cut=draw.choice((0, 0, 0, 1, 4, 30)),
+        )
+        for _ in keys
+    ]
+    run = draw.choice((run_id, run_id, b"x" * 40))
+    acquire = (run, nonce, token, b"10000", b"%d" % NOW_US, FORMAT)
+    return draw.choice(
+        (
+            ("EVALSHA", scripts.ACQUIRE.sha, 1 + len(keys), generation(SHARD), *keys, *acquire),
+            ("EVALSHA", scripts.FILL.sha, len(keys), *keys, token, b"60000", *stored),
+            ("EVALSHA", scripts.RELEASE.sha, len(keys), *keys, token),
+            ("EVALSHA", scripts.UNBLOCK.sha, len(keys), *keys, token),
+            ("SET", keys[0], b"B" + token, "PX", 60_000),
+            ("SET", keys[0], stored[0], "PX", 60_000),
+            ("DEL", generation(SHARD)),
+            ("MGET", generation(SHARD), *KEYS),
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_both_answer_alike(world: World, seed: int) -> None:
+    draw = random.Random(seed)
+    memory = MemoryRedis(lambda: 0.0)
+    with world.client.connection() as connection:
+        for _ in range(400):
+            sent = command(draw, connection.run_id)
+            answers = connection.run(*sent), memory.execute(sent)
+            if sent[0] != "SET":  # its status is looked at by nobody
+                assert answers[0] == answers[1], sent
+            everything = ("MGET", generation(SHARD), *KEYS)
+            assert connection.run(*everything) == memory.execute(everything), sent

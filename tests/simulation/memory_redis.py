@@ -1,0 +1,161 @@
+"""A Redis in memory: the commands and scripts of the cache protocol, and the ways in which a server forgets.
+
+The scripts are written anew in Python; ``tests/integration/cache/test_memory_redis.py`` holds them against the real
+ones.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from segsvc.cache import scripts
+from segsvc.cache.connection import Command
+from segsvc.cache.entry import HEADER_BYTES, NONCE_BYTES, PREFIX_BYTES, RUN_ID_BYTES
+from tests.simulation.scheduler import Scheduler
+
+Value = tuple[bytes, float | None]
+
+
+class MemoryRedis:
+    """One server. Times are in seconds of whatever clock ``now`` is."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._runs = 0
+        self.values: dict[bytes, Value] = {}
+        self.run_id = b""
+        self.start({})
+
+    # -- what a server does to its data -----------------------------------------------------------------------------
+
+    def start(self, values: dict[bytes, Value]) -> None:
+        """Another run, with these data."""
+        self._runs += 1
+        self.run_id = b"%0*d" % (RUN_ID_BYTES, self._runs)
+        self.values = values
+
+    def evict(self, key: bytes) -> None:
+        self.values.pop(key, None)
+
+    # -- commands ---------------------------------------------------------------------------------------------------
+
+    def execute(self, command: Command) -> Any:
+        name, *arguments = command
+        return getattr(self, f"_{str(name).lower()}")(*arguments)
+
+    def _get(self, key: bytes) -> bytes | None:
+        value, end = self.values.get(key, (None, None))
+        if end is not None and end <= self._now():
+            del self.values[key]
+            return None
+        return value
+
+    def _mget(self, *keys: bytes) -> list[bytes | None]:
+        return [self._get(key) for key in keys]
+
+    def _set(self, key: bytes, value: bytes, _px: str | None = None, life_ms: bytes | int | None = None) -> None:
+        self.values[key] = (value, None if life_ms is None else self._now() + int(life_ms) / 1000)
+
+    def _del(self, *keys: bytes) -> int:
+        there = [key for key in keys if self._get(key) is not None]
+        for key in there:
+            del self.values[key]
+        return len(there)
+
+    def _evalsha(self, sha: str, count: int, *rest: bytes) -> Any:
+        script = {
+            scripts.ACQUIRE.sha: self.acquire,
+            scripts.FILL.sha: self.fill,
+            scripts.RELEASE.sha: self.release,
+            scripts.UNBLOCK.sha: self.unblock,
+        }[sha]
+        return script(rest[:count], rest[count:])
+
+    # -- scripts ----------------------------------------------------------------------------------------------------
+
+    def acquire(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> list[bytes]:
+        run_id, fresh, token, lease_ms, now_us, layout = arguments
+        g = self._get(keys[0])
+        if g is None or len(g) != RUN_ID_BYTES + NONCE_BYTES or not g.startswith(run_id):
+            g = run_id + fresh
+            self._set(keys[0], g)
+        nonce = g[RUN_ID_BYTES:]
+        flags = b""
+        for key in keys[1:]:
+            value = self._get(key)
+            if value is not None and value[:1] in (b"L", b"B"):
+                flags += b"2"
+            elif value is not None and self._is_hit(value, b"V" + nonce + layout, int(now_us)):
+                flags += b"0"
+            else:
+                self._set(key, b"L" + token, "PX", lease_ms)
+                flags += b"1"
+        return [nonce, flags]
+
+    def _is_hit(self, value: bytes, prefix: bytes, now_us: int) -> bool:
+        if not value.startswith(prefix) or len(value) < HEADER_BYTES or len(value) % 4:
+            return False
+        return bool(struct.unpack_from("<q", value, PREFIX_BYTES)[0] > now_us)
+
+    def may_fill(self, value: bytes | None, token: bytes) -> bool:
+        return value == b"L" + token
+
+    def fill(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> int:
+        token, life_ms, *values = arguments
+        filled = 0
+        for key, value in zip(keys, values, strict=True):
+            if self.may_fill(self._get(key), token):
+                self._set(key, value, "PX", life_ms)
+                filled += 1
+        return filled
+
+    def release(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> int:
+        return sum(self._del(key) for key in keys if self._get(key) == b"L" + arguments[0])
+
+    def unblock(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> int:
+        removed = 0
+        for key in keys:
+            value = self._get(key)
+            if value is not None and (not value.startswith(b"B") or value == b"B" + arguments[0]):
+                removed += self._del(key)
+        return removed
+
+
+class MemoryConnection:
+    """Stands in for ``segsvc.cache.connection.CacheConnection``: bound to one run of the server, broken by the next."""
+
+    def __init__(self, scheduler: Scheduler, server: MemoryRedis) -> None:
+        self._scheduler = scheduler
+        self._server = server
+        scheduler.pause("cache INFO")
+        self.run_id = server.run_id
+        self._open = True
+
+    def run(self, *command: bytes | str | float) -> Any:
+        return self.run_all((command,))[0]
+
+    def run_all(self, commands: Sequence[Command]) -> list[Any]:
+        scheduler = self._scheduler
+        replies = []
+        for command in commands:
+            # Others come between two commands of one pipeline.
+            scheduler.pause(f"cache {command[0]}")
+            if not self._open or self._server.run_id != self.run_id or scheduler.chance(scheduler.rates.lost_request):
+                self._fail()
+            replies.append(self._server.execute(command))
+        scheduler.dawdle("cache answered")
+        if scheduler.chance(scheduler.rates.lost_reply):
+            self._fail()
+        return replies
+
+    def _fail(self) -> None:
+        self._open = False
+        raise OSError("the connection is lost")
+
+    def close(self) -> None:
+        self._open = False
+
+    def idle_and_alive(self) -> bool:
+        return self._open and self._server.run_id == self.run_id
