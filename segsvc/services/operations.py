@@ -326,7 +326,8 @@ class OperationService:
                 # Aborted first, so that what is answered next stays true; not if it has just started.
                 if self._coordinator.abort(operation_id, busy, from_states=(OperationState.QUEUED,)):
                     return
-            time.sleep(pause_s)
+            # Not beyond the caller's time: what is kept back of it is for the abort and the answer.
+            time.sleep(pause_s if give_up is None else min(pause_s, max(0.0, give_up - time.monotonic())))
             pause_s = min(self._POLL_MAX_S, pause_s * 1.5)
 
     def _run_until(self, operation: Operation, give_up: float | None) -> None:
