@@ -14,6 +14,7 @@ from segsvc.domain.operation import Operation
 
 PREPARE_SHARD = "segsvc.prepare_shard"
 FINALIZE = "segsvc.finalize"
+CHECK_TIMEOUT_S = 1.0
 
 
 class CeleryDispatcher:
@@ -50,6 +51,9 @@ class CeleryDispatcher:
         """Raises BROKER_UNAVAILABLE unless the broker answers within about a second."""
         try:
             with self._app.connection_for_write() as connection:
+                # A server that hangs lets connections in and answers nothing.
+                options = connection.transport_options or {}
+                connection.transport_options = {**options, "socket_timeout": CHECK_TIMEOUT_S}
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
                 # Opening a channel of the Redis transport sends a PING; the connection closes its channels.
                 connection.channel()
