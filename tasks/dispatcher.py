@@ -29,6 +29,8 @@ class CeleryDispatcher:
         Raises:
             ServiceError: BROKER_UNAVAILABLE; some of the messages may have been sent.
         """
+        # Publishing waits and tries again for longer than whoever has to answer a call can wait.
+        self.check()
         root_id = f"{operation.plan.kind.name.lower()}-{operation.plan.slug}-{operation.id}"
         known: dict[str, Any] = {"operation_id": str(operation.id), "title": operation.title}
         header = [
@@ -39,6 +41,11 @@ class CeleryDispatcher:
         try:
             chord(header, body, app=self._app).apply_async()
         except (OperationalError, RedisError, OSError) as error:
+            raise broker_unavailable() from error
+        except RuntimeError as error:
+            # What Celery 5.7 makes of a result store that cannot be reached ("must be restarted", which is not so).
+            if not isinstance(error.__cause__, OperationalError | RedisError | OSError):
+                raise
             raise broker_unavailable() from error
 
     def _signature(self, task: str, kwargs: dict[str, Any], root_id: str, shown: str) -> Signature[Any]:
