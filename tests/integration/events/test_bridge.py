@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
+from segsvc.cli import doctor_running
+from segsvc.domain.events import TOPICS
 from segsvc.local.kafka import KafkaServer, RealKafka
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
@@ -128,6 +130,8 @@ def test_a_dead_letter_topic_that_is_missing_holds_back_offsets_and_nothing_else
     prefix = f"{bench.topics.settings.kafka_topic_prefix}without."
     settings = bench.topics.settings.model_copy(update={"kafka_topic_prefix": prefix, "kafka_group": prefix})
     topics = Topics(bench.topics.server, settings, dead_letters=False)
+    complaints = [item.text for item in doctor_running.kafka(settings) if item.remedy]
+    assert complaints == [f"{prefix}{name}.dlq does not exist: what belongs there waits" for name in TOPICS]
     topics.send_raw("create-user", b"nonsense", b"1")
     topics.create(range(1, 101))
     with RunningBridge(settings, bench.batches):
