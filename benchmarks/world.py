@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import redis
 import sqlalchemy as sa
 
 from benchmarks import rows
@@ -91,6 +92,11 @@ class World:
             self._cache.start()
             self._exit.callback(self._cache.stop)
         return self._cache
+
+    def empty_cache(self) -> None:
+        """Take everything out of the bare cache."""
+        with redis.Redis.from_url(self.cache.url) as client:
+            client.flushall()
 
     @property
     def mark(self) -> Path:
