@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from benchmarks.world import World
 from segsvc.bootstrap import Inspection, WorkerServices
 from segsvc.config import Settings
 from segsvc.domain.operation import Operation
-from segsvc.local.processes import free_ports
+from segsvc.local.processes import free_ports, wait_until
 
 
 class NoDispatcher:
@@ -100,12 +101,22 @@ def warm(settings: Settings) -> None:
 
 def require_cached(settings: Settings, user_ids: Sequence[int]) -> None:
     """Raises RuntimeError unless the hot reader would answer all of these users from the cache."""
+    if missing := _not_cached(settings, user_ids):
+        raise RuntimeError(f"{missing} of {len(user_ids)} users are not in the cache")
+
+
+def await_cached(settings: Settings, user_ids: Sequence[int], *, timeout_s: float = 30.0) -> None:
+    """Wait until the running stack's warmer has all of these users in the cache. Raises RuntimeError in the end."""
+    if not wait_until(lambda: not _not_cached(settings, user_ids), timeout_s=timeout_s, poll_s=0.25):
+        require_cached(settings, user_ids)
+
+
+def _not_cached(settings: Settings, user_ids: Sequence[int]) -> int:
+    """How many of these users would be misses."""
     inspection = Inspection(settings)
     try:
-        for first in range(0, len(user_ids), 1000):
-            found = inspection.cached(user_ids[first : first + 1000])
-            if missing := found.count(None):
-                raise RuntimeError(f"{missing} of {len(found)} users are not in the cache")
+        pages = [user_ids[first : first + 1000] for first in range(0, len(user_ids), 1000)]
+        return sum(inspection.cached(page).count(None) for page in pages)
     finally:
         inspection.close()
 
@@ -149,13 +160,18 @@ def calls_per_second(
     load: Load, server: Server, *, seconds: float = 2.0, calls: int = 0, in_flight: int = 64
 ) -> Sample:
     """One round of calls as fast as they go. Raises RuntimeError if one of them failed."""
+    own = time.process_time()
     with cpu_of(server.pids) as spent:
         report = load.run(seconds=0.0 if calls else seconds, calls=calls, in_flight=in_flight)
     if report.failed:
         raise RuntimeError(f"{report.failed} of {report.calls} calls failed")
     cpu_s = {name: used for name, used in spent.cpu_s.items() if used}
-    latencies = {"p50_ms": report.percentile_ms(50), "p99_ms": report.percentile_ms(99)}
-    return Sample(report.per_second, report.calls, cpu_s, latencies)
+    more = {
+        "p50_ms": report.percentile_ms(50),
+        "p99_ms": report.percentile_ms(99),
+        "load_cpu_us": 1e6 * (time.process_time() - own) / report.calls,
+    }
+    return Sample(report.per_second, report.calls, cpu_s, more)
 
 
 def users_per_second(load: Load, server: Server, users: int, *, seconds: float = 2.0, in_flight: int) -> Sample:

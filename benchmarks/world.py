@@ -8,6 +8,7 @@ run that was killed has left behind is removed by the next one.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import shutil
 import signal
 import sys
@@ -23,7 +24,7 @@ from benchmarks.seed import Shape, fill
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
 from segsvc.local.postgres import PostgresServer
-from segsvc.local.processes import Daemon, ended_as_interrupted, find_marked, kill_marked
+from segsvc.local.processes import Daemon, LocalStackError, ended_as_interrupted, find_marked, kill_marked
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import write_env
@@ -63,6 +64,7 @@ class World:
         with contextlib.ExitStack() as undo:
             undo.enter_context(ended_as_interrupted())
             self.folder.mkdir(parents=True, exist_ok=True)
+            undo.enter_context(self._alone())
             self._clean_up()
             undo.callback(self._clean_up)
             self._exit = undo.pop_all()
@@ -70,6 +72,20 @@ class World:
 
     def __exit__(self, *_: object) -> None:
         self._exit.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep out a second run in this folder: each would end the other's processes.
+
+        Raises:
+            LocalStackError: there is one.
+        """
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LocalStackError(f"other benchmarks run in {self.folder}") from None
+            yield
 
     # -- servers ----------------------------------------------------------------------------------------------------
 
