@@ -217,14 +217,13 @@ class HotLane:
         missed = batch.put_all(entries)
         for place in missed:
             self._cold.submit((batch.user_ids[place],), batch.deadline, self._counted(BatchPlace(batch, place)))
-        left_out = set(missed)
-        self._count(
-            [
-                entry[BLOCK] * shards + user_id % shards
-                for place, (user_id, entry) in enumerate(zip(batch.user_ids, entries, strict=True))
-                if entry is not None and place not in left_out
-            ]
-        )
+        user_ids = batch.user_ids
+        if missed:
+            left_out = set(missed)
+            places = [place for place in range(len(entries)) if place not in left_out]
+            user_ids, entries = [user_ids[place] for place in places], [entries[place] for place in places]
+        read = zip(user_ids, entries, strict=True)
+        self._count([entry[BLOCK] * shards + user_id % shards for user_id, entry in read if entry])
 
     def _lookup(self, user_ids: Sequence[int]) -> Sequence[Entry | None]:
         if self._entries.connected:

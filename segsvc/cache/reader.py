@@ -30,6 +30,7 @@ class CacheReader:
     def __init__(self, client: CacheClient, shard_count: int) -> None:
         self._client = client
         self._shard_count = shard_count
+        self._prefixes = [keys.user_prefix(shard) for shard in range(shard_count)]
         self._generations = [keys.generation(shard) for shard in range(shard_count)]
         self._connection: CacheConnection | None = None
 
@@ -91,8 +92,8 @@ class CacheReader:
     def _command(self, user_ids: Sequence[int]) -> list[bytes | str | int | float]:
         # One server, so one command for all shards. On a Redis Cluster it would be one for each shard, still with the
         # shard's generation in it.
-        shards = self._shard_count
-        return ["MGET", *self._generations, *[b"{%d}:u:%d" % (user_id % shards, user_id) for user_id in user_ids]]
+        shards, prefixes = self._shard_count, self._prefixes
+        return ["MGET", *self._generations, *[prefixes[user_id % shards] + b"%d" % user_id for user_id in user_ids]]
 
     def _entries(self, user_ids: Sequence[int], values: Sequence[bytes | None], run_id: bytes) -> list[Entry | None]:
         shards = self._shard_count
