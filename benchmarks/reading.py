@@ -153,7 +153,8 @@ def require_same_answers(one: str, other: str, user_ids: Sequence[int]) -> None:
     mine, theirs = answers_of(one, user_ids), answers_of(other, user_ids)
     if mine != theirs:
         user_id = next(user for user in user_ids if mine[user] != theirs[user])
-        raise RuntimeError(f"user {user_id}: {mine[user_id]} here, {theirs[user_id]} there")
+        only = sorted(set(mine[user_id]) ^ set(theirs[user_id]))
+        raise RuntimeError(f"the answers for user {user_id} differ, in {len(only)} segments: {only[:5]} …")
 
 
 def calls_per_second(

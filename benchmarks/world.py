@@ -159,7 +159,8 @@ class World:
 
     @contextlib.contextmanager
     def installation(self, shape: Shape, **settings: Any) -> Iterator[Installation]:
-        """A fresh installation of this shape on the bare servers: a copy of one that was made before, if there is.
+        """A fresh installation of this shape on the bare servers: a copy of one that was made before, if there is. The
+        cache is empty. One at a time.
 
         Args:
             settings: settings by field name.
@@ -175,6 +176,8 @@ class World:
             self._drop(name)
             # A copy of files: the other way would write each page into the WAL.
             self._sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
+        # What it holds is of the installation before, with the same users and other segments.
+        self.empty_cache()
         try:
             yield self._installation(working, cache_url=self.cache.url, **settings)
         finally:

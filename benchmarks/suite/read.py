@@ -33,6 +33,8 @@ IN_FLIGHT = 64
 COMPARED = 500
 """Users whose answers are compared before anything is timed."""
 BATCH_USERS = 100
+CORES_FOR_TWO = 4
+"""One for each front process, one for the cache, one for the load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,6 @@ class Warm:
 @contextlib.contextmanager
 def warm_front(world: World, *, processes: int = 1) -> Iterator[Warm]:
     with world.installation(SHAPE) as installation:
-        world.empty_cache()
         user_ids = reading.shuffled_users(SHAPE)
         reading.warm(installation.settings)
         reading.require_cached(installation.settings, user_ids)
@@ -152,11 +153,12 @@ def read_processes(world: World) -> Iterator[Result | Curve]:
     ours_us, theirs_us = pair.ours.cpu_us_per_call["total"], pair.reference.cpu_us_per_call["total"]
     load_us = pair.ours.of("load_cpu_us").median
     cores = os.cpu_count() or 1
-    # Two processes at the speed of one, the cache and the load: more than that many cores must be there.
-    needed = 2 * pair.reference.median * (theirs_us + load_us) / 1e6
     note = (
         f"a call costs {ours_us:.0f} µs here and {load_us:.0f} µs of the load's: {cores} cores end at "
-        f"{1e6 * cores / (ours_us + load_us):,.0f} calls/s; twice one process's throughput takes {needed:.1f} cores"
+        f"{1e6 * cores / (ours_us + load_us):,.0f} calls/s, however many processes there are"
     )
-    yield pair.result("read_processes", "calls/s", ratio_at_least(1.6) if needed <= cores else None, note=note)
+    if cores < CORES_FOR_TWO:
+        note += f"; the goal of 1.6 × holds from {CORES_FOR_TWO} cores on"
+    goal = ratio_at_least(1.6) if cores >= CORES_FOR_TWO else None
+    yield pair.result("read_processes", "calls/s", goal, note=note)
     yield Result("read_processes.cpu", ours_us, "µs", theirs_us, ours_us / theirs_us, ratio_at_most(1.1))
