@@ -46,6 +46,7 @@ def running(servers_folder: Path, small_disk: Path | None) -> Iterator[System]:
 def system(running: System) -> Iterator[System]:
     """The installation, in full service before each test and, whatever became of it, for the next one."""
     running.heal()
+    running.client.wait_ready(60)
     eventually(running.workers_answer, 60)
     eventually(running.drained, DRAIN_S)
     seen = len(running.logged("worker-operations"))

@@ -291,6 +291,7 @@ class System:
             percent: the rule of ``slug`` that must be in force.
         """
         eventually(self.drained, DRAIN_S)
+        self.client.wait_ready(DRAIN_S)
         self._expect_rule(slug, percent)
         second = percent / 2
         eventually(lambda: self._roll_out(slug, second), DRAIN_S)

@@ -15,7 +15,10 @@ from tests.infrastructure.conftest import SMALL_DISK_MB
 from tests.infrastructure.system import ALONE, SHARDS, System
 
 pytestmark = pytest.mark.infrastructure
-WAL_SEGMENT_BYTES = 16 << 20
+FILLER = """
+INSERT INTO memberships (block, segment_id, bits)
+SELECT n, -1, decode(repeat('00', 127) || '01', 'hex') FROM generate_series(1, 100000) n
+"""
 
 
 @contextmanager
@@ -45,6 +48,9 @@ def test_a_shards_disk_is_full(system: System, slug: str, small_disk: Path | Non
         pytest.skip("this machine does not let us mount a file system")
     system.new_segment(slug, 0)
     with no_room(small_disk):
+        with pytest.raises(LocalStackError, match="No space left"):
+            # All that is free in the pages there are is taken, by rows that are rolled back: the next row needs a page.
+            system.alone.psql(FILLER, f"shard_{ALONE}")
         if log_is_full:
             # The write-ahead log has no room either: what PostgreSQL cannot log, it does not survive.
             with pytest.raises(LocalStackError, match=r"No space left|closed the connection|connection to server"):

@@ -55,14 +55,18 @@ def waiting_for_the_lock(system: System) -> int:
 
 def test_events_that_wait_keep_nothing_else_waiting(system: System, slug: str, bridged: Settings) -> None:
     system.new_segment(slug, 20)
-    with redis.Redis.from_url(system.broker.url) as broker, system.armed("voted", f"hold shard={ALONE}") as point:
+    with (
+        redis.Redis.from_url(system.broker.url) as broker,
+        system.armed("prepared-not-voted", f"hold shard={ALONE}") as point,
+    ):
         name = system.client.start_roll_out(slug, 60)
         point.await_fired()
+        eventually(lambda: system.prepared_on(name) == set(range(SHARDS)))
         with producer(bridged) as send:
             send(f"{PREFIX}create-user", ({"user_id": user, "attributes": {}} for user in NEWCOMERS))
-        # Every event worker waits for a shard, and more batches than there are workers wait behind them.
-        eventually(lambda: waiting_for_the_lock(system) >= system.settings.event_worker_processes)
-        eventually(lambda: int(str(broker.llen("events"))) > system.settings.event_worker_processes)
+        # Every event worker waits for a shard, batches wait for a worker, and most events for their batch.
+        workers = system.settings.event_worker_processes
+        eventually(lambda: waiting_for_the_lock(system) == workers and broker.llen("events"))
         # Reads, and what touches the catalog alone, go on as ever.
         assert system.read(slug) == system.members(slug, 20)
         assert slug in system.client.list_slugs()
