@@ -69,17 +69,17 @@ def test_all_workers_die(system: System, slug: str, phase: str) -> None:
     system.expect_well(slug, 60)
 
 
-def test_every_message_comes_twice(system: System, slug: str) -> None:
+def test_messages_come_twice(system: System, slug: str) -> None:
     system.new_segment(slug, 20)
-    # Frozen, a worker takes nothing, and the messages can be copied.
+    # A frozen worker takes at most the one message that it was waiting for; the others can be copied.
     with system.frozen("worker-operations"), system.frozen("beat"):
         name = system.begin(slug, 60)
         with redis.Redis.from_url(system.broker.url) as broker:
-            eventually(lambda: len(of_operation(broker, name)) == SHARDS)
+            eventually(lambda: len(of_operation(broker, name)) >= SHARDS - 1)
             messages = of_operation(broker, name)
             broker.lpush("operations", *messages)
     eventually(lambda: system.state(name) == "DONE")
-    # Both copies of the last one have come to the end of the chord, and one of them has decided.
+    # However often the chord came to its end, it was decided once.
     [row] = system.execute_catalog(
         "SELECT count(*) AS n FROM audit WHERE operation_id = :id", id=name.removeprefix("operations/")
     )
