@@ -86,6 +86,7 @@ class System:
         self.mark = mark
         self.closing = ExitStack()
         self._calls: list[object] = []
+        self._killed_at: object = None
         self.catalog = self._postgres(home / "catalog")
         self.together = self._postgres(home / "together")
         self.alone = self._postgres((folder_of_one or home) / "alone")
@@ -150,11 +151,13 @@ class System:
         return self.alone if shard == ALONE else self.together
 
     def kill_processes(self, names: Sequence[str] = WORKERS) -> None:
-        """SIGKILL these with all their children; their supervisor starts them again."""
+        """SIGKILL these with all their children; their supervisor starts them again (``workers_answer``)."""
         for name in names:
             pid = self.supervisor.pid_of(name)
             if pid is not None:
                 os.killpg(os.getpgid(pid), signal.SIGKILL)
+        [row] = self.execute_catalog("SELECT clock_timestamp() AS now")
+        self._killed_at = row.now
 
     @contextmanager
     def frozen(self, process: str) -> Iterator[None]:
@@ -189,10 +192,14 @@ class System:
             daemon.stop(signals=((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)))
 
     def workers_answer(self) -> bool:
-        """Whether all processes run, and recovery has looked lately: so beat, broker and worker are in service."""
+        """Whether all processes run, and recovery has looked lately, and since the last of them was killed: so beat,
+        broker and worker are in service."""
         if any(state.state not in ("RUNNING", "STARTING") for state in self.supervisor.states()):
             return False
-        [row] = self.execute_catalog("SELECT recovery_time > now() - interval '5 seconds' AS looked FROM installation")
+        [row] = self.execute_catalog(
+            "SELECT recovery_time > greatest(now() - interval '5 s', :killed) AS looked FROM installation",
+            killed=self._killed_at,
+        )
         return bool(row.looked)
 
     def empty_broker(self) -> None:
