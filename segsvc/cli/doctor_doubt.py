@@ -188,7 +188,8 @@ def _committed(entry: LedgerEntry, found: _Found, shard_count: int) -> _Doubt:
     missing = [shard for shard in range(shard_count) if entry.id not in found.fences.get(shard, ())]
     if missing:
         return _Doubt(
-            f"it is decided, and not committed on {_named(missing, found.silent)}", "recovery commits it there"
+            f"it is decided, and not known to be committed on {_named(missing, found.silent)}",
+            "recovery commits it there",
         )
     if entry.shards_committed_time is not None:
         return _Doubt(

@@ -31,7 +31,7 @@ def in_full(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.infrastructure)
 
 
-@pytest.mark.parametrize("workers", ["live", "die"])
+@pytest.mark.parametrize("workers", ["live", in_full("die")])
 @pytest.mark.parametrize("phase", [phase if phase == IN_SHORT else in_full(phase) for phase in PHASES])
 def test_the_broker_forgets_everything(system: System, slug: str, phase: str, workers: str) -> None:
     system.new_segment(slug, 20)

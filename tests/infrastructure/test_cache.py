@@ -50,6 +50,7 @@ def reads_that(system: System, shard: int, what: str) -> int:
     return len(system.installation.execute(shard, f"{statement} AND datname = current_database()"))
 
 
+@pytest.mark.infrastructure
 def test_the_cache_is_emptied_between_a_read_and_its_fill(system: System, slug: str, raw: redis.Redis) -> None:
     system.new_segment(slug, 0)
     user = min(system.members(slug, 60))

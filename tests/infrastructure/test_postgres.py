@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from segsvc.cli.doctor_doubt import in_doubt
 from tests.eventually import eventually
 from tests.infrastructure.system import ALONE, SHARDS, System
 
@@ -58,6 +59,11 @@ def test_a_shard_that_stays_away_costs_the_operation_and_nothing_else(system: Sy
     system.expect_well(slug, 20)
 
 
+def told(system: System) -> list[str]:
+    """What ``segsvc doctor`` says of what is in doubt."""
+    return [item.text for item in in_doubt(system.settings)]
+
+
 @pytest.mark.parametrize("dies", [ALONE, pytest.param(0, marks=pytest.mark.infrastructure)])
 def test_a_shards_server_dies_when_some_are_committed(system: System, slug: str, dies: int) -> None:
     system.new_segment(slug, 20)
@@ -70,6 +76,9 @@ def test_a_shards_server_dies_when_some_are_committed(system: System, slug: str,
     left = [shard for shard in EVERYWHERE if system.server_of(shard) is not system.server_of(dies)]
     assert system.fenced_on(name, left) == set(left)
     assert system.state(name) == "COMMITTED"
+    gone = sorted(EVERYWHERE - set(left))
+    shards = f"{'shards' if gone[1:] else 'shard'} {', '.join(f'{shard} (out of reach)' for shard in gone)}"
+    assert any(f"not known to be committed on {shards}; recovery" in text for text in told(system))
     system.server_of(dies).start()
     eventually(lambda: system.state(name) == "DONE")
     system.expect_well(slug, 60)
@@ -96,6 +105,8 @@ def test_the_catalog_dies(system: System, slug: str, point: str, before: str, de
     looked = system.logged("worker-operations").count("recovery_incomplete")
     eventually(lambda: system.logged("worker-operations").count("recovery_incomplete") > looked + 1)
     assert system.prepared_on(name) == (set() if decided else EVERYWHERE)
+    undecided = [text for text in told(system) if "the catalog, which alone decides, cannot be asked" in text]
+    assert len(undecided) == (0 if decided else SHARDS)
     assert system.read(slug) == system.members(slug, 60 if decided else 20, asked=0)
     system.catalog.start()
     eventually(lambda: system.state(name) == "DONE")

@@ -53,6 +53,7 @@ def waiting_for_the_lock(system: System) -> int:
     )
 
 
+@pytest.mark.infrastructure
 def test_events_that_wait_keep_nothing_else_waiting(system: System, slug: str, bridged: Settings) -> None:
     system.new_segment(slug, 20)
     with (

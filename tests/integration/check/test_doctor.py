@@ -130,7 +130,9 @@ def test_an_operation_is_explained_when_nothing_is_prepared_any_more(world: Worl
         assert item.text.startswith(name)
         return item.text
 
-    assert "it is decided, and not committed on shard 1; recovery commits it there, which is overdue" in said()
+    assert (
+        "it is decided, and not known to be committed on shard 1; recovery commits it there, which is overdue" in said()
+    )
     world.on_shard(1, "INSERT INTO applied_operations (operation_id, kind) VALUES (:id, 2)", id=operation)
     assert "all shards have committed; recovery drops what the cache has of before" in said()
     world.on_catalog("UPDATE operations SET shards_committed_time = now()")
