@@ -261,11 +261,16 @@ class ServiceMachine(RuleBasedStateMachine):
             server.start()
             eventually(self._listing_works)
         else:
-            [main] = [part.pid for part in stack.status() if part.name == fault]
+            main = self._pid_of(fault)
             if main is not None:  # None: it is coming back already
                 os.killpg(os.getpgid(main), signal.SIGKILL)
             if fault == "serve":
-                self.client.wait_ready(60)
+                eventually(lambda: self._pid_of(fault) not in (main, None), within_s=60)
+                eventually(self._listing_works, within_s=60)
+
+    def _pid_of(self, process: str) -> int | None:
+        [pid] = [part.pid for part in self.world.stack.status() if part.name == process]
+        return pid
 
     def _listing_works(self) -> bool:
         with contextlib.suppress(grpc.RpcError):
