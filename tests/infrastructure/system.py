@@ -242,13 +242,9 @@ class System:
         rows = self.execute_catalog("SELECT shard FROM votes WHERE operation_id = :id", id=id_of(name))
         return {int(str(row.shard)) for row in rows}
 
-    def prepared_on(self, name: str) -> set[int]:
-        """Shards on which an operation is prepared now."""
-        return {
-            shard
-            for shard in range(SHARDS)
-            if any(str(id_of(name)) in gid for gid in self.installation.prepared(shard))
-        }
+    def prepared_on(self, name: str, shards: Sequence[int] = range(SHARDS)) -> set[int]:
+        """Those of these shards on which an operation is prepared now."""
+        return {shard for shard in shards if any(str(id_of(name)) in gid for gid in self.installation.prepared(shard))}
 
     def fenced_on(self, name: str, shards: Sequence[int] = range(SHARDS)) -> set[int]:
         """Shards on which an operation has taken effect."""
