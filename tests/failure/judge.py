@@ -34,6 +34,7 @@ class Judge:
         [row] = self._rig.rows(None, "SELECT coalesce(max(seq), 0) AS seq FROM operations")
         self._seen = row.seq
         self._read(self._rig.serving())
+        self._rig.alarms()
 
     def problems(self, scene: Scene, before: float | None) -> Iterator[str]:
         """What is not as it must be, now that all is quiet.
@@ -47,7 +48,8 @@ class Judge:
         yield from self._answer(scene, state)
         yield from self._ledger()
         yield from self._target(scene, state, before)
-        yield from self._answers_of_reads(scene)
+        yield from self._answers_of_reads()
+        yield from self._alarms(scene)
         yield from self._rig.check()
         yield from self._next_operation(scene)
 
@@ -113,7 +115,14 @@ class Judge:
             if members != expected:
                 yield f"{len(members ^ expected)} users of {scene.slug} are not as the rule says"
 
-    def _answers_of_reads(self, scene: Scene) -> Iterator[str]:
+    def _alarms(self, scene: Scene) -> Iterator[str]:
+        """People are told what they should know, and nothing else."""
+        wanted = {scene.alarm} - {""}
+        raised = set(self._rig.alarms())
+        if raised != wanted:
+            yield f"alarms: {sorted(raised)}, not {sorted(wanted)}"
+
+    def _answers_of_reads(self) -> Iterator[str]:
         """What a front answers is what the rules say."""
         rules = self._rig.rows(None, "SELECT slug, salt, rule_threshold FROM segments WHERE rule_threshold IS NOT NULL")
         for user, slugs in self._read(self._rig.serving()).items():

@@ -132,9 +132,16 @@ def prepared(scene: Scene) -> None:
     scene.strike(stop, undecided=True)
 
 
+@point("voting", "the vote is written and not committed; it has the ledger's row", on_shard=True)
+def voting(scene: Scene) -> None:
+    stop = scene.failpoint("vote-not-committed", f"shard={scene.shard}")
+    scene.call()
+    scene.strike(stop, undecided=True)
+
+
 @point("vote-reply-lost", "the vote is committed, the reply does not arrive", on_shard=True)
 def vote_reply_lost(scene: Scene) -> None:
-    mine = f"::uuid, {scene.shard}, "
+    mine = f"::UUID, {scene.shard}, "
     stop = scene.reply(
         "COMMIT",
         database="catalog",
@@ -201,6 +208,13 @@ def body_early(scene: Scene) -> None:
 @point("undecided", "all votes are in, the decision is not made")
 def undecided(scene: Scene) -> None:
     stop = scene.failpoint("before-decision")
+    scene.call()
+    scene.strike(stop)
+
+
+@point("deciding", "the decision is written and not committed; it has the ledger's row")
+def deciding(scene: Scene) -> None:
+    stop = scene.failpoint("decision-not-committed")
     scene.call()
     scene.strike(stop)
 
@@ -292,6 +306,7 @@ def gone_committed(scene: Scene) -> None:
 
 @point("gone-lost", "42704 without the fence: the prepared transaction is lost", on_shard=True, itself=True)
 def gone_lost(scene: Scene) -> None:
+    scene.alarm = "prepared-lost"
     _found_gone(scene, "ROLLBACK PREPARED")
 
 
@@ -345,6 +360,7 @@ def late_after_done(scene: Scene) -> None:
     if scene.cell.fault is Fault.NONE:
         scene.call()
         scene.until(lambda: scene.state() == "DONE", "it is done")
+        scene.alarm = "prepared-after-done"
         stop = scene.reply("ROLLBACK PREPARED")
         scene.rig.prepare_by_hand(scene.shard, scene.gid)
         scene.strike(stop)

@@ -7,6 +7,7 @@ supervisord, so that whoever dies comes back as in production. Kafka has no part
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -65,7 +66,7 @@ class FrontClient(Client):
         super().__init__(settings.grpc_address)
         self.name = name
         self.settings = settings
-        self.longrunning = operations_pb2_grpc.OperationsStub(self._channel)
+        self.longrunning: Any = operations_pb2_grpc.OperationsStub(self._channel)  # type: ignore[no-untyped-call]
 
     def cancel(self, operation_id: str) -> None:
         self.longrunning.CancelOperation(
@@ -89,6 +90,7 @@ class Rig:
         self._cache = RedisServer("cache", folder / "cache", CACHE_CONFIG, mark=folder)
         self._supervisor = Supervisor(folder / "run", logs=folder / "logs", mark=folder)
         self._random = random.Random(1)
+        self._read_up_to: dict[str, int] = {}
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ class Rig:
             self._supervisor.start(self._processes(), env={"SEGSVC_ENV_FILE": str(env_file)})
             undo.callback(self._supervisor.stop)
             self._supervisor.await_running(timeout_s=90)
-            undo.callback(lambda: [client.close() for client in self.clients])
+            undo.callback(self._close_clients)
             for client in self.clients:
                 if not wait_until(lambda client=client: is_serving(client.settings), timeout_s=60):  # type: ignore[misc]
                     raise AssertionError(f"{client.name} does not serve")
@@ -119,6 +121,10 @@ class Rig:
 
     def stop(self) -> None:
         self._undo.close()
+
+    def _close_clients(self) -> None:
+        for client in self.clients:
+            client.close()
 
     def _start_servers(self, undo: contextlib.ExitStack) -> None:
         for server in (self._server, self._broker, self._cache):
@@ -256,6 +262,17 @@ class Rig:
             settle_s=0.3,
         )
         return [str(difference) for difference in checker.run().differences]
+
+    def alarms(self) -> list[str]:
+        """What recovery and finalizers have raised alarm about since this was asked last."""
+        found = []
+        for log in sorted((self.folder / "logs").glob("*.log")):
+            with log.open("rb") as file:
+                file.seek(self._read_up_to.get(log.name, 0))
+                *lines, _ = file.read().split(b"\n")  # the last one may not be all there
+                self._read_up_to[log.name] = self._read_up_to.get(log.name, 0) + sum(len(line) + 1 for line in lines)
+            found += [json.loads(line)["what"] for line in lines if b'"event": "alarm"' in line]
+        return found
 
     def tasks_under_way(self) -> dict[str, str]:
         """Messages that a worker has and has not acknowledged, by delivery tag."""

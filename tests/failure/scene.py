@@ -94,6 +94,7 @@ class Scene:
     Attributes:
         percent: what a rollout asks for.
         expected: the state in which the operation must end.
+        alarm: what people must be told; '': nothing.
     """
 
     def __init__(self, rig: Rig, cell: Cell, slug: str, percent: float) -> None:
@@ -102,6 +103,7 @@ class Scene:
         self.slug = STEADY if cell.kind is Kind.ROLLOUT else slug
         self.percent = percent
         self.expected = "DONE"
+        self.alarm = ""
         self.pid = 0
         self.fell_at: float | None = None
         self.the_call: Call | None = None
