@@ -151,6 +151,27 @@ def vote_reply_lost(scene: Scene) -> None:
     scene.strike(stop)
 
 
+@point(
+    "vote-refused",
+    "the vote comes too late: a twin's was counted, it is decided, this shard has not committed",
+    on_shard=True,
+    itself=True,
+)
+def vote_refused(scene: Scene) -> None:
+    first = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
+    gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
+    scene.call()
+    late = scene.caught(first)
+    stop = scene.failpoint("vote-refused", f"shard={scene.shard}")
+    with scene.frozen(late):
+        first.let_go()
+        scene.until(lambda: scene.state() == "COMMITTED", "a twin votes, and it is decided")
+        scene.caught(gate)
+    if scene.caught(stop) != late:
+        raise NotReached("another one's vote was refused")
+    scene.strike(stop, gate)
+
+
 _NO_CHORD = "the front carries a creation out itself: there is no chord"
 
 

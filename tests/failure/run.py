@@ -47,10 +47,10 @@ def report(outcomes: list[Outcome], started: float) -> dict[str, Any]:
     }
 
 
-def play(wanted: list[Cell], folder: Path) -> list[Outcome]:
+def play(wanted: list[Cell], folder: Path, outcomes: list[Outcome]) -> None:
+    """Play them one after the other, each outcome put to the others at once."""
     rig = Rig(folder)
     rig.start()
-    outcomes: list[Outcome] = []
     try:
         player = Player(rig)
         for number, cell in enumerate(wanted, 1):
@@ -65,7 +65,6 @@ def play(wanted: list[Cell], folder: Path) -> list[Outcome]:
                 break
     finally:
         rig.stop()
-    return outcomes
 
 
 def main() -> int:
@@ -87,12 +86,15 @@ def main() -> int:
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix=f"segsvc-matrix-{os.getpid()}-"))
     folder.chmod(0o755)
-    outcomes = play(wanted, folder)
-    made = report(outcomes, started)
-    REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(json.dumps(made, indent=1) + "\n")
-    print(json.dumps(made["summary"], indent=1))
-    if len(outcomes) == len(wanted) and all(outcome.passed for outcome in outcomes):
+    outcomes: list[Outcome] = []
+    try:
+        play(wanted, folder, outcomes)
+    finally:
+        made = report(outcomes, started)
+        REPORT.parent.mkdir(exist_ok=True)
+        REPORT.write_text(json.dumps(made, indent=1) + "\n")
+        print(json.dumps(made["summary"], indent=1))
+    if wanted and len(outcomes) == len(wanted) and all(outcome.passed for outcome in outcomes):
         shutil.rmtree(folder, ignore_errors=True)
         return 0
     print(f"the logs are in {folder}")

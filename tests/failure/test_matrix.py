@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.failure.cell import Cell, Fault, Kind
+from tests.failure.cell import Cell, Fault, Kind, Outcome
 from tests.failure.matrix import FAULTS, Player, cells, left_out, sample
 from tests.failure.points import POINTS
 from tests.failure.rig import SHARDS, Rig
+from tests.local_servers import REPOSITORY
 
 CELLS = cells()
 DEMANDED = 288
@@ -31,6 +33,21 @@ def test_the_sample_has_every_fault_operation_and_shard() -> None:
     assert {cell.fault for cell in chosen} == set(Fault)
     assert {cell.kind for cell in chosen} == set(Kind)
     assert {cell.shard for cell in chosen} == {None, *range(SHARDS)}
+
+
+def test_every_point_is_described() -> None:
+    page = (REPOSITORY / "docs" / "failure-matrix.md").read_text()
+    table = page.split("## Points")[1].split("## What must hold")[0]
+    assert re.findall(r"^\| `([a-z0-9-]+)`", table, re.MULTILINE) == list(POINTS)
+
+
+def test_a_fault_that_did_not_fall_is_no_success() -> None:
+    outcome = Outcome(CELLS[0])
+    assert not outcome.passed
+    outcome.fired = True
+    assert outcome.passed
+    outcome.problems = ("something",)
+    assert not outcome.passed
 
 
 @pytest.fixture(scope="module")
