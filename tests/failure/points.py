@@ -8,47 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 
 from tests.failure.cell import Fault, Kind
+from tests.failure.point import POINTS, point
 from tests.failure.rig import SECOND, SHARDS, gone
 from tests.failure.scene import NotReached, Scene
 from tests.failure.wire import Phase
 
-Script = Callable[[Scene], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """Attributes:
-    what: the point in words.
-    on_shard: whether there is one on each shard.
-    itself: the point is a fault by itself: it is also played without another one.
-    impossible: operations that do not pass it, each with the reason.
-    """
-
-    name: str
-    what: str
-    script: Script
-    on_shard: bool
-    itself: bool
-    impossible: dict[Kind, str]
-
-
-POINTS: dict[str, Point] = {}
-
-
-def point(
-    name: str, what: str, *, on_shard: bool = False, itself: bool = False, impossible: dict[Kind, str] | None = None
-) -> Callable[[Script], Script]:
-    """Register a script."""
-
-    def register(script: Script) -> Script:
-        POINTS[name] = Point(name, what, script, on_shard, itself, impossible or {})
-        return script
-
-    return register
+__all__ = ["POINTS"]
 
 
 def _all_voted(scene: Scene, shards: Collection[int]) -> None:

@@ -22,7 +22,8 @@ def postgres() -> PostgresSession:
 
 def in_pieces(split: Callable[[bytearray], Iterable[bytes]], text: bytes, size: int) -> list[bytes]:
     """The messages found when a text arrives in pieces."""
-    buffer, found = bytearray(), []
+    buffer = bytearray()
+    found: list[bytes] = []
     for at in range(0, len(text), size):
         buffer += text[at : at + size]
         found += split(buffer)
