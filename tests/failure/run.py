@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="points to play (default: all)")
     parser.add_argument("--fault", action="append", help="faults to play (default: all)")
     parser.add_argument("--kind", action="append", help="operations to play (default: all)")
+    parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes")
     parser.add_argument("--part", default="1/1", help="n/m: the n-th of m parts")
     given = parser.parse_args()
     configure_logging("WARNING", "console")
@@ -91,8 +92,8 @@ def main() -> int:
         play(wanted, folder, outcomes)
     finally:
         made = report(outcomes, started)
-        REPORT.parent.mkdir(exist_ok=True)
-        REPORT.write_text(json.dumps(made, indent=1) + "\n")
+        given.report.parent.mkdir(exist_ok=True)
+        given.report.write_text(json.dumps(made, indent=1) + "\n")
         print(json.dumps(made["summary"], indent=1))
     if wanted and len(outcomes) == len(wanted) and all(outcome.passed for outcome in outcomes):
         shutil.rmtree(folder, ignore_errors=True)

@@ -349,12 +349,13 @@ class Scene:
             return f"prepared: {[row.gid for row in prepared]}"
         if self.the_call is not None and not self.the_call.ended:
             return "the call"
+        if self.cell.fault is Fault.KILL and self.cell.whole_worker:
+            # It leaves its messages behind: they come again after the visibility timeout.
+            return ""
         under_way = self.rig.tasks_under_way()
         if self._thawed_with & set(under_way):
             return "what was under way when the frozen went on"
-        # A worker that was killed whole leaves its messages behind: they come again after the visibility timeout.
-        died_whole = self.cell.fault is Fault.KILL and self.cell.whole_worker
-        if self.operation and not died_whole and any(self.operation in text for text in under_way.values()):
+        if self.operation and any(self.operation in text for text in under_way.values()):
             return "tasks of the operation"
         return ""
 
