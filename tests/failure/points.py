@@ -8,19 +8,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Collection
 
 from tests.failure.cell import Fault, Kind
 from tests.failure.point import POINTS, point
 from tests.failure.rig import SECOND, SHARDS, gone
-from tests.failure.scene import NotReached, Scene
+from tests.failure.scene import NotReached, Scene, Stop
 from tests.failure.wire import Phase
 
 __all__ = ["POINTS"]
 
 
-def _all_voted(scene: Scene, shards: Collection[int]) -> None:
-    scene.until(lambda: scene.votes() >= set(shards), f"votes of {sorted(shards)}")
+def _others_voted(scene: Scene, stop: Stop) -> None:
+    """Wait until somebody is caught and this shard's vote alone is missing."""
+    scene.caught(stop)
+    scene.until(lambda: scene.votes() >= set(scene.others), f"votes of {scene.others}")
 
 
 # -- before the shards ----------------------------------------------------------------------------------------------
@@ -74,6 +75,7 @@ def mid_publish(scene: Scene) -> None:
 def locked(scene: Scene) -> None:
     stop = scene.failpoint("locked-not-prepared", f"shard={scene.shard}")
     scene.call()
+    _others_voted(scene, stop)
     # Frozen with the lock, it keeps every twin out: only the deadline can end that.
     scene.strike(stop, undecided=True, blocks_twins=True)
 
@@ -82,6 +84,7 @@ def locked(scene: Scene) -> None:
 def prepare_reply_lost(scene: Scene) -> None:
     stop = scene.reply("PREPARE TRANSACTION")
     scene.call()
+    _others_voted(scene, stop)
     scene.strike(stop, undecided=True)
 
 
@@ -90,6 +93,7 @@ def prepare_rolled_back(scene: Scene) -> None:
     scene.request("PREPARE TRANSACTION", shards=[scene.shard], spoil=True)
     stop = scene.reply("ROLLBACK", where=lambda session: session.statement.startswith("PREPARE TRANSACTION"))
     scene.call()
+    _others_voted(scene, stop)
     scene.strike(stop, undecided=True)
 
 
@@ -97,6 +101,7 @@ def prepare_rolled_back(scene: Scene) -> None:
 def prepared(scene: Scene) -> None:
     stop = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
     scene.call()
+    _others_voted(scene, stop)
     scene.strike(stop, undecided=True)
 
 
@@ -104,6 +109,7 @@ def prepared(scene: Scene) -> None:
 def voting(scene: Scene) -> None:
     stop = scene.failpoint("vote-not-committed", f"shard={scene.shard}")
     scene.call()
+    _others_voted(scene, stop)
     scene.strike(stop, undecided=True)
 
 
@@ -151,7 +157,7 @@ _NO_CHORD = "the front carries a creation out itself: there is no chord"
 def result_not_stored(scene: Scene) -> None:
     stop = scene.failpoint("voted", f"shard={scene.shard}")
     scene.call()
-    scene.strike(stop, cut=scene.rig.cut_broker)
+    scene.strike(stop, cut=scene.rig.broker_wire.cut)
 
 
 @point(
@@ -173,15 +179,14 @@ def chord_lost(scene: Scene) -> None:
     scene.until(counted, "the chord has counted the other shards")
     if not broker.delete(*broker.keys("celery-taskset-meta-*")):
         raise NotReached("the chord had no keys")
-    scene.strike(stop, cut=scene.rig.cut_broker)
+    scene.strike(stop, cut=scene.rig.broker_wire.cut)
 
 
 @point("body-early", "the chord's body runs before this shard has voted", on_shard=True, itself=True)
 def body_early(scene: Scene) -> None:
     stop = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
     scene.call()
-    scene.caught(stop)
-    _all_voted(scene, scene.others)
+    _others_voted(scene, stop)
     sent = scene.rig.celery.send_task(
         "segsvc.finalize", kwargs={"operation_id": scene.operation, "title": "early"}, queue="operations"
     )
@@ -334,8 +339,7 @@ def late_after_aborted(scene: Scene) -> None:
     request = scene.request("PREPARE TRANSACTION", shards=[scene.shard])
     arrived = scene.reply("PREPARE TRANSACTION")
     scene.call()
-    scene.caught(request)
-    _all_voted(scene, scene.others)
+    _others_voted(scene, request)
     assert scene.the_call is not None
     scene.rig.serving(besides=scene.the_call.client).cancel(scene.operation)
     scene.until(lambda: scene.state() == "ABORTED", "it is cancelled")

@@ -175,6 +175,7 @@ class Rig:
         there, here = str(self._server.socket_folder), str(folder)
         self.wired = self.settings.model_copy(
             update={
+                "broker_url": self.broker_wire.url,
                 "catalog_dsn": self.settings.catalog_dsn.replace(there, here),
                 "shard_dsns": tuple(dsn.replace(there, here) for dsn in self.settings.shard_dsns),
             }
@@ -186,18 +187,8 @@ class Rig:
 
     def _processes(self) -> list[ProcessSpec]:
         command = (sys.executable, "-m", "segsvc")
-        # Only a front sends the first chord of an operation: its broker is at the end of a wire.
         fronts = [
-            ProcessSpec(
-                client.name,
-                (
-                    "env",
-                    f"SEGSVC_BROKER_URL={self.broker_wire.url}",
-                    f"SEGSVC_GRPC_ADDRESS={client.settings.grpc_address}",
-                    *command,
-                    "serve",
-                ),
-            )
+            ProcessSpec(client.name, ("env", f"SEGSVC_GRPC_ADDRESS={client.settings.grpc_address}", *command, "serve"))
             for client in self.clients
         ]
         workers = [
@@ -231,19 +222,6 @@ class Rig:
         pid = self._supervisor.pid_of(name)
         assert pid is not None, f"{name} does not run"
         return pid
-
-    def cut_broker(self, pid: int) -> int:
-        """Cut a process's own connections to the broker; how many there were."""
-        ports = {
-            connection.laddr.port
-            for connection in psutil.Process(pid).net_connections("tcp")
-            if connection.raddr and connection.raddr.port == self._broker.port
-        }
-        cut = 0
-        for port in ports:
-            with contextlib.suppress(redis.ResponseError):  # closed by itself meanwhile
-                cut += bool(self.broker.execute_command("CLIENT", "KILL", f"127.0.0.1:{port}"))
-        return cut
 
     # -- looking ----------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,18 @@ class RedisWire(Wire):
         self.url = urlunsplit(at._replace(netloc=at.netloc.replace(f":{at.port}", f":{port}")))
         super().__init__()
 
+    def cut(self, pid: int) -> None:
+        """Cut every connection of a process."""
+        ports = {one.laddr.port for one in psutil.Process(pid).net_connections("tcp4") if one.laddr}
+
+        def cut() -> None:
+            for session in list(self.sessions):
+                if isinstance(session, RedisSession) and session.port in ports:
+                    session.client.transport.abort()
+                    session.server.transport.abort()
+
+        self.call(cut)
+
     async def _listen(self) -> None:
         await asyncio.start_server(self._accept, "127.0.0.1", self._port)
 
