@@ -362,7 +362,7 @@ def late_after_done(scene: Scene) -> None:
     scene.call()
     scene.caught(request)
     scene.until(lambda: scene.state() == "DONE", "a twin carries it to its end")
-    arrived = scene.reply("SELECT", where=lambda session: session.statement.startswith(lock))
+    arrived = scene.reply("SELECT 1", where=lambda session: session.statement.startswith(lock))
     scene.strike_late(request, arrived)
 
 
