@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from segsvc.local.processes import ended_as_interrupted
 from segsvc.log import configure_logging
 from tests.failure.cell import Cell, Outcome
 from tests.failure.matrix import Player, cells, left_out
@@ -89,7 +90,8 @@ def main() -> int:
     folder.chmod(0o755)
     outcomes: list[Outcome] = []
     try:
-        play(wanted, folder, outcomes)
+        with ended_as_interrupted():
+            play(wanted, folder, outcomes)
     finally:
         made = report(outcomes, started)
         given.report.parent.mkdir(exist_ok=True)
