@@ -245,7 +245,8 @@ class OutboxServices:
     """What publishing segment events needs of the catalog."""
 
     def __init__(self, settings: Settings, *, publisher: SegmentEventPublisher) -> None:
-        self._databases = Databases(settings, "bridge", Pool(1))
+        # A claim stands still for as long as Kafka takes to acknowledge what it publishes.
+        self._databases = Databases(settings, "bridge", Pool(1, catalog_idle_s=None))
         self.outbox = Outbox(PostgresOutboxStore(self._databases), publisher)
 
     def close(self) -> None:
