@@ -51,6 +51,14 @@ soak: $(VENV) ## Load while faults fall at random, every answer judged (MINUTES=
 fresh: ## Demo and test from a clean clone in an empty home directory
 	@tools/fresh
 
+##@ Measure
+.PHONY: bench bench-check
+bench: $(VENV) ## The benchmarks beside their references, as a table and benchmarks/results (ONLY=read_hit: one)
+	@$(BIN)/python -m benchmarks.run $(ONLY) $(ARGS)
+
+bench-check: $(VENV) ## The same; fails where a goal is missed
+	@$(BIN)/python -m benchmarks.run --check $(ONLY) $(ARGS)
+
 ##@ Keep it sound
 .PHONY: sure fmt fmt-check lint types imports proto proto-check lock
 sure: fmt-check lint types imports proto-check test ## All that must hold before a commit

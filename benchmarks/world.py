@@ -1,0 +1,245 @@
+"""Servers for the benchmarks, and installations with many users that appear in seconds.
+
+Two kinds of world: bare servers (PostgreSQL with fsync, a cache), on which a benchmark runs parts of the service
+itself; and the whole stack as ``make up`` starts it. Everything lies in ``build/bench`` and carries its mark: what a
+run that was killed has left behind is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import sqlalchemy as sa
+
+from benchmarks import rows
+from benchmarks.seed import Shape, fill
+from segsvc.cli.front import is_serving
+from segsvc.config import Settings
+from segsvc.local.postgres import PostgresServer
+from segsvc.local.processes import Daemon, ended_as_interrupted, find_marked, kill_marked
+from segsvc.local.redis import CACHE_CONFIG, RedisServer
+from segsvc.local.stack import LocalStack
+from segsvc.local.stack_env import write_env
+from segsvc.postgres.migrate import head, migrate
+from tests.installation import Installation
+
+FOLDER = Path("build/bench")
+READY_TIMEOUT_S = 30.0
+_TEMPLATE = "seeded_{kind}_{database}"
+_WORKING = "bench_{database}"
+
+Say = Callable[[str], object]
+
+
+def _say(text: str) -> None:
+    print(f"  … {text}", file=sys.stderr, flush=True)
+
+
+class World:
+    """What benchmarks run on. Servers start at first use and stop at the end of the block; data stays for the next run.
+
+    Args:
+        folder: where everything lies.
+        say: told, a sentence at a time, what happens.
+    """
+
+    def __init__(self, folder: Path = FOLDER, say: Say = _say) -> None:
+        self.folder = folder.resolve()
+        self.say = say
+        self._servers = self.folder / "servers"
+        self._stack_home = self.folder / "stack"
+        self._postgres: PostgresServer | None = None
+        self._cache: RedisServer | None = None
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(ended_as_interrupted())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean_up()
+            undo.callback(self._clean_up)
+            self._exit = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    # -- servers ----------------------------------------------------------------------------------------------------
+
+    @property
+    def postgres(self) -> PostgresServer:
+        """PostgreSQL, durable as in production (fsync, full pages)."""
+        if self._postgres is None:
+            self.say("starting PostgreSQL")
+            self._postgres = PostgresServer(self._servers / "postgres", mark=self._servers)
+            self._postgres.start()
+            self._exit.callback(self._postgres.stop)
+        return self._postgres
+
+    @property
+    def cache(self) -> RedisServer:
+        """The cache's server, configured as in production. Flush it where a benchmark needs it empty."""
+        if self._cache is None:
+            self.say("starting the cache")
+            self._cache = RedisServer("cache", self._servers / "cache", CACHE_CONFIG, mark=self._servers)
+            self._cache.start()
+            self._exit.callback(self._cache.stop)
+        return self._cache
+
+    @property
+    def mark(self) -> Path:
+        """Give it to processes of your own (``Daemon(…, mark=world.mark)``): what is left of them is killed."""
+        return self._servers
+
+    @contextlib.contextmanager
+    def process(
+        self,
+        name: str,
+        *argv: str,
+        ready: Callable[[], bool],
+        settings: Settings | None = None,
+    ) -> Iterator[int]:
+        """A Python process beside the servers: ``world.process("front", "-m", "segsvc", "serve", ready=…)``. Its pid.
+
+        It is stopped by SIGTERM. Its output is in ``build/bench/servers/<name>/<name>.log``.
+
+        Args:
+            argv: arguments of this interpreter.
+            ready: asked until it answers True.
+            settings: what it finds as its settings; None: none.
+
+        Raises:
+            LocalStackError: it ended or did not become ready; with the last lines of its log.
+        """
+        folder = self._servers / name
+        daemon = Daemon(name, folder, log=folder / f"{name}.log", mark=self._servers)
+        env = {"PYTHONPATH": str(Path.cwd())}
+        if settings is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_env(folder / "settings.env", settings)
+            env["SEGSVC_ENV_FILE"] = str(folder / "settings.env")
+        daemon.spawn([sys.executable, *argv], env=env)
+        try:
+            daemon.await_ready(ready, timeout_s=READY_TIMEOUT_S)
+            pid = daemon.pid
+            assert pid is not None
+            yield pid
+        finally:
+            daemon.stop(signals=((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)))
+
+    # -- installations ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def installation(self, shape: Shape, **settings: Any) -> Iterator[Installation]:
+        """A fresh installation of this shape on the bare servers: a copy of one that was made before, if there is.
+
+        Args:
+            settings: settings by field name.
+        """
+        names = ["catalog", *(f"shard{shard}" for shard in range(shape.shards))]
+        # Made anew when the tables have changed, too.
+        kind = f"{shape.digest}_{head('catalog')}_{head('shard')}"
+        templates = [_TEMPLATE.format(kind=kind, database=name) for name in names]
+        working = [_WORKING.format(database=name) for name in names]
+        self._make_templates(shape, templates)
+        self.say(f"copying an installation of {shape}")
+        for template, name in zip(templates, working, strict=True):
+            self._drop(name)
+            # A copy of files: the other way would write each page into the WAL.
+            self._sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
+        try:
+            yield self._installation(working, cache_url=self.cache.url, **settings)
+        finally:
+            for name in working:
+                self._drop(name)
+
+    def _installation(self, names: list[str], **settings: Any) -> Installation:
+        dsns = [self.postgres.dsn(name) for name in names]
+        return Installation(
+            Settings(_env_file=None, catalog_dsn=dsns[0], shard_dsns=tuple(dsns[1:]), **settings), self.postgres
+        )
+
+    def _make_templates(self, shape: Shape, names: list[str]) -> None:
+        """A database that lacks the mark of completion is made anew."""
+        found = self.postgres.psql("SELECT datname FROM pg_database WHERE datistemplate").split()
+        if set(names) <= set(found):
+            return
+        for name in names:
+            self._drop(name)
+        self.say(f"making an installation of {shape}")
+        for name in names:
+            self.postgres.create_database(name)
+        settings = self._installation(names).settings
+        migrate(settings)
+        self._fill(settings, shape)
+        for name in names:
+            # With everyone thrown out: a template with sessions in it cannot be copied.
+            self.postgres.psql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :'name'", name=name
+            )
+            self._sql(f'ALTER DATABASE "{name}" IS_TEMPLATE true')
+
+    def _fill(self, settings: Settings, shape: Shape) -> None:
+        fill(settings, shape)
+        for shard, dsn in enumerate(settings.shard_dsns):
+            engine = sa.create_engine(dsn)
+            if shape.rows:
+                self.say(f"loading the rows of shard {shard}")
+                rows.load(engine, shape)
+            # What autovacuum does sooner or later: statistics, and pages known to be visible to all.
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.exec_driver_sql("VACUUM (ANALYZE)")
+            engine.dispose()
+
+    def _drop(self, name: str) -> None:
+        if self.postgres.psql("SELECT 1 FROM pg_database WHERE datname = :'name'", name=name).strip():
+            self._sql(f'ALTER DATABASE "{name}" IS_TEMPLATE false')
+            self._sql(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    def _sql(self, statement: str) -> None:
+        self.postgres.psql(statement)
+
+    # -- the whole stack --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def stack(self, shape: Shape | None = None, *, shards: int = 4, **settings: Any) -> Iterator[LocalStack]:
+        """The whole stack, new and empty, or with an installation of this shape; gone afterwards.
+
+        Args:
+            shape: its ``shards`` count; None: empty, with ``shards``.
+            settings: settings by field name.
+        """
+        home = self._stack_home
+        overrides: Mapping[str, Any] = {"stack_dir": home, **settings}
+        stack = LocalStack(
+            overrides,
+            home=home,
+            shards=shape.shards if shape else shards,
+            jars=Path("build/kafka-jars").resolve(),
+            say=self.say,
+            ready=is_serving,
+        )
+        stack.down(purge=True)
+        try:
+            with stack:
+                if shape:
+                    self.say(f"filling it with {shape}")
+                    self._fill(stack.settings, shape)
+                yield stack
+        finally:
+            stack.down(purge=True)
+
+    def _clean_up(self) -> None:
+        """End whatever carries our marks, and remove the stack's folder; the bare servers' data stays."""
+        for folder in (self._servers, self._stack_home):
+            if find_marked(folder):
+                self.say(f"ending what is left of {folder}: {', '.join(kill_marked(folder))}")
+        if self._stack_home.exists():
+            LocalStack(home=self._stack_home, say=self.say).down(purge=True)
+            shutil.rmtree(self._stack_home, ignore_errors=True)
