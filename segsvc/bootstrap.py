@@ -197,7 +197,8 @@ class Front:
     """Connections a database for everything but cold reads: as many calls may be at one database at once."""
 
     def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
-        self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS))
+        # One more: the watcher keeps one to the catalog as long as somebody waits.
+        self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS + 1))
         self.cache = make_cache(settings)
         parts = OperationParts(settings, self.databases, self.cache, sender)
         self.fan_out = parts.fan_out

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 
 import sqlalchemy as sa
 
 from benchmarks import rows
-from benchmarks.bulk import BARE_COUNT, OnAllShards, Service, ShardWork, elapsed, pid_of, service, two_phase
+from benchmarks.bulk import (
+    BARE_COUNT,
+    OnAllShards,
+    Service,
+    ShardWork,
+    elapsed,
+    here_and,
+    new_segment,
+    pid_of,
+    service,
+    two_phase,
+)
 from benchmarks.harness import (
     Curve,
     Result,
@@ -25,9 +35,7 @@ from benchmarks.harness import (
 )
 from benchmarks.seed import CONDITION, Shape
 from benchmarks.world import World
-from segsvc.domain.segment import Rule, ShardSegment
-from segsvc.postgres import tables
-from tests.installation import Installation
+from segsvc.domain.segment import Rule
 
 ONE_SHARD = Shape(users=250_000, segments=200, rows=True)
 MILLION = Shape(users=250_000, segments=200, shards=4)
@@ -50,20 +58,19 @@ def rollout_shard(world: World) -> Iterator[Result | Curve]:
         engine = sa.create_engine(installation.settings.shard_dsns[0])
         same = rows.prove_same(engine, ONE_SHARD)
         world.say(f"both hold the same {same:,} memberships")
-        pids = {"client": os.getpid(), "postgres": pid_of(world.postgres)}
-        next_id = iter(range(1000, 100_000))
+        pids = {"postgres": pid_of(world.postgres)}
         with ShardWork(installation.settings) as work:
 
             def ours() -> Sample:
-                segments = [_new_segment(installation, next(next_id)) for _ in range(AT_ONCE)]
-                with cpu_of(pids) as spent:
+                segments = [new_segment(installation) for _ in range(AT_ONCE)]
+                with here_and(pids) as spent:
                     counts = [work.roll_out(0, segment, Rule(30_000)) for segment in segments]
                 assert all(0.29 < c.members / ONE_SHARD.users < 0.31 for c in counts), counts
                 return Sample(spent.seconds / AT_ONCE * 1000, AT_ONCE, spent.cpu_s)
 
             def reference() -> Sample:
-                segment = next(next_id)
-                with cpu_of(pids) as spent, engine.connect() as connection:
+                segment = new_segment(installation).id
+                with here_and(pids) as spent, engine.connect() as connection:
                     found = connection.exec_driver_sql(PEER_ROLL_OUT, {"segment": segment, "share": 0.3}).rowcount
                     two_phase(connection, f"peer-{segment}")
                 assert 0.29 < found / ONE_SHARD.users < 0.31, found
@@ -179,14 +186,3 @@ def rollout_condition(world: World) -> Iterator[Result | Curve]:
         called, previewed = measure_pair(roll_out, reference), measure_pair(preview, reference)
     yield called.result("rollout_condition", "ms", ratio_at_most(1.5))
     yield previewed.result("rollout_condition.preview", "ms", ratio_at_most(1.5))
-
-
-def _new_segment(installation: Installation, segment_id: int) -> ShardSegment:
-    """A segment that shard 0 knows and nobody is in."""
-    segment = ShardSegment(segment_id, f"new-{segment_id}", salt=segment_id, rule=None, rule_count=0)
-    installation.execute(
-        0,
-        "INSERT INTO segments (id, slug, salt) VALUES (:id, :slug, :salt)",
-        id=segment.id, slug=segment.slug, salt=tables.salt_to_db(segment.salt),
-    )  # fmt: skip
-    return segment
