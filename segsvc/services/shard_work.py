@@ -148,12 +148,13 @@ def _membership_chunks(
         )
 
 
-def _condition_bits(tx: ShardTransaction, condition: str, blocks: int) -> bits.Packed:
-    """For whom of the shard a condition holds."""
+def _condition_bits(tx: ShardTransaction, condition: str, blocks: int, on_progress: ProgressHook) -> bits.Packed:
+    """For whom of the shard a condition holds. Takes longest of all, so it says that somebody is at work."""
     packed = bits.empty(blocks)
     for first in range(0, blocks, CONDITION_BLOCKS):
         count = min(CONDITION_BLOCKS, blocks - first)
         packed[first : first + count] = bits.at_slots(tx.condition_slots(condition, first, count), first, count)
+        on_progress(ShardProgress(tx.shard, ShardState.WORKING, 0, blocks))
     return packed
 
 
@@ -169,7 +170,7 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
     next_slot = tx.next_slot()
     blocks_total = _blocks(next_slot)
     # A bit for each user of the shard is little enough to be kept.
-    condition_bits = _condition_bits(tx, rule.condition, blocks_total) if rule.condition else None
+    condition_bits = _condition_bits(tx, rule.condition, blocks_total, on_progress) if rule.condition else None
     matched = added = removed = members = rule_count = 0
     blocks_done = 0
     for (first, count), old, included, excluded in _membership_chunks(
