@@ -163,7 +163,8 @@ class HotReads:
 
     def __init__(self, settings: Settings, *, encode: Callable[[str], bytes]) -> None:
         # One connection a shard for each thread that reads it, and sessions that bound a statement as reads need it.
-        self._databases = Databases(settings, "reads", Pool(settings.cold_read_threads, settings.read_timeout_s))
+        pool = Pool(settings.cold_read_threads, settings.read_timeout_s, by_key=True)
+        self._databases = Databases(settings, "reads", pool)
         self._cache = make_cache(settings)
         memberships = PostgresMemberships(self._databases)
         self.entries = CacheReader(self._cache, settings.shard_count)
