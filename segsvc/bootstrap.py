@@ -28,6 +28,7 @@ from segsvc.postgres.overrides import PostgresOverrideStore
 from segsvc.postgres.participant import PostgresParticipant
 from segsvc.postgres.probes import PostgresProbes
 from segsvc.postgres.reads import PostgresMemberships
+from segsvc.postgres.stalls import StallWatch
 from segsvc.postgres.statistics import PostgresShardCounter, PostgresUserReader
 from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.check import Checker
@@ -200,6 +201,8 @@ class Front:
     def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
         # One more: the watcher keeps one to the catalog as long as somebody waits.
         self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS + 1))
+        # Callers of a front have deadlines; a worker's task has none, and goes on when the server does.
+        self._stalls = StallWatch(self.databases, settings.connect_timeout_s)
         self.cache = make_cache(settings)
         parts = OperationParts(settings, self.databases, self.cache, sender)
         self.fan_out = parts.fan_out
@@ -230,6 +233,7 @@ class Front:
         self._creation_fan_out.close()
         self.fan_out.close()
         self.cache.close()
+        self._stalls.close()
         self.databases.close()
 
 

@@ -179,7 +179,8 @@ def test_each_address_of_a_stack_has_a_port_of_its_own() -> None:
         with contextlib.suppress(OSError):  # somebody else has it: just as well
             taken.bind(("127.0.0.1", 9464))
             taken.listen()
-        ports = choose_ports()
+        with contextlib.ExitStack() as reserved:
+            ports = choose_ports(reserved)
     assert set(ports) <= set(Settings.model_fields)
     assert len(set(ports.values())) == len(ports)
     assert 9464 not in ports.values()
