@@ -204,7 +204,8 @@ class Front:
     """Connections a database for everything but cold reads: as many calls may be at one database at once."""
 
     def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
-        self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS))
+        # One more: the watcher keeps one to the catalog as long as somebody waits.
+        self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS + 1))
         # Callers of a front have deadlines; a worker's task has none, and goes on when the server does.
         self._stalls = StallWatch(self.databases, settings.connect_timeout_s)
         self.cache = make_cache(settings)

@@ -15,10 +15,10 @@ import math
 import operator
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, JSONPATH
 
 from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Constant, ListOf, Node, Scalar
@@ -30,6 +30,8 @@ _ORDER: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
 _MIRRORED: Final = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_OTHER_TYPES_START: Final = (*"0123456789-", "[", "{")
+"""How the text of a number, a list or an object begins."""
 _ERROR: Final = sa.null().cast(sa.Boolean)
 _NO_TEXT: Final = sa.null().cast(sa.Text)
 
@@ -118,6 +120,9 @@ class _Compiler:
             return sa.literal(_same_constant(left, right))
         if _is_large_number(left):
             left, right = right, left
+        for attribute, constant in ((left, right), (right, left)):
+            if isinstance(attribute, tree.Attribute) and _is_plain_text(constant):
+                return self._attribute_text(attribute) == sa.literal(constant.value, sa.Text)
         one = self._json(left)
         if isinstance(right, Constant) and _is_large_number(right):
             return _equal_to_large(one, right.value)
@@ -147,6 +152,8 @@ class _Compiler:
                 return _constants_ordered(op, left, right)
             return self._ordered(_MIRRORED[op], right, left)
         compare = _ORDER[op]
+        if isinstance(left, tree.Attribute) and _is_small_number(right):
+            return self._attribute_ordered(op, left, right.value)
         value = self._json(left)
         if isinstance(right, Constant):
             return _ordered_to_literal(compare, value, right.value)
@@ -166,6 +173,16 @@ class _Compiler:
             ),
         )
 
+    def _attribute_text(self, attribute: tree.Attribute) -> Sql:
+        """An attribute as text, whatever its type; NULL: it is absent."""
+        return self._attributes.op("->>", return_type=sa.Text())(sa.literal(attribute.name, sa.Text))
+
+    def _attribute_ordered(self, op: str, attribute: tree.Attribute, number: Scalar) -> Sql:
+        # A path looks at the type and the value in one go, which halves the time. In its strict mode a missing member
+        # and another type are "unknown", and the operator's answer to that is NULL.
+        path = f'strict $."{attribute.name}" {op} {Decimal(repr(number)):f}'
+        return self._attributes.op("@@", return_type=sa.Boolean())(sa.literal(path, sa.Text).cast(JSONPATH))
+
     # -- membership and strings -------------------------------------------------------------------------------------
 
     def _in(self, item: Node, container: Node) -> Sql:
@@ -182,6 +199,9 @@ class _Compiler:
 
     def _in_list(self, item: Node, container: ListOf) -> Sql:
         # What is equal exactly when it is equal as jsonb is looked up at once, however many there are.
+        if isinstance(item, tree.Attribute) and container.items and all(map(_is_plain_text, container.items)):
+            texts = sa.literal([each.value for each in container.items if isinstance(each, Constant)], ARRAY(sa.Text))
+            return self._attribute_text(item) == sa.any_(texts)
         plain = [each for each in container.items if _is_constant(each) and not _is_large_number(each)]
         if _is_constant(item):
             plain = []
@@ -257,6 +277,20 @@ def _is_number(value: object) -> bool:
 def _is_large_number(node: Node) -> bool:
     """Whether it is a literal that only a comparison by its type compares rightly."""
     return isinstance(node, Constant) and _is_number(node.value) and not -_EXACT_BELOW < node.value < _EXACT_BELOW  # type: ignore[operator]
+
+
+def _is_small_number(node: Node) -> TypeGuard[Constant]:
+    return isinstance(node, Constant) and _is_number(node.value) and not _is_large_number(node)
+
+
+def _is_plain_text(node: Node) -> TypeGuard[Constant]:
+    """Whether it is a literal string that no bool, number or list looks like as text.
+
+    Equality with it needs no look at the type: an attribute with this text is this string.
+    """
+    if not isinstance(node, Constant) or not isinstance(node.value, str):
+        return False
+    return node.value not in ("true", "false") and not node.value.startswith(_OTHER_TYPES_START)
 
 
 def _literal(node: Node) -> Sql:

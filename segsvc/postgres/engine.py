@@ -177,6 +177,12 @@ class Databases:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
+    def catalog_autocommit(self) -> Iterator[sa.Connection]:
+        """A connection to the catalog on which every statement is its own transaction. Raises CATALOG_UNAVAILABLE."""
+        with translated("catalog"), self.catalog.connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextmanager
     def shard_connection(self, shard: int) -> Iterator[sa.Connection]:
         """A connection whose transaction is the caller's to end; rolled back if it is left open."""
         with translated(shard), self.shards[shard].connect() as connection:

@@ -48,6 +48,13 @@ KNOWN = [
     "user.a.contains('%') || user.a.startsWith('_') || user.a.endsWith('\\\\')",
     "user.a > '\\uffff'",
     "user.a in [] || has(user.b)",
+    "user.a == 'RU' || user.b != 'ab'",
+    "user.a == '1' || user.a == 'true' || user.a == '{}' || user.a == '[]' || user.a == ''",
+    "user.a in ['RU', '', 'null']",
+    "!(user.a in ['RU', 'ab'])",
+    "user.a in ['RU', '1']",
+    "!(user.a >= -2) && user.n < 1e-7",
+    "user.a > 5e-324 || 18 <= user.n",
 ]
 
 
