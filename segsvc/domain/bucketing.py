@@ -12,6 +12,9 @@ import numpy.typing as npt
 BUCKETS = 100_000
 """Buckets are 0 … 99,999: a thousandth of a percent each."""
 
+_IN_CACHE = 32_768
+"""Users hashed at a time: the twelve passes over them stay in a core's cache, and need no new memory."""
+
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -39,15 +42,20 @@ def buckets(user_ids: npt.NDArray[np.int64], salt: int) -> npt.NDArray[np.int64]
 
     Unsigned 64-bit arithmetic wraps in numpy as the definition wants it.
     """
-    z = user_ids.astype(np.uint64)
-    z *= np.uint64(_GOLDEN)
-    z += np.uint64(salt)
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(_MIX_1)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(_MIX_2)
-    z ^= z >> np.uint64(31)
-    z >>= np.uint64(32)
-    z *= np.uint64(BUCKETS)
-    z >>= np.uint64(32)
-    return z.view(np.int64)
+    hashed = user_ids.astype(np.uint64, order="C")
+    flat = hashed.reshape(-1)  # a view
+    shifted = np.empty(min(flat.size, _IN_CACHE), dtype=np.uint64)
+    for first in range(0, flat.size, _IN_CACHE):
+        z = flat[first : first + _IN_CACHE]
+        t = shifted[: z.size]
+        z *= np.uint64(_GOLDEN)
+        z += np.uint64(salt)
+        z ^= np.right_shift(z, np.uint64(30), out=t)
+        z *= np.uint64(_MIX_1)
+        z ^= np.right_shift(z, np.uint64(27), out=t)
+        z *= np.uint64(_MIX_2)
+        z ^= np.right_shift(z, np.uint64(31), out=t)
+        z >>= np.uint64(32)
+        z *= np.uint64(BUCKETS)
+        z >>= np.uint64(32)
+    return hashed.view(np.int64)

@@ -1,21 +1,19 @@
-"""A shard inside an operation's transaction: directory and bits in bulk, by binary COPY outwards.
+"""A shard inside an operation's transaction: directory and bits in bulk, by binary COPY both ways.
 
-Implements ``services.shard_work.ShardTransaction``. The format of binary COPY is PostgreSQL's ("COPY", section
-"Binary Format"): a 19-byte header, then per row a field count (int16) and per field a length (int32) and the bytes,
-all big-endian, and a trailer of two bytes. Rows of one width are read as one numpy array.
+Implements ``services.shard_work.ShardTransaction``.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 from psycopg2 import sql
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from segsvc.domain import bits
 from segsvc.domain.segment import Policy, Rule, ShardSegment
@@ -23,12 +21,14 @@ from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
 from segsvc.postgres.condition_statements import slots_where
+from segsvc.postgres.copying import append_rows, copy_rows
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import SHARD_LOCK
 
-_HEADER_BYTES = 19
-_TRAILER_BYTES = 2
 INCLUDE, EXCLUDE = 1, 2
+
+_BLOCKS_LISTED_MAX: Final = 64
+"""Up to so many blocks, deleting those that are listed takes no longer than deleting a range."""
 
 
 def lock_exclusive(connection: sa.Connection) -> None:
@@ -96,16 +96,17 @@ class PostgresShardTransaction:
 
     def directory(self, first_block: int, blocks: int) -> bits.UserIds:
         """User ids of a range of blocks; 0 where a slot has no user."""
-        payload = BLOCK_SLOTS * 8
-        rows = self._copy_rows(
+        rows = copy_rows(
+            self._connection,
             sql.SQL("SELECT block, user_ids FROM directory WHERE block >= {} AND block < {}").format(
                 sql.Literal(first_block), sql.Literal(first_block + blocks)
             ),
-            payload,
+            block=">i8",
+            user_ids=("<i8", BLOCK_SLOTS),
         )
-        user_ids = np.zeros((blocks, BLOCK_SLOTS), dtype="<i8")
-        user_ids[_block_numbers(rows) - first_block] = rows[:, -payload:].copy().view("<i8")
-        return cast(bits.UserIds, user_ids)
+        user_ids = np.zeros((blocks, BLOCK_SLOTS), dtype=np.int64)
+        user_ids[rows["block"].astype(np.int64) - first_block] = rows["user_ids"]
+        return user_ids
 
     def condition_slots(self, condition: str, first_block: int, blocks: int) -> Int64s:
         """Slots of the users of a range of blocks for whom a condition holds."""
@@ -113,45 +114,37 @@ class PostgresShardTransaction:
 
     def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed:
         """Bits of one segment in a range of blocks."""
-        rows = self._copy_rows(
+        rows = copy_rows(
+            self._connection,
             sql.SQL("SELECT block, bits FROM memberships WHERE segment_id = {} AND block >= {} AND block < {}").format(
                 sql.Literal(segment_id), sql.Literal(first_block), sql.Literal(first_block + blocks)
             ),
-            BLOCK_BYTES,
+            block=">i8",
+            bits=("u1", BLOCK_BYTES),
         )
         packed = bits.empty(blocks)
-        packed[_block_numbers(rows) - first_block] = rows[:, -BLOCK_BYTES:]
+        packed[rows["block"].astype(np.int64) - first_block] = rows["bits"]
         return packed
 
     def write_segment_bits(self, segment_id: int, first_block: int, old: bits.Packed, new: bits.Packed) -> None:
-        """Store the blocks that differ from ``old``; one without a bit set loses its row."""
-        differs = (old != new).any(axis=1)
-        has_bits = new.any(axis=1)
-        changed = np.flatnonzero(differs & has_bits)
-        if changed.size:
-            # One bytea for all blocks, cut by the server: an array of bytea would be quoted twice.
-            self._connection.execute(
-                sa.text(
-                    "INSERT INTO memberships (block, segment_id, bits) "
-                    "SELECT b.block, :segment_id, substring(:bits FROM ((b.n - 1) * :width + 1)::int FOR :width) "
-                    "FROM unnest(CAST(:blocks AS bigint[])) WITH ORDINALITY AS b(block, n) "
-                    "ON CONFLICT (block, segment_id) DO UPDATE SET bits = excluded.bits"
-                ),
-                {
-                    "segment_id": segment_id,
-                    "bits": new[changed].tobytes(),
-                    "width": BLOCK_BYTES,
-                    "blocks": (changed + first_block).tolist(),
-                },
-            )
-        emptied = np.flatnonzero(differs & ~has_bits)
-        if emptied.size:
-            self._connection.execute(
-                sa.text(
-                    "DELETE FROM memberships WHERE segment_id = :segment_id AND block = ANY(CAST(:blocks AS bigint[]))"
-                ),
-                {"segment_id": segment_id, "blocks": (emptied + first_block).tolist()},
-            )
+        """Store the blocks that differ from ``old``; one without a bit set loses its row.
+
+        Deleted and appended rather than updated: COPY fills pages, and a new version of the row would not fit beside
+        the old one anyway. Nobody sees the moment between: it is one transaction, under the shard's exclusive lock.
+        """
+        table = tables.memberships
+        rewritten = np.flatnonzero((old != new).any(axis=1))
+        if not rewritten.size:
+            return
+        blocks = table.c.block == sa.any_(sa.cast((rewritten + first_block).tolist(), ARRAY(sa.BigInteger)))
+        if rewritten.size > max(_BLOCKS_LISTED_MAX, len(new) // 2):
+            # Nearly all: a rollout changes every block or few. The range is found faster than each of them.
+            rewritten = np.arange(len(new))
+            blocks = table.c.block.between(first_block, first_block + len(new) - 1)
+        self._connection.execute(sa.delete(table).where(table.c.segment_id == segment_id, blocks))
+        kept = rewritten[new[rewritten].any(axis=1)]
+        if kept.size:
+            append_rows(self._connection, table, block=kept + first_block, segment_id=segment_id, bits=new[kept])
 
     def put_rule(self, segment_id: int, rule: Rule, rule_count: int, frozen_slot: int | None) -> None:
         """Put a rule in force on this shard, with the count of the bits it set."""
@@ -183,19 +176,6 @@ class PostgresShardTransaction:
             (tables.shard_segments, tables.shard_segments.c.id),
         ):
             self._connection.execute(sa.delete(table).where(column == segment_id))
-
-    def _copy_rows(self, query: sql.Composed, payload: int) -> npt.NDArray[np.uint8]:
-        """Rows ``(block bigint, bytea of a fixed size)`` of a query, one row of bytes each."""
-        buffer = io.BytesIO()
-        driver: Any = self._connection.connection.driver_connection
-        with driver.cursor() as cursor:
-            cursor.copy_expert(sql.SQL("COPY ({}) TO STDOUT (FORMAT binary)").format(query), buffer)
-        rows = np.frombuffer(buffer.getbuffer(), dtype=np.uint8)[_HEADER_BYTES:-_TRAILER_BYTES]
-        return rows.reshape(-1, 2 + 4 + 8 + 4 + payload)
-
-
-def _block_numbers(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    return rows[:, 6:14].copy().view(">i8").ravel().astype(np.int64)
 
 
 class PostgresShardSnapshots:

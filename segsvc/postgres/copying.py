@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -17,8 +18,9 @@ import numpy.typing as npt
 import sqlalchemy as sa
 from psycopg2 import sql
 
-_HEADER_BYTES: Final = 19
-_TRAILER_BYTES: Final = 2
+_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)  # signature, flags, length of an extension
+_TRAILER: Final = b"\xff\xff"
+_FIELD_COUNT: Final = "field.count"
 
 
 def copy_rows(connection: sa.Connection, query: sql.Composable, **fields: str | tuple[str, int]) -> npt.NDArray[Any]:
@@ -32,21 +34,51 @@ def copy_rows(connection: sa.Connection, query: sql.Composable, **fields: str | 
     Raises:
         ValueError: a field has another width than its dtype, or is NULL.
     """
-    layout: list[tuple[Any, ...]] = [("", ">i2")]
-    for name, field in fields.items():
-        layout.append((f"{name}.bytes", ">i4"))
-        layout.append((name, field) if isinstance(field, str) else (name, *field))
-    dtype = np.dtype(layout)
+    dtype = _layout(fields)
     buffer = io.BytesIO()
     driver: Any = connection.connection.driver_connection
     with driver.cursor() as cursor:
         cursor.copy_expert(sql.SQL("COPY ({}) TO STDOUT (FORMAT binary)").format(query), buffer)
-    rows: npt.NDArray[Any] = np.frombuffer(buffer.getbuffer()[_HEADER_BYTES:-_TRAILER_BYTES], dtype=dtype)
+    rows: npt.NDArray[Any] = np.frombuffer(buffer.getbuffer()[len(_HEADER) : -len(_TRAILER)], dtype=dtype)
     for name in fields:
         width = dtype[name].itemsize
         if np.any(rows[f"{name}.bytes"] != width):
             raise ValueError(f"column {name} has not {width} bytes in every row")
     return rows
+
+
+def append_rows(connection: sa.Connection, table: sa.Table, **columns: npt.NDArray[Any] | int) -> None:
+    """Append rows to a table. COPY writes them page by page, which an INSERT of as many rows does not.
+
+    Args:
+        columns: bigints, one a row or one for all; bytes of shape (rows, length) for a bytea.
+
+    Raises:
+        psycopg2.Error: as an INSERT would, not wrapped by SQLAlchemy.
+    """
+    values = {name: np.asarray(column) for name, column in columns.items()}
+    fields = {name: ">i8" if column.ndim < 2 else ("u1", column.shape[1]) for name, column in values.items()}
+    dtype = _layout(fields)
+    rows = np.empty(max(column.shape[0] for column in values.values() if column.ndim), dtype=dtype)
+    rows[_FIELD_COUNT] = len(fields)
+    for name, column in values.items():
+        rows[f"{name}.bytes"] = dtype[name].itemsize
+        rows[name] = column
+    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
+        sql.Identifier(table.name), sql.SQL(", ").join(map(sql.Identifier, fields))
+    )
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor() as cursor:
+        cursor.copy_expert(statement, io.BytesIO(_HEADER + rows.tobytes() + _TRAILER))
+
+
+def _layout(fields: Mapping[str, str | tuple[str, int]]) -> np.dtype[Any]:
+    """A row of these fields, each behind its length."""
+    layout: list[tuple[Any, ...]] = [(_FIELD_COUNT, ">i2")]
+    for name, field in fields.items():
+        layout.append((f"{name}.bytes", ">i4"))
+        layout.append((name, field) if isinstance(field, str) else (name, *field))
+    return np.dtype(layout)
 
 
 def copy_table(source: sa.Connection, target: sa.Connection, table: sa.Table) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
+import psycopg2
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql import insert
@@ -107,7 +108,7 @@ class PostgresParticipant:
         """
         try:
             return self._work(PostgresShardTransaction(connection, self.shard), operation, on_progress, True)
-        except exc.DBAPIError as error:
+        except (exc.DBAPIError, psycopg2.Error) as error:  # the latter from COPY, which goes past SQLAlchemy
             if not sqlstate(error).startswith(_REFUSALS):
                 raise
             log.exception("work_refused", operation=str(operation.id), shard=self.shard, sqlstate=sqlstate(error))
