@@ -40,12 +40,18 @@ def condition_clause(condition: Condition, attributes: sa.ColumnElement[Any]) ->
     Args:
         attributes: a JSONB object; what it lacks is absent.
     """
-    return sa.func.coalesce(_Compiler(attributes).truth(condition.root), sa.false())
+    return Compiler(attributes).clause(condition)
 
 
-class _Compiler:
+class Compiler:
+    """Turns conditions into SQL; the methods by which it reaches attributes may be replaced."""
+
     def __init__(self, attributes: sa.ColumnElement[Any]) -> None:
         self._attributes = attributes
+
+    def clause(self, condition: Condition) -> sa.ColumnElement[bool]:
+        """See ``condition_clause``."""
+        return sa.func.coalesce(self.truth(condition.root), sa.false())
 
     def truth(self, node: Node) -> Sql:
         """The node as boolean; NULL: an error, or not a bool."""
@@ -53,7 +59,7 @@ class _Compiler:
             case Constant(bool() as value):
                 return sa.literal(value)
             case tree.Has(name):
-                return self._attributes.op("?")(name)
+                return self._has(name)
             case tree.Not(of):
                 return sa.not_(self.truth(of))
             case tree.And(left, right):
@@ -78,11 +84,17 @@ class _Compiler:
 
     # -- values -----------------------------------------------------------------------------------------------------
 
+    def _has(self, name: str) -> Sql:
+        return self._attributes.op("?")(name)
+
+    def _attribute(self, name: str) -> Sql:
+        return self._attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text))
+
     def _json(self, node: Node) -> Sql:
         """The node's value as jsonb; NULL: an error."""
         match node:
             case tree.Attribute(name):
-                return self._attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text))
+                return self._attribute(name)
             case Constant():
                 return _literal(node)
             case ListOf(items):
@@ -116,10 +128,10 @@ class _Compiler:
             return self._lists_equal(left, right)
         if _is_constant(left) and _is_constant(right):
             return sa.literal(_same_constant(left, right))
-        if _is_large_number(left):
+        if is_large_number(left):
             left, right = right, left
         one = self._json(left)
-        if isinstance(right, Constant) and _is_large_number(right):
+        if isinstance(right, Constant) and is_large_number(right):
             return _equal_to_large(one, right.value)
         other = self._json(right)
         if _is_constant(left) or _is_constant(right):
@@ -149,7 +161,7 @@ class _Compiler:
         compare = _ORDER[op]
         value = self._json(left)
         if isinstance(right, Constant):
-            return _ordered_to_literal(compare, value, right.value)
+            return self._ordered_to_literal(compare, left, right.value)
         other = self._json(right)
         return sa.case(
             (
@@ -173,8 +185,11 @@ class _Compiler:
             return self._in_list(item, container)
         if isinstance(container, Constant):
             return _ERROR
-        values, value = self._json(container), self._json(item)
+        values = self._json(container)
         # Lists of users hold strings only, so containment of the one-item list is equality with some item.
+        if _is_constant(item):
+            return _when(_is(values, "array"), values.op("@>")(_literal(ListOf((item,)))))
+        value = self._json(item)
         return _when(
             sa.and_(_is(values, "array"), value.is_not(None)),
             values.op("@>")(sa.func.jsonb_build_array(value, type_=JSONB())),
@@ -182,17 +197,21 @@ class _Compiler:
 
     def _in_list(self, item: Node, container: ListOf) -> Sql:
         # What is equal exactly when it is equal as jsonb is looked up at once, however many there are.
-        plain = [each for each in container.items if _is_constant(each) and not _is_large_number(each)]
+        plain = [each for each in container.items if _is_constant(each) and not is_large_number(each)]
         if _is_constant(item):
             plain = []
         others = [each for each in container.items if each not in plain]
         clauses = [self._equal(item, each) for each in others]
         if plain:
-            texts = sa.literal([_json_text(each) for each in plain], ARRAY(sa.Text))
-            clauses.append(self._json(item) == sa.any_(texts.cast(ARRAY(JSONB))))
+            clauses.append(self._one_of(item, plain))
         # An error anywhere in the list, or in the item, is one of the whole, found or not.
         parts = [self._json(each).is_not(None) for each in (item, *others) if not _is_constant(each)]
         return _when(sa.and_(sa.true(), *parts), sa.or_(sa.false(), *clauses))
+
+    def _one_of(self, item: Node, constants: list[Node]) -> Sql:
+        """Equality with one of several that are equal exactly when they are as jsonb."""
+        texts = sa.literal([_json_text(each) for each in constants], ARRAY(sa.Text))
+        return self._json(item) == sa.any_(texts.cast(ARRAY(JSONB)))
 
     def _test(self, function: str, text: Node, part: Node) -> Sql:
         whole, piece = self._string(text), self._string(part)
@@ -206,13 +225,25 @@ class _Compiler:
         """The node as text; NULL: an error, or not a string."""
         if isinstance(node, Constant):
             return sa.literal(node.value, sa.Text).collate("C") if isinstance(node.value, str) else _NO_TEXT
-        value = self._json(node)
-        return _when(_is(value, "string"), _text(value))
+        return text_or_null(self._json(node))
+
+    def _ordered_to_literal(self, compare: Callable[[Any, Any], Any], node: Node, literal: Scalar) -> Sql:
+        return _ordered_to_literal(compare, self._json(node), literal)
 
 
 def _when(check: Sql, value: Sql) -> Sql:
     """The value where the check is true, NULL elsewhere; the value is not looked at there."""
     return sa.case((check, value))
+
+
+def number_or_null(value: Sql) -> Sql:
+    """A jsonb number as numeric; NULL: it is none."""
+    return _when(_is(value, "number"), _numeric(value))
+
+
+def text_or_null(value: Sql) -> Sql:
+    """A jsonb string as text, whose order is that of code points; NULL: it is none."""
+    return _when(_is(value, "string"), _text(value))
 
 
 def _is(value: Sql, kind: str) -> Sql:
@@ -254,7 +285,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_large_number(node: Node) -> bool:
+def is_large_number(node: Node) -> bool:
     """Whether it is a literal that only a comparison by its type compares rightly."""
     return isinstance(node, Constant) and _is_number(node.value) and not -_EXACT_BELOW < node.value < _EXACT_BELOW  # type: ignore[operator]
 
@@ -311,7 +342,7 @@ def _ordered_to_literal(compare: Callable[[Any, Any], Any], value: Sql, literal:
         return _when(_is(value, "boolean"), compare(value.cast(sa.Boolean), sa.literal(literal)))
     if isinstance(literal, str):
         return _when(_is(value, "string"), compare(_text(value), sa.literal(literal, sa.Text)))
-    if not _is_large_number(Constant(literal)):
+    if not is_large_number(Constant(literal)):
         return _when(_is(value, "number"), compare(_numeric(value), sa.literal(Decimal(repr(literal)), sa.Numeric)))
     as_double = compare(_double(value), sa.literal(float(literal), sa.Double))
     if isinstance(literal, float):
