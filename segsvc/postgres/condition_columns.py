@@ -116,12 +116,15 @@ class _OverColumns(Compiler):
             attribute = self._extracted[node.name]
             # NULL, an error, for what is of another type.
             if isinstance(literal, str):
-                ordered: Sql = compare(attribute.text, sa.literal(literal, sa.Text))
-                return ordered
+                return _compared(compare, attribute.text, sa.literal(literal, sa.Text))
             if not is_large_number(Constant(literal)):
-                ordered = compare(attribute.number, sa.literal(Decimal(repr(literal)), sa.Numeric))
-                return ordered
+                return _compared(compare, attribute.number, sa.literal(Decimal(repr(literal)), sa.Numeric))
         return super()._ordered_to_literal(compare, node, literal)
+
+
+def _compared(compare: Callable[[Any, Any], Any], one: Sql, other: Sql) -> Sql:
+    compared: Sql = compare(one, other)
+    return compared
 
 
 def _is_text(node: Node) -> bool:
