@@ -91,14 +91,15 @@ class PostgresUserTransaction(PostgresShardBits):
 
     def insert(self, users: Sequence[UserRow]) -> None:
         """Write new users."""
+        ids, slots, versions, attributes = zip(*users, strict=True)
         append_documents(
             self._connection,
             tables.users,
             "attributes",
-            [user.attributes for user in users],
-            id=np.array([user.user_id for user in users], dtype=np.int64),
-            slot=np.array([user.slot for user in users], dtype=np.int64),
-            version=np.array([user.version for user in users], dtype=np.int64),
+            attributes,
+            id=np.array(ids, dtype=np.int64),
+            slot=np.array(slots, dtype=np.int64),
+            version=np.array(versions, dtype=np.int64),
         )
 
     def update(self, users: Sequence[UserRow]) -> None:

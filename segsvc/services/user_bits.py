@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segsvc.domain import bits
-from segsvc.domain.bucketing import buckets
+from segsvc.domain.bucketing import UserHashes
 from segsvc.domain.segment import Policy, ShardSegment
 from segsvc.domain.sharding import BLOCK_SLOTS
 
@@ -101,10 +101,11 @@ def _evaluated(
     conditions = sorted({segment.rule.condition for segment in segments if segment.rule and segment.rule.condition})
     holds: dict[str, npt.NDArray[np.bool_]] = {"": np.ones(user_ids.shape, dtype=np.bool_)}
     holds.update(tx.matching(conditions, slots))
+    hashes = UserHashes(user_ids)
     for segment in segments:
         if segment.rule is None:
             raise AssertionError("a segment to evaluate has a rule")
-        yield segment, holds[segment.rule.condition] & (buckets(user_ids, segment.salt) < segment.rule.threshold)
+        yield segment, holds[segment.rule.condition] & hashes.below(segment.salt, segment.rule.threshold)
 
 
 def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
