@@ -20,6 +20,7 @@ workers are the scarcer half, and an unreadable event has no shard to be sent to
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -328,6 +329,8 @@ def run_bridge(settings: Settings) -> None:
     stop_on_signals(stop)
     segment_events = SegmentEvents(settings, stop)
     segment_events.start()
+    # What is there by now stays; the collector need not look through it while thousands of events come and go.
+    gc.freeze()
     log.info("bridge_started", brokers=settings.kafka_bootstrap_servers, group=settings.kafka_group)
     try:
         Bridge(settings, CeleryBatches(), failpoints(settings.failpoint_dir)).run(stop)
