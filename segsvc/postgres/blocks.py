@@ -110,7 +110,9 @@ class PostgresShardTransaction:
 
     def condition_slots(self, condition: str, first_block: int, blocks: int) -> Int64s:
         """Slots of the users of a range of blocks for whom a condition holds."""
-        return slots_where(self._connection, condition, first_block, blocks)
+        # Without an end (and a beginning) the server reads the table as it lies, which is faster than by slots.
+        to_the_end = (first_block + blocks) * BLOCK_SLOTS >= self.next_slot()
+        return slots_where(self._connection, condition, first_block, None if to_the_end else blocks)
 
     def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed:
         """Bits of one segment in a range of blocks."""

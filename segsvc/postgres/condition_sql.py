@@ -15,10 +15,10 @@ import math
 import operator
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, JSONPATH
 
 from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Constant, ListOf, Node, Scalar
@@ -30,6 +30,8 @@ _ORDER: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
 _MIRRORED: Final = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_OTHER_TYPES_START: Final = (*"0123456789-", "[", "{")
+"""How the text of a number, a list or an object begins."""
 _ERROR: Final = sa.null().cast(sa.Boolean)
 _NO_TEXT: Final = sa.null().cast(sa.Text)
 
@@ -44,7 +46,7 @@ def condition_clause(condition: Condition, attributes: sa.ColumnElement[Any]) ->
 
 
 class Compiler:
-    """Turns conditions into SQL; the methods by which it reaches attributes may be replaced."""
+    """Turns conditions into SQL; the four methods that reach for an attribute may be replaced."""
 
     def __init__(self, attributes: sa.ColumnElement[Any]) -> None:
         self._attributes = attributes
@@ -84,12 +86,6 @@ class Compiler:
 
     # -- values -----------------------------------------------------------------------------------------------------
 
-    def _has(self, name: str) -> Sql:
-        return self._attributes.op("?")(name)
-
-    def _attribute(self, name: str) -> Sql:
-        return self._attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text))
-
     def _json(self, node: Node) -> Sql:
         """The node's value as jsonb; NULL: an error."""
         match node:
@@ -128,10 +124,13 @@ class Compiler:
             return self._lists_equal(left, right)
         if _is_constant(left) and _is_constant(right):
             return sa.literal(_same_constant(left, right))
-        if is_large_number(left):
+        if _is_large_number(left):
             left, right = right, left
+        for attribute, constant in ((left, right), (right, left)):
+            if isinstance(attribute, tree.Attribute) and _is_plain_text(constant):
+                return self._attribute_text(attribute) == sa.literal(constant.value, sa.Text)
         one = self._json(left)
-        if isinstance(right, Constant) and is_large_number(right):
+        if isinstance(right, Constant) and _is_large_number(right):
             return _equal_to_large(one, right.value)
         other = self._json(right)
         if _is_constant(left) or _is_constant(right):
@@ -159,9 +158,11 @@ class Compiler:
                 return _constants_ordered(op, left, right)
             return self._ordered(_MIRRORED[op], right, left)
         compare = _ORDER[op]
+        if isinstance(left, tree.Attribute) and _is_small_number(right):
+            return self._attribute_ordered(op, left, right.value)
         value = self._json(left)
         if isinstance(right, Constant):
-            return self._ordered_to_literal(compare, left, right.value)
+            return _ordered_to_literal(compare, value, right.value)
         other = self._json(right)
         return sa.case(
             (
@@ -177,6 +178,23 @@ class Compiler:
                 compare(value.cast(sa.Boolean), other.cast(sa.Boolean)),
             ),
         )
+
+    def _has(self, name: str) -> Sql:
+        return self._attributes.op("?")(name)
+
+    def _attribute(self, name: str) -> Sql:
+        """An attribute as jsonb; NULL: it is absent."""
+        return self._attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text))
+
+    def _attribute_text(self, attribute: tree.Attribute) -> Sql:
+        """An attribute as text, whatever its type; NULL: it is absent."""
+        return self._attributes.op("->>", return_type=sa.Text())(sa.literal(attribute.name, sa.Text))
+
+    def _attribute_ordered(self, op: str, attribute: tree.Attribute, number: Scalar) -> Sql:
+        # A path looks at the type and the value in one go, which halves the time. In its strict mode a missing member
+        # and another type are "unknown", and the operator's answer to that is NULL.
+        path = f'strict $."{attribute.name}" {op} {Decimal(repr(number)):f}'
+        return self._attributes.op("@@", return_type=sa.Boolean())(sa.literal(path, sa.Text).cast(JSONPATH))
 
     # -- membership and strings -------------------------------------------------------------------------------------
 
@@ -197,21 +215,20 @@ class Compiler:
 
     def _in_list(self, item: Node, container: ListOf) -> Sql:
         # What is equal exactly when it is equal as jsonb is looked up at once, however many there are.
-        plain = [each for each in container.items if _is_constant(each) and not is_large_number(each)]
+        if isinstance(item, tree.Attribute) and container.items and all(map(_is_plain_text, container.items)):
+            texts = sa.literal([each.value for each in container.items if isinstance(each, Constant)], ARRAY(sa.Text))
+            return self._attribute_text(item) == sa.any_(texts)
+        plain = [each for each in container.items if _is_constant(each) and not _is_large_number(each)]
         if _is_constant(item):
             plain = []
         others = [each for each in container.items if each not in plain]
         clauses = [self._equal(item, each) for each in others]
         if plain:
-            clauses.append(self._one_of(item, plain))
+            texts = sa.literal([_json_text(each) for each in plain], ARRAY(sa.Text))
+            clauses.append(self._json(item) == sa.any_(texts.cast(ARRAY(JSONB))))
         # An error anywhere in the list, or in the item, is one of the whole, found or not.
         parts = [self._json(each).is_not(None) for each in (item, *others) if not _is_constant(each)]
         return _when(sa.and_(sa.true(), *parts), sa.or_(sa.false(), *clauses))
-
-    def _one_of(self, item: Node, constants: list[Node]) -> Sql:
-        """Equality with one of several that are equal exactly when they are as jsonb."""
-        texts = sa.literal([_json_text(each) for each in constants], ARRAY(sa.Text))
-        return self._json(item) == sa.any_(texts.cast(ARRAY(JSONB)))
 
     def _test(self, function: str, text: Node, part: Node) -> Sql:
         whole, piece = self._string(text), self._string(part)
@@ -225,10 +242,8 @@ class Compiler:
         """The node as text; NULL: an error, or not a string."""
         if isinstance(node, Constant):
             return sa.literal(node.value, sa.Text).collate("C") if isinstance(node.value, str) else _NO_TEXT
-        return text_or_null(self._json(node))
-
-    def _ordered_to_literal(self, compare: Callable[[Any, Any], Any], node: Node, literal: Scalar) -> Sql:
-        return _ordered_to_literal(compare, self._json(node), literal)
+        value = self._json(node)
+        return _when(_is(value, "string"), _text(value))
 
 
 def _when(check: Sql, value: Sql) -> Sql:
@@ -239,11 +254,6 @@ def _when(check: Sql, value: Sql) -> Sql:
 def number_or_null(value: Sql) -> Sql:
     """A jsonb number as numeric; NULL: it is none."""
     return _when(_is(value, "number"), _numeric(value))
-
-
-def text_or_null(value: Sql) -> Sql:
-    """A jsonb string as text, whose order is that of code points; NULL: it is none."""
-    return _when(_is(value, "string"), _text(value))
 
 
 def _is(value: Sql, kind: str) -> Sql:
@@ -285,9 +295,23 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_large_number(node: Node) -> bool:
+def _is_large_number(node: Node) -> bool:
     """Whether it is a literal that only a comparison by its type compares rightly."""
     return isinstance(node, Constant) and _is_number(node.value) and not -_EXACT_BELOW < node.value < _EXACT_BELOW  # type: ignore[operator]
+
+
+def _is_small_number(node: Node) -> TypeGuard[Constant]:
+    return isinstance(node, Constant) and _is_number(node.value) and not _is_large_number(node)
+
+
+def _is_plain_text(node: Node) -> TypeGuard[Constant]:
+    """Whether it is a literal string that no bool, number or list looks like as text.
+
+    Equality with it needs no look at the type: an attribute with this text is this string.
+    """
+    if not isinstance(node, Constant) or not isinstance(node.value, str):
+        return False
+    return node.value not in ("true", "false") and not node.value.startswith(_OTHER_TYPES_START)
 
 
 def _literal(node: Node) -> Sql:
@@ -342,7 +366,7 @@ def _ordered_to_literal(compare: Callable[[Any, Any], Any], value: Sql, literal:
         return _when(_is(value, "boolean"), compare(value.cast(sa.Boolean), sa.literal(literal)))
     if isinstance(literal, str):
         return _when(_is(value, "string"), compare(_text(value), sa.literal(literal, sa.Text)))
-    if not is_large_number(Constant(literal)):
+    if not _is_large_number(Constant(literal)):
         return _when(_is(value, "number"), compare(_numeric(value), sa.literal(Decimal(repr(literal)), sa.Numeric)))
     as_double = compare(_double(value), sa.literal(float(literal), sa.Double))
     if isinstance(literal, float):

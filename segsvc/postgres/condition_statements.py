@@ -39,20 +39,26 @@ def _clause(condition: str) -> tuple[str, tuple[Any, ...]]:
     return str(compiled), tuple(values[name] for name in compiled.positiontup or ())
 
 
-def slots_where(connection: sa.Connection, condition: str, first: int, count: int) -> Int64s:
-    """Slots of the users of a range of blocks for whom a condition holds, in any order."""
+def slots_where(connection: sa.Connection, condition: str, first_block: int, blocks: int | None) -> Int64s:
+    """Slots of the users of a range of blocks (None: of all from the first on) for whom a condition holds.
+
+    They come in any order.
+    """
+    first = first_block * BLOCK_SLOTS
+    end = None if blocks is None else first + blocks * BLOCK_SLOTS
     text, parameters = _clause(condition)
-    start = first * BLOCK_SLOTS
-    driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor:
-        # COPY takes no parameters: the driver puts them in, quoted as for any statement.
-        query = cursor.mogrify(
-            f"SELECT (u.slot - %s)::int4 FROM users u WHERE u.slot >= %s AND u.slot < %s AND {text}",  # noqa: S608  # no value
-            (start, start, start + count * BLOCK_SLOTS, *parameters),
-        )
-    rows = copy_rows(connection, sql.SQL(query.decode()), slots=">i4")
-    slots: Int64s = rows["slots"].astype(np.int64) + start
-    return slots
+    bounds: list[tuple[str, int]] = []
+    if first:
+        bounds.append(("u.slot >= %s AND ", first))
+    if end is not None:
+        bounds.append(("u.slot < %s AND ", end))
+    # One value with four bytes a slot: a row each would take the driver as long as some conditions take the server.
+    packed = connection.exec_driver_sql(
+        "SELECT string_agg(int4send((u.slot - %s)::int4), ''::bytea) FROM users u "  # noqa: S608  # no value is in it
+        f"WHERE {''.join(bound for bound, _ in bounds)}{text}",
+        (first, *(value for _, value in bounds), *parameters),
+    ).scalar_one()
+    return np.frombuffer(packed or b"", dtype=">i4").astype(np.int64) + first
 
 
 def matching(

@@ -29,6 +29,10 @@ from segsvc.twophase_ports import ProgressHook, WorkFailed
 CHUNK_BLOCKS = 1000
 """Blocks worked on at a time: about 8 MB of user ids, so that memory does not grow with the users."""
 
+CONDITION_BLOCKS = 4000
+"""Blocks that a condition is asked of at a time: at most 16 MB of slots. More than above, since the server reads the
+users of a part of the shard more slowly than all of them."""
+
 
 class ShardTransaction(Protocol):
     """A transaction on one shard that holds the shard's exclusive lock (or one under which nothing can change)."""
@@ -140,6 +144,15 @@ def _membership_chunks(
         )
 
 
+def _condition_bits(tx: ShardTransaction, condition: str, blocks: int) -> bits.Packed:
+    """For whom of the shard a condition holds."""
+    packed = bits.empty(blocks)
+    for first in range(0, blocks, CONDITION_BLOCKS):
+        count = min(CONDITION_BLOCKS, blocks - first)
+        packed[first : first + count] = bits.at_slots(tx.condition_slots(condition, first, count), first, count)
+    return packed
+
+
 def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHook, *, write: bool) -> ShardCounts:
     """Evaluate the rule for every user of the shard and store the bits that differ.
 
@@ -151,6 +164,8 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
         raise ValueError("a roll-out has a rule")
     next_slot = tx.next_slot()
     blocks_total = -(-next_slot // BLOCK_SLOTS)
+    # A bit for each user of the shard is little enough to be kept.
+    condition_bits = _condition_bits(tx, rule.condition, blocks_total) if rule.condition else None
     matched = added = removed = members = rule_count = 0
     blocks_done = 0
     for (first, count), old, included, excluded in _membership_chunks(
@@ -158,10 +173,8 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
     ):
         user_ids = tx.directory(first, count)
         condition_holds = user_ids > 0
-        if rule.condition:
-            condition_holds &= bits.unpack(
-                bits.at_slots(tx.condition_slots(rule.condition, first, count), first, count)
-            )
+        if condition_bits is not None:
+            condition_holds &= bits.unpack(condition_bits[first : first + count])
         new = bits.pack(condition_holds & (buckets(user_ids, plan.salt) < rule.threshold))
         matched += int(condition_holds.sum())
         rule_count += bits.popcount(new)

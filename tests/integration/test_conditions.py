@@ -54,6 +54,13 @@ KNOWN = [
     "user.a < 'b' || 1 < user.n || user.n >= 0.5",
     "user.a.startsWith(user.b) || 'a' in user.tags || ['a'] in user.tags || 1 in user.tags",
     "user.flag == true || user.a == ['a']",
+    "user.a == 'RU' || user.b != 'ab'",
+    "user.a == '1' || user.a == 'true' || user.a == '{}' || user.a == '[]' || user.a == ''",
+    "user.a in ['RU', '', 'null']",
+    "!(user.a in ['RU', 'ab'])",
+    "user.a in ['RU', '1']",
+    "!(user.a >= -2) && user.n < 1e-7",
+    "user.a > 5e-324 || 18 <= user.n",
 ]
 
 
