@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 
@@ -19,6 +18,7 @@ from benchmarks.world import World
 from segsvc.bootstrap import WARM_TIMEOUT_S, make_cache
 from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
+from segsvc.domain.membership import FIRST_SEGMENT
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.reads import PostgresMemberships
 from segsvc.services.slug_map import SlugMap
@@ -50,9 +50,8 @@ def warm(world: World) -> Iterator[Result | Curve]:
             slugs=SlugMap(memberships.slugs),
             budget_bytes=settings.cache_warm_budget_bytes,
         )
-        peer = psycopg2.connect(
-            sa.make_url(settings.shard_dsns[0]).set(drivername="postgresql").render_as_string(False)
-        )
+        dsn = sa.make_url(settings.shard_dsns[0]).set(drivername="postgresql")
+        peer = psycopg2.connect(dsn.render_as_string(hide_password=False))
         peer.autocommit = True
         user_ids = itertools.cycle(SHAPE.user_ids(0).tolist())
 
@@ -79,7 +78,7 @@ def warm(world: World) -> Iterator[Result | Curve]:
 
         pair = measure_pair(ours, reference)
         ours()
-        _prove_hits(settings.shard_count, CacheReader(cache, settings.shard_count), peer)
+        _prove_hits(CacheReader(cache, SHAPE.shards), peer)
         peer.close()
         cache.close()
         databases.close()
@@ -89,7 +88,7 @@ def warm(world: World) -> Iterator[Result | Curve]:
     )  # fmt: skip
 
 
-def _prove_hits(shard_count: int, reader: CacheReader, peer: psycopg2.extensions.connection) -> None:
+def _prove_hits(reader: CacheReader, peer: psycopg2.extensions.connection) -> None:
     """A sample of what the warmer wrote is a hit and says what the rows say.
 
     Raises:
@@ -101,6 +100,5 @@ def _prove_hits(shard_count: int, reader: CacheReader, peer: psycopg2.extensions
         for user_id, entry in zip(sample, reader.lookup(sample), strict=True):
             cursor.execute("SELECT segment_id FROM peer.memberships WHERE user_id = %s", (user_id,))
             assert entry is not None, f"user {user_id} is no hit"
-            assert sorted(entry[4:]) == sorted(segment_id for (segment_id,) in cursor.fetchall()), user_id
+            assert sorted(entry[FIRST_SEGMENT:]) == sorted(segment_id for (segment_id,) in cursor.fetchall()), user_id
     reader.close()
-    assert shard_count == SHAPE.shards, os.getpid()
