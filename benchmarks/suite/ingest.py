@@ -35,7 +35,7 @@ PARTITIONS = 8
 ROWS_TOPIC = "benchmark-rows"
 ROW_CONSUMERS = 2
 """As many as there are cores here: alone, one waits for PostgreSQL half of the time."""
-POLL_S = 0.01
+POLL_S = 0.03
 TIMEOUT_S = 120.0
 
 
