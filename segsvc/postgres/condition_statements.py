@@ -83,7 +83,7 @@ def matching(
         yield from zip(part, holds, strict=True)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)  # as many as 4096 conditions need, each kind of place apart
 def _users_statement(conditions: tuple[str, ...], is_range: bool) -> Any:
     """Users with, for each, an array of what the conditions say; compiled, its users to be given."""
     users = tables.users
