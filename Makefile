@@ -34,7 +34,10 @@ check: $(VENV) ## Recompute every membership of the running stack and compare
 ##@ Test
 .PHONY: test test-long test-docker simulate soak fresh
 test: $(VENV) ## All tests, unit to end-to-end, on real components
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+# Most of a test is waiting for processes to start and stop: two at a time. ARGS="-n 0": one after the other.
+SIDE_BY_SIDE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
 test-long: $(VENV) ## What takes minutes: a million conditions, the service against its model
 	@$(BIN)/python -m pytest -m long $(ARGS)
