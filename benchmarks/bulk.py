@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,18 +16,23 @@ import psutil
 import sqlalchemy as sa
 from celery import Celery, chord
 
-from benchmarks.harness import Pids
+from benchmarks.harness import Pids, Spent, cpu_of
+from benchmarks.seed import Shape
 from benchmarks.world import World
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
 from segsvc.demo.client import Client
+from segsvc.domain import bits
 from segsvc.domain.operation import Gid, Operation, OperationKind, OperationPlan, OperationState, ShardCounts
 from segsvc.domain.segment import Rule, ShardSegment
+from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.failpoints import failpoints
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.processes import free_ports
 from segsvc.local.redis import BROKER_CONFIG, RedisServer
+from segsvc.postgres import tables
 from segsvc.postgres.blocks import PostgresShardTransaction
+from segsvc.postgres.copying import append_rows
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.participant import PostgresParticipant
 from segsvc.services.shard_work import perform
@@ -38,6 +44,10 @@ BARE_COUNT = (
     "AND attributes->>'platform' IN ('ios', 'android') AND (attributes->>'age')::int >= 18"
 )
 """``seed.CONDITION`` as somebody writes it who knows that every user has these attributes, with these types."""
+
+
+_PEER = sa.Table("memberships", sa.MetaData(), schema="peer")
+_segment_ids = itertools.count(1000)
 
 
 class ShardWork:
@@ -159,17 +169,40 @@ class OnAllShards:
             connection.close()
             engine.dispose()
 
-    def numbers(self, statement: str) -> list[int]:
+    def numbers(self, statement: str, *parameters: object) -> list[int]:
         """The one number that the statement gives on each shard."""
         return list(
             self._threads.map(
-                lambda connection: int(connection.exec_driver_sql(statement).scalar_one()), self._connections
+                lambda connection: int(connection.exec_driver_sql(statement, parameters).scalar_one()),
+                self._connections,
             )
         )
 
 
 def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: ProgressHook, write: bool) -> ShardCounts:
     return perform(tx, operation, on_progress, write=write)
+
+
+def new_segment(installation: Installation) -> ShardSegment:
+    """A segment that shard 0 knows and nobody is in."""
+    number = next(_segment_ids)
+    segment = ShardSegment(number, f"new-{number}", salt=number, rule=None, rule_count=0)
+    installation.execute(
+        0,
+        "INSERT INTO segments (id, slug, salt) VALUES (:id, :slug, :salt)",
+        id=segment.id, slug=segment.slug, salt=tables.salt_to_db(segment.salt),
+    )  # fmt: skip
+    return segment
+
+
+def load_peer_segment(engine: sa.Engine, segment_id: int, shape: Shape) -> int:
+    """Add a row for each bit of a segment of this shard; how many."""
+    blocks = -(-shape.users // BLOCK_SLOTS)
+    with engine.begin() as connection:
+        tx = PostgresShardTransaction(connection, 0)
+        user_ids = tx.directory(0, blocks)[bits.unpack(tx.segment_bits(segment_id, 0, blocks))]
+        append_rows(connection, _PEER, user_id=user_ids, segment_id=segment_id)
+    return int(user_ids.size)
 
 
 def two_phase(connection: sa.Connection, gid: str) -> None:
@@ -184,6 +217,16 @@ def pid_of(server: PostgresServer | RedisServer) -> int:
     """Of a server that runs."""
     assert server.pid is not None
     return server.pid
+
+
+@contextlib.contextmanager
+def here_and(pids: Pids) -> Iterator[Spent]:
+    """``cpu_of`` these processes, and of this one by itself as ``client``: the servers are its children."""
+    with cpu_of(pids) as spent:
+        begun = time.process_time()  # inside: to look at the other processes takes CPU as well
+        yield spent
+        own_s = time.process_time() - begun
+    spent.cpu_s = {"client": own_s, **spent.cpu_s}
 
 
 def elapsed(start: float) -> float:

@@ -36,8 +36,12 @@ def main() -> int:
     if options.rounds:
         os.environ["ROUNDS"] = str(options.rounds)
     results: list[Result] = []
-    with World() as world:
-        failed = [name for name in options.only or registry if not _run(name, world, results)]
+    try:
+        with World() as world:
+            failed = [name for name in options.only or registry if not _run(name, world, results)]
+    except LocalStackError as error:
+        print(error, file=sys.stderr)
+        return 1
     report.print_table(results)
     missed = [row.name for row in results if row.met is False]
     if missed:

@@ -8,6 +8,7 @@ run that was killed has left behind is removed by the next one.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import redis
 import sqlalchemy as sa
 
 from benchmarks import rows
@@ -22,7 +24,7 @@ from benchmarks.seed import Shape, fill
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
 from segsvc.local.postgres import PostgresServer
-from segsvc.local.processes import Daemon, ended_as_interrupted, find_marked, kill_marked
+from segsvc.local.processes import Daemon, LocalStackError, ended_as_interrupted, find_marked, kill_marked
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import write_env
@@ -62,6 +64,7 @@ class World:
         with contextlib.ExitStack() as undo:
             undo.enter_context(ended_as_interrupted())
             self.folder.mkdir(parents=True, exist_ok=True)
+            undo.enter_context(self._alone())
             self._clean_up()
             undo.callback(self._clean_up)
             self._exit = undo.pop_all()
@@ -69,6 +72,20 @@ class World:
 
     def __exit__(self, *_: object) -> None:
         self._exit.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep out a second run in this folder: each would end the other's processes.
+
+        Raises:
+            LocalStackError: there is one.
+        """
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LocalStackError(f"other benchmarks run in {self.folder}") from None
+            yield
 
     # -- servers ----------------------------------------------------------------------------------------------------
 
@@ -91,6 +108,11 @@ class World:
             self._cache.start()
             self._exit.callback(self._cache.stop)
         return self._cache
+
+    def empty_cache(self) -> None:
+        """Take everything out of the bare cache."""
+        with redis.Redis.from_url(self.cache.url) as client:
+            client.flushall()
 
     @property
     def mark(self) -> Path:
@@ -137,7 +159,8 @@ class World:
 
     @contextlib.contextmanager
     def installation(self, shape: Shape, **settings: Any) -> Iterator[Installation]:
-        """A fresh installation of this shape on the bare servers: a copy of one that was made before, if there is.
+        """A fresh installation of this shape on the bare servers: a copy of one that was made before, if there is. The
+        cache is empty. One at a time.
 
         Args:
             settings: settings by field name.
@@ -153,6 +176,8 @@ class World:
             self._drop(name)
             # A copy of files: the other way would write each page into the WAL.
             self._sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
+        # What it holds is of the installation before, with the same users and other segments.
+        self.empty_cache()
         try:
             yield self._installation(working, cache_url=self.cache.url, **settings)
         finally:

@@ -21,15 +21,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from typing import Final, Protocol
 
 from pygrpc_native import NativeGrpcFront
 
 from grpc_api import membership_wire as wire
-from grpc_api.errors import status_of
+from grpc_api.lane_answers import Batch, BatchPlace, Single
 from grpc_api.lane_calls import Call, Calls, NativeCalls, QueuedCalls
 from segsvc import metrics
 from segsvc.domain.errors import Reason, ServiceError
@@ -43,9 +44,9 @@ log = get_logger(__name__)
 
 CALLS_MAX: Final = 256
 """Calls taken at once: with more, the first would only wait for the last."""
-USERS_PER_LOOKUP: Final = 2048
-"""Users asked for in one command. Calls with 1000 users each are cut up, so that the cache's server, which does one
-thing at a time, is never kept busy for long."""
+USERS_PER_LOOKUP: Final = 256
+"""Users asked for in one command. Calls with 1000 users each are cut up: the cache's server, which does one thing at a
+time, is never kept busy for long, and works on one piece while the lane encodes the one before."""
 COUNTS_EVERY_S: Final = 5.0
 """How often the reads counted per block go to the cache, for the warmer."""
 HOUSEKEEPING_S: Final = 0.1
@@ -63,6 +64,9 @@ class Entries(Protocol):
 
     def lookup(self, user_ids: Sequence[int]) -> list[Entry | None]:
         """What is cached of these users, in their order. Raises CACHE_UNAVAILABLE; ``connected`` is then False."""
+
+    def lookups(self, user_ids: Sequence[int], users_per_command: int) -> Generator[list[Entry | None]]:
+        """As ``lookup``, in pieces; closed if it is not taken to its end."""
 
 
 class ReadCounts(Protocol):
@@ -104,7 +108,7 @@ class HotLane:
         self._shard_count = shard_count
         self._closing = threading.Event()
         self._reads_lock = threading.Lock()
-        self._reads: Counter[tuple[int, int]] = Counter()
+        self._reads: Counter[int] = Counter()
         self._hits = metrics.reads.labels("hit")
         self._thread = threading.Thread(target=self._run, name="hot-lane", daemon=True)
         self._housekeeper = threading.Thread(target=self._keep_house, name="hot-lane-housekeeping", daemon=True)
@@ -161,55 +165,93 @@ class HotLane:
                     call.fail(_internal())
 
     def _serve(self, calls: Sequence[Call]) -> None:
-        reads: list[tuple[int, float | None, Answer]] = []
+        # Calls and users side by side, and no object for a call that hits: at tens of thousands of calls a second the
+        # lane is the busiest thread there is.
+        singles: list[Call] = []
+        user_ids: list[int] = []
+        batches: list[Batch] = []
         for call in calls:
             try:
                 if call.batch:
-                    reads += self._batch(call)
+                    batches.append(Batch(call, self._slugs))
                 else:
-                    reads.append((wire.user_id_of(call.payload), call.deadline, _Single(call, self._slugs)))
+                    user_ids.append(wire.user_id_of(call.payload))
+                    singles.append(call)
             except ServiceError as error:
                 call.fail(error)
-        for first in range(0, len(reads), USERS_PER_LOOKUP):
-            self._read(reads[first : first + USERS_PER_LOOKUP])
+        if singles:
+            self._serve_singles(singles, user_ids)
+        if batches:
+            self._serve_batches(batches)
 
-    def _batch(self, call: Call) -> list[tuple[int, float | None, Answer]]:
-        """The reads of a BatchGetUserSegments; users that cannot exist have their answer already."""
-        user_ids = wire.user_ids_of(call.payload)
-        batch = _Batch(call, len(user_ids), self._slugs)
-        reads: list[tuple[int, float | None, Answer]] = []
-        for index, user_id in enumerate(user_ids):
-            try:
-                wire.check_user_id(user_id, f"user_ids[{index}]")
-            except ServiceError as error:
-                batch.put(index, user_id, error)
-            else:
-                reads.append((user_id, call.deadline, _BatchPlace(batch, index)))
-        return reads
-
-    def _read(self, reads: Sequence[tuple[int, float | None, Answer]]) -> None:
-        hits: list[tuple[int, int]] = []
-        entries = self._lookup([user_id for user_id, _, _ in reads])
-        for (user_id, deadline, answer), entry in zip(reads, entries, strict=True):
-            try:
-                if entry is not None:
-                    answer(user_id, entry)
-                    hits.append((user_id % self._shard_count, entry[BLOCK]))
+    def _serve_singles(self, calls: Sequence[Call], user_ids: Sequence[int]) -> None:
+        slugs, shards = self._slugs, self._shard_count
+        hits: list[int] = []
+        for call, user_id, entry in zip(calls, user_ids, self._lookup(user_ids), strict=True):
+            if entry is not None:
+                try:
+                    answer = wire.encode_user_segments(wire.encode_user_id(user_id, call.payload), entry, slugs)
+                except KeyError:
+                    pass  # a segment created since the map was filled: the cold read fills it
+                else:
+                    call.answer(answer)
+                    hits.append(entry[BLOCK] * shards + user_id % shards)
                     continue
-            except UnknownSegment:
-                pass  # created since the map was filled: the cold read fills it
-            self._cold.submit((user_id,), deadline, self._counted(answer))
-        self._hits.inc(len(hits))
-        with self._reads_lock:
-            self._reads.update(hits)
+            self._cold.submit((user_id,), call.deadline, self._counted(Single(call, slugs)))
+        self._count(hits)
+
+    def _serve_batches(self, batches: Sequence[Batch]) -> None:
+        """Each call is answered as soon as the last piece with a user of it has come."""
+        waiting = deque(batches)
+        entries: list[Entry | None] = []
+        for piece in self._lookups([user_id for batch in batches for user_id in batch.user_ids]):
+            entries += piece
+            while waiting and len(waiting[0].user_ids) <= len(entries):
+                batch = waiting.popleft()
+                users = len(batch.user_ids)
+                self._answer_batch(batch, entries[:users])
+                del entries[:users]
+
+    def _answer_batch(self, batch: Batch, entries: Sequence[Entry | None]) -> None:
+        shards = self._shard_count
+        missed = batch.put_all(entries)
+        for place in missed:
+            self._cold.submit((batch.user_ids[place],), batch.deadline, self._counted(BatchPlace(batch, place)))
+        user_ids = batch.user_ids
+        if missed:
+            left_out = set(missed)
+            places = [place for place in range(len(entries)) if place not in left_out]
+            user_ids, entries = [user_ids[place] for place in places], [entries[place] for place in places]
+        read = zip(user_ids, entries, strict=True)
+        self._count([entry[BLOCK] * shards + user_id % shards for user_id, entry in read if entry])
 
     def _lookup(self, user_ids: Sequence[int]) -> Sequence[Entry | None]:
-        if self._entries.connected and user_ids:
+        if self._entries.connected:
             try:
                 return self._entries.lookup(user_ids)
             except ServiceError:
                 log.warning("lane_without_cache")
         return [None] * len(user_ids)
+
+    def _lookups(self, user_ids: Sequence[int]) -> Iterator[Sequence[Entry | None]]:
+        """As ``_lookup``, in pieces; what could not be asked any more comes last, as one piece of misses."""
+        found = 0
+        if self._entries.connected:
+            try:
+                with closing(self._entries.lookups(user_ids, USERS_PER_LOOKUP)) as pieces:
+                    for piece in pieces:
+                        found += len(piece)
+                        yield piece
+            except ServiceError:
+                log.warning("lane_without_cache")
+        if found < len(user_ids):
+            yield [None] * (len(user_ids) - found)
+
+    def _count(self, hits: Sequence[int]) -> None:
+        """Count hits, each as block × shards + shard."""
+        self._hits.inc(len(hits))
+        with self._reads_lock:
+            self._reads.update(hits)
 
     def _counted(self, answer: Answer) -> Answer:
         """An answer to a cold read that also counts it: cold blocks are what the warmer must know of."""
@@ -218,7 +260,7 @@ class HotLane:
             answer(user_id, outcome)
             if not isinstance(outcome, ServiceError):
                 with self._reads_lock:
-                    self._reads[shard_of(user_id, self._shard_count), outcome[BLOCK]] += 1
+                    self._reads[outcome[BLOCK] * self._shard_count + shard_of(user_id, self._shard_count)] += 1
 
         return count
 
@@ -249,79 +291,14 @@ class HotLane:
         with self._reads_lock:
             reads, self._reads = self._reads, Counter()
         by_shard: dict[int, dict[int, int]] = {}
-        for (shard, block), count in reads.items():
+        for number, count in reads.items():
+            block, shard = divmod(number, self._shard_count)
             by_shard.setdefault(shard, {})[block] = count
         try:
             for shard, counts in by_shard.items():
                 self._counts.add_reads(shard, counts)
         except ServiceError:
             log.info("read_counts_lost", blocks=len(reads))  # a hint for the warmer, no more
-
-
-class UnknownSegment(Exception):
-    """An entry names a segment whose slug is not known here yet."""
-
-
-class _Single:
-    """Answers a GetUserSegments."""
-
-    __slots__ = ("_call", "_slugs")
-
-    def __init__(self, call: Call, slugs: Mapping[int, bytes]) -> None:
-        self._call = call
-        self._slugs = slugs
-
-    def __call__(self, user_id: int, outcome: Outcome) -> None:
-        if isinstance(outcome, ServiceError):
-            self._call.fail(outcome)
-        else:
-            encoded_user_id = wire.encode_user_id(user_id, self._call.payload)
-            self._call.answer(_encoded(encoded_user_id, outcome, self._slugs))
-
-
-class _Batch:
-    """Answers a BatchGetUserSegments when the last of its users has been read."""
-
-    __slots__ = ("_call", "_left", "_lock", "_results", "_slugs")
-
-    def __init__(self, call: Call, users: int, slugs: Mapping[int, bytes]) -> None:
-        self._call = call
-        self._slugs = slugs
-        self._lock = threading.Lock()
-        self._results = [b""] * users
-        self._left = users
-
-    def put(self, index: int, user_id: int, outcome: Outcome) -> None:
-        if isinstance(outcome, ServiceError):
-            result = wire.encode_error_result(status_of(outcome))
-        else:
-            result = wire.encode_result(_encoded(wire.encode_user_id(user_id), outcome, self._slugs))
-        with self._lock:
-            self._results[index] = result
-            self._left -= 1
-            complete = not self._left
-        if complete:
-            self._call.answer(b"".join(self._results))
-
-
-class _BatchPlace:
-    """One user's place in a batch."""
-
-    __slots__ = ("_batch", "_index")
-
-    def __init__(self, batch: _Batch, index: int) -> None:
-        self._batch = batch
-        self._index = index
-
-    def __call__(self, user_id: int, outcome: Outcome) -> None:
-        self._batch.put(self._index, user_id, outcome)
-
-
-def _encoded(encoded_user_id: bytes, entry: Entry, slugs: Mapping[int, bytes]) -> bytes:
-    try:
-        return wire.encode_user_segments(encoded_user_id, entry, slugs)
-    except KeyError:
-        raise UnknownSegment from None
 
 
 def _internal() -> ServiceError:

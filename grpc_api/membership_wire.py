@@ -6,7 +6,7 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -20,16 +20,21 @@ from segsvc.domain.membership import FIRST_SEGMENT, READ_TIME, Entry
 BATCH_USERS_MAX: Final = 1000
 
 _TIMES_MAX: Final = 65_536
+_LENGTHS_MAX: Final = 65_536
+
+
+# The varints of two groups of seven bits: of the last ones of a number, and of those that others follow.
+_LAST: Final = [bytes((n,)) if n < 0x80 else bytes((n & 0x7F | 0x80, n >> 7)) for n in range(1 << 14)]
+_FOLLOWED: Final = [bytes((n & 0x7F | 0x80, n >> 7 | 0x80)) for n in range(1 << 14)]
 
 
 def varint(value: int) -> bytes:
     """A non-negative integer as protobuf writes it."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    encoded = b""
+    while value >= 1 << 14:
+        encoded += _FOLLOWED[value & 0x3FFF]
+        value >>= 14
+    return encoded + _LAST[value]
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -55,6 +60,20 @@ class _Times(dict[int, bytes]):
 
 
 _times: Final = _Times()
+
+
+class _ResultHeads(dict[int, bytes]):
+    """Length of a UserSegments -> what stands before it in ``BatchGetUserSegmentsResponse.results``."""
+
+    def __missing__(self, length: int) -> bytes:
+        if len(self) >= _LENGTHS_MAX:
+            self.clear()
+        inner = b"\x0a" + varint(length)
+        head = self[length] = b"\x0a" + varint(len(inner) + length) + inner
+        return head
+
+
+_result_heads: Final = _ResultHeads()
 
 
 def user_id_of(payload: bytes) -> int:
@@ -113,13 +132,34 @@ def encode_user_id(user_id: int, request: bytes = b"") -> bytes:
 
 def encode_user_segments(encoded_user_id: bytes, entry: Entry, encoded_slugs: Mapping[int, bytes]) -> bytes:
     """A UserSegments. Raises KeyError if the slug of one of the segments is not known yet."""
-    slugs = [encoded_slugs[segment_id] for segment_id in entry[FIRST_SEGMENT:]]
-    return b"".join((encoded_user_id, *slugs, _times[entry[READ_TIME]]))
+    return b"".join((encoded_user_id, *map(encoded_slugs.__getitem__, entry[FIRST_SEGMENT:]), _times[entry[READ_TIME]]))
 
 
 def encode_result(user_segments: bytes) -> bytes:
     """A BatchGetUserSegmentsResponse.results with an answer."""
-    return _field(1, _field(1, user_segments))
+    return _result_heads[len(user_segments)] + user_segments
+
+
+def encode_results(
+    user_ids: Sequence[int], entries: Iterable[Entry | None], encoded_slugs: Mapping[int, bytes]
+) -> list[bytes | None]:
+    """BatchGetUserSegmentsResponse.results of many users; None without an entry, or if a slug is not known yet.
+
+    The same as ``encode_result`` of ``encode_user_segments`` for each, without a call of a function for each.
+    """
+    slug_of, times, heads, join = encoded_slugs.__getitem__, _times, _result_heads, b"".join
+    results: list[bytes | None] = []
+    for user_id, entry in zip(user_ids, entries, strict=True):
+        if entry is None:
+            results.append(None)
+            continue
+        try:
+            answer = join((b"\x08", varint(user_id), *map(slug_of, entry[FIRST_SEGMENT:]), times[entry[READ_TIME]]))
+        except KeyError:
+            results.append(None)
+        else:
+            results.append(heads[len(answer)] + answer)
+    return results
 
 
 def encode_error_result(status: Status) -> bytes:

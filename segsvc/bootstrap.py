@@ -163,7 +163,8 @@ class HotReads:
 
     def __init__(self, settings: Settings, *, encode: Callable[[str], bytes]) -> None:
         # One connection a shard for each thread that reads it, and sessions that bound a statement as reads need it.
-        self._databases = Databases(settings, "reads", Pool(settings.cold_read_threads, settings.read_timeout_s))
+        pool = Pool(settings.cold_read_threads, settings.read_timeout_s, by_key=True)
+        self._databases = Databases(settings, "reads", pool)
         self._cache = make_cache(settings)
         memberships = PostgresMemberships(self._databases)
         self.entries = CacheReader(self._cache, settings.shard_count)
@@ -197,7 +198,8 @@ class Front:
     """Connections a database for everything but cold reads: as many calls may be at one database at once."""
 
     def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
-        self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS))
+        # One more: the watcher keeps one to the catalog as long as somebody waits.
+        self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS + 1))
         self.cache = make_cache(settings)
         parts = OperationParts(settings, self.databases, self.cache, sender)
         self.fan_out = parts.fan_out

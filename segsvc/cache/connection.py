@@ -83,6 +83,14 @@ class CacheConnection:
 
     def run_all(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands together and return their replies in order. Raises as ``run``, also if one of them fails."""
+        self.send(commands)
+        return [self.receive() for _ in commands]
+
+    def send(self, commands: Sequence[Command]) -> None:
+        """Send commands without waiting; ``receive`` gives their replies, one by one, in this order. Raises as ``run``.
+
+        Whoever does not fetch them all closes the connection: the next command would read another's reply.
+        """
         if not self._open or self._owner_pid != os.getpid():
             # The transport itself would connect anew.
             raise ConnectionClosedError("the connection to the cache is closed")
@@ -90,9 +98,18 @@ class CacheConnection:
             # hiredis declares a tuple of one
             packed = [pack_command(tuple(command)) for command in commands]  # type: ignore[arg-type]
             self._transport.send_packed_command(packed)
-            return [self._transport.read_response(disable_decoding=True) for _ in commands]
         except BaseException:
-            # Replies may be outstanding: the next command on this connection would read another's reply.
+            self.close()
+            raise
+
+    def receive(self) -> Any:
+        """The next reply to what was sent. Raises as ``run``, also if the server refused that command."""
+        if not self._open:
+            raise ConnectionClosedError("the connection to the cache is closed")
+        try:
+            return self._transport.read_response(disable_decoding=True)
+        except BaseException:
+            # Replies may be outstanding.
             self.close()
             raise
 

@@ -17,7 +17,7 @@ format gets a new number; old entries are then misses, and are filled anew.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -73,13 +73,25 @@ def decode(value: bytes | None, usable_prefix: bytes | None, now_us: int) -> Ent
         usable_prefix: ``prefix`` of the shard's generation; None: the shard has none.
         now_us: the time, against the entry's valid_until.
     """
-    if value is None or usable_prefix is None or not value.startswith(usable_prefix):
-        return None
-    layout = _layouts[len(value)]
-    if layout is None:
-        return None
-    entry = layout.unpack_from(value, PREFIX_BYTES)
-    return entry if entry[VALID_UNTIL] > now_us else None
+    return decode_all([value], [usable_prefix], now_us)[0]
+
+
+def decode_all(
+    values: Iterable[bytes | None], usable_prefixes: Iterable[bytes | None], now_us: int
+) -> list[Entry | None]:
+    """``decode`` for many at once: a call of a function for each would cost as much as the rest of it."""
+    layouts = _layouts
+    found: list[Entry | None] = []
+    for value, usable_prefix in zip(values, usable_prefixes, strict=True):
+        if value is not None and usable_prefix is not None and value.startswith(usable_prefix):
+            layout = layouts[len(value)]
+            if layout is not None:
+                entry = layout.unpack_from(value, PREFIX_BYTES)
+                if entry[VALID_UNTIL] > now_us:
+                    found.append(entry)
+                    continue
+        found.append(None)
+    return found
 
 
 def encode_columns(nonce: bytes, columns: EntryColumns) -> Sequence[bytes]:

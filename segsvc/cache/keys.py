@@ -17,13 +17,18 @@ def generation(shard: int) -> bytes:
     return b"{%d}:g" % shard
 
 
+def user_prefix(shard: int) -> bytes:
+    """What the keys of all users of a shard begin with; the id follows, in decimal."""
+    return b"{%d}:u:" % shard
+
+
 def user(shard: int, user_id: int) -> bytes:
-    return b"{%d}:u:%d" % (shard, user_id)
+    return user_prefix(shard) + b"%d" % user_id
 
 
 def users(shard: int, user_ids: Iterable[int]) -> list[bytes]:
     """Keys of many users of one shard, in their order."""
-    prefix = b"{%d}:u:" % shard
+    prefix = user_prefix(shard)
     return [prefix + b"%d" % user_id for user_id in user_ids]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Final
 
 from redis.exceptions import RedisError
 
@@ -13,6 +15,9 @@ from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import CacheConnection
 from segsvc.domain.errors import cache_unavailable
 from segsvc.domain.membership import Entry
+
+_COMMANDS_AHEAD: Final = 2
+"""One that the server works on, and one whose reply is on its way."""
 
 
 class CacheReader:
@@ -25,6 +30,7 @@ class CacheReader:
     def __init__(self, client: CacheClient, shard_count: int) -> None:
         self._client = client
         self._shard_count = shard_count
+        self._prefixes = [keys.user_prefix(shard) for shard in range(shard_count)]
         self._generations = [keys.generation(shard) for shard in range(shard_count)]
         self._connection: CacheConnection | None = None
 
@@ -51,26 +57,49 @@ class CacheReader:
         Raises:
             ServiceError: CACHE_UNAVAILABLE; ``connected`` is then False.
         """
+        with closing(self.lookups(user_ids, max(1, len(user_ids)))) as found:
+            return next(found, [])
+
+    def lookups(self, user_ids: Sequence[int], users_per_command: int) -> Generator[list[Entry | None]]:
+        """As ``lookup``, in pieces of so many users, a command each: while a piece is worked on, the server gets the
+        next one ready. Each piece is of one moment. Close it if it is not taken to its end.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE, at any piece; ``connected`` is then False.
+        """
         connection = self._connection
         if connection is None:
             raise cache_unavailable()
-        shards = self._shard_count
+        pieces = [user_ids[first : first + users_per_command] for first in range(0, len(user_ids), users_per_command)]
+        received = 0
         try:
-            # One server, so one command for all shards. On a Redis Cluster it would be one for each shard, still with
-            # the shard's generation in it.
-            values = connection.run(
-                "MGET", *self._generations, *[b"{%d}:u:%d" % (user_id % shards, user_id) for user_id in user_ids]
-            )
+            connection.send([self._command(piece) for piece in pieces[:_COMMANDS_AHEAD]])
+            for number, piece in enumerate(pieces):
+                values = connection.receive()
+                received += 1
+                if number + _COMMANDS_AHEAD < len(pieces):
+                    connection.send([self._command(pieces[number + _COMMANDS_AHEAD])])
+                yield self._entries(piece, values, connection.run_id)
         except (RedisError, OSError) as error:
             self._connection = None
             raise cache_unavailable() from error
+        finally:
+            if received < len(pieces):
+                # Replies are outstanding, which the next lookup would take for its own.
+                connection.close()
+                self._connection = None
+
+    def _command(self, user_ids: Sequence[int]) -> list[bytes | str | int | float]:
+        # One server, so one command for all shards. On a Redis Cluster it would be one for each shard, still with the
+        # shard's generation in it.
+        shards, prefixes = self._shard_count, self._prefixes
+        return ["MGET", *self._generations, *[prefixes[user_id % shards] + b"%d" % user_id for user_id in user_ids]]
+
+    def _entries(self, user_ids: Sequence[int], values: Sequence[bytes | None], run_id: bytes) -> list[Entry | None]:
+        shards = self._shard_count
         usable = [
-            entries.prefix(nonce) if (nonce := entries.nonce_of(value, connection.run_id)) is not None else None
+            entries.prefix(nonce) if (nonce := entries.nonce_of(value, run_id)) is not None else None
             for value in values[:shards]
         ]
         now_us = time.time_ns() // 1000
-        decode = entries.decode
-        return [
-            decode(value, usable[user_id % shards], now_us)
-            for user_id, value in zip(user_ids, values[shards:], strict=True)
-        ]
+        return entries.decode_all(values[shards:], [usable[user_id % shards] for user_id in user_ids], now_us)

@@ -30,6 +30,28 @@ INCLUDE, EXCLUDE = 1, 2
 _BLOCKS_LISTED_MAX: Final = 64
 """Up to so many blocks, deleting those that are listed takes no longer than deleting a range."""
 
+# Built once: to build one takes as long as to run it.
+_TAKE_LOCK: Final = sa.select(sa.func.pg_advisory_xact_lock(SHARD_LOCK))
+_SELECT_NEXT_SLOT: Final = sa.select(tables.shard_state.c.next_slot)
+_SELECT_SEGMENT: Final = sa.select(
+    tables.shard_segments.c.id,
+    tables.shard_segments.c.slug,
+    tables.shard_segments.c.salt,
+    tables.shard_segments.c.rule_threshold,
+    tables.shard_segments.c.rule_condition,
+    tables.shard_segments.c.rule_policy,
+    tables.shard_segments.c.rule_count,
+    tables.shard_segments.c.frozen_slot,
+).where(tables.shard_segments.c.id == sa.bindparam("segment_id"))
+_SELECT_OVERRIDDEN: Final = (
+    sa.select(tables.users.c.slot, tables.overrides.c.effect)
+    .join_from(tables.overrides, tables.users, tables.users.c.id == tables.overrides.c.user_id)
+    .where(
+        tables.overrides.c.segment_id == sa.bindparam("segment_id"),
+        sa.or_(tables.overrides.c.expire_time.is_(None), tables.overrides.c.expire_time > sa.func.now()),
+    )
+)
+
 
 def lock_exclusive(connection: sa.Connection) -> None:
     """Wait for every user change of the shard to end, and keep new ones out until this transaction ends.
@@ -37,7 +59,7 @@ def lock_exclusive(connection: sa.Connection) -> None:
     A statement of its own, and the first of its transaction: at READ COMMITTED the next statement's snapshot is then
     younger than the lock. In one statement with a read, the read could still see an older rule.
     """
-    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(SHARD_LOCK)))
+    connection.execute(_TAKE_LOCK)
 
 
 class PostgresShardTransaction:
@@ -49,7 +71,7 @@ class PostgresShardTransaction:
 
     def next_slot(self) -> int:
         """Slots given out so far; the next user gets this one."""
-        return int(self._connection.execute(sa.select(tables.shard_state.c.next_slot)).scalar_one())
+        return int(self._connection.execute(_SELECT_NEXT_SLOT).scalar_one())
 
     def user_count(self) -> int:
         """Users that exist."""
@@ -57,19 +79,7 @@ class PostgresShardTransaction:
 
     def segment(self, segment_id: int) -> ShardSegment | None:
         """The shard's copy of a segment; None: the shard does not know it."""
-        table = tables.shard_segments.c
-        row = self._connection.execute(
-            sa.select(
-                table.id,
-                table.slug,
-                table.salt,
-                table.rule_threshold,
-                table.rule_condition,
-                table.rule_policy,
-                table.rule_count,
-                table.frozen_slot,
-            ).where(table.id == segment_id)
-        ).one_or_none()
+        row = self._connection.execute(_SELECT_SEGMENT, {"segment_id": segment_id}).one_or_none()
         if row is None:
             return None
         rule = None
@@ -79,15 +89,7 @@ class PostgresShardTransaction:
 
     def overridden(self, segment_id: int) -> bits.OverriddenSlots:
         """Slots with an override of this segment that holds now, by the shard's clock."""
-        table = tables.overrides.c
-        rows = self._connection.execute(
-            sa.select(tables.users.c.slot, table.effect)
-            .join_from(tables.overrides, tables.users, tables.users.c.id == table.user_id)
-            .where(
-                table.segment_id == segment_id,
-                sa.or_(table.expire_time.is_(None), table.expire_time > sa.func.now()),
-            )
-        ).all()
+        rows = self._connection.execute(_SELECT_OVERRIDDEN, {"segment_id": segment_id}).all()
 
         def slots(effect: int) -> npt.NDArray[np.int64]:
             return np.array([row.slot for row in rows if row.effect == effect], dtype=np.int64)
@@ -172,12 +174,13 @@ class PostgresShardTransaction:
 
     def delete_segment(self, segment_id: int) -> None:
         """Remove a segment's bits, its overrides and itself from the shard."""
-        for table, column in (
-            (tables.memberships, tables.memberships.c.segment_id),
-            (tables.overrides, tables.overrides.c.segment_id),
-            (tables.shard_segments, tables.shard_segments.c.id),
-        ):
-            self._connection.execute(sa.delete(table).where(column == segment_id))
+        # One exchange: with the bits as few as they are, exchanges are what a deletion takes.
+        self._connection.exec_driver_sql(
+            "WITH of_bits AS (DELETE FROM memberships WHERE segment_id = %(id)s), "
+            "of_overrides AS (DELETE FROM overrides WHERE segment_id = %(id)s) "
+            "DELETE FROM segments WHERE id = %(id)s",
+            {"id": segment_id},
+        )
 
 
 class PostgresShardSnapshots:

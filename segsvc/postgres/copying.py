@@ -65,7 +65,7 @@ def append_rows(connection: sa.Connection, table: sa.Table, **columns: npt.NDArr
         rows[f"{name}.bytes"] = dtype[name].itemsize
         rows[name] = column
     statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
-        sql.Identifier(table.name), sql.SQL(", ").join(map(sql.Identifier, fields))
+        sql.Identifier(*filter(None, (table.schema, table.name))), sql.SQL(", ").join(map(sql.Identifier, fields))
     )
     driver: Any = connection.connection.driver_connection
     with driver.cursor() as cursor:

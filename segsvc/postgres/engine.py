@@ -50,6 +50,11 @@ class Pool:
     size: int = 2
     statement_timeout_s: float | None = None
     """None: the setting for operations."""
+    by_key: bool = False
+    """Sessions that only look rows up by their keys, many times a second, and whose user tries again on a connection
+    that turns out to be lost. Each statement is its own transaction. They plan prepared statements once, without ever
+    settling on a scan of a table that was small at that moment; and they are not asked whether they live before each
+    use, which is a round trip."""
 
 
 def make_engine(dsn: str, settings: Settings, role: str, pool: Pool) -> sa.Engine:
@@ -57,6 +62,8 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool) -> sa.Engin
     statement_timeout_s = pool.statement_timeout_s or settings.statement_timeout_s
     # Statements here are short, and an estimate that is too high would have each compiled first, for 0.1 s and more.
     options = ["-c jit=off"]
+    if pool.by_key:
+        options += ["-c enable_seqscan=off", "-c plan_cache_mode=force_generic_plan"]
     bounds_ms = {
         "statement_timeout": int(statement_timeout_s * 1000),
         "lock_timeout": int(settings.lock_timeout_s * 1000),
@@ -67,12 +74,12 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool) -> sa.Engin
     }
     return sa.create_engine(
         dsn,
-        isolation_level="READ COMMITTED",
+        isolation_level="AUTOCOMMIT" if pool.by_key else "READ COMMITTED",
         pool_size=pool.size,
         max_overflow=0,
         pool_timeout=settings.read_timeout_s,
         # A restarted server is noticed before a transaction starts, not in the middle of the first one.
-        pool_pre_ping=True,
+        pool_pre_ping=not pool.by_key,
         connect_args={
             "connect_timeout": settings.connect_timeout_s,
             "keepalives": 1,
@@ -150,6 +157,12 @@ class Databases:
     def shard_autocommit(self, shard: int) -> Iterator[sa.Connection]:
         """A connection on which every statement is its own transaction (COMMIT PREPARED needs that)."""
         with translated(shard), self.shards[shard].connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextmanager
+    def catalog_autocommit(self) -> Iterator[sa.Connection]:
+        """A connection to the catalog on which every statement is its own transaction. Raises CATALOG_UNAVAILABLE."""
+        with translated("catalog"), self.catalog.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager

@@ -5,7 +5,8 @@ Implements ``twophase.Ledger`` and the store of ``services.operations``. Times a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -45,6 +46,8 @@ log = get_logger(__name__)
 UNIQUE_VIOLATION = "23505"
 _INTEGRITY_CLASS = "23"
 _OPEN = (OperationState.QUEUED, OperationState.PREPARING, OperationState.COMMITTED)
+
+_SELECT_ENDED = "SELECT id FROM operations WHERE id = ANY(%s::uuid[]) AND state IN ('DONE', 'ABORTED')"
 
 _operations = tables.operations.c
 _votes = tables.votes.c
@@ -92,14 +95,21 @@ class PostgresLedger:
             rows = connection.execute(sa.select(_operations.id, _operations.state).where(_operations.id.in_(ids))).all()
         return {row.id: OperationState[row.state] for row in rows}
 
-    def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
-        """Those of these operations that are DONE or ABORTED."""
-        with self._databases.catalog_tx() as connection:
-            return select_operations(
-                connection,
-                _operations.id.in_(operation_ids),
-                _operations.state.in_([OperationState.DONE.name, OperationState.ABORTED.name]),
-            )
+    @contextmanager
+    def looking(self) -> Iterator[Callable[[Sequence[UUID]], Sequence[Operation]]]:
+        """In the block: those of some operations that are DONE or ABORTED, one short statement while there are none.
+
+        One connection, held for the block, on which every statement is its own transaction: a look through a
+        transaction of its own costs a front four exchanges and five times the CPU.
+        """
+        with self._databases.catalog_autocommit() as connection:
+
+            def final_among(operation_ids: Sequence[UUID]) -> Sequence[Operation]:
+                rows = connection.exec_driver_sql(_SELECT_ENDED, ([str(each) for each in operation_ids],)).all()
+                found = [row.id for row in rows]
+                return select_operations(connection, _operations.id.in_(found)) if found else []
+
+            yield final_among
 
     def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]:
         """Operations that match, newest first; ``before_seq``: only older ones than this."""
@@ -302,6 +312,9 @@ class PostgresLedger:
             "update_time": sa.func.clock_timestamp(),
         }
         with self._databases.catalog_tx() as connection:
+            # The row's reference to its operation is a lock, which is written to disk before the work goes on. Not
+            # for a hint: losing it in a crash of the server costs nothing.
+            connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
             connection.execute(
                 insert(tables.progress)
                 .values(operation_id=operation_id, shard=progress.shard, **values)

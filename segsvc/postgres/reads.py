@@ -7,20 +7,24 @@ time of an answer: the snapshot is not older than it, so it holds everything ack
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, aggregate_order_by
 
+from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, LoadedUser, UserBlock
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import WARM_LOCK
+
+T = TypeVar("T")
 
 _INCLUDE, _EXCLUDE = 1, 2
 _BIT_LENGTH = BLOCK_SLOTS.bit_length() - 1
@@ -40,7 +44,7 @@ _READ_TIME = _microseconds(sa.func.statement_timestamp()).label("read_time_us")
 _UNEXPIRED = sa.or_(_overrides.expire_time.is_(None), _overrides.expire_time > sa.func.statement_timestamp())
 
 
-_USER_IDS = sa.bindparam("user_ids", type_=ARRAY(sa.BigInteger))
+_USER_IDS: sa.ColumnElement[Any] = sa.literal_column("$1", ARRAY(sa.BigInteger))
 _BLOCKS = sa.bindparam("blocks", type_=ARRAY(sa.BigInteger))
 
 
@@ -59,7 +63,7 @@ def _users_statement() -> sa.Select[Any]:
     block = _users.slot.bitwise_rshift(_BIT_LENGTH)
     bit = sa.cast(_users.slot.bitwise_and(BLOCK_SLOTS - 1), sa.Integer)
     by_rule = (
-        sa.select(sa.func.array_agg(_memberships.segment_id))
+        sa.select(_packed_int64s(_memberships.segment_id))
         .where(_memberships.block == block, sa.func.get_bit(_memberships.bits, bit) == 1)
         .scalar_subquery()
     )
@@ -129,15 +133,35 @@ def _blocks_statement() -> sa.Select[Any]:
     )
 
 
-_SELECT_USERS = _users_statement()
+# Prepared on each connection: to plan it takes about as long as to run it for one user.
+_PREPARE_USERS = "PREPARE segsvc_users (bigint[]) AS " + str(
+    _users_statement().compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})  # type: ignore[no-untyped-call]
+)
+_SELECT_USERS = "EXECUTE segsvc_users (%s)"
+_BOUND = "SELECT set_config('statement_timeout', %s, true);"
+"""In one message with the next statement, the two are one transaction and one round trip."""
 _SELECT_BLOCKS = _blocks_statement()
 _SELECT_DIRECTORY = sa.select(_directory.block, _directory.user_ids).where(_directory.block == sa.any_(_BLOCKS))
 _SELECT_SLUGS = sa.select(tables.shard_segments.c.id, tables.shard_segments.c.slug)
 _SELECT_NEXT_SLOT = sa.select(tables.shard_state.c.next_slot)
 
 
-def select_users(connection: sa.Connection, user_ids: Sequence[int]) -> list[LoadedUser]:
-    """The users of these that exist, in no order, overrides laid over."""
+def select_users(
+    connection: sa.Connection, user_ids: Sequence[int], timeout_s: float | None = None
+) -> list[LoadedUser]:
+    """The users of these that exist, in no order, overrides laid over.
+
+    Args:
+        timeout_s: bound of the statement; None: the session's.
+    """
+    # At least a millisecond: 0 would mean "no bound".
+    bound = () if timeout_s is None else (str(max(1, int(timeout_s * 1000))),)
+    before = _BOUND if bound else ""
+    if _PREPARE_USERS not in connection.info:
+        # A message of its own: what is prepared stays even if the statement that follows fails.
+        connection.exec_driver_sql(before + _PREPARE_USERS, bound)
+        connection.info[_PREPARE_USERS] = True  # gone with the connection
+    rows = connection.exec_driver_sql(before + _SELECT_USERS, (*bound, list(user_ids)))
     return [
         LoadedUser(
             row.id,
@@ -145,9 +169,9 @@ def select_users(connection: sa.Connection, user_ids: Sequence[int]) -> list[Loa
             row.row_version,
             row.read_time_us,
             NEVER_US if row.valid_until_us is None else row.valid_until_us,
-            _laid_over(row.by_rule or (), row.included, row.excluded),
+            _laid_over(_unpacked_int64s(row.by_rule).tolist(), row.included, row.excluded),
         )
-        for row in connection.execute(_SELECT_USERS, {"user_ids": list(user_ids)})
+        for row in rows
     ]
 
 
@@ -223,18 +247,28 @@ class PostgresMemberships:
             ServiceError: SHARD_UNAVAILABLE, DEADLINE_EXCEEDED, OVERLOADED (every connection is in use).
             LockTimeout: something holds the tables exclusively (a migration).
         """
-        with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
-            return select_users(connection, user_ids)
+        return self._read(shard, lambda connection: select_users(connection, user_ids, timeout_s))
 
     def slugs(self, shard: int) -> dict[int, str]:
         """Every segment that the shard knows: id -> slug. Raises as ``load``."""
-        with self._databases.shard_tx(shard) as connection:
-            return select_slugs(connection)
+        return self._read(shard, select_slugs)
 
     def next_slot(self, shard: int) -> int:
         """Slots given out so far: every user's slot is below. Raises as ``load``."""
-        with self._databases.shard_tx(shard) as connection:
-            return select_next_slot(connection)
+        return self._read(shard, select_next_slot)
+
+    def _read(self, shard: int, read: Callable[[sa.Connection], T]) -> T:
+        """Run one statement, on a new connection if the first one turns out to be lost: it changes nothing, so it may
+        be run twice, and its snapshot is that of the second run."""
+        try:
+            with self._databases.shard_connection(shard) as connection:
+                return read(connection)
+        except ServiceError as error:
+            # Every idle connection of this shard has been dropped with the lost one.
+            if error.reason is not Reason.SHARD_UNAVAILABLE:
+                raise
+        with self._databases.shard_connection(shard) as connection:
+            return read(connection)
 
     @contextmanager
     def warm_session(self, shard: int) -> Iterator[PostgresWarmSession | None]:

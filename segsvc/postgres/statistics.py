@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import sqlalchemy as sa
 
 from segsvc.domain.sharding import BLOCK_SLOTS, shard_of
@@ -13,11 +15,39 @@ from segsvc.postgres.blocks import EXCLUDE, INCLUDE
 from segsvc.postgres.engine import Databases
 
 
-def select_counts(connection: sa.Connection, shard: int, segment_id: int) -> ShardStatistics:
-    """All counts of one segment on one shard, in one statement: they belong to the same moment."""
+def holds_now() -> sa.ColumnElement[bool]:
+    """Whether an override has not expired, by the shard's clock."""
+    expire_time = tables.overrides.c.expire_time
+    return sa.or_(expire_time.is_(None), expire_time > sa.func.now())
+
+
+def _override_effects() -> sa.Subquery:
+    """How many overrides of ``:segment_id`` put somebody in whom the rule has not, or keep somebody out whom it has."""
+    overrides, users, memberships = tables.overrides.c, tables.users.c, tables.memberships.c
+    by_rule = sa.func.coalesce(sa.func.get_bit(memberships.bits, users.slot % BLOCK_SLOTS) == 1, sa.false())
+    return (
+        sa.select(
+            sa.func.count().filter(overrides.effect == INCLUDE, sa.not_(by_rule)).label("included"),
+            sa.func.count().filter(overrides.effect == EXCLUDE, by_rule).label("excluded"),
+        )
+        .select_from(tables.overrides)
+        .join(tables.users, users.id == overrides.user_id)
+        .outerjoin(
+            tables.memberships,
+            sa.and_(
+                memberships.block == users.slot // BLOCK_SLOTS,
+                memberships.segment_id == overrides.segment_id,
+            ),
+        )
+        .where(overrides.segment_id == sa.bindparam("segment_id"), holds_now())
+        .subquery()
+    )
+
+
+def _counts() -> sa.Select[Any]:
     segments, state = tables.shard_segments.c, tables.shard_state.c
-    effects = _override_effects(segment_id)
-    statement = (
+    effects = _override_effects()
+    return (
         sa.select(
             segments.id,
             segments.rule_count,
@@ -28,9 +58,17 @@ def select_counts(connection: sa.Connection, shard: int, segment_id: int) -> Sha
         )
         .select_from(tables.shard_state)
         .join(effects, sa.true())
-        .outerjoin(tables.shard_segments, segments.id == segment_id)
+        .outerjoin(tables.shard_segments, segments.id == sa.bindparam("segment_id"))
     )
-    row = connection.execute(statement).one()
+
+
+_SELECT_COUNTS: Final = _counts()
+"""Built once: to build it takes longer than to run it."""
+
+
+def select_counts(connection: sa.Connection, shard: int, segment_id: int) -> ShardStatistics:
+    """All counts of one segment on one shard, in one statement: they belong to the same moment."""
+    row = connection.execute(_SELECT_COUNTS, {"segment_id": segment_id}).one()
     known = row.id is not None
     return ShardStatistics(
         shard=shard,
@@ -54,35 +92,6 @@ def select_user(connection: sa.Connection, shard: int, user_id: int) -> User | N
     if row is None:
         return None
     return User(row.id, row.attributes, row.version, row.create_time, row.update_time, shard)
-
-
-def holds_now() -> sa.ColumnElement[bool]:
-    """Whether an override has not expired, by the shard's clock."""
-    expire_time = tables.overrides.c.expire_time
-    return sa.or_(expire_time.is_(None), expire_time > sa.func.now())
-
-
-def _override_effects(segment_id: int) -> sa.Subquery:
-    """How many overrides of a segment put somebody in whom the rule has not, or keep somebody out whom it has."""
-    overrides, users, memberships = tables.overrides.c, tables.users.c, tables.memberships.c
-    by_rule = sa.func.coalesce(sa.func.get_bit(memberships.bits, users.slot % BLOCK_SLOTS) == 1, sa.false())
-    return (
-        sa.select(
-            sa.func.count().filter(overrides.effect == INCLUDE, sa.not_(by_rule)).label("included"),
-            sa.func.count().filter(overrides.effect == EXCLUDE, by_rule).label("excluded"),
-        )
-        .select_from(tables.overrides)
-        .join(tables.users, users.id == overrides.user_id)
-        .outerjoin(
-            tables.memberships,
-            sa.and_(
-                memberships.block == users.slot // BLOCK_SLOTS,
-                memberships.segment_id == overrides.segment_id,
-            ),
-        )
-        .where(overrides.segment_id == segment_id, holds_now())
-        .subquery()
-    )
 
 
 class PostgresShardCounter:

@@ -251,9 +251,12 @@ class ColdReads:
         rows, nameless = self._slugs.read_named(
             shard.number,
             lambda: self._reads.load(shard.number, user_ids, timeout_s=timeout_s),
-            lambda rows: (segment_id for row in rows for segment_id in row.segment_ids),
+            lambda rows: set[int]().union(*(row.segment_ids for row in rows)),
         )
-        return [(row, self._slugs.in_slug_order(set(row.segment_ids) - nameless)) for row in rows]
+        return [
+            (row, self._slugs.in_slug_order(set(row.segment_ids) - nameless if nameless else row.segment_ids))
+            for row in rows
+        ]
 
     def _timeout_s(self, load: _Load) -> float | None:
         """The time that the most patient caller has left; None: more than a statement is allowed anyway."""

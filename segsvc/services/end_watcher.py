@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Protocol
 from uuid import UUID
 
@@ -16,12 +17,17 @@ log = get_logger(__name__)
 
 
 class FinalOperations(Protocol):
-    def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
-        """Those of these that are DONE or ABORTED. Raises CATALOG_UNAVAILABLE."""
+    def looking(self) -> AbstractContextManager[Callable[[Sequence[UUID]], Sequence[Operation]]]:
+        """What the block looks with: called with operations, it gives those that are DONE or ABORTED.
+
+        Made to be called often. Raises CATALOG_UNAVAILABLE, in the block too.
+        """
 
 
 class OperationEndWatcher:
     """Futures of operations' ends. One statement a round, however many wait; none when nobody does.
+
+    A rollout takes a tenth of a second: a look must not be what keeps the cores from it.
 
     While the catalog is out of reach the waiters go on waiting, each as long as it wants to.
     """
@@ -59,32 +65,42 @@ class OperationEndWatcher:
                 future.cancel()
 
     def _run(self) -> None:
-        while (wanted := self._wanted()) is not None:
-            pause_s = self._POLL_S
+        while self._wanted(wait=True):
             try:
-                ended = self._store.final_among(wanted)
+                with self._store.looking() as final_among:
+                    while wanted := self._wanted(wait=False):
+                        self._hand_over(final_among(wanted))
+                        self._pause(self._POLL_S)
             except ServiceError as error:
                 log.warning("watching_paused", reason=error.reason.text)
-                pause_s, ended = self._OUTAGE_POLL_S, []
-            for operation in ended:
-                with self._changed:
-                    futures = self._waiting.pop(operation.id, [])
-                for future in futures:
-                    # False: the waiter has given up.
-                    if future.set_running_or_notify_cancel():
-                        future.set_result(operation)
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed, timeout=pause_s)
+                self._pause(self._OUTAGE_POLL_S)
+            except Exception:  # without this thread every call that waits would wait to its deadline
+                log.exception("watching_failed")
+                self._pause(self._OUTAGE_POLL_S)
 
-    def _wanted(self) -> list[UUID] | None:
-        """Operations that somebody waits for, as soon as there are any; None: closed."""
+    def _hand_over(self, ended: Sequence[Operation]) -> None:
+        for operation in ended:
+            with self._changed:
+                futures = self._waiting.pop(operation.id, [])
+            for future in futures:
+                # False: the waiter has given up.
+                if future.set_running_or_notify_cancel():
+                    future.set_result(operation)
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, timeout=seconds)
+
+    def _wanted(self, *, wait: bool) -> list[UUID]:
+        """Operations that somebody waits for; with ``wait`` as soon as there are any. None of them: closed, or nobody
+        waits."""
         with self._changed:
             while not self._closed:
                 for operation_id, futures in list(self._waiting.items()):
                     futures[:] = [future for future in futures if not future.cancelled()]
                     if not futures:
                         del self._waiting[operation_id]
-                if self._waiting:
+                if self._waiting or not wait:
                     return list(self._waiting)
                 self._changed.wait()
-            return None
+            return []

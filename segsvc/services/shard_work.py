@@ -117,25 +117,29 @@ def _delete(tx: ShardTransaction, plan: OperationPlan, *, write: bool) -> ShardC
     if overridden.included.size or overridden.excluded.size:
         members = sum(
             bits.popcount((old | included) & ~excluded)
-            for _, old, included, excluded in _membership_chunks(tx, segment.id, overridden)
+            for _, old, included, excluded in _membership_chunks(tx, segment.id, _blocks(tx.next_slot()), overridden)
         )
     if write:
         tx.delete_segment(segment.id)
     return ShardCounts(tx.shard, matched=0, added=0, removed=members, members=0)
 
 
-def _chunks(tx: ShardTransaction) -> Iterator[tuple[int, int]]:
-    """(first block, number of blocks) of each chunk of the shard."""
-    total = -(-tx.next_slot() // BLOCK_SLOTS)
+def _blocks(next_slot: int) -> int:
+    """Blocks that hold so many slots."""
+    return -(-next_slot // BLOCK_SLOTS)
+
+
+def _chunks(total: int) -> Iterator[tuple[int, int]]:
+    """(first block, number of blocks) of each chunk of so many blocks."""
     for first in range(0, total, CHUNK_BLOCKS):
         yield first, min(CHUNK_BLOCKS, total - first)
 
 
 def _membership_chunks(
-    tx: ShardTransaction, segment_id: int, overridden: bits.OverriddenSlots
+    tx: ShardTransaction, segment_id: int, blocks: int, overridden: bits.OverriddenSlots
 ) -> Iterator[tuple[tuple[int, int], bits.Packed, bits.Packed, bits.Packed]]:
     """For each chunk: where it is, the bits stored, and the slots included and excluded by overrides."""
-    for first, count in _chunks(tx):
+    for first, count in _chunks(blocks):
         yield (
             (first, count),
             tx.segment_bits(segment_id, first, count),
@@ -144,12 +148,13 @@ def _membership_chunks(
         )
 
 
-def _condition_bits(tx: ShardTransaction, condition: str, blocks: int) -> bits.Packed:
-    """For whom of the shard a condition holds."""
+def _condition_bits(tx: ShardTransaction, condition: str, blocks: int, on_progress: ProgressHook) -> bits.Packed:
+    """For whom of the shard a condition holds. Takes longest of all, so it says that somebody is at work."""
     packed = bits.empty(blocks)
     for first in range(0, blocks, CONDITION_BLOCKS):
         count = min(CONDITION_BLOCKS, blocks - first)
         packed[first : first + count] = bits.at_slots(tx.condition_slots(condition, first, count), first, count)
+        on_progress(ShardProgress(tx.shard, ShardState.WORKING, 0, blocks))
     return packed
 
 
@@ -163,13 +168,13 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
     if rule is None:
         raise ValueError("a roll-out has a rule")
     next_slot = tx.next_slot()
-    blocks_total = -(-next_slot // BLOCK_SLOTS)
+    blocks_total = _blocks(next_slot)
     # A bit for each user of the shard is little enough to be kept.
-    condition_bits = _condition_bits(tx, rule.condition, blocks_total) if rule.condition else None
+    condition_bits = _condition_bits(tx, rule.condition, blocks_total, on_progress) if rule.condition else None
     matched = added = removed = members = rule_count = 0
     blocks_done = 0
     for (first, count), old, included, excluded in _membership_chunks(
-        tx, plan.segment_id, tx.overridden(plan.segment_id)
+        tx, plan.segment_id, blocks_total, tx.overridden(plan.segment_id)
     ):
         user_ids = tx.directory(first, count)
         condition_holds = user_ids > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf.internal.encoder import _VarintBytes  # type: ignore[attr-defined]
 from hypothesis import given
 from hypothesis import strategies as st
 from segmentation.v1 import membership_pb2 as pb
@@ -108,3 +109,29 @@ def test_batch_has_one_to_a_thousand_users(user_ids: list[int], reason: Reason) 
 def test_batch_of_a_thousand_with_repetitions_is_read() -> None:
     user_ids = [7, *range(1, 1000)]
     assert wire.user_ids_of(pb.BatchGetUserSegmentsRequest(user_ids=user_ids).SerializeToString()) == user_ids
+
+
+@given(st.lists(st.tuples(ids, times_us, slug_lists), max_size=5))
+def test_many_results_are_those_one_by_one(users: list[tuple[int, int, list[str]]]) -> None:
+    slugs = sorted({slug for _, _, names in users for slug in names})
+    encoded = {n: wire.encode_slug(slug) for n, slug in enumerate(slugs)}
+    entries = [(NEVER_US, 1, time_us, 5, *map(slugs.index, names)) for _, time_us, names in users]
+    user_ids = [user_id for user_id, _, _ in users]
+    one_by_one = [
+        wire.encode_result(wire.encode_user_segments(wire.encode_user_id(user_id), entry, encoded))
+        for user_id, entry in zip(user_ids, entries, strict=True)
+    ]
+    assert wire.encode_results(user_ids, entries, encoded) == one_by_one
+
+
+def test_results_without_an_entry_or_a_slug_are_left_open() -> None:
+    known = (NEVER_US, 1, 0, 5, 1)
+    results = wire.encode_results([7, 8, 9], [None, known, (*known, 2)], {1: wire.encode_slug("a")})
+    assert results[0] is None
+    assert results[1] is not None
+    assert results[2] is None
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_varint_is_protobufs(value: int) -> None:
+    assert wire.varint(value) == _VarintBytes(value)

@@ -166,3 +166,19 @@ def test_shard_out_of_reach_is_said_so(world: World) -> None:
         PostgresMemberships(databases).load(0, [1])
     databases.close()
     assert error.value.reason is Reason.SHARD_UNAVAILABLE
+
+
+def test_plan_made_on_empty_tables_looks_up_by_key(world: World) -> None:
+    """Reads plan once a connection. Made while the shard had no users, the plan must still be right with many."""
+    databases = Databases(world.settings, "test", Pool(1, by_key=True))
+    memberships = PostgresMemberships(databases)
+    assert memberships.load(0, [2]) == []
+    world.add_users(5000)
+    segment_id = world.add_segment("even", [2])
+    (row,) = memberships.load(0, [2], timeout_s=1.0)
+    assert row.segment_ids == (segment_id,)
+    with databases.shard_connection(0) as connection:
+        plan = connection.exec_driver_sql("EXPLAIN EXECUTE segsvc_users (ARRAY[2])").scalars().all()
+    databases.close()
+    assert "pk_users" in " ".join(plan)
+    assert "Seq Scan" not in " ".join(plan)

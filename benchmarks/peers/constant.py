@@ -1,0 +1,31 @@
+"""The front's own library answering every call with the same bytes, without a cache behind it: the floor of a hit.
+
+    python -m benchmarks.peers.constant ADDRESS HEX
+
+With the options of the real front (``lane_calls.native_front``), and a request id in the metadata as it sends it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from pygrpc_native import EVENT_CALL
+
+from grpc_api.lane_calls import REQUEST_ID_KEY, native_front
+
+
+def main() -> None:
+    front = native_front(sys.argv[1], reuse_port=False)
+    answer = bytes.fromhex(sys.argv[2])
+    metadata = ((REQUEST_ID_KEY, f"{0:032x}"),)
+    signal.signal(signal.SIGTERM, lambda *_: front.close())
+    front.start()
+    while (events := front.recv_batch_details(256, 1000)) is not None:
+        for kind, call, *_ in events:
+            if kind == EVENT_CALL:
+                front.respond(call, answer, metadata)
+
+
+if __name__ == "__main__":
+    main()

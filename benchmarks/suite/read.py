@@ -1,0 +1,164 @@
+"""Reads of cached users: what a hit costs, beside the floor of the library and beside the tutorials' way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import redis
+from segmentation.v1 import membership_pb2 as pb
+
+from benchmarks import reading
+from benchmarks.harness import (
+    Curve,
+    Result,
+    benchmark,
+    measure_pair,
+    ratio_at_least,
+    ratio_at_most,
+    value_at_least,
+    value_at_most,
+)
+from benchmarks.load import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, Body, Load
+from benchmarks.peers import tutorial
+from benchmarks.seed import Shape
+from benchmarks.world import World
+
+SHAPE = Shape(users=25_000, segments=57, shards=4)
+"""100,000 users with 20 segments each on average, every list another one."""
+IN_FLIGHT = 64
+COMPARED = 500
+"""Users whose answers are compared before anything is timed."""
+BATCH_USERS = 100
+CORES_FOR_TWO = 4
+"""One for each front process, one for the cache, one for the load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """A front whose users are all cached."""
+
+    server: reading.Server
+    user_ids: list[int]
+
+
+@contextlib.contextmanager
+def warm_front(world: World, *, processes: int = 1) -> Iterator[Warm]:
+    with world.installation(SHAPE) as installation:
+        user_ids = reading.shuffled_users(SHAPE)
+        reading.warm(installation.settings)
+        reading.require_cached(installation.settings, user_ids)
+        with reading.front(world, installation.settings, processes=processes) as server:
+            yield Warm(server, user_ids)
+
+
+@benchmark("read_hit")
+def read_hit(world: World) -> Iterator[Result | Curve]:
+    """GetUserSegments of cached users from one front process, beside its library alone."""
+    with warm_front(world) as warm:
+        answers = reading.answers_of(warm.server.address, warm.user_ids[:COMPARED])
+        average = SHAPE.segments * SHAPE.percent / 100
+        user_id = min(answers, key=lambda user: abs(len(answers[user]) - average))
+        with reading.stub(warm.server.address) as client:
+            typical = client.GetUserSegments(pb.GetUserSegmentsRequest(user_id=user_id)).SerializeToString()
+        bodies = [Body.single(user) for user in warm.user_ids]
+        unchecked = [Body.single(user, checked=False) for user in warm.user_ids]
+        with (
+            reading.peer(world, "constant", typical.hex(), settings=warm.server.settings) as constant,
+            Load(warm.server.address, GET_USER_SEGMENTS, bodies) as ours,
+            Load(constant.address, GET_USER_SEGMENTS, unchecked) as theirs,
+        ):
+            pair = measure_pair(
+                lambda: reading.calls_per_second(ours, warm.server, in_flight=IN_FLIGHT),
+                lambda: reading.calls_per_second(theirs, constant, in_flight=IN_FLIGHT),
+            )
+    yield pair.result("read_hit", "calls/s", ratio_at_least(0.8))
+    yield pair.of("p99_ms").result("read_hit.p99", "ms", ratio_at_most(1.5))
+    yield Result("read_hit.calls", pair.ours.median, "calls/s", goal=value_at_least(25_000), spread=pair.ours.spread)
+    yield Result("read_hit.cpu", pair.ours.cpu_us_per_call["total"], "µs", goal=value_at_most(45))
+
+
+@benchmark("read_hit_peer")
+def read_hit_peer(world: World) -> Iterator[Result | Curve]:
+    """The same, beside grpcio's asyncio and redis-py's asyncio."""
+    with warm_front(world) as warm:
+        _fill_tutorial(world, warm)
+        bodies = [Body.single(user) for user in warm.user_ids]
+        with (
+            reading.peer(world, "tutorial", world.cache.url, settings=warm.server.settings) as plain,
+            Load(warm.server.address, GET_USER_SEGMENTS, bodies) as ours,
+            Load(plain.address, GET_USER_SEGMENTS, bodies) as theirs,
+        ):
+            reading.require_same_answers(warm.server.address, plain.address, warm.user_ids[:COMPARED])
+            pair = measure_pair(
+                lambda: reading.calls_per_second(ours, warm.server, in_flight=IN_FLIGHT),
+                lambda: reading.calls_per_second(theirs, plain, in_flight=IN_FLIGHT),
+            )
+    yield pair.result("read_hit_peer", "calls/s", ratio_at_least(8))
+    ours_us, theirs_us = pair.ours.cpu_us_per_call["total"], pair.reference.cpu_us_per_call["total"]
+    yield Result("read_hit_peer.cpu", ours_us, "µs", theirs_us, theirs_us / ours_us, ratio_at_least(8))
+
+
+def _fill_tutorial(world: World, warm: Warm) -> None:
+    """The same lists for the tutorial's server, asked of ours."""
+    with reading.stub(warm.server.address) as client, redis.Redis.from_url(world.cache.url) as cache:
+        for first in range(0, len(warm.user_ids), 1000):
+            answer = client.BatchGetUserSegments(
+                pb.BatchGetUserSegmentsRequest(user_ids=warm.user_ids[first : first + 1000])
+            )
+            cache.mset(
+                {
+                    tutorial.key_of(result.user_segments.user_id): json.dumps(list(result.user_segments.slugs))
+                    for result in answer.results
+                }
+            )
+
+
+@benchmark("read_batch")
+def read_batch(world: World) -> Iterator[Result | Curve]:
+    """BatchGetUserSegments with 100 users a call, beside one call a user."""
+    with warm_front(world) as warm:
+        users = warm.user_ids
+        batches = [Body.batch(users[first : first + BATCH_USERS]) for first in range(0, len(users), BATCH_USERS)]
+        with (
+            Load(warm.server.address, BATCH_GET_USER_SEGMENTS, batches) as ours,
+            Load(warm.server.address, GET_USER_SEGMENTS, [Body.single(user) for user in users]) as theirs,
+        ):
+            pair = measure_pair(
+                lambda: reading.users_per_second(ours, warm.server, BATCH_USERS, in_flight=8),
+                lambda: reading.calls_per_second(theirs, warm.server, in_flight=IN_FLIGHT),
+            )
+    yield pair.result("read_batch", "users/s", ratio_at_least(10), note="CPU time is a user's")
+
+
+@benchmark("read_processes")
+def read_processes(world: World) -> Iterator[Result | Curve]:
+    """Two front processes on one port, beside one."""
+    with warm_front(world) as warm:
+        bodies = [Body.single(user) for user in warm.user_ids]
+        # The kernel spreads connections over the processes; with some tens of them both get about as many. Each
+        # process has as many calls in flight as the one has alone: fewer would make smaller batches of them.
+        with (
+            reading.front(world, warm.server.settings, name="front-2", processes=2) as two,
+            Load(two.address, GET_USER_SEGMENTS, bodies, connections=32) as ours,
+            Load(warm.server.address, GET_USER_SEGMENTS, bodies, connections=16) as theirs,
+        ):
+            pair = measure_pair(
+                lambda: reading.calls_per_second(ours, two, in_flight=2 * IN_FLIGHT),
+                lambda: reading.calls_per_second(theirs, warm.server, in_flight=IN_FLIGHT),
+            )
+    ours_us, theirs_us = pair.ours.cpu_us_per_call["total"], pair.reference.cpu_us_per_call["total"]
+    load_us = pair.ours.of("load_cpu_us").median
+    cores = os.cpu_count() or 1
+    note = (
+        f"a call costs {ours_us:.0f} µs here and {load_us:.0f} µs of the load's: {cores} cores end at "
+        f"{1e6 * cores / (ours_us + load_us):,.0f} calls/s, however many processes there are"
+    )
+    if cores < CORES_FOR_TWO:
+        note += f"; the goal of 1.6 × holds from {CORES_FOR_TWO} cores on"
+    goal = ratio_at_least(1.6) if cores >= CORES_FOR_TWO else None
+    yield pair.result("read_processes", "calls/s", goal, note=note)
+    yield Result("read_processes.cpu", ours_us, "µs", theirs_us, ours_us / theirs_us, ratio_at_most(1.1))

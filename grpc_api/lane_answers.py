@@ -1,0 +1,111 @@
+"""What becomes of the lane's calls: answers are put together here, at once or as cold reads end; see ``lane``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from grpc_api import membership_wire as wire
+from grpc_api.errors import status_of
+from grpc_api.lane_calls import Call
+from segsvc.domain.errors import ServiceError
+from segsvc.domain.membership import Entry
+from segsvc.services.cold_reads import Outcome
+
+
+class Single:
+    """Answers a GetUserSegments that missed."""
+
+    __slots__ = ("_call", "_slugs")
+
+    def __init__(self, call: Call, slugs: Mapping[int, bytes]) -> None:
+        self._call = call
+        self._slugs = slugs
+
+    def __call__(self, user_id: int, outcome: Outcome) -> None:
+        if isinstance(outcome, ServiceError):
+            self._call.fail(outcome)
+        else:
+            encoded_user_id = wire.encode_user_id(user_id, self._call.payload)
+            self._call.answer(wire.encode_user_segments(encoded_user_id, outcome, self._slugs))
+
+
+class Batch:
+    """Answers a BatchGetUserSegments when the last of its users has been read.
+
+    Users who cannot exist have their result from the start.
+
+    Attributes:
+        user_ids: those to be read. A place is an index into it.
+        deadline: of the call.
+
+    Raises:
+        ServiceError: the request is refused as a whole.
+    """
+
+    __slots__ = ("_call", "_indexes", "_left", "_lock", "_results", "_slugs", "deadline", "user_ids")
+
+    def __init__(self, call: Call, slugs: Mapping[int, bytes]) -> None:
+        self._call = call
+        self._slugs = slugs
+        self._lock = threading.Lock()
+        self.deadline = call.deadline
+        asked = wire.user_ids_of(call.payload)
+        self._results = [b""] * len(asked)
+        self._left = len(asked)
+        self._indexes: Sequence[int] = range(len(asked))
+        self.user_ids: Sequence[int] = asked
+        if min(asked) <= 0:
+            self._indexes = [index for index, user_id in enumerate(asked) if self._may_exist(index, user_id)]
+            self.user_ids = [asked[index] for index in self._indexes]
+
+    def _may_exist(self, index: int, user_id: int) -> bool:
+        try:
+            wire.check_user_id(user_id, f"user_ids[{index}]")
+        except ServiceError as error:
+            self._put({index: wire.encode_error_result(status_of(error))})
+            return False
+        return True
+
+    def put_all(self, entries: Sequence[Entry | None]) -> list[int]:
+        """Take in what the cache has of all users. Returns the places that are still to be read."""
+        results = wire.encode_results(self.user_ids, entries, self._slugs)
+        if None not in results and len(results) == len(self._results):
+            self._call.answer(b"".join(results))  # type: ignore[arg-type]  # nothing is missing, and nothing else is to come
+            return []
+        found = {index: result for index, result in zip(self._indexes, results, strict=True) if result is not None}
+        self._put(found)
+        return [place for place, result in enumerate(results) if result is None]
+
+    def put(self, place: int, outcome: Outcome) -> None:
+        """Take in what a cold read has found."""
+        if isinstance(outcome, ServiceError):
+            result = wire.encode_error_result(status_of(outcome))
+        else:
+            encoded_user_id = wire.encode_user_id(self.user_ids[place])
+            result = wire.encode_result(wire.encode_user_segments(encoded_user_id, outcome, self._slugs))
+        self._put({self._indexes[place]: result})
+
+    def _put(self, results: Mapping[int, bytes]) -> None:
+        if not results:
+            return
+        with self._lock:
+            for index, result in results.items():
+                self._results[index] = result
+            self._left -= len(results)
+            complete = not self._left
+        if complete:
+            self._call.answer(b"".join(self._results))
+
+
+class BatchPlace:
+    """One user's place in a batch."""
+
+    __slots__ = ("_batch", "_place")
+
+    def __init__(self, batch: Batch, place: int) -> None:
+        self._batch = batch
+        self._place = place
+
+    def __call__(self, user_id: int, outcome: Outcome) -> None:
+        self._batch.put(self._place, outcome)

@@ -1,0 +1,67 @@
+"""Waiting for operations to end, on a ledger that can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+
+from segsvc.domain.errors import catalog_unavailable
+from segsvc.domain.operation import Operation
+from segsvc.services.end_watcher import OperationEndWatcher
+
+
+@dataclass(frozen=True)
+class Ended:
+    id: UUID
+
+
+class Store:
+    """Fails as often as it is told, then finds what has ended."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures = list(failures)
+        self.ended: list[UUID] = []
+        self.looks = 0
+
+    @contextmanager
+    def looking(self) -> Iterator[Callable[[Sequence[UUID]], Sequence[Operation]]]:
+        def final_among(operation_ids: Sequence[UUID]) -> Sequence[Operation]:
+            self.looks += 1
+            if self.failures:
+                raise self.failures.pop()
+            return [cast(Operation, Ended(each)) for each in operation_ids if each in self.ended]
+
+        yield final_among
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OperationEndWatcher, "_OUTAGE_POLL_S", 0.001)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("failure", [catalog_unavailable(), RuntimeError("a fault of ours")])
+def test_who_waits_hears_of_the_end_after_a_failure(failure: Exception) -> None:
+    store = Store(failure)
+    watcher = OperationEndWatcher(store)
+    try:
+        one, other = uuid4(), uuid4()
+        never: Any = watcher.watch(other)
+        store.ended.append(one)
+        assert watcher.watch(one).result(timeout=5).id == one
+        assert not never.done()
+    finally:
+        watcher.close()
+    assert never.cancelled()
+
+
+def test_nobody_waits_nobody_looks() -> None:
+    store = Store()
+    watcher = OperationEndWatcher(store)
+    watcher.close()
+    assert store.looks == 0
