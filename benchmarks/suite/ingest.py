@@ -137,7 +137,7 @@ class Rows:
 
     def _start(self, world: World, stack: LocalStack, number: int) -> psutil.Process:
         ready = Path(stack.home / f"row-consumer-{number}.ready")
-        arguments = ("-m", "benchmarks.row_consumer", ROWS_TOPIC, str(number), str(ROW_CONSUMERS), str(ready))
+        arguments = ("-m", "benchmarks.peers.row_consumer", ROWS_TOPIC, str(number), str(ROW_CONSUMERS), str(ready))
         pid = self._exit.enter_context(
             world.process(f"row-consumer-{number}", *arguments, ready=ready.exists, settings=stack.settings)
         )

@@ -1,6 +1,6 @@
 """The reference of ingestion: a plain consumer that writes a row for each membership.
 
-    python -m benchmarks.row_consumer TOPIC NUMBER OF READY
+    python -m benchmarks.peers.row_consumer TOPIC NUMBER OF READY
 
 Takes the partitions of TOPIC whose number has remainder NUMBER modulo OF, from their present ends on, and makes the
 file READY when it has them. It finds who is in what as the service does (numpy for the percentages, one statement for
