@@ -31,6 +31,8 @@ from segsvc.local.stack import LocalStack
 
 EVENTS, ROW_EVENTS = 50_000, 5_000
 """Events in one round of ours and of the rows: a second or more of work each."""
+ALONE_EVENTS = 200_000
+"""What the client alone consumes in one round, at most: all that is there, seconds of work."""
 PARTITIONS = 8
 ROWS_TOPIC = "benchmark-rows"
 ROW_CONSUMERS = 2
@@ -199,7 +201,7 @@ def _standing_still(processes: Sequence[psutil.Process]) -> Iterator[None]:
             process.resume()
 
 
-def _consume_alone(bootstrap_servers: str, count: int) -> float:
+def _consume_alone(bootstrap_servers: str) -> float:
     """What kafka-python hands over per second, with nothing done to it: the last events of the topic."""
     consumer = KafkaConsumer(bootstrap_servers=bootstrap_servers.split(","), enable_auto_commit=False)
     numbers = sorted(consumer.partitions_for_topic(CREATE_TOPIC) or ())
@@ -207,9 +209,8 @@ def _consume_alone(bootstrap_servers: str, count: int) -> float:
     consumer.assign(partitions)
     ends = consumer.end_offsets(partitions)
     for partition in partitions:
-        # An eighth of the round from each; the keys spread evenly, give or take some per cent.
-        consumer.seek(partition, max(0, ends[partition] - count // len(partitions)))
-    left = sum(min(ends[partition], count // len(partitions)) for partition in partitions)
+        consumer.seek(partition, max(0, ends[partition] - ALONE_EVENTS // len(partitions)))
+    left = sum(min(ends[partition], ALONE_EVENTS // len(partitions)) for partition in partitions)
     consumed = 0
     begun = time.perf_counter()
     for _ in itertools.islice(consumer, left):
@@ -238,7 +239,7 @@ def ingest(world: World) -> Iterator[Result | Curve]:
         def new_users() -> Sample:
             sent.append(list(itertools.islice(source, EVENTS)))
             sample = ours.measure(loader, sent[-1])
-            alone.append(_consume_alone(servers, EVENTS))
+            alone.append(_consume_alone(servers))
             return sample
 
         def by_rows() -> Sample:
