@@ -73,10 +73,10 @@ def test_cpu_time_of_children_counts_when_they_have_ended() -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass"
     with cpu_of({"all": os.getpid()}) as spent:
         subprocess.run([sys.executable, "-c", burn], check=True)
-    assert spent.cpu_s["all"] >= 0.3
-    assert spent.seconds >= 0.3
+    assert spent.cpu_s["all"] >= 0.25  # the kernel counts in steps
+    assert spent.seconds >= 0.25
     begun = time.process_time()
-    assert cpu_seconds(os.getpid()) >= begun - 0.02  # the kernel counts in steps
+    assert cpu_seconds(os.getpid()) >= begun - 0.05
 
 
 def test_rows_of_other_benchmarks_stay(tmp_path: Path) -> None:
