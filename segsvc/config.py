@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     fence_ttl_s: int = Field(30 * 86_400, ge=3600, description="How long applied operations are remembered.")
 
     # -- events -----------------------------------------------------------------------------------------------------
-    event_batch_max: int = Field(2000, ge=1, le=10_000, description="Events in one batch task.")
+    event_batch_max: int = Field(5000, ge=1, le=10_000, description="Events in one batch task.")
     event_batches_in_flight_max: int = Field(8, ge=1, le=256, description="Batch tasks the bridge waits for at once.")
 
     # -- processes --------------------------------------------------------------------------------------------------

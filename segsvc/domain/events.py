@@ -23,7 +23,19 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final, Never
 
+from segsvc.domain.event_limits import (
+    ATTRIBUTE_NAME,
+    ATTRIBUTES_BYTES_MAX,
+    ATTRIBUTES_MAX,
+    DEPTH_MAX,
+    EVENT_BYTES_MAX,
+    INT_MAX,
+    INT_MIN,
+    LIST_MAX,
+    STRING_BYTES_MAX,
+)
 from segsvc.domain.sharding import USER_ID_MAX
+from segsvc.domain.usual_events import read_create, read_update
 
 CREATE_TOPIC: Final = "create-user"
 UPDATE_TOPIC: Final = "update-user"
@@ -32,17 +44,6 @@ TOPICS: Final = (CREATE_TOPIC, UPDATE_TOPIC, DELETE_TOPIC)
 SEGMENT_EVENTS_TOPIC: Final = "segment-events"
 """What happened to segments, told to the world; the others tell us of users."""
 
-EVENT_BYTES_MAX: Final = 64 * 1024
-DEPTH_MAX: Final = 8
-"""Levels of objects and arrays; the event itself is the first."""
-ATTRIBUTES_MAX: Final = 64
-ATTRIBUTES_BYTES_MAX: Final = 8 * 1024
-STRING_BYTES_MAX: Final = 256
-LIST_MAX: Final = 64
-INT_MIN: Final = -(2**63)
-INT_MAX: Final = 2**63 - 1
-
-_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _NAME_ALLOWED: Final = "names must match [A-Za-z_][A-Za-z0-9_]{0,63}"
 # A string that is never closed is taken to the end, so that the pattern passes over its input once, whatever it is.
 _STRUCTURE: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
@@ -106,7 +107,21 @@ def parse(topic: str, raw: bytes | None) -> UserEvent:
         BadEvent: the event is outside the contract.
         KeyError: there is no such topic.
     """
+    if raw is not None:
+        if topic == CREATE_TOPIC and (created := read_create(raw)) is not None:
+            return CreateUser(*created)
+        if topic == UPDATE_TOPIC and (updated := read_update(raw)) is not None:
+            return UpdateUser(*updated)
+    return parse_any(topic, raw)
+
+
+def parse_any(topic: str, raw: bytes | None) -> UserEvent:
+    """As ``parse``, by the steps that know every event, usual or not."""
     return _READERS[topic](_document(raw))
+
+
+_EVENTS: Final[Mapping[object, Callable[..., UserEvent]]] = {"c": CreateUser, "u": UpdateUser, "d": DeleteUser}
+_FIELDS: Final[Mapping[object, tuple[type, ...]]] = {"c": (int, str), "u": (int, int, str), "d": (int,)}
 
 
 def to_wire(event: UserEvent) -> list[Any]:
@@ -120,14 +135,12 @@ def to_wire(event: UserEvent) -> list[Any]:
 
 def from_wire(row: Sequence[Any]) -> UserEvent:
     """Read what ``to_wire`` wrote. Raises ValueError for anything else."""
-    match row:
-        case ["c", int(user_id), str(attributes)]:
-            return CreateUser(user_id, attributes)
-        case ["u", int(user_id), int(version), str(attributes)]:
-            return UpdateUser(user_id, version, attributes)
-        case ["d", int(user_id)]:
-            return DeleteUser(user_id)
-    raise ValueError("not an event")
+    # By hand: a match statement takes eight times as long, as long as a quarter of all else that a worker does.
+    kind, *fields = row or (None,)
+    types = _FIELDS.get(kind)
+    if types is None or tuple(map(type, fields)) != types:
+        raise ValueError("not an event")
+    return _EVENTS[kind](*fields)
 
 
 # -- reading the document -------------------------------------------------------------------------------------------
@@ -242,7 +255,7 @@ def _attributes(value: Any) -> str:
         raise BadEvent(f"attributes: must be a JSON object, is {_shown(value)}")
     kept: dict[str, Any] = {}
     for name, item in value.items():
-        if not _NAME.fullmatch(name):
+        if not ATTRIBUTE_NAME.fullmatch(name):
             raise BadEvent(f"attributes: {_NAME_ALLOWED}, one is {_quoted(name)}")
         if item is None:
             continue

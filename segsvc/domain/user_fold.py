@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from segsvc.domain.events import CreateUser, UpdateUser, UserEvent
 
@@ -29,8 +30,7 @@ class StoredUser:
     version: int
 
 
-@dataclass(frozen=True, slots=True)
-class UserRow:
+class UserRow(NamedTuple):
     """A user to write. ``slot`` is used by insertions alone: it never changes. ``attributes`` is JSON text."""
 
     user_id: int

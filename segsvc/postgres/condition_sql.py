@@ -42,12 +42,18 @@ def condition_clause(condition: Condition, attributes: sa.ColumnElement[Any]) ->
     Args:
         attributes: a JSONB object; what it lacks is absent.
     """
-    return sa.func.coalesce(_Compiler(attributes).truth(condition.root), sa.false())
+    return Compiler(attributes).clause(condition)
 
 
-class _Compiler:
+class Compiler:
+    """Turns conditions into SQL; the four methods that reach for an attribute may be replaced."""
+
     def __init__(self, attributes: sa.ColumnElement[Any]) -> None:
         self._attributes = attributes
+
+    def clause(self, condition: Condition) -> sa.ColumnElement[bool]:
+        """See ``condition_clause``."""
+        return sa.func.coalesce(self.truth(condition.root), sa.false())
 
     def truth(self, node: Node) -> Sql:
         """The node as boolean; NULL: an error, or not a bool."""
@@ -55,7 +61,7 @@ class _Compiler:
             case Constant(bool() as value):
                 return sa.literal(value)
             case tree.Has(name):
-                return self._attributes.op("?")(name)
+                return self._has(name)
             case tree.Not(of):
                 return sa.not_(self.truth(of))
             case tree.And(left, right):
@@ -84,7 +90,7 @@ class _Compiler:
         """The node's value as jsonb; NULL: an error."""
         match node:
             case tree.Attribute(name):
-                return self._attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text))
+                return self._attribute(name)
             case Constant():
                 return _literal(node)
             case ListOf(items):
@@ -173,6 +179,13 @@ class _Compiler:
             ),
         )
 
+    def _has(self, name: str) -> Sql:
+        return self._attributes.op("?")(name)
+
+    def _attribute(self, name: str) -> Sql:
+        """An attribute as jsonb; NULL: it is absent."""
+        return self._attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text))
+
     def _attribute_text(self, attribute: tree.Attribute) -> Sql:
         """An attribute as text, whatever its type; NULL: it is absent."""
         return self._attributes.op("->>", return_type=sa.Text())(sa.literal(attribute.name, sa.Text))
@@ -190,8 +203,11 @@ class _Compiler:
             return self._in_list(item, container)
         if isinstance(container, Constant):
             return _ERROR
-        values, value = self._json(container), self._json(item)
+        values = self._json(container)
         # Lists of users hold strings only, so containment of the one-item list is equality with some item.
+        if _is_constant(item):
+            return _when(_is(values, "array"), values.op("@>")(_literal(ListOf((item,)))))
+        value = self._json(item)
         return _when(
             sa.and_(_is(values, "array"), value.is_not(None)),
             values.op("@>")(sa.func.jsonb_build_array(value, type_=JSONB())),
@@ -233,6 +249,11 @@ class _Compiler:
 def _when(check: Sql, value: Sql) -> Sql:
     """The value where the check is true, NULL elsewhere; the value is not looked at there."""
     return sa.case((check, value))
+
+
+def number_or_null(value: Sql) -> Sql:
+    """A jsonb number as numeric; NULL: it is none."""
+    return _when(_is(value, "number"), _numeric(value))
 
 
 def _is(value: Sql, kind: str) -> Sql:

@@ -7,13 +7,19 @@ from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, psycopg2
+from psycopg2 import sql
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, array, psycopg2
 
 from segsvc.conditions import parse_condition
+from segsvc.conditions.tree import attributes_of
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
+from segsvc.postgres import tables
+from segsvc.postgres.condition_columns import clauses_over_columns
 from segsvc.postgres.condition_sql import condition_clause
+from segsvc.postgres.copying import copy_rows
 
 _DIALECT: Final = psycopg2.dialect(paramstyle="format")  # type: ignore[no-untyped-call]
 _ATTRIBUTES: Final = sa.literal_column("u.attributes", JSONB)
@@ -21,6 +27,8 @@ _ATTRIBUTES: Final = sa.literal_column("u.attributes", JSONB)
 STATEMENT_CONDITIONS_MAX: Final = 250
 STATEMENT_CHARACTERS_MAX: Final = 256 << 10
 """What one statement asks at once: hundreds of usual conditions, few of the longest; bounds its memory and planning."""
+STATEMENT_ATTRIBUTES_MAX: Final = 500
+"""Each becomes three columns of a subquery, of which PostgreSQL allows 1664. (A single condition has room for 520.)"""
 
 
 @lru_cache(maxsize=8192)
@@ -53,30 +61,59 @@ def slots_where(connection: sa.Connection, condition: str, first_block: int, blo
     return np.frombuffer(packed or b"", dtype=">i4").astype(np.int64) + first
 
 
-def matching(connection: sa.Connection, conditions: Sequence[str], user_ids: Sequence[int]) -> list[Int64s]:
-    """For each condition the positions in ``user_ids`` of those for whom it holds, with the attributes of now."""
-    found: list[Int64s] = []
-    for part in _parts(conditions):
-        clauses = [_clause(condition) for condition in part]
-        columns = ", ".join(f"array_agg(k.n) FILTER (WHERE {text})" for text, _ in clauses)
-        row = connection.exec_driver_sql(
-            f"SELECT {columns} FROM unnest(%s::bigint[]) "  # noqa: S608  # no value is in the text
-            "WITH ORDINALITY AS k(id, n) JOIN users u ON u.id = k.id",
-            (*(value for _, parameters in clauses for value in parameters), list(user_ids)),
-        ).one()
-        found += [np.array(positions or (), dtype=np.int64) - 1 for positions in row]
-    return found
+def matching(
+    connection: sa.Connection, conditions: Sequence[str], slots: Int64s
+) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """For each condition in turn, for which of the users in these slots it holds, with the attributes of now."""
+    order = np.argsort(slots)
+    ascending = slots[order]
+    # The slots of new users follow each other: a range is found faster than as many slots.
+    is_range = slots.size > 0 and ascending[-1] - ascending[0] == slots.size - 1
+    where = {"first": int(ascending[0]), "last": int(ascending[-1])} if is_range else {"slots": slots.tolist()}
+    driver: Any = connection.connection.driver_connection
+    for part in _parts(tuple(conditions)):
+        statement = _users_statement(part, is_range)
+        values = statement.construct_params(where, escape_names=False)
+        with driver.cursor() as cursor:
+            query = cursor.mogrify(str(statement), [values[name] for name in statement.positiontup or ()])
+        # A bool[] without NULLs: a header of 20 bytes, then each item behind its length.
+        rows = copy_rows(connection, sql.SQL(query.decode()), slot=">i8", holds=("u1", 20 + 5 * len(part)))
+        holds = np.zeros((len(part), slots.size), dtype=np.bool_)
+        holds[:, order[np.searchsorted(ascending, rows["slot"].astype(np.int64))]] = rows["holds"][:, 24::5].T
+        yield from zip(part, holds, strict=True)
 
 
-def _parts(conditions: Sequence[str]) -> Iterator[list[str]]:
+@lru_cache(maxsize=64)  # as many as 4096 conditions need, each kind of place apart
+def _users_statement(conditions: tuple[str, ...], is_range: bool) -> Any:
+    """Users with, for each, an array of what the conditions say; compiled, its users to be given."""
+    users = tables.users
+    where = (
+        users.c.slot.between(sa.bindparam("first", type_=sa.BigInteger), sa.bindparam("last", type_=sa.BigInteger))
+        if is_range
+        else users.c.slot == sa.any_(sa.bindparam("slots", type_=ARRAY(sa.BigInteger)))
+    )
+    found, clauses = clauses_over_columns(list(map(parse_condition, conditions)), users, [users.c.slot], where)
+    return sa.select(found.c.slot, array(clauses)).compile(dialect=_DIALECT)
+
+
+@lru_cache(maxsize=32)
+def _parts(conditions: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Conditions that one statement asks together. Remembered, for to read a condition takes longer than to ask it."""
+    parts: list[tuple[str, ...]] = []
     part: list[str] = []
     size = 0
+    names: frozenset[str] = frozenset()
     for condition in conditions:
         length = len(_clause(condition)[0])
-        if part and (len(part) == STATEMENT_CONDITIONS_MAX or size + length > STATEMENT_CHARACTERS_MAX):
-            yield part
-            part, size = [], 0
+        read = attributes_of(parse_condition(condition).root)
+        if part and (
+            len(part) == STATEMENT_CONDITIONS_MAX
+            or size + length > STATEMENT_CHARACTERS_MAX
+            or len(names | read) > STATEMENT_ATTRIBUTES_MAX
+        ):
+            parts.append(tuple(part))
+            part, size, names = [], 0, frozenset()
         part.append(condition)
         size += length
-    if part:
-        yield part
+        names |= read
+    return (*parts, tuple(part)) if part else ()

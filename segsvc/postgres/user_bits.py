@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
@@ -15,6 +16,7 @@ from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
 from segsvc.postgres.condition_statements import matching
+from segsvc.postgres.copying import append_rows
 
 
 def int_array(values: Iterable[int]) -> sa.BindParameter[Any]:
@@ -57,9 +59,9 @@ class PostgresShardBits:
             for row in rows
         ]
 
-    def matching(self, conditions: Sequence[str], user_ids: Sequence[int]) -> Sequence[Int64s]:
-        """For each condition the positions in ``user_ids`` of those for whom it holds, with the attributes of now."""
-        return matching(self._connection, conditions, user_ids)
+    def matching(self, conditions: Sequence[str], slots: Int64s) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+        """For each condition in turn, for which of the users in these slots it holds, with the attributes of now."""
+        return matching(self._connection, conditions, slots)
 
     def directory(self, blocks: Sequence[int]) -> Mapping[int, bits.UserIds]:
         """User ids of those of these blocks that exist."""
@@ -108,33 +110,28 @@ class PostgresShardBits:
             np.frombuffer(b"".join(row.bits for row in rows), dtype=np.uint8).reshape(-1, BLOCK_BYTES),
         )
 
-    def put_bit_rows(self, rows: bits.BitRows) -> None:
-        """Write rows of bits, new ones too; one without a bit set is deleted."""
-        kept = rows.packed.any(axis=1)
-        if kept.any():
-            self._connection.execute(
-                sa.text(
-                    "INSERT INTO memberships (block, segment_id, bits) "
-                    "SELECT b.block, b.segment_id, substring(:bits FROM ((b.n - 1) * :width + 1)::int FOR :width) "
-                    "FROM unnest(CAST(:blocks AS bigint[]), CAST(:segment_ids AS bigint[])) "
-                    "WITH ORDINALITY AS b(block, segment_id, n) "
-                    "ON CONFLICT (block, segment_id) DO UPDATE SET bits = excluded.bits"
-                ),
-                {
-                    "blocks": rows.blocks[kept].tolist(),
-                    "segment_ids": rows.segment_ids[kept].tolist(),
-                    "bits": rows.packed[kept].tobytes(),
-                    "width": BLOCK_BYTES,
-                },
-            )
-        if not kept.all():
+    def put_bit_rows(self, rows: bits.BitRows, *, stored: npt.NDArray[np.bool_]) -> None:
+        """Write rows of bits in place of those that are stored; one without a bit set is not written.
+
+        Deleted and appended, not updated: COPY fills pages, and a new version of a row seldom fits beside the old one.
+        """
+        if stored.any():
             self._connection.execute(
                 sa.text(
                     "DELETE FROM memberships USING "
                     "unnest(CAST(:blocks AS bigint[]), CAST(:segment_ids AS bigint[])) AS e(block, segment_id) "
                     "WHERE memberships.block = e.block AND memberships.segment_id = e.segment_id"
                 ),
-                {"blocks": rows.blocks[~kept].tolist(), "segment_ids": rows.segment_ids[~kept].tolist()},
+                {"blocks": rows.blocks[stored].tolist(), "segment_ids": rows.segment_ids[stored].tolist()},
+            )
+        kept = rows.packed.any(axis=1)
+        if kept.any():
+            append_rows(
+                self._connection,
+                tables.memberships,
+                block=rows.blocks[kept],
+                segment_id=rows.segment_ids[kept],
+                bits=rows.packed[kept],
             )
 
     def add_to_rule_counts(self, added: Mapping[int, int]) -> None:

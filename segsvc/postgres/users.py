@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
+import numpy as np
+import psycopg2
 import sqlalchemy as sa
 from sqlalchemy import exc
 
@@ -16,6 +18,7 @@ from segsvc.domain.errors import LockTimeout
 from segsvc.domain.events import Unstorable
 from segsvc.domain.user_fold import StoredUser, UserRow
 from segsvc.postgres import tables
+from segsvc.postgres.copying import append_documents
 from segsvc.postgres.engine import Databases, sqlstate
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.user_bits import PostgresShardBits, int_array
@@ -51,7 +54,7 @@ class PostgresUserStore:
         try:
             with self._databases.shard_tx(shard) as connection:
                 yield PostgresUserTransaction(connection)
-        except exc.DBAPIError as error:
+        except (exc.DBAPIError, psycopg2.Error) as error:  # the latter from COPY, which goes past SQLAlchemy
             state = sqlstate(error)
             if state.startswith(_REFUSED_CLASSES):
                 raise Unstorable(state) from error
@@ -88,14 +91,15 @@ class PostgresUserTransaction(PostgresShardBits):
 
     def insert(self, users: Sequence[UserRow]) -> None:
         """Write new users."""
-        self._connection.execute(
-            sa.text(
-                "INSERT INTO users (id, slot, version, attributes) "
-                "SELECT u.id, u.slot, u.version, u.attributes::jsonb FROM unnest("
-                "CAST(:ids AS bigint[]), CAST(:slots AS bigint[]), CAST(:versions AS bigint[]), "
-                "CAST(:attributes AS text[])) AS u(id, slot, version, attributes)"
-            ),
-            {**_keys(users), "slots": [user.slot for user in users]},
+        ids, slots, versions, attributes = zip(*users, strict=True)
+        append_documents(
+            self._connection,
+            tables.users,
+            "attributes",
+            attributes,
+            id=np.array(ids, dtype=np.int64),
+            slot=np.array(slots, dtype=np.int64),
+            version=np.array(versions, dtype=np.int64),
         )
 
     def update(self, users: Sequence[UserRow]) -> None:

@@ -117,8 +117,9 @@ class Ingestion:
             LockTimeout, ServiceError: it could not be done now. Some of it may have been; send the whole batch again.
             ValueError: an event belongs to another shard.
         """
+        shard_count = self._users.shard_count
         for event in events:
-            if shard_of(event.user_id, self._users.shard_count) != shard:
+            if shard_of(event.user_id, shard_count) != shard:
                 raise ValueError(f"an event of user {event.user_id} was sent to shard {shard}")
         applied = 0
         dead: list[tuple[int, str]] = []
@@ -152,14 +153,24 @@ class Ingestion:
             next_slot = tx.lock()
             users = _load(tx, sorted({event.user_id for event in events}))
             effects = fold(users, events)
+            born: list[UserRow] = []
+            changed: list[UserRow] = []
+            removed: list[tuple[int, UserFold]] = []
+            buried: dict[int, int] = {}
             # Ascending ids throughout: rows are written in the order in which they were locked.
-            born = [(user_id, user) for user_id, user in users.items() if user.is_born]
-            removed = [(user_id, user) for user_id, user in users.items() if user.is_removed]
-            changed = [_row(user_id, user) for user_id, user in users.items() if user.is_changed]
-            buried = {user_id: user.version for user_id, user in users.items() if user.is_buried}
+            for user_id, user in users.items():
+                if user.is_born:
+                    born.append(_row(user_id, user, next_slot + len(born)))
+                    continue
+                if user.is_changed:
+                    changed.append(_row(user_id, user, user.slot))
+                elif user.is_removed:
+                    removed.append((user_id, user))
+                if user.is_buried:
+                    buried[user_id] = user.version
             if born:
-                tx.insert([_row(user_id, user, next_slot + n) for n, (user_id, user) in enumerate(born)])
-                place_users(tx, next_slot, np.array([user_id for user_id, _ in born], dtype=np.int64))
+                tx.insert(born)
+                place_users(tx, next_slot, np.array([user.user_id for user in born], dtype=np.int64))
             if changed:
                 tx.update(changed)
                 evaluate_again(
@@ -193,8 +204,7 @@ def _load(tx: UserTransaction, user_ids: Sequence[int]) -> dict[int, UserFold]:
     return users
 
 
-def _row(user_id: int, user: UserFold, slot: int | None = None) -> UserRow:
-    where = user.slot if slot is None else slot
-    if where is None or user.attributes is None:
+def _row(user_id: int, user: UserFold, slot: int | None) -> UserRow:
+    if slot is None or user.attributes is None:
         raise AssertionError("a user to write has a slot and attributes")
-    return UserRow(user_id, where, user.version, user.attributes)
+    return UserRow(user_id, slot, user.version, user.attributes)

@@ -6,14 +6,14 @@ under it, and holds the row of shard_state, so nobody else reads and writes thes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from segsvc.domain import bits
-from segsvc.domain.bucketing import buckets
+from segsvc.domain.bucketing import UserHashes
 from segsvc.domain.segment import Policy, ShardSegment
 from segsvc.domain.sharding import BLOCK_SLOTS
 
@@ -29,8 +29,8 @@ class ShardBits(Protocol):
     def rules(self) -> Sequence[ShardSegment]:
         """The shard's segments that have a rule, by id."""
 
-    def matching(self, conditions: Sequence[str], user_ids: Sequence[int]) -> Sequence[Int64s]:
-        """For each condition the positions in ``user_ids`` of those for whom it holds, with the attributes of now.
+    def matching(self, conditions: Sequence[str], slots: Int64s) -> Iterable[tuple[str, npt.NDArray[np.bool_]]]:
+        """For each condition in turn, for which of the users in these slots it holds, with the attributes of now.
 
         A handful of statements, whatever the number of conditions.
         """
@@ -44,8 +44,12 @@ class ShardBits(Protocol):
     def bit_rows(self, blocks: Sequence[int]) -> bits.BitRows:
         """Every segment's bits in these blocks, by block and segment; rows without a bit set do not exist."""
 
-    def put_bit_rows(self, rows: bits.BitRows) -> None:
-        """Write rows of bits, new ones too; one without a bit set is deleted."""
+    def put_bit_rows(self, rows: bits.BitRows, *, stored: npt.NDArray[np.bool_]) -> None:
+        """Write rows of bits; one without a bit set is not kept.
+
+        Args:
+            stored: of each row, whether there is one of its block and segment now, which is replaced.
+        """
 
     def add_to_rule_counts(self, added: Mapping[int, int]) -> None:
         """Add to segments' counters: segment id → bits set (negative: cleared)."""
@@ -68,7 +72,8 @@ def place_users(tx: ShardBits, first_slot: int, user_ids: Int64s) -> None:
     packed = np.zeros((len(open_rules), block_count, bits.empty(1).shape[1]), dtype=np.uint8)
     counts: dict[int, int] = {}
     flags = np.zeros(block_count * BLOCK_SLOTS, dtype=np.bool_)
-    for n, (segment, members) in enumerate(_evaluated(tx, open_rules, user_ids)):
+    slots = np.arange(first_slot, first_slot + user_ids.size, dtype=np.int64)
+    for n, (segment, members) in enumerate(_evaluated(tx, open_rules, slots, user_ids)):
         count = int(np.count_nonzero(members))
         if count:
             counts[segment.id] = count
@@ -83,26 +88,24 @@ def place_users(tx: ShardBits, first_slot: int, user_ids: Int64s) -> None:
         np.array([segment.id for segment in open_rules], dtype=np.int64)[which_segment],
         packed[which_segment, which_block],
     )
-    if offset:
-        _merge(rows, tx.bit_rows([first_block]))
-    tx.put_bit_rows(rows)
+    stored = _merge(rows, tx.bit_rows(range(first_block, first_block + block_count)), first_block)
+    tx.put_bit_rows(rows, stored=stored)
     tx.add_to_rule_counts(counts)
 
 
 def _evaluated(
-    tx: ShardBits, segments: Sequence[ShardSegment], user_ids: Int64s
+    tx: ShardBits, segments: Sequence[ShardSegment], slots: Int64s, user_ids: Int64s
 ) -> Iterator[tuple[ShardSegment, npt.NDArray[np.bool_]]]:
     """Each segment with the users whom its rule says are members, overrides apart. All of them have a rule."""
     # Many segments may share a condition: it is asked once, and where the attributes are.
     conditions = sorted({segment.rule.condition for segment in segments if segment.rule and segment.rule.condition})
     holds: dict[str, npt.NDArray[np.bool_]] = {"": np.ones(user_ids.shape, dtype=np.bool_)}
-    for condition, positions in zip(conditions, tx.matching(conditions, user_ids.tolist()), strict=True):
-        holds[condition] = np.zeros(user_ids.shape, dtype=np.bool_)
-        holds[condition][positions] = True
+    holds.update(tx.matching(conditions, slots))
+    hashes = UserHashes(user_ids)
     for segment in segments:
         if segment.rule is None:
             raise AssertionError("a segment to evaluate has a rule")
-        yield segment, holds[segment.rule.condition] & (buckets(user_ids, segment.salt) < segment.rule.threshold)
+        yield segment, holds[segment.rule.condition] & hashes.below(segment.salt, segment.rule.threshold)
 
 
 def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
@@ -113,7 +116,7 @@ def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
     segments = [segment for segment in tx.rules() if _follows_changes(segment)]
     if not segments:
         return
-    members = np.stack([flags for _, flags in _evaluated(tx, segments, user_ids)])
+    members = np.stack([flags for _, flags in _evaluated(tx, segments, slots, user_ids)])
     index_of = {segment.id: n for n, segment in enumerate(segments)}
     ids = np.array([segment.id for segment in segments], dtype=np.int64)
     added: dict[int, int] = {}
@@ -125,10 +128,13 @@ def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
         concerned = bits.pack(flags)
 
         old = np.zeros((len(segments), *concerned.shape), dtype=np.uint8)
+        stored = np.zeros(old.shape[:2], dtype=np.bool_)
         rows = tx.bit_rows(blocks.tolist())
         known = np.isin(rows.segment_ids, ids)
         rows_of = np.array([index_of[segment_id] for segment_id in rows.segment_ids[known].tolist()], dtype=np.int64)
-        old[rows_of, np.searchsorted(blocks, rows.blocks[known])] = rows.packed[known]
+        blocks_of = np.searchsorted(blocks, rows.blocks[known])
+        old[rows_of, blocks_of] = rows.packed[known]
+        stored[rows_of, blocks_of] = True
 
         wanted = np.zeros((len(segments), blocks.size, BLOCK_SLOTS), dtype=np.bool_)
         wanted[:, at, within] = members[:, chosen]
@@ -137,7 +143,10 @@ def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
         if not which_segment.size:
             continue
         changed = new[which_segment, which_block]
-        tx.put_bit_rows(bits.BitRows(blocks[which_block], ids[which_segment], changed))
+        tx.put_bit_rows(
+            bits.BitRows(blocks[which_block], ids[which_segment], changed),
+            stored=stored[which_segment, which_block],
+        )
         gained = np.bitwise_count(changed).sum(axis=1, dtype=np.int64)
         gained -= np.bitwise_count(old[which_segment, which_block]).sum(axis=1, dtype=np.int64)
         for segment_id, count in zip(ids[which_segment].tolist(), gained.tolist(), strict=True):
@@ -188,7 +197,10 @@ def clear_users(tx: ShardBits, slots: Int64s) -> None:
             continue
         cleared = cleared[changed]
         segment_ids = rows.segment_ids[changed]
-        tx.put_bit_rows(bits.BitRows(rows.blocks[changed], segment_ids, rows.packed[changed] & ~cleared))
+        tx.put_bit_rows(
+            bits.BitRows(rows.blocks[changed], segment_ids, rows.packed[changed] & ~cleared),
+            stored=np.ones(segment_ids.size, dtype=np.bool_),
+        )
         lost = np.bitwise_count(cleared).sum(axis=1, dtype=np.int64)
         for segment_id, count in zip(segment_ids.tolist(), lost.tolist(), strict=True):
             removed[segment_id] = removed.get(segment_id, 0) - count
@@ -201,12 +213,19 @@ def _takes_newcomers(segment: ShardSegment) -> bool:
     return segment.rule is not None and segment.rule.policy is Policy.LIVE
 
 
-def _merge(rows: bits.BitRows, stored: bits.BitRows) -> None:
-    """Add the bits that a block has already. ``rows`` is changed; ``stored`` is of one block, by segment."""
-    if not stored.blocks.size:
-        return
-    in_block = np.flatnonzero(rows.blocks == stored.blocks[0])
-    at = np.searchsorted(stored.segment_ids, rows.segment_ids[in_block])
-    known = at < stored.segment_ids.size
-    known[known] = stored.segment_ids[at[known]] == rows.segment_ids[in_block[known]]
-    rows.packed[in_block[known]] |= stored.packed[at[known]]
+def _merge(rows: bits.BitRows, old: bits.BitRows, first_block: int) -> npt.NDArray[np.bool_]:
+    """Add the bits that the first block has already. Returns for which rows there is one.
+
+    Rows of later blocks belong to nobody: there are none, unless a fault has left some. They are replaced.
+
+    Args:
+        rows: is changed.
+        old: by block and segment.
+    """
+    width = int(max(rows.segment_ids.max(), old.segment_ids.max(initial=0))) + 1
+    old_keys = (old.blocks - first_block) * width + old.segment_ids
+    keys = (rows.blocks - first_block) * width + rows.segment_ids
+    stored = np.isin(keys, old_keys)
+    merged = np.flatnonzero(stored & (rows.blocks == first_block))
+    rows.packed[merged] |= old.packed[np.searchsorted(old_keys, keys[merged])]
+    return stored

@@ -15,6 +15,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from segsvc.conditions import Condition, parse_condition, tree
 from segsvc.domain.errors import ServiceError
 from segsvc.local.postgres import PostgresServer
+from segsvc.postgres.condition_columns import clauses_over_columns
 from segsvc.postgres.condition_sql import condition_clause
 from tests.conditions import nodes, stored, users
 
@@ -48,6 +49,11 @@ KNOWN = [
     "user.a.contains('%') || user.a.startsWith('_') || user.a.endsWith('\\\\')",
     "user.a > '\\uffff'",
     "user.a in [] || has(user.b)",
+    "user.a in ['a', 'b'] || 'c' == user.b",
+    "user.a != 'a' && !(user.b in ['a', 1])",
+    "user.a < 'b' || 1 < user.n || user.n >= 0.5",
+    "user.a.startsWith(user.b) || 'a' in user.tags || ['a'] in user.tags || 1 in user.tags",
+    "user.flag == true || user.a == ['a']",
     "user.a == 'RU' || user.b != 'ab'",
     "user.a == '1' || user.a == 'true' || user.a == '{}' || user.a == '[]' || user.a == ''",
     "user.a in ['RU', '', 'null']",
@@ -80,15 +86,30 @@ def by_sql(
     return [tuple(row) for row in connection.execute(query.select_from(rows).order_by(sa.column("n")))]
 
 
+def by_columns(
+    connection: sa.Connection, conditions: Sequence[Condition], attributes: Sequence[str]
+) -> list[tuple[bool, ...]]:
+    """The same, asked as batches of events ask."""
+    rows = sa.func.unnest(sa.literal(attributes, ARRAY(sa.Text)).cast(ARRAY(JSONB))).table_valued(
+        sa.column("attributes", JSONB), with_ordinality="n"
+    )
+    rows = rows.render_derived(name="u")
+    found, clauses = clauses_over_columns(conditions, rows, [rows.c.n], sa.true())
+    query = sa.select(*(each.label(f"c{n}") for n, each in enumerate(clauses)))
+    return [tuple(row) for row in connection.execute(query.select_from(found).order_by(found.c.n))]
+
+
 def agree(connection: sa.Connection, conditions: Sequence[Condition], found: Sequence[dict[str, Any]]) -> int:
     """Fail unless both say the same; how many pairs were compared."""
     attributes = [stored(user) for user in found]
-    for text, answers in zip(attributes, by_sql(connection, conditions, attributes), strict=True):
-        user = json.loads(text)
-        assert list(answers) == [each.holds(user) for each in conditions], (
-            [each.text for each in conditions],
-            text,
-        )
+    for asked in (by_sql, by_columns):
+        for text, answers in zip(attributes, asked(connection, conditions, attributes), strict=True):
+            user = json.loads(text)
+            assert list(answers) == [each.holds(user) for each in conditions], (
+                asked.__name__,
+                [each.text for each in conditions],
+                text,
+            )
     return len(conditions) * len(found)
 
 

@@ -1,0 +1,101 @@
+"""Conditions over attributes that were taken out of the object before: many conditions, the same users.
+
+To look an attribute up in a JSONB object costs more than to compare it, and every condition looks again. So the batch's
+attributes become columns, each value with its type looked at once, and the conditions are compiled over these. They
+mean the same: it is the same compiler, reaching for attributes elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+from segsvc.conditions import Condition, tree
+from segsvc.conditions.tree import Scalar, attributes_of
+from segsvc.postgres.condition_sql import Compiler, Sql, number_or_null
+
+COLUMNS_EACH = 3
+"""Columns of the subquery for each attribute; PostgreSQL allows 1664 in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """An attribute as columns.
+
+    Attributes:
+        json: its value; NULL: absent.
+        number: its value as numeric; NULL: absent, or of another type.
+        text: its value as text, whatever its type; NULL: absent.
+    """
+
+    json: Sql
+    number: Sql
+    text: Sql
+
+
+def clauses_over_columns(
+    conditions: Sequence[Condition], users: sa.FromClause, keys: list[sa.ColumnElement[Any]], where: Sql
+) -> tuple[sa.Subquery, list[sa.ColumnElement[bool]]]:
+    """A subquery of the users' keys and attributes, and over it each condition: true where it holds, never NULL.
+
+    Args:
+        users: with a column ``attributes``.
+        keys: columns of ``users`` to have in the subquery.
+        where: which of the users.
+    """
+    names = sorted(frozenset().union(*(attributes_of(condition.root) for condition in conditions)))
+    attributes = users.c.attributes
+    # OFFSET 0 keeps the planner from putting the expressions back into each place where a column is used.
+    fence: sa.ColumnElement[int] = sa.literal_column("0", sa.Integer)
+    looked_up = (
+        sa.select(
+            *keys,
+            *(
+                attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text)).label(f"j{n}")
+                for n, name in enumerate(names)
+            ),
+        )
+        .where(where)
+        .offset(fence)
+        .subquery("looked_up")
+    )
+    typed = (
+        sa.select(
+            *looked_up.c,
+            *(number_or_null(looked_up.c[f"j{n}"]).label(f"n{n}") for n in range(len(names))),
+            *(
+                looked_up.c[f"j{n}"].op("#>>", return_type=sa.Text())(sa.text("'{}'")).label(f"t{n}")
+                for n in range(len(names))
+            ),
+        )
+        .offset(fence)
+        .subquery("x")
+    )
+    columns = {name: Extracted(typed.c[f"j{n}"], typed.c[f"n{n}"], typed.c[f"t{n}"]) for n, name in enumerate(names)}
+    compiler = _OverColumns(columns)
+    return typed, [compiler.clause(condition) for condition in conditions]
+
+
+class _OverColumns(Compiler):
+    def __init__(self, extracted: Mapping[str, Extracted]) -> None:
+        self._extracted = extracted
+
+    def _has(self, name: str) -> Sql:
+        return self._extracted[name].json.is_not(None)
+
+    def _attribute(self, name: str) -> Sql:
+        return self._extracted[name].json
+
+    def _attribute_text(self, attribute: tree.Attribute) -> Sql:
+        return self._extracted[attribute.name].text
+
+    def _attribute_ordered(self, op: str, attribute: tree.Attribute, number: Scalar) -> Sql:
+        # NULL, an error, for what is no number.
+        return self._extracted[attribute.name].number.op(op, return_type=sa.Boolean())(
+            sa.literal(Decimal(repr(number)), sa.Numeric)
+        )
