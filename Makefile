@@ -14,7 +14,7 @@ ARGS ?=
 .PHONY: help
 help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	    /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	    /^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 ##@ Run
 # USERS and KEEP reach the demo through the environment.
@@ -32,7 +32,7 @@ check: $(VENV) ## Recompute every membership of the running stack and compare
 	@$(BIN)/segsvc check $(ARGS)
 
 ##@ Test
-.PHONY: test test-long test-docker simulate soak fresh
+.PHONY: test test-long test-failure test-infrastructure test-docker simulate soak fresh
 test: $(VENV) ## All tests, unit to end-to-end, on real components
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
@@ -41,6 +41,12 @@ SIDE_BY_SIDE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
 test-long: $(VENV) ## What takes minutes: a million conditions, the service against its model
 	@$(BIN)/python -m pytest -m long $(ARGS)
+
+test-failure: $(VENV) ## The fault matrix: every point of the commit protocol × every fault, shard and operation
+	@$(BIN)/python -m tests.failure.run $(ARGS)
+
+test-infrastructure: $(VENV) ## Servers killed, emptied, full, out of slots while operations need them
+	@$(BIN)/python -m pytest -m "not docker" tests/infrastructure $(ARGS)
 
 test-docker: $(VENV) ## The chord on containers (skipped, and counted, where there is no Docker engine)
 	@$(BIN)/python -m pytest -m docker tests/docker $(ARGS)

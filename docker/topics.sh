@@ -2,12 +2,15 @@
 # Creates the topics that docs/events.md names, unless they are there: sh topics.sh BOOTSTRAP_SERVER
 set -eu
 create() {
+    name=$1 partitions=$2
+    shift 2
     /opt/kafka/bin/kafka-topics.sh --bootstrap-server "$server" --create --if-not-exists \
-        --topic "$1" --partitions "$2" --replication-factor 1
+        --topic "$name" --partitions "$partitions" --replication-factor 1 "$@"
 }
 server=$1
 for topic in create-user update-user delete-user; do
     create "$topic" 8
-    create "$topic.dlq" 1
+    # A dead letter is an event and its headers: its topic must allow more than the event's does.
+    create "$topic.dlq" 1 --config max.message.bytes=67108864
 done
 create segment-events 1

@@ -18,6 +18,9 @@ from segsvc.domain.errors import Reason, ServiceError, invalid_field, required_f
 from segsvc.domain.membership import FIRST_SEGMENT, READ_TIME, Entry
 
 BATCH_USERS_MAX: Final = 1000
+REQUEST_BYTES_MAX: Final = 64 * 1024
+"""Larger requests are not decoded: a thousand users need 11 KB, and a hundred megabytes would keep the lane, and
+everybody else's calls, for seconds."""
 
 _TIMES_MAX: Final = 65_536
 _LENGTHS_MAX: Final = 65_536
@@ -78,6 +81,8 @@ _result_heads: Final = _ResultHeads()
 
 def user_id_of(payload: bytes) -> int:
     """The user of a GetUserSegmentsRequest. Raises ServiceError FIELD_REQUIRED, FIELD_INVALID, INTERNAL."""
+    if len(payload) > REQUEST_BYTES_MAX:
+        raise _too_large(payload, "user_id", Reason.FIELD_INVALID)
     try:
         user_id: int = pb.GetUserSegmentsRequest.FromString(payload).user_id
     except DecodeError:
@@ -94,6 +99,10 @@ def check_user_id(user_id: int, field: str = "user_id") -> None:
     sharding.check_user_id(user_id, field)
 
 
+def _too_large(payload: bytes, field: str, reason: Reason) -> ServiceError:
+    return invalid_field(field, f"the request must be at most {REQUEST_BYTES_MAX} bytes, is {len(payload)}", reason)
+
+
 def _not_a_message() -> ServiceError:
     """As the other methods answer it, and as grpcio does itself."""
     return ServiceError(Reason.INTERNAL, "the request is not a valid message")
@@ -105,6 +114,8 @@ def user_ids_of(payload: bytes) -> Sequence[int]:
     Raises:
         ServiceError: FIELD_REQUIRED (none), BATCH_TOO_LARGE, INTERNAL.
     """
+    if len(payload) > REQUEST_BYTES_MAX:
+        raise _too_large(payload, "user_ids", Reason.BATCH_TOO_LARGE)
     try:
         user_ids = pb.BatchGetUserSegmentsRequest.FromString(payload).user_ids
     except DecodeError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from segsvc.cache.client import CacheClient
@@ -10,11 +10,11 @@ from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.config import Settings
 from segsvc.domain.membership import Entry
-from segsvc.domain.operation import Operation, ShardCounts
+from segsvc.domain.operation import Operation, OperationState, ShardCounts
 from segsvc.failpoints import failpoints
 from segsvc.fan_out import ThreadFanOut
 from segsvc.log import get_logger
-from segsvc.metrics import in_doubt_seconds, recovery_alarms
+from segsvc.metrics import in_doubt_seconds, operations_not_ended_seconds, recovery_alarms
 from segsvc.postgres import moving
 from segsvc.postgres.audit_reads import PostgresAuditReads
 from segsvc.postgres.blocks import PostgresShardSnapshots, PostgresShardTransaction
@@ -28,6 +28,7 @@ from segsvc.postgres.overrides import PostgresOverrideStore
 from segsvc.postgres.participant import PostgresParticipant
 from segsvc.postgres.probes import PostgresProbes
 from segsvc.postgres.reads import PostgresMemberships
+from segsvc.postgres.stalls import StallWatch
 from segsvc.postgres.statistics import PostgresShardCounter, PostgresUserReader
 from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.check import Checker
@@ -67,8 +68,13 @@ class MetricsObserver:
         recovery_alarms.labels(what).inc()
         log.error("alarm", what=what, **{key: str(value) for key, value in where.items()})
 
-    def in_doubt(self, shard: int, oldest_s: float) -> None:
-        in_doubt_seconds.labels(shard).set(oldest_s)
+    def in_doubt(self, shard: int, oldest_s: Mapping[str, float]) -> None:
+        for standing, age_s in oldest_s.items():
+            in_doubt_seconds.labels(shard, standing).set(age_s)
+
+    def not_ended(self, oldest_s: Mapping[OperationState, float]) -> None:
+        for state, age_s in oldest_s.items():
+            operations_not_ended_seconds.labels(state.name).set(age_s)
 
 
 def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: ProgressHook, write: bool) -> ShardCounts:
@@ -200,6 +206,8 @@ class Front:
     def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
         # One more: the watcher keeps one to the catalog as long as somebody waits.
         self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS + 1))
+        # Callers of a front have deadlines; a worker's task has none, and goes on when the server does.
+        self._stalls = StallWatch(self.databases, settings.connect_timeout_s)
         self.cache = make_cache(settings)
         parts = OperationParts(settings, self.databases, self.cache, sender)
         self.fan_out = parts.fan_out
@@ -230,6 +238,7 @@ class Front:
         self._creation_fan_out.close()
         self.fan_out.close()
         self.cache.close()
+        self._stalls.close()
         self.databases.close()
 
 
@@ -237,7 +246,8 @@ class OutboxServices:
     """What publishing segment events needs of the catalog."""
 
     def __init__(self, settings: Settings, *, publisher: SegmentEventPublisher) -> None:
-        self._databases = Databases(settings, "bridge", Pool(1))
+        # A claim stands still for as long as Kafka takes to acknowledge what it publishes.
+        self._databases = Databases(settings, "bridge", Pool(1, catalog_idle_s=None))
         self.outbox = Outbox(PostgresOutboxStore(self._databases), publisher)
 
     def close(self) -> None:

@@ -29,9 +29,16 @@ operations_finished = Counter("segsvc_operations_finished_total", "Operations th
 """kind and state: names of the enumerations of the domain. Whoever made the operation final counts it."""
 in_doubt_seconds = Gauge(
     "segsvc_in_doubt_seconds",
-    "Age of the oldest prepared transaction of a shard, as recovery last saw it.",
-    ["shard"],
+    "Age of the oldest prepared transaction of a shard whose operation is in this state, as recovery last saw it.",
+    ["shard", "state"],
     # Recovery runs in one process of a worker now and in another one then: what the last of them saw is true.
+    multiprocess_mode="mostrecent",
+)
+"""state: of the ledger; UNKNOWN: there is no such operation; UNREAD: the catalog could not be asked."""
+operations_not_ended_seconds = Gauge(
+    "segsvc_operations_not_ended_seconds",
+    "For how long the operation that has been in this state longest has been, as recovery last saw it.",
+    ["state"],
     multiprocess_mode="mostrecent",
 )
 recovery_time = Gauge(

@@ -34,7 +34,7 @@ shards have the fence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from uuid import UUID
 
 from segsvc.domain.errors import Reason, ServiceError
@@ -42,6 +42,9 @@ from segsvc.domain.operation import Failure, Gid, Operation, OperationKind, Oper
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.twophase_ports import (
+    STANDINGS,
+    UNKNOWN,
+    UNREAD,
     Dispatcher,
     FanOut,
     Finish,
@@ -299,14 +302,23 @@ class Coordinator:
         except ServiceError as error:  # a shard out of reach delays only itself
             first_error = error
         self._crash.reach("recovery-looked", found=sum(map(len, found.values())))
-        ours = [one for shard, prepared in found.items() for one in self._ours(self.participants[shard], prepared)]
-        states = self._ledger.states({gid.operation_id for _, gid in ours})
-        for participant, gid in ours:
-            try:
-                self._settle(participant, gid, states.get(gid.operation_id))
-            except ServiceError as error:
-                first_error = first_error or error
-        for open_operation in self._ledger.open_operations():
+        ours = {shard: self._ours(self.participants[shard], prepared) for shard, prepared in found.items()}
+        try:
+            states = self._ledger.states({gid.operation_id for gids in ours.values() for gid in gids})
+        except ServiceError:
+            # What is prepared grows older all the same, and people should see it.
+            self._tell_in_doubt(ours, None)
+            raise
+        self._tell_in_doubt(ours, states)
+        for shard, gids in ours.items():
+            for gid in gids:
+                try:
+                    self._settle(self.participants[shard], gid, states.get(gid.operation_id))
+                except ServiceError as error:
+                    first_error = first_error or error
+        open_operations = self._ledger.open_operations()
+        self._tell_not_ended(open_operations)
+        for open_operation in open_operations:
             try:
                 self._advance(open_operation)
             except ServiceError as error:
@@ -315,19 +327,34 @@ class Coordinator:
         if first_error is not None:
             raise first_error
 
-    def _ours(self, participant: Participant, found: Iterable[Prepared]) -> list[tuple[Participant, Gid]]:
-        """Those of this installation on the right shard; an alarm for each that looks like ours and is not."""
-        ours: list[tuple[Participant, Gid]] = []
-        oldest_s = 0.0
+    def _ours(self, participant: Participant, found: Iterable[Prepared]) -> Mapping[Gid, float]:
+        """Ages of those of this installation on the right shard; an alarm for each that looks like ours and is not."""
+        ours: dict[Gid, float] = {}
         for prepared in found:
             gid = Gid.parse(prepared.gid)
             if gid is not None and gid.cluster == self._cluster and gid.shard == participant.shard:
-                ours.append((participant, gid))
-                oldest_s = max(oldest_s, prepared.age_s)
+                ours[gid] = prepared.age_s
             elif prepared.gid.startswith("segsvc:"):
                 self._observer.raise_alarm("foreign-prepared", gid=prepared.gid, shard=participant.shard)
-        self._observer.in_doubt(participant.shard, oldest_s)
         return ours
+
+    def _tell_in_doubt(
+        self, ours: Mapping[int, Mapping[Gid, float]], states: Mapping[UUID, OperationState] | None
+    ) -> None:
+        """Tell people what was found. ``states`` None: the ledger could not be asked."""
+        for shard, gids in ours.items():
+            oldest_s = dict.fromkeys(STANDINGS, 0.0)
+            for gid, age_s in gids.items():
+                state = None if states is None else states.get(gid.operation_id)
+                standing = UNREAD if states is None else UNKNOWN if state is None else state.name
+                oldest_s[standing] = max(oldest_s[standing], age_s)
+            self._observer.in_doubt(shard, oldest_s)
+
+    def _tell_not_ended(self, open_operations: Iterable[OpenOperation]) -> None:
+        oldest_s = {state: 0.0 for state in OperationState if not state.final}
+        for one in open_operations:
+            oldest_s[one.operation.state] = max(oldest_s[one.operation.state], one.age_s)
+        self._observer.not_ended(oldest_s)
 
     def _settle(self, participant: Participant, gid: Gid, state: OperationState | None) -> None:
         """End one prepared transaction as its operation's state says; leave it while nothing is decided."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 from uuid import UUID
 
 from segsvc.domain.operation import Failure, Gid, Operation, OperationState, ShardCounts, ShardProgress
@@ -43,6 +43,12 @@ class Prepared:
     age_s: float
 
 
+UNKNOWN: Final = "UNKNOWN"
+UNREAD: Final = "UNREAD"
+STANDINGS: Final = (*(state.name for state in OperationState), UNKNOWN, UNREAD)
+"""How a prepared transaction stands: the state of its operation; or there is none; or the ledger cannot be asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class OpenOperation:
     """An operation that is not final, with what the catalog's clock says of it.
@@ -50,11 +56,13 @@ class OpenOperation:
     Attributes:
         expired: its deadline has passed.
         quiet: no dispatch, vote or progress for a while: nobody seems to work on it.
+        age_s: for how long it has been in its state.
     """
 
     operation: Operation
     expired: bool
     quiet: bool
+    age_s: float
 
 
 class Ledger(Protocol):
@@ -161,5 +169,11 @@ class Observer(Protocol):
     def raise_alarm(self, what: str, **where: object) -> None:
         """Something that recovery must not decide by itself, or that should never happen."""
 
-    def in_doubt(self, shard: int, oldest_s: float) -> None:
-        """Age of the oldest of our prepared transactions that recovery found on a shard; 0: there was none."""
+    def in_doubt(self, shard: int, oldest_s: Mapping[str, float]) -> None:
+        """What recovery found prepared on a shard: for each of ``STANDINGS``, the age of the oldest; 0: there is none.
+
+        Not told of a shard that could not be asked."""
+
+    def not_ended(self, oldest_s: Mapping[OperationState, float]) -> None:
+        """For each state that is not final, for how long the operation that has been in it longest has been; 0: there
+        is none."""

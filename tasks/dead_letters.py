@@ -19,6 +19,8 @@ from tasks.waiting import Backoff, Waits
 
 SUFFIX: Final = ".dlq"
 AT_ONCE: Final = 500
+TOO_LARGE_AGAIN_S: Final = 15.0
+"""How often a letter is tried that its topic is too small for."""
 
 
 @dataclass(slots=True)
@@ -30,6 +32,13 @@ class _Letter:
     def key(self) -> bytes | None:
         """The event's own; a message needs a key or a value, so one that had neither gets an empty key."""
         return b"" if self.taken.key is None and self.taken.raw is None else self.taken.key
+
+    @property
+    def room(self) -> str:
+        """What a letter that is too large waits for, in words."""
+        taken = self.taken
+        place = f"{taken.partition.topic}/{taken.partition.partition} offset {taken.offset}"
+        return f"a larger max.message.bytes of {taken.partition.topic}{SUFFIX}, for {place}"
 
     @property
     def headers(self) -> list[tuple[str, bytes]]:
@@ -47,12 +56,20 @@ class DeadLetters:
 
     ``put`` hands one over, ``acknowledged`` returns those that the broker has: only then may their offsets be
     committed. A letter is never given up; after a crash, its event comes again and so does the letter.
+
+    A letter is larger than its event, by the headers. If its topic does not allow for that, the letter waits by itself
+    until the topic does, and its partition's offset with it; the others go on.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._sender = Sender(settings)
         self._incoming: deque[_Letter] = deque()
         self._acknowledged: deque[Taken] = deque()
+        self._too_large: deque[_Letter] = deque()
+        self._too_large_at = 0.0
+        self._failing: set[str] = set()
+        """Topics whose letters could not be sent the last time."""
+        self._waits = Waits()
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._deadline = float("inf")
@@ -81,10 +98,9 @@ class DeadLetters:
     def _run(self) -> None:
         pending: list[_Letter] = []
         backoff = Backoff(0.5, 15.0)
-        waits = Waits()
         while True:
             if not pending:
-                self._wake.wait()
+                self._wake.wait(max(0.0, self._too_large_at - time.monotonic()) if self._too_large else None)
             self._wake.clear()
             while self._incoming and len(pending) < AT_ONCE:
                 letter = self._incoming.popleft()
@@ -93,30 +109,67 @@ class DeadLetters:
             if self._stop.is_set() and (not pending or time.monotonic() >= self._deadline):
                 break
             pending = self._send(pending)
+            pending += self._one_by_one(self._next_too_large())
             if pending:
                 backoff.failed(0.0)
-                waits.begins("the dead-letter topics", self._sender.failure)
+                self._waits.begins("the dead-letter topics", self._sender.failure)
                 self._stop.wait(backoff.ready_at)
             else:
                 backoff.succeeded()
-                waits.ends("the dead-letter topics")
+                self._waits.ends("the dead-letter topics")
             if self._incoming or self._stop.is_set():
                 self._wake.set()
         self._sender.close()
 
+    def _next_too_large(self) -> list[_Letter]:
+        """One of the letters that are too large, if it is time to try them again."""
+        while self._too_large and time.monotonic() >= self._too_large_at:
+            letter = self._too_large.popleft()
+            if not letter.taken.partition.lost:
+                return [letter]
+        return []
+
     def _send(self, letters: list[_Letter]) -> list[_Letter]:
-        """Send letters topic by topic; those that are not acknowledged."""
+        """Send letters topic by topic; those that are to be sent again."""
         left: list[_Letter] = []
         for topic in sorted({letter.taken.partition.topic for letter in letters}):
             of_topic = [letter for letter in letters if letter.taken.partition.topic == topic]
-            outcomes = self._sender.send(
-                topic + SUFFIX,
-                [(letter.key, letter.taken.raw, letter.headers) for letter in of_topic],
-            )
-            for letter, done in zip(of_topic, outcomes, strict=True):
-                if done:
-                    self._acknowledged.append(letter.taken)
-                    metrics.events.labels(topic, "dead").inc()
-                else:
-                    left.append(letter)
+            unsent = self._one_by_one(of_topic) if topic in self._failing else self._together(of_topic)
+            if unsent:
+                self._failing.add(topic)
+            else:
+                self._failing.discard(topic)
+            left += unsent
+        return left
+
+    def _one_by_one(self, letters: list[_Letter]) -> list[_Letter]:
+        """Send letters of one topic after a failure, up to the first one that fails for now; it and those behind it.
+
+        Those in one request are refused together, and the client gives up whatever else is under way. So only a letter
+        that is sent alone can be found to be too large. It is put aside.
+        """
+        for index, letter in enumerate(letters):
+            if not self._together([letter]):
+                continue
+            if not self._sender.too_large:
+                return letters[index:]
+            self._waits.begins(letter.room, self._sender.failure)
+            self._too_large.append(letter)
+            self._too_large_at = time.monotonic() + TOO_LARGE_AGAIN_S
+        return []
+
+    def _together(self, letters: list[_Letter]) -> list[_Letter]:
+        """Send letters of one topic; those that were not acknowledged."""
+        topic = letters[0].taken.partition.topic
+        outcomes = self._sender.send(
+            topic + SUFFIX, [(letter.key, letter.taken.raw, letter.headers) for letter in letters]
+        )
+        left: list[_Letter] = []
+        for letter, done in zip(letters, outcomes, strict=True):
+            if done:
+                self._waits.ends(letter.room)
+                self._acknowledged.append(letter.taken)
+                metrics.events.labels(topic, "dead").inc()
+            else:
+                left.append(letter)
         return left

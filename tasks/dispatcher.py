@@ -14,6 +14,7 @@ from segsvc.domain.operation import Operation
 
 PREPARE_SHARD = "segsvc.prepare_shard"
 FINALIZE = "segsvc.finalize"
+CHECK_TIMEOUT_S = 1.0
 
 
 class CeleryDispatcher:
@@ -28,6 +29,8 @@ class CeleryDispatcher:
         Raises:
             ServiceError: BROKER_UNAVAILABLE; some of the messages may have been sent.
         """
+        # Publishing waits and tries again for longer than whoever has to answer a call can wait.
+        self.check()
         root_id = f"{operation.plan.kind.name.lower()}-{operation.plan.slug}-{operation.id}"
         known: dict[str, Any] = {"operation_id": str(operation.id), "title": operation.title}
         header = [
@@ -38,6 +41,11 @@ class CeleryDispatcher:
         try:
             chord(header, body, app=self._app).apply_async()
         except (OperationalError, RedisError, OSError) as error:
+            raise broker_unavailable() from error
+        except RuntimeError as error:
+            # What Celery 5.7 makes of a result store that cannot be reached ("must be restarted", which is not so).
+            if not isinstance(error.__cause__, OperationalError | RedisError | OSError):
+                raise
             raise broker_unavailable() from error
 
     def _signature(self, task: str, kwargs: dict[str, Any], root_id: str, shown: str) -> Signature[Any]:
@@ -50,6 +58,9 @@ class CeleryDispatcher:
         """Raises BROKER_UNAVAILABLE unless the broker answers within about a second."""
         try:
             with self._app.connection_for_write() as connection:
+                # A server that hangs lets connections in and answers nothing.
+                options = connection.transport_options or {}
+                connection.transport_options = {**options, "socket_timeout": CHECK_TIMEOUT_S}
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
                 # Opening a channel of the Redis transport sends a PING; the connection closes its channels.
                 connection.channel()

@@ -8,13 +8,20 @@ from typing import Any, Final
 
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, MessageSizeTooLargeError
 
 from segsvc.config import Settings
+from segsvc.log import get_logger
 from tasks.waiting import Sparse
+
+log = get_logger(__name__)
 
 SEND_TIMEOUT_S: Final = 10.0
 """Longest wait for the acknowledgement of a message before it is sent again."""
+CLOSE_TIMEOUT_S: Final = 2.0
+"""Longest wait for a producer's thread to end."""
+REQUEST_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Largest request of a producer: far above what topics allow, for the broker decides what is too large for it."""
 
 
 def _common(settings: Settings) -> dict[str, Any]:
@@ -92,8 +99,7 @@ def make_producer(settings: Settings) -> KafkaProducer:
         linger_ms=5,
         max_block_ms=5_000,
         delivery_timeout_ms=int(SEND_TIMEOUT_S * 1000) + 1_000,
-        # The broker decides what is too large for it.
-        max_request_size=64 * 1024 * 1024,
+        max_request_size=REQUEST_BYTES_MAX,
     )
 
 
@@ -112,6 +118,8 @@ class Sender:
         self._producer: KafkaProducer | None = None
         self.failure = ""
         """Why the last message that failed did; for the log."""
+        self.too_large = False
+        """Whether one of the messages last sent was refused because its topic does not allow so large ones."""
 
     def send(self, topic: str, messages: Sequence[Message]) -> list[bool]:
         """Send (key, value, headers) messages, in order; which of them were acknowledged."""
@@ -125,6 +133,9 @@ class Sender:
         except (KafkaError, OSError) as error:
             self.failure = type(error).__name__
         acknowledged = [future.succeeded() for future in futures] + [False] * (len(messages) - len(futures))
+        self.too_large = any(
+            future.failed() and isinstance(future.exception, MessageSizeTooLargeError) for future in futures
+        )
         if not all(acknowledged):
             for future in futures:
                 if future.failed():
@@ -134,9 +145,17 @@ class Sender:
         return acknowledged
 
     def close(self) -> None:
-        if self._producer is not None:
-            self._producer.close(timeout=0)
-            self._producer = None
+        """Let go of the producer, and of what it has not sent."""
+        producer, self._producer = self._producer, None
+        if producer is None:
+            return
+        # Kafka-python 3.0.12: ``close`` waits for what is unsent before it does anything else, and if that does not
+        # come it raises, with its thread still sending. So the thread is told first to give everything up.
+        producer.__dict__["_sender"].force_close()
+        try:
+            producer.close(timeout=CLOSE_TIMEOUT_S)
+        except KafkaError as error:
+            log.warning("producer_still_closing", reason=type(error).__name__)  # its thread ends when it can
 
 
 def quieten_client_log() -> None:

@@ -17,7 +17,7 @@ __all__ = ["broker_server", "cache_server", "kafka_server", "pg_server", "server
 configure_logging("WARNING", "console")
 
 _TESTS = Path(__file__).parent.relative_to(REPOSITORY).as_posix()
-_SHARED_SERVERS = ("e2e", "contract", "integration/cache", "integration/events", "integration/check")
+_SHARED_SERVERS = ("e2e", "contract", "infrastructure", "integration/cache", "integration/events", "integration/check")
 """Folders whose tests share what takes long to start. Those that take longest come first, so that nobody waits for
 them at the end; each process takes two groups at once, so the third one follows upon the first."""
 

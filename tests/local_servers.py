@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 _PREFIX = "segsvc-test-"
 
 
-def _owner_lives(folder: Path) -> bool:
+def owner_lives(folder: Path) -> bool:
     """Whether the session that made ``folder`` still runs (its name ends in that process's id)."""
     pid = folder.name.removeprefix(_PREFIX).split("-", 1)[0]
     return not pid.isdigit() or psutil.pid_exists(int(pid))
@@ -37,7 +37,7 @@ def servers_folder() -> Iterator[Path]:
     Everything that was started for it is killed at the end, whatever the fixtures below managed to stop.
     """
     for left_over in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        if not _owner_lives(left_over):
+        if not owner_lives(left_over):
             with contextlib.suppress(PermissionError):
                 kill_marked(left_over)
                 shutil.rmtree(left_over, ignore_errors=True)

@@ -34,7 +34,7 @@ class Memberships(membership_pb2_grpc.MembershipServiceServicer):
             return pb.UserSegments(user_id=request.user_id, slugs=[slug for (slug,) in cursor.fetchall()])
 
     def _connection(self, shard: int) -> psycopg2.extensions.connection:
-        connections = self._own.__dict__.setdefault("connections", {})
+        connections: dict[int, psycopg2.extensions.connection] = self._own.__dict__.setdefault("connections", {})
         if shard not in connections:
             connections[shard] = psycopg2.connect(self._dsns[shard])
             connections[shard].autocommit = True
@@ -44,7 +44,8 @@ class Memberships(membership_pb2_grpc.MembershipServiceServicer):
 def main() -> None:
     server = grpc.server(ThreadPoolExecutor(THREADS))
     dsns = [dsn.replace("postgresql+psycopg2://", "postgresql://") for dsn in sys.argv[2:]]
-    membership_pb2_grpc.add_MembershipServiceServicer_to_server(Memberships(dsns), server)
+    memberships = Memberships(dsns)  # type: ignore[abstract]  # the other methods answer UNIMPLEMENTED
+    membership_pb2_grpc.add_MembershipServiceServicer_to_server(memberships, server)
     server.add_insecure_port(sys.argv[1])
     server.start()
     stop = threading.Event()

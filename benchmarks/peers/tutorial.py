@@ -28,7 +28,9 @@ class Memberships(membership_pb2_grpc.MembershipServiceServicer):
         self._cache = cache
 
     async def GetUserSegments(  # noqa: N802
-        self, request: pb.GetUserSegmentsRequest, context: grpc.aio.ServicerContext
+        self,
+        request: pb.GetUserSegmentsRequest,
+        context: grpc.aio.ServicerContext[pb.GetUserSegmentsRequest, pb.UserSegments],
     ) -> pb.UserSegments:
         found = await self._cache.get(key_of(request.user_id))
         if found is None:
@@ -39,7 +41,8 @@ class Memberships(membership_pb2_grpc.MembershipServiceServicer):
 async def main() -> None:
     server = grpc.aio.server()
     cache = redis.asyncio.Redis.from_url(sys.argv[2])
-    membership_pb2_grpc.add_MembershipServiceServicer_to_server(Memberships(cache), server)
+    memberships = Memberships(cache)  # type: ignore[abstract]  # the other methods answer UNIMPLEMENTED
+    membership_pb2_grpc.add_MembershipServiceServicer_to_server(memberships, server)
     server.add_insecure_port(sys.argv[1])
     await server.start()
     stop = asyncio.Event()

@@ -38,6 +38,16 @@ class Refusal(Exception):
 class Commands(TyperGroup):
     """The tree of commands; turns the errors that are meant for people into a line and an exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments, of all commands: the tree's root has them first."""
+        for argument in args:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                # Bytes of another encoding. They could be sent nowhere, and printed neither.
+                raise typer.BadParameter("arguments must be UTF-8, one is not") from None
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that the arguments name."""
         try:

@@ -35,11 +35,11 @@ def doctor(json_output: Json = False) -> None:
 
 def _examinations() -> Mapping[str, Examination]:
     """What is looked at, in the order in which things depend on each other."""
-    from segsvc.cli import doctor_running, doctor_storage  # noqa: PLC0415
+    from segsvc.cli import doctor_doubt, doctor_running, doctor_storage  # noqa: PLC0415
 
     return {
         "databases": doctor_storage.databases,
-        "prepared transactions": doctor_storage.prepared_transactions,
+        "in doubt": doctor_doubt.in_doubt,
         "recovery": doctor_storage.recovery,
         "spread of the users": doctor_storage.shard_skew,
         "cache": doctor_storage.cache,

@@ -19,8 +19,9 @@ from segsvc.cli.doctor_items import Item
 from segsvc.cli.front import connected
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
-from segsvc.domain.events import TOPICS
+from segsvc.domain.events import SEGMENT_EVENTS_TOPIC, TOPICS
 from tasks.app import QUEUES, app
+from tasks.dead_letters import SUFFIX
 from tasks.dispatcher import CeleryDispatcher
 
 _PING_S: Final = 2.0
@@ -108,6 +109,10 @@ def _topics(consumer: KafkaConsumer, settings: Settings) -> Sequence[Item]:
         stuck = "start `segsvc bridge` and `segsvc worker --queue events`, or read their logs"
         text = f"{topic}: {waiting:,} events wait"
         found.append(Item(f"{text} and do not become fewer", stuck) if waiting and waiting >= before else Item(text))
+    for name in (*(name + SUFFIX for name in TOPICS), SEGMENT_EVENTS_TOPIC):
+        topic = settings.kafka_topic_prefix + name
+        if not consumer.partitions_for_topic(topic):
+            found.append(Item(f"{topic} does not exist: what belongs there waits", f"create the topic {topic}"))
     return found
 
 

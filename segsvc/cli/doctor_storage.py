@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from segsvc.bootstrap import Check
@@ -10,10 +10,7 @@ from segsvc.cache.server_check import cache_findings
 from segsvc.cli.doctor_items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
-from segsvc.domain.operation import Gid, OperationState
-from segsvc.domain.stored import LedgerEntry, PreparedTransaction
 from segsvc.postgres.migrate import inspect
-from segsvc.services.check_ledger import IN_DOUBT_MAX_S, overdue_s
 
 SKEW_MAX: Final = 0.2
 """Shards may differ from their mean by this share before it is worth a look."""
@@ -26,55 +23,6 @@ _SKEW_USERS_MIN: Final = 1000
 def databases(settings: Settings) -> Sequence[Item]:
     """Every database: in reach, the right one, migrated; every server: able to prepare enough transactions."""
     return [Item(f"{finding.where}: {finding.problem}", finding.remedy) for finding in inspect(settings)]
-
-
-def prepared_transactions(settings: Settings) -> Sequence[Item]:
-    """Everything in doubt: for how long, why, and what will end it."""
-    service = Check(settings, with_cache=False)
-    try:
-        return list(_prepared(service, settings))
-    except ServiceError as error:
-        return [Item(str(error), "see the databases above")]
-    finally:
-        service.close()
-
-
-def _prepared(service: Check, settings: Settings) -> Iterator[Item]:
-    found: list[tuple[int, PreparedTransaction]] = []
-    for shard in range(settings.shard_count):
-        with service.reads.shard(shard) as snapshot:
-            found += [(shard, transaction) for transaction in snapshot.prepared()]
-    gids = {transaction.gid: Gid.parse(transaction.gid) for _, transaction in found}
-    # After the shards: an operation is in the ledger before anything of it is prepared.
-    asked_for = {gid.operation_id for gid in gids.values() if gid is not None}
-    catalog = service.reads.catalog(fence_ttl_s=0, asked_for=asked_for)
-    entries = {entry.id: entry for entry in catalog.operations}
-    for shard, transaction in found:
-        where = f"shard {shard}: {transaction.gid} is prepared for {transaction.age_s:.0f} s"
-        gid = gids[transaction.gid]
-        if gid is None or gid.cluster != settings.cluster:
-            yield Item(f"{where}; it is not ours", "ask its owner; it keeps its locks, and vacuum from working")
-            continue
-        entry = entries.get(gid.operation_id)
-        if entry is None or gid.shard != shard:
-            remedy = "find out where it came from before ending it by hand with COMMIT or ROLLBACK PREPARED"
-            yield Item(f"{where}; the ledger has no such operation on this shard", remedy)
-            continue
-        text = f"{where}: {entry.title}; {_why(entry)}"
-        if overdue_s(transaction, entry, catalog.time) > IN_DOUBT_MAX_S:
-            remedy = "start `segsvc worker --queue operations` and `segsvc beat`, or read their logs"
-            yield Item(f"{text}, which is overdue", remedy)
-        else:
-            yield Item(text)
-
-
-def _why(entry: LedgerEntry) -> str:
-    if entry.state is OperationState.PREPARING:
-        until = entry.deadline.isoformat(timespec="seconds") if entry.deadline else "its deadline"
-        return f"it waits for all shards to vote, until {until} at the latest"
-    if entry.state is OperationState.COMMITTED:
-        return "recovery commits it"
-    return "recovery rolls it back"
 
 
 def recovery(settings: Settings) -> Sequence[Item]:

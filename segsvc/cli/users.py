@@ -11,6 +11,7 @@ from uuid import uuid4
 import typer
 
 from segsvc.cli.base import Json, console, plain, print_json, settings_of_process, table
+from segsvc.domain.sharding import USER_ID_MAX
 
 if TYPE_CHECKING:
     from segmentation.v1 import membership_pb2
@@ -19,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True, help="Look at one user; put one in or out of segments by hand.", rich_markup_mode=None
 )
 
-UserId = Annotated[int, typer.Argument(help="The user's number.", show_default=False)]
+UserId = Annotated[int, typer.Argument(min=1, max=USER_ID_MAX, help="The user's number.", show_default=False)]
 Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False)]
 Slugs = Annotated[list[str], typer.Argument(help="The segments: all of them are changed, or none.", show_default=False)]
 For = Annotated[str | None, typer.Option("--for", help="How long it holds: 90s, 30m, 2h, 7d.", show_default=False)]
@@ -168,7 +169,10 @@ def _expiry(hold: str | None, until: str | None) -> datetime | None:
         match = _DURATION.fullmatch(hold)
         if match is None:
             raise typer.BadParameter("--for is a number of s, m, h or d: 90s, 2h")
-        return datetime.now(UTC) + timedelta(seconds=int(match[1]) * _SECONDS[match[2]])
+        try:
+            return datetime.now(UTC) + timedelta(seconds=int(match[1]) * _SECONDS[match[2]])
+        except OverflowError:
+            raise typer.BadParameter("--for ends after the year 9999; without it the override holds for ever") from None
     if until is None:
         return None
     try:

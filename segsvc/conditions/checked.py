@@ -12,6 +12,7 @@ from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_fa
 
 from segsvc.conditions import tree
 
+LIST_MAX: Final = 1000
 _F: Final = descriptor_pb2.FieldDescriptorProto
 _SCALARS: Final = {
     "int64": _F.TYPE_INT64,
@@ -88,7 +89,8 @@ _ALLOWED: Final = (
 
 
 class NotInSubset(Exception):
-    """Valid CEL that has no equal in SQL. ``position``: of the offending node, in characters from the start."""
+    """Valid CEL that has no equal in SQL, or has too long a list. ``position``: of the offending node, in characters
+    from the start."""
 
     def __init__(self, what: str, position: int) -> None:
         super().__init__(what)
@@ -113,7 +115,10 @@ class _Builder:
         self._positions = positions
 
     def _refuse(self, what: str, expr: Any) -> NotInSubset:
-        return NotInSubset(f"{what}; {_ALLOWED}", self._positions.get(expr.id, 0))
+        return NotInSubset(f"{what}; {_ALLOWED}", self._position(expr))
+
+    def _position(self, expr: Any) -> int:
+        return self._positions.get(expr.id, 0)
 
     def build(self, expr: Any) -> tree.Node:
         kind = expr.WhichOneof("kind")
@@ -122,6 +127,9 @@ class _Builder:
         if kind == "select":
             return self._select(expr)
         if kind == "list":
+            if len(expr.list.elements) > LIST_MAX:
+                what = f"a list must have at most {LIST_MAX} items, has {len(expr.list.elements)}"
+                raise NotInSubset(what, self._position(expr))
             return tree.ListOf(tuple(map(self.build, expr.list.elements)))
         if kind == "call":
             return self._call(expr)

@@ -35,7 +35,7 @@ def page_size_of(requested: int) -> int:
 def encode_token(scope: str, position: list[Any]) -> str:
     """A token for a position (JSON values) in the list that ``scope`` names."""
     payload = json.dumps(position, separators=(",", ":")).encode()
-    return base64.urlsafe_b64encode(_digest(scope, payload) + payload).rstrip(b"=").decode("ascii")
+    return _spelled(_digest(scope, payload) + payload)
 
 
 def decode_token(scope: str, token: str, field: str) -> Any:
@@ -52,7 +52,8 @@ def decode_token(scope: str, token: str, field: str) -> Any:
     except (UnicodeEncodeError, binascii.Error, ValueError):
         raise token_invalid(field) from None
     digest, payload = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
-    if digest != _digest(scope, payload):
+    # Base64 has several spellings of the same bytes; only one of them was given.
+    if digest != _digest(scope, payload) or token != _spelled(raw):
         raise token_invalid(field)
     return json.loads(payload)
 
@@ -64,6 +65,10 @@ def token_invalid(field: str) -> ServiceError:
         "is not a token that was given for this request; start again without one",
         Reason.PAGE_TOKEN_INVALID,
     )
+
+
+def _spelled(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
 
 
 def _digest(scope: str, payload: bytes) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segsvc.domain import bits
-from segsvc.domain.operation import OperationPlan, OperationState
+from segsvc.domain.operation import Failure, OperationPlan, OperationState
 from segsvc.domain.segment import Segment
 
 Int64s = npt.NDArray[np.int64]
@@ -19,15 +19,26 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """An operation as the checker needs it. Times are the catalog's clock; None: it did not get there."""
+    """An operation as the checker and the doctor need it. Times are the catalog's clock; None: it did not get there.
+
+    Attributes:
+        shards_committed_time: all shards are known to have committed since then; noted only when the cache cannot be
+            told.
+        voted: shards that have voted for it.
+        failure: why it was aborted; None otherwise.
+    """
 
     id: UUID
     plan: OperationPlan
     state: OperationState
+    create_time: datetime
     start_time: datetime | None
     deadline: datetime | None
     commit_time: datetime | None
+    shards_committed_time: datetime | None
     end_time: datetime | None
+    voted: frozenset[int]
+    failure: Failure | None
 
     @property
     def title(self) -> str:

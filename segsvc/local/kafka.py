@@ -44,6 +44,10 @@ TOPICS: dict[str, int] = {
     events.SEGMENT_EVENTS_TOPIC: 1,
 }
 
+_DEAD_LETTER_BYTES_MAX = 64 * 1024 * 1024
+"""A dead letter is an event and its headers, so its topic must allow more than the event's does. This is what the
+bridge's producer sends at most, far above what brokers allow by default."""
+
 Say = Callable[[str], object]
 
 _BROKER = """\
@@ -327,13 +331,18 @@ def create_topics(bootstrap_servers: str, topics: Mapping[str, int]) -> None:
             absent = set(topics) - set(admin.list_topics())
             for name in sorted(absent):
                 try:
-                    admin.create_topics([NewTopic(name=name, num_partitions=topics[name], replication_factor=-1)])
+                    admin.create_topics([_new_topic(name, topics[name])])
                 except TopicAlreadyExistsError:
                     continue  # somebody else was faster
         finally:
             admin.close()
     except KafkaError as error:
         raise LocalStackError(f"the topics could not be created on {bootstrap_servers}: {error}") from error
+
+
+def _new_topic(name: str, partitions: int) -> NewTopic:
+    options = {"max.message.bytes": str(_DEAD_LETTER_BYTES_MAX)} if name.endswith(".dlq") else {}
+    return NewTopic(name=name, num_partitions=partitions, replication_factor=-1, topic_configs=options)
 
 
 def _listens(port: int) -> bool:

@@ -10,6 +10,7 @@ a folder below /var/tmp instead of loosening permissions that are not ours; ``Po
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pwd
@@ -118,6 +119,7 @@ class PostgresServer:
         self.data = self.location / "data"
         self.log = self.folder / "postgres.log"
         self.socket_folder = socket_folder(self.location / "socket", longest_name=".s.PGSQL.5432")
+        self._paused: list[psutil.Process] = []
         self._daemon = Daemon("postgres", self.folder, log=self.log, mark=self._mark)
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -147,6 +149,25 @@ class PostgresServer:
     def kill(self) -> None:
         """SIGKILL the postmaster, as a crash does; its backends end by themselves. Returns when it is gone."""
         self._daemon.stop(signals=((signal.SIGKILL, 5.0),))
+
+    def pause(self) -> None:
+        """SIGSTOP to all its processes: it keeps its connections and answers nothing until ``resume``."""
+        self._paused = self._processes()
+        for process in self._paused:
+            process.suspend()
+
+    def resume(self) -> None:
+        """SIGCONT after ``pause``."""
+        for process in self._paused:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        if self.pid is None:
+            raise LocalStackError("postgres is not running")
+        postmaster = psutil.Process(self.pid)
+        postmaster.suspend()  # first, so that it makes no more
+        return [postmaster, *postmaster.children()]
 
     def restart(self) -> None:
         """Stop, then start: same data, same DSNs."""

@@ -52,11 +52,12 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, poll_s: float
     return True
 
 
-def free_ports(count: int, *, preferred: Sequence[int] = ()) -> list[int]:
+def free_ports(count: int, *, preferred: Sequence[int] = (), reserved: contextlib.ExitStack | None = None) -> list[int]:
     """``count`` different TCP ports of 127.0.0.1 on which nothing listens, ``preferred`` ones first.
 
     All are held open until the last is found, so they differ. Somebody else may still take one before it is used:
-    the server then fails to start and says so.
+    the server then fails to start and says so. Those that are chosen with ``reserved`` are offered to nobody else who
+    reserves until it is closed.
     """
     found: list[int] = []
     with contextlib.ExitStack() as held:
@@ -67,9 +68,14 @@ def free_ports(count: int, *, preferred: Sequence[int] = ()) -> list[int]:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", wanted))
+                port = probe.getsockname()[1]
+                if reserved is not None:
+                    # A name that one process can have at a time, and that goes with it.
+                    name = reserved.enter_context(socket.socket(socket.AF_UNIX))
+                    name.bind(f"\0segsvc-port-{port}")
             except OSError:
                 continue
-            found.append(probe.getsockname()[1])
+            found.append(port)
     return found
 
 

@@ -230,14 +230,16 @@ class LocalStack:
         kafka = start_kafka(self.home / "kafka", jars=self._jars, mark=self.home, say=self._say)
         kafka.create_topics(TOPICS)
 
-        self._settings = self._choose_settings(postgres, databases, broker, cache, kafka)
-        write_env(self.env_file, self._settings)
-        self._run_migrations()
+        with contextlib.ExitStack() as reserved:
+            ports = choose_ports(reserved)
+            self._settings = self._choose_settings(postgres, databases, broker, cache, kafka, ports)
+            write_env(self.env_file, self._settings)
+            self._run_migrations()
 
-        self._say(f"starting {', '.join(spec.name for spec in self._processes)}")
-        self.supervisor.start(self._processes, env=self._child_env())
-        self.supervisor.await_running(timeout_s=RUNNING_TIMEOUT_S)
-        self._await_ready(self._settings)
+            self._say(f"starting {', '.join(spec.name for spec in self._processes)}")
+            self.supervisor.start(self._processes, env=self._child_env())
+            self.supervisor.await_running(timeout_s=RUNNING_TIMEOUT_S)
+            self._await_ready(self._settings)
         self._say("the stack is up")
 
     def _choose_settings(
@@ -247,6 +249,7 @@ class LocalStack:
         broker: RedisServer,
         cache: RedisServer,
         kafka: KafkaServer,
+        ports: Mapping[str, int],
     ) -> Settings:
         """All settings: ours for the servers, the environment's where people may choose, the overrides above all."""
         catalog, *shards = databases
@@ -260,7 +263,7 @@ class LocalStack:
             "stack_dir": self.home,
         }
         choices: dict[str, Any] = {
-            **{name: f"127.0.0.1:{port}" for name, port in choose_ports().items()},
+            **{name: f"127.0.0.1:{port}" for name, port in ports.items()},
             "grpc_reflection": True,
             "flower_password": secrets.token_urlsafe(12),
             "flower_db": self.home / "flower.db",

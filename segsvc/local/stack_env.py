@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ _PORTS = {
 }
 
 
-def choose_ports() -> dict[str, int]:
-    """A port for each setting of an address: the one that people expect if it is free, another one otherwise."""
-    free = free_ports(2 * len(_PORTS), preferred=list(_PORTS.values()))
+def choose_ports(reserved: ExitStack) -> dict[str, int]:
+    """A port for each setting of an address: the one that people expect if it is free, another one otherwise.
+
+    No other stack that starts meanwhile chooses one of them, until ``reserved`` is closed: by then they are in use.
+    """
+    free = free_ports(2 * len(_PORTS), preferred=list(_PORTS.values()), reserved=reserved)
     others = [port for port in free if port not in _PORTS.values()]
     return {name: port if port in free else others.pop() for name, port in _PORTS.items()}
 

@@ -11,7 +11,7 @@ import numpy as np
 import sqlalchemy as sa
 from psycopg2 import sql
 
-from segsvc.domain.operation import OperationPlan, OperationState
+from segsvc.domain.operation import Failure, OperationPlan, OperationState
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import (
@@ -81,10 +81,22 @@ def _operations(connection: sa.Connection, fence_ttl_s: float, asked_for: Collec
     """Operations that are not final, ended within this time, or are asked for; and all of the segments that have one
     which is not final."""
     table = tables.operations.c
+    votes = tables.votes.c
+    voted = sa.select(sa.func.array_agg(votes.shard)).where(votes.operation_id == table.id).scalar_subquery()
     open_ones = tables.operations.alias("open_ones")
     rows = connection.execute(
         sa.select(
-            table.id, table.plan, table.state, table.start_time, table.deadline, table.commit_time, table.end_time
+            table.id,
+            table.plan,
+            table.state,
+            table.create_time,
+            table.start_time,
+            table.deadline,
+            table.commit_time,
+            table.shards_committed_time,
+            table.end_time,
+            table.failure,
+            voted.label("voted"),
         ).where(
             sa.or_(
                 table.segment_id.in_(sa.select(open_ones.c.segment_id).where(open_ones.c.end_time.is_(None))),
@@ -98,10 +110,14 @@ def _operations(connection: sa.Connection, fence_ttl_s: float, asked_for: Collec
             row.id,
             OperationPlan.from_json(row.plan),
             OperationState[row.state],
+            row.create_time,
             row.start_time,
             row.deadline,
             row.commit_time,
+            row.shards_committed_time,
             row.end_time,
+            frozenset(row.voted or ()),
+            Failure.from_json(row.failure) if row.failure else None,
         )
         for row in rows
     ]

@@ -50,6 +50,10 @@ class Pool:
     size: int = 2
     statement_timeout_s: float | None = None
     """None: the setting for operations."""
+    catalog_idle_s: float | None = 5.0
+    """How long a transaction on the catalog may stand still between two statements. A process that is frozen while it
+    votes or decides has the operation's row, and every decision waits for that. None: as long as on a shard, where
+    the work lies between the statements."""
     by_key: bool = False
     """Sessions that only look rows up by their keys, many times a second, and whose user tries again on a connection
     that turns out to be lost. Each statement is its own transaction. They plan prepared statements once, without ever
@@ -57,8 +61,12 @@ class Pool:
     use, which is a round trip."""
 
 
-def make_engine(dsn: str, settings: Settings, role: str, pool: Pool) -> sa.Engine:
-    """An engine whose every session is bounded, so that no half-open client can hold a lock for hours."""
+def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: float | None = None) -> sa.Engine:
+    """An engine whose every session is bounded, so that no half-open client can hold a lock for hours.
+
+    Args:
+        idle_s: how long a transaction may stand still between two statements; None: longer than any work takes.
+    """
     statement_timeout_s = pool.statement_timeout_s or settings.statement_timeout_s
     # Statements here are short, and an estimate that is too high would have each compiled first, for 0.1 s and more.
     options = ["-c jit=off"]
@@ -68,7 +76,9 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool) -> sa.Engin
         "statement_timeout": int(statement_timeout_s * 1000),
         "lock_timeout": int(settings.lock_timeout_s * 1000),
         # Longer than any statement: it ends a session whose client is alive but stuck between two statements.
-        "idle_in_transaction_session_timeout": int(max(statement_timeout_s, settings.operation_deadline_s) * 1000),
+        "idle_in_transaction_session_timeout": int(
+            (idle_s or max(statement_timeout_s, settings.operation_deadline_s)) * 1000
+        ),
         # Ends a backend that waits for a lock on behalf of a client that is gone (PostgreSQL's default is never).
         "client_connection_check_interval": 1000,
     }
@@ -103,7 +113,7 @@ class Databases:
 
     def __init__(self, settings: Settings, role: str, pool: Pool | None = None) -> None:
         pool = pool or Pool()
-        self.catalog = make_engine(settings.catalog_dsn, settings, role, pool)
+        self.catalog = make_engine(settings.catalog_dsn, settings, role, pool, idle_s=pool.catalog_idle_s)
         self.shards = tuple(make_engine(dsn, settings, role, pool) for dsn in settings.shard_dsns)
 
     @property
@@ -122,12 +132,19 @@ class Databases:
             timeout_s: bound of each statement in it; None: the session's.
 
         Raises:
-            ServiceError: CATALOG_UNAVAILABLE (whether a commit took effect is then unknown), DEADLINE_EXCEEDED.
+            ServiceError: CATALOG_UNAVAILABLE (whether a commit took effect is then unknown), DEADLINE_EXCEEDED,
+                OVERLOADED (a lock was not to be had in time: nothing was done).
             sqlalchemy.exc.DBAPIError: anything else, such as an integrity error.
         """
-        with translated("catalog"), self.catalog.begin() as connection:
-            _bound(connection, timeout_s)
-            yield connection
+        try:
+            with translated("catalog"), self.catalog.begin() as connection:
+                _bound(connection, timeout_s)
+                yield connection
+        except LockTimeout as error:
+            # Somebody stands still with a row of the ledger. To all who decide this is one more thing to be tried
+            # again; on a shard it tells the work to wait for its turn.
+            message = "another change took too long; nothing was done"
+            raise ServiceError(Reason.OVERLOADED, message, retry_after_s=0.5) from error
 
     @contextmanager
     def shard_tx(self, shard: int, *, timeout_s: float | None = None) -> Iterator[sa.Connection]:

@@ -137,6 +137,7 @@ class PostgresLedger:
             .scalar_subquery()
         )
         heard = sa.func.greatest(_operations.dispatch_time, last_vote, last_progress)
+        since = sa.func.coalesce(_operations.commit_time, _operations.start_time, _operations.create_time)
         with self._databases.catalog_tx() as connection:
             judged = connection.execute(
                 sa.select(
@@ -145,16 +146,14 @@ class PostgresLedger:
                     sa.func.coalesce(heard < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s), False).label(
                         "quiet"
                     ),
+                    sa.cast(sa.extract("epoch", now - since), sa.Float).label("age_s"),
                 ).where(_operations.state.in_([state.name for state in _OPEN]))
             ).all()
             loaded = select_operations(
                 connection, _operations.id.in_([row.id for row in judged]), order=_operations.seq.asc()
             )
-        flags = {row.id: row for row in judged}
-        return [
-            OpenOperation(operation, expired=flags[operation.id].expired, quiet=flags[operation.id].quiet)
-            for operation in loaded
-        ]
+        flags = {row.id: (row.expired, row.quiet, row.age_s) for row in judged}
+        return [OpenOperation(operation, *flags[operation.id]) for operation in loaded]
 
     def result(self, operation_id: UUID) -> OperationResult | None:
         """What a committed operation has to say; None: it is not committed."""

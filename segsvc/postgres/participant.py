@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql import insert
 
-from segsvc.domain.errors import Reason, shard_unavailable
+from segsvc.domain.errors import LockTimeout, Reason, shard_unavailable
 from segsvc.domain.operation import Failure, Gid, Operation, ShardCounts
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
@@ -132,11 +132,19 @@ class PostgresParticipant:
         return self._finish("ROLLBACK PREPARED", gid)
 
     def redo(self, operation: Operation) -> None:
-        """The work and its fence in one ordinary transaction; nothing if the fence is there already."""
-        with self._databases.shard_tx(self.shard) as connection:
-            lock_exclusive(connection)
-            if _insert_fence(connection, operation):
-                self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, True)
+        """The work and its fence in one ordinary transaction; nothing if the fence is there already.
+
+        Raises:
+            ServiceError: SHARD_UNAVAILABLE, also when the shard's lock is not to be had: the decision stands, so
+                there is nothing to do but to try again.
+        """
+        try:
+            with self._databases.shard_tx(self.shard) as connection:
+                lock_exclusive(connection)
+                if _insert_fence(connection, operation):
+                    self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, True)
+        except LockTimeout as error:
+            raise shard_unavailable(self.shard) from error
 
     def _finish(self, command: str, gid: Gid) -> Finish:
         try:

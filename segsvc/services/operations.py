@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from typing import Protocol
 from uuid import UUID, uuid4
 
@@ -79,8 +80,10 @@ class OperationService:
     """Creates, rolls out and deletes segments through the queue of operations, and tells how operations fare."""
 
     _POLL_S, _POLL_MAX_S = 0.02, 0.25
-    _RUNNERS = 4
     """How often a creation looks whether its turn has come: less and less often."""
+    _TAKE_OVER_S = 1.0
+    """How long a creation that somebody else has started is left to them."""
+    _RUNNERS = 4
 
     def __init__(
         self,
@@ -312,7 +315,10 @@ class OperationService:
             if started is not None and started.id == operation_id:
                 self._run_until(started, give_up)
                 return
-            if started is not None:
+            if started is not None and started.plan.kind is OperationKind.CREATE:
+                # This call waits for its end anyway, and creations need no broker.
+                self._run_until(started, give_up)
+            elif started is not None:
                 self._coordinator.dispatch(started, self._shards)
             operation = self.get(operation_id)
             if operation.state is not OperationState.QUEUED:
@@ -326,7 +332,8 @@ class OperationService:
                 # Aborted first, so that what is answered next stays true; not if it has just started.
                 if self._coordinator.abort(operation_id, busy, from_states=(OperationState.QUEUED,)):
                     return
-            time.sleep(pause_s)
+            # Not beyond the caller's time: what is kept back of it is for the abort and the answer.
+            time.sleep(pause_s if give_up is None else min(pause_s, max(0.0, give_up - time.monotonic())))
             pause_s = min(self._POLL_MAX_S, pause_s * 1.5)
 
     def _run_until(self, operation: Operation, give_up: float | None) -> None:
@@ -359,6 +366,11 @@ class OperationService:
             return operation
         future = self._watcher.watch(operation_id)
         try:
+            if give_up is None or give_up - time.monotonic() > self._TAKE_OVER_S:
+                with suppress(FutureTimeout):
+                    return future.result(self._TAKE_OVER_S)
+                # Started by another one, and sent to the workers. Without a broker they have not got it.
+                self._run_until(self.get(operation_id), give_up)
             return future.result(None if give_up is None else max(0.0, give_up - time.monotonic()))
         except (FutureTimeout, CancelledError):  # the time is up, or the watcher was closed
             raise ServiceError(

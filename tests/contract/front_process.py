@@ -42,6 +42,7 @@ class ThreadSender:
             raise broker_unavailable()
 
     def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
+        self.check()
         if self._closing.is_set():
             raise broker_unavailable()
         self._threads.submit(self._run, operation.id, list(shards))

@@ -144,6 +144,23 @@ def test_a_wrong_condition_says_where(front: FrontUnderTest) -> None:
     assert "line 2, column 10: + is not allowed" in refusal.message
 
 
+@pytest.mark.parametrize(
+    ("condition", "column", "said"),
+    [
+        ('user.s == "é😀" && user.a + 1 > 2', 26, "+ is not allowed"),  # in characters, not bytes
+        ("user.a in [" + "1," * 1000 + "1]", 11, "at most 1000 items, has 1001"),
+        ("!(" * 31 + "user.a" + ")" * 31, 1, "at most 32 levels"),  # told by the depth of what it means
+        ("user.a == " * 40 + "true", 1, "at most 32 levels"),
+        ("(" * 33 + "user.a" + ")" * 33, 1, "at most 32 levels"),  # told by the depth of what is written
+    ],
+)
+def test_the_place_and_the_limit_are_named(front: FrontUnderTest, condition: str, column: int, said: str) -> None:
+    refusal = refused(lambda: preview(front, "anything", percent=10, condition=condition))
+    assert refusal.reason == "CONDITION_INVALID"
+    assert refusal.metadata["column"] == str(column)
+    assert said in refusal.violations["rule.condition"]
+
+
 def test_a_preview_of_what_is_not_there(front: FrontUnderTest) -> None:
     refusal = refused(lambda: preview(front, new_slug(), percent=1))
     assert (refusal.code, refusal.reason) == (StatusCode.NOT_FOUND, "SEGMENT_NOT_FOUND")

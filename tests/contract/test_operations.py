@@ -266,11 +266,18 @@ def test_a_creation_that_has_started_and_is_not_decided(front: FrontUnderTest) -
     with ThreadPoolExecutor(1) as threads, held(front) as release:
         roll_out(front, slug, 10, return_immediately=True)
         creation = threads.submit(refused, lambda: front.segments.CreateSegment(request, timeout=3))
-        with held(front, "voted", running_operation(front, late)):
+        with held(front, "worked-not-prepared", running_operation(front, late)):
             release()
             refusal = creation.result(timeout=10)
     assert refusal.code == StatusCode.DEADLINE_EXCEEDED
     assert front.segments.CreateSegment(request, timeout=10).slug == late
+
+
+def test_creations_side_by_side_need_no_broker(front: FrontUnderTest, broker_down: None) -> None:
+    """Each of them may start another one, or find itself started by one that has ended: nobody sends it then."""
+    with ThreadPoolExecutor(6) as threads:
+        slugs = [new_slug() for _ in range(6)]
+        assert [made.slug for made in threads.map(front.create, slugs)] == slugs
 
 
 def test_the_broker_is_asked_before_anything_is_accepted(front: FrontUnderTest, broker_down: None) -> None:

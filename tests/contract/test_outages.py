@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import grpc
 import pytest
+import redis
 from grpc import StatusCode
 from segmentation.v1 import membership_pb2
 from segmentation.v1 import segments_pb2 as pb
@@ -22,8 +25,8 @@ def users(front: FrontUnderTest) -> range:
     return USERS
 
 
-def segments_of(front: FrontUnderTest, user_id: int) -> membership_pb2.UserSegments:
-    return front.memberships.GetUserSegments(membership_pb2.GetUserSegmentsRequest(user_id=user_id), timeout=5)
+def segments_of(front: FrontUnderTest, user_id: int, timeout: float = 5) -> membership_pb2.UserSegments:
+    return front.memberships.GetUserSegments(membership_pb2.GetUserSegmentsRequest(user_id=user_id), timeout=timeout)
 
 
 def test_the_catalog_is_down(front: FrontUnderTest, users: range) -> None:
@@ -89,6 +92,39 @@ def test_all_shards_are_down(front: FrontUnderTest, users: range) -> None:
         assert front.serving("segmentation.v1.SegmentService")
         assert front.serving()
     eventually(lambda: front.serving("segmentation.v1.MembershipService"))
+
+
+def test_a_server_that_hangs(front: FrontUnderTest, users: range) -> None:
+    """It breaks no connection and answers nothing: whoever asked must not wait for ever, nor until the deadline."""
+    slug, user_id = front.create().slug, users[3]
+    get = pb.GetSegmentRequest(slug=slug)
+    rule = {"percent": 1}
+    calls = {
+        "read": lambda: segments_of(front, user_id, timeout=12),
+        "user": lambda: front.memberships.GetUser(membership_pb2.GetUserRequest(user_id=user_id), timeout=12),
+        "segment": lambda: front.segments.GetSegment(get, timeout=12),
+        "preview": lambda: front.segments.PreviewRollOut(pb.PreviewRollOutRequest(slug=slug, rule=rule), timeout=12),
+        "create": lambda: front.segments.CreateSegment(
+            pb.CreateSegmentRequest(segment={"slug": new_slug()}), timeout=12
+        ),
+    }
+    redis.Redis.from_url(front.installation.cache.url).flushall()  # the user is read from the shard
+    server = front.installation.server
+    server.pause()
+    try:
+        with ThreadPoolExecutor(len(calls)) as threads:
+            refusals = dict(zip(calls, threads.map(refused, calls.values()), strict=True))
+        eventually(lambda: not front.serving())
+    finally:
+        server.resume()
+    shard = {"read", "user"}
+    assert {name: refusal.reason for name, refusal in refusals.items()} == {
+        name: "SHARD_UNAVAILABLE" if name in shard else "CATALOG_UNAVAILABLE" for name in calls
+    }
+    assert all(refusal.code is StatusCode.UNAVAILABLE for refusal in refusals.values())
+    eventually(lambda: _readable(front, user_id))
+    eventually(lambda: all(front.serving(service) for service in SERVICES))
+    assert front.create().slug
 
 
 def _readable(front: FrontUnderTest, user_id: int) -> bool:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from segmentation.v1 import membership_pb2, segments_pb2
 
+from grpc_api.membership_wire import varint
 from tests.contract.conftest import FrontUnderTest
 from tests.contract.refusals import refused
 
@@ -25,6 +26,7 @@ SERVICES = (
     "segmentation.v1.SegmentService",
 )
 HOT = "/segmentation.v1.MembershipService/GetUserSegments"
+HOT_BATCH = "/segmentation.v1.MembershipService/BatchGetUserSegments"
 COLD = "/segmentation.v1.SegmentService/GetSegment"
 STREAM = "/segmentation.v1.SegmentService/ExportSegmentUsers"
 
@@ -128,6 +130,15 @@ def test_a_message_that_is_too_large(front: FrontUnderTest) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         raw(front, COLD)(b"\x0a" + b"a" * (5 << 20), timeout=10)
     assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_large_request_of_a_hot_method(front: FrontUnderTest) -> None:
+    users = 3 << 20
+    payload = b"\x0a" + varint(users) + b"\x01" * users
+    refusal = refused(lambda: raw(front, HOT_BATCH)(payload, timeout=10))
+    assert (refusal.code, refusal.reason) == (StatusCode.INVALID_ARGUMENT, "BATCH_TOO_LARGE")
+    refusal = refused(lambda: raw(front, HOT)(payload, timeout=10))
+    assert (refusal.code, refusal.reason) == (StatusCode.INVALID_ARGUMENT, "FIELD_INVALID")
 
 
 # -- deadlines ------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_what_is_in_doubt_is_seen_whichever_process_looks(stack: LocalStack, set
 
     def in_doubt() -> list[float]:
         samples = scrape(worker)
-        return [samples[("segsvc_in_doubt_seconds", str(shard))] for shard in range(4)]
+        return [samples[("segsvc_in_doubt_seconds", str(shard), "UNKNOWN")] for shard in range(4)]
 
     def last_run() -> float:
         return scrape(worker)[("segsvc_recovery_timestamp_seconds",)]

@@ -40,6 +40,7 @@ Rule = segments_pb2.RollOutRule
 NAMES = ("alpha", "beta", "gamma")
 USERS = 24
 CALL_S = 60.0
+PROCESSES = ("serve", "worker-operations", "worker-events", "worker-warming", "beat", "bridge")
 
 
 class World:
@@ -245,24 +246,31 @@ class ServiceMachine(RuleBasedStateMachine):
     # -- faults -----------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.faults < 2)
-    @rule(fault=st.sampled_from(("flush", "cache", "operations", "events", "postgres")))
+    @rule(fault=st.sampled_from(("flush", "cache", "broker", "postgres", *PROCESSES)))
     def fault(self, fault: str) -> None:
         self.faults += 1
         stack = self.world.stack
         if fault == "flush":
             redis.Redis.from_url(stack.settings.cache_url).flushall()
-        elif fault == "cache":
-            redis_of(stack, "cache").kill()
-            redis_of(stack, "cache").start()
+        elif fault in ("cache", "broker"):
+            redis_of(stack, fault).kill()
+            redis_of(stack, fault).start()
         elif fault == "postgres":
             server = PostgresServer(stack.home / "postgres", mark=stack.home)
             server.kill()
             server.start()
             eventually(self._listing_works)
         else:
-            [main] = [part.pid for part in stack.status() if part.name == f"worker-{fault}"]
+            main = self._pid_of(fault)
             if main is not None:  # None: it is coming back already
                 os.killpg(os.getpgid(main), signal.SIGKILL)
+            if fault == "serve":
+                eventually(lambda: self._pid_of(fault) not in (main, None), within_s=60)
+                eventually(self._listing_works, within_s=60)
+
+    def _pid_of(self, process: str) -> int | None:
+        [pid] = [part.pid for part in self.world.stack.status() if part.name == process]
+        return pid
 
     def _listing_works(self) -> bool:
         with contextlib.suppress(grpc.RpcError):

@@ -6,12 +6,17 @@ question is: what would a read be answered now?
 
 Nonces are random, so two of them are the same only if one is a copy of the other: it is enough to know of each whether
 it is the one in force. The model is small enough to read in one sitting, and is explored before a rule is changed.
+
+The simulation runs the real code; after each of its steps, what the cache holds beside what is committed must be a
+``Sight`` that the model knows.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 DEAD = -1
 """Owner of a lease or block whose process will never come back for it."""
@@ -58,6 +63,43 @@ Key = tuple[object, ...] | None
 Load = tuple[bool, tuple[int, int] | None] | None
 
 
+class Sight(NamedTuple):
+    """What can be seen at one moment of a user's key and of PostgreSQL, without knowing who is about to do what."""
+
+    generation: bool
+    """There is one, of this run of the server."""
+    key: str
+    """What the user's key begins with; empty: it is absent."""
+    usable: bool
+    """It is a value with the nonce in force: a hit."""
+    newest: tuple[bool, bool]
+    """A usable value is of the newest bulk change; and of the user's newest version."""
+    promised: tuple[bool, bool]
+    """It is at least of the bulk change that was last reported done; and of the version last acknowledged."""
+    pending: tuple[bool, bool]
+    """A bulk change is committed and not reported done; and so is a version."""
+
+
+def sight(
+    *,
+    generation: bool,
+    key: str,
+    value: tuple[int, int] | None,
+    committed: tuple[int, int],
+    promised: tuple[int, int],
+) -> Sight:
+    """``value``: of a usable one, as all of these: (bulk change, version)."""
+    at = committed if value is None else value
+    return Sight(
+        generation,
+        key,
+        value is not None,
+        (at[0] == committed[0], at[1] == committed[1]),
+        (at[0] >= promised[0], at[1] >= promised[1]),
+        (committed[0] > promised[0], committed[1] > promised[1]),
+    )
+
+
 @dataclass(frozen=True)
 class State:
     operation: int = 0
@@ -68,7 +110,10 @@ class State:
     user: Key = None
     loads: tuple[Load, ...] = ()
     writer: str = "idle"
-    """idle, blocked (before its commit), committed (not acknowledged), dead (committed, and comes again)."""
+    """idle; an event is then committed (not acknowledged), or dead (committed, and comes again); a call, which nobody
+    repeats, is begun (before its commit), then called (committed, and not answered)."""
+    intact: bool = True
+    """No key was lost since the call began: then its death after the commit must be harmless."""
     bulk: str = "idle"
     """idle, or dropped (by the weakening, before the commit), or committed (and not done)."""
     snapshot: Key = None
@@ -85,6 +130,16 @@ class State:
     def stale(self) -> bool:
         found = self.answer
         return found is not None and (found[0] < self.done or found[1] < self.acknowledged)
+
+    @property
+    def sight(self) -> Sight:
+        return sight(
+            generation=self.generation,
+            key="" if self.user is None else str(self.user[0]),
+            value=self.answer,
+            committed=(self.operation, self.version),
+            promised=(self.done, self.acknowledged),
+        )
 
 
 def _without_nonce(key: Key) -> Key:
@@ -149,21 +204,26 @@ def _early_loads(state: State, rules: Rules, n: int) -> Iterator[State]:
 
 def _writer(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
     if state.writer == "idle" and state.version < bounds.versions:
-        if rules.block:
-            yield replace(state, writer="blocked", user=("B",))
+        yield replace(state, writer="begun", intact=True, user=("B",) if rules.block else state.user)
         # An event, which is delivered until it is acknowledged, needs no block.
         yield replace(state, writer="committed", version=state.version + 1)
-    elif state.writer == "blocked":
-        yield replace(state, writer="committed", version=state.version + 1)
+    elif state.writer == "begun":
+        yield replace(state, writer="called", version=state.version + 1)
         yield replace(state, writer="idle")  # it died before its commit
+    elif state.writer == "called":
+        yield _acknowledged(state, rules.delete_after_commit)
+        # It dies, and nobody comes for it. What it has committed must be seen all the same, once its block has ended.
+        yield replace(state, writer="idle", acknowledged=state.version if state.intact else state.acknowledged)
     elif state.writer == "committed":
-        user = None if rules.delete_after_commit else state.user
-        yield replace(state, writer="idle", user=user, acknowledged=state.version)
+        yield _acknowledged(state, rules.delete_after_commit)
         yield replace(state, writer="dead")
     elif state.writer == "dead":
         # It comes again, and finds itself applied.
-        user = None if rules.duplicates_delete and rules.delete_after_commit else state.user
-        yield replace(state, writer="idle", user=user, acknowledged=state.version)
+        yield _acknowledged(state, rules.duplicates_delete and rules.delete_after_commit)
+
+
+def _acknowledged(state: State, deletes: bool) -> State:
+    return replace(state, writer="idle", user=None if deletes else state.user, acknowledged=state.version)
 
 
 def _bulk(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
@@ -178,18 +238,31 @@ def _bulk(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
         yield replace(_lose_generation(state), bulk="idle", done=state.operation)
 
 
-def _server(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
-    yield replace(state, user=None)
-    yield _lose_generation(state)
-    if rules.leases_end and state.user is not None and state.user[0] in ("L", "B"):
+def _ends(state: State, rules: Rules) -> Iterator[State]:
+    """Leases and blocks end by themselves; a block not before its writer's commit, since its session ends first."""
+    held = state.user is not None and state.user[0]
+    if rules.leases_end and (held == "L" or (held == "B" and state.writer != "begun")):
         yield replace(state, user=None)
+
+
+def _others(state: State) -> Iterator[State]:
+    """A miss of another user, or a refused one of this, draws a generation where there is none."""
+    yield replace(state, generation=True)
+
+
+def _losses(state: State, bounds: Bounds) -> Iterator[State]:
+    lost = replace(state, intact=False)
+    yield replace(lost, user=None)
+    yield _lose_generation(state)
+    yield replace(_lose_generation(lost), user=None)
     if state.restores < bounds.restores:
         yield replace(state, snapshot=state.user)
         # Another run: no generation of an earlier one is in force.
-        yield replace(_lose_generation(state), user=_without_nonce(state.snapshot), restores=state.restores + 1)
+        yield replace(_lose_generation(lost), user=_without_nonce(state.snapshot), restores=state.restores + 1)
 
 
-def successors(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
+def steps(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
+    """What may come next, as long as nothing is lost."""
     for n in range(bounds.loads):
         if rules.select_after_lease:
             yield from _loads(state, rules, n)
@@ -202,38 +275,72 @@ def successors(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
                 yield from _loads(state, rules, n)
     yield from _writer(state, rules, bounds)
     yield from _bulk(state, rules, bounds)
-    yield from _server(state, rules, bounds)
+    yield from _ends(state, rules)
+    yield from _others(state)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``trace``: the shortest way to a stale answer; empty: there is none. ``stuck``: a state from which no value can
-    ever be cached again without a loss; None: there is none."""
+    """What a search found.
+
+    Attributes:
+        trace: the shortest way to an answer that is too old; empty: there is none.
+        sights: all that can be seen.
+    """
 
     states: int
     trace: tuple[State, ...]
+    sights: frozenset[Sight]
+
+
+def _first(bounds: Bounds) -> State:
+    return State(loads=(None,) * bounds.loads)
 
 
 def explore(rules: Rules, bounds: Bounds | None = None) -> Verdict:
-    """Visit every state that can be reached, breadth first."""
+    """Visit every state that can be reached, breadth first, until an answer is too old."""
     bounds = bounds or Bounds()
-    first = State(loads=(None,) * bounds.loads)
+    first = _first(bounds)
     came_from: dict[State, State | None] = {first: None}
-    frontier = [first]
+    frontier = deque([first])
     while frontier:
-        found: list[State] = []
-        for state in frontier:
-            for after in successors(state, rules, bounds):
-                if after in came_from:
-                    continue
-                came_from[after] = state
-                if after.stale:
-                    trace: list[State] = []
-                    step: State | None = after
-                    while step is not None:
-                        trace.append(step)
-                        step = came_from[step]
-                    return Verdict(len(came_from), tuple(reversed(trace)))
-                found.append(after)
-        frontier = found
-    return Verdict(len(came_from), ())
+        state = frontier.popleft()
+        for after in (*steps(state, rules, bounds), *_losses(state, bounds)):
+            if after in came_from:
+                continue
+            came_from[after] = state
+            if after.stale:
+                return Verdict(len(came_from), tuple(_way_to(after, came_from)), frozenset())
+            frontier.append(after)
+    return Verdict(len(came_from), (), frozenset(state.sight for state in came_from))
+
+
+def _way_to(state: State, came_from: dict[State, State | None]) -> list[State]:
+    way = [state]
+    while (before := came_from[way[0]]) is not None:
+        way.insert(0, before)
+    return way
+
+
+def stuck(rules: Rules, bounds: Bounds) -> State | None:
+    """A state from which the user will never be a hit again, unless a key is lost; None: there is none."""
+    came_from: dict[State, list[State]] = defaultdict(list)
+    reached = {_first(bounds)}
+    frontier = list(reached)
+    while frontier:
+        state = frontier.pop()
+        following = list(steps(state, rules, bounds))
+        for after in following:
+            came_from[after].append(state)
+        for after in (*following, *_losses(state, bounds)):
+            if after not in reached:
+                reached.add(after)
+                frontier.append(after)
+    hopeful = [state for state in reached if state.answer is not None]
+    not_stuck = set(hopeful)
+    while hopeful:
+        for before in came_from[hopeful.pop()]:
+            if before not in not_stuck:
+                not_stuck.add(before)
+                hopeful.append(before)
+    return next(iter(reached - not_stuck), None)

@@ -10,17 +10,21 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import segsvc.cache.client
 import segsvc.services.cold_reads
+from segsvc.cache import keys
 from segsvc.cache.client import CacheClient
+from segsvc.cache.entry import decode, nonce_of, prefix
 from segsvc.cache.reader import CacheReader
 from segsvc.domain.errors import ServiceError, shard_unavailable
 from segsvc.domain.membership import FIRST_SEGMENT, NEVER_US, ROW_VERSION, Entry, LoadedUser
 from segsvc.domain.override import OverrideChanges, UserOverrides
 from segsvc.services.cold_reads import ColdReads, Limits, _Shard
 from segsvc.services.overrides import OverrideService
+from tests.simulation import cache_model
 from tests.simulation.commit_world import UNAVAILABLE, Silent
 from tests.simulation.database import Lock, Server
 from tests.simulation.memory_redis import MemoryConnection, MemoryRedis
@@ -45,6 +49,12 @@ class Truth:
     acknowledged_operation: int = 0
     locks: dict[int, Lock] = field(default_factory=lambda: {user: Lock() for user in USERS})
     """Of the users' rows: events and overrides of one user come one after the other."""
+
+
+@cache
+def known_sights() -> frozenset[cache_model.Sight]:
+    """What the model says that can be seen. One load shows as much as two, and one user version as much as many."""
+    return cache_model.explore(cache_model.Rules(), cache_model.Bounds(loads=1, versions=1, operations=1)).sights
 
 
 class SimulatedClient(CacheClient):
@@ -185,6 +195,8 @@ class CacheWorld:
         self._overrides = [random.choice(USERS) for _ in range(random.choice((0, 1, 2)))]
         self._versions: dict[int, int] = {}
         """By event: the version that it gave its user."""
+        self._seen: dict[int, tuple[object, ...]] = {}
+        self.scheduler.after_step = self._look
 
     def _server(self) -> Server:
         return Server(self.scheduler, "shard", lambda: shard_unavailable(SHARD))
@@ -326,6 +338,28 @@ class CacheWorld:
 
     def reach(self, point: str, **_: object) -> None:
         self.scheduler.pause(point)
+
+    def _look(self) -> None:
+        """Whether the model knows what the cache now holds of each user beside what is committed."""
+        g, truth = self.redis.peek(keys.generation(SHARD)), self.truth
+        nonce = nonce_of(g, self.redis.run_id)
+        for user, version in truth.users.items():
+            held = self.redis.peek(keys.user(SHARD, user))
+            promised = (truth.acknowledged_operation, truth.acknowledged.get(user, 0))
+            now = (nonce, held, truth.operation, version, promised)
+            if self._seen.get(user) == now:
+                continue
+            self._seen[user] = now
+            entry = decode(held, None if nonce is None else prefix(nonce), int(self.scheduler.now * 1e6))
+            looks = cache_model.sight(
+                generation=nonce is not None,
+                key="" if held is None else held[:1].decode(),
+                value=None if entry is None else (entry[FIRST_SEGMENT], entry[ROW_VERSION]),
+                committed=(truth.operation, version),
+                promised=promised,
+            )
+            if looks not in known_sights():
+                raise Violation(f"the model does not know what the cache holds of user {user}: {looks}")
 
     # -- the run ----------------------------------------------------------------------------------------------------
 

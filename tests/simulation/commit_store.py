@@ -107,6 +107,7 @@ class SimulatedLedger:
                     self._view(row),
                     expired=row.state is S.PREPARING and row.deadline < now,
                     quiet=row.dispatched < now - QUIET_S,
+                    age_s=0.0,  # for people
                 )
                 for row in sorted(self._catalog.rows.values(), key=lambda row: row.seq)
                 if not row.state.final

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -249,7 +249,10 @@ class World:
             raise Violation(f"alarm: {what} {where}")
         self.alarms.append(what)
 
-    def in_doubt(self, shard: int, oldest_s: float) -> None:
+    def in_doubt(self, shard: int, oldest_s: Mapping[str, float]) -> None:
+        """Nobody watches."""
+
+    def not_ended(self, oldest_s: Mapping[OperationState, float]) -> None:
         """Nobody watches."""
 
     def _fan_out(self, visit: Callable[[Participant], None], participants: Sequence[Participant]) -> None:

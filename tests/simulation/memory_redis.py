@@ -39,6 +39,11 @@ class MemoryRedis:
     def evict(self, key: bytes) -> None:
         self.values.pop(key, None)
 
+    def peek(self, key: bytes) -> bytes | None:
+        """What a key holds, without a command."""
+        value, end = self.values.get(key, (None, None))
+        return value if end is None or end > self._now() else None
+
     # -- commands ---------------------------------------------------------------------------------------------------
 
     def execute(self, command: Command) -> Any:

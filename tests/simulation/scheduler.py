@@ -80,6 +80,8 @@ class Scheduler:
         self.current: Task | None = None
         self._main = greenlet.getcurrent()
         self._trace: list[str] = []
+        self.after_step: Callable[[], None] = lambda: None
+        """Looks at the world between two steps."""
 
     # -- what tasks do ----------------------------------------------------------------------------------------------
 
@@ -176,6 +178,7 @@ class Scheduler:
             ready = [task for task in self.tasks if self._is_ready(task)]
             if ready:
                 self._go_on(self.random.choice(ready))
+                self.after_step()
             else:
                 self.now += STEP_S * 5
         return until is not None and until()

@@ -17,7 +17,7 @@ FIRST_SEED = {
     "the ledger read before what is prepared": 200,
     "the lock under REPEATABLE READ": 400,
     "fill by any lease": 450,
-    "nonce taken at the fill": 2200,
+    "nonce taken at the fill": 400,
 }
 SEEDS_MAX = 2500
 

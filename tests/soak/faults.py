@@ -29,6 +29,9 @@ class Faults:
             "kill operations worker": lambda: self._kill("worker-operations"),
             "kill one operations process": lambda: self._kill_child("worker-operations"),
             "freeze one operations process": lambda: self._freeze_child("worker-operations"),
+            "freeze front": lambda: self._freeze("serve"),
+            "freeze cache": lambda: self._freeze_redis("cache"),
+            "freeze broker": lambda: self._freeze_redis("broker"),
             "kill events worker": lambda: self._kill("worker-events"),
             "kill one events process": lambda: self._kill_child("worker-events"),
             "kill warming worker": lambda: self._kill("worker-warming"),
@@ -84,20 +87,40 @@ class Faults:
             child.resume()
         return True
 
+    def _freeze(self, name: str) -> bool:
+        main = self._main(name)
+        if main is None:
+            return False
+        group = os.getpgid(main.pid)
+        os.killpg(group, signal.SIGSTOP)
+        time.sleep(FROZEN_S)
+        os.killpg(group, signal.SIGCONT)
+        return True
+
+    def _freeze_redis(self, name: str) -> bool:
+        server = self._redis(name)
+        server.pause()
+        time.sleep(FROZEN_S)
+        server.resume()
+        return True
+
     def _flush(self, url: str) -> bool:
         with redis.Redis.from_url(url) as server:
             return bool(server.flushall())
 
-    def _restart_redis(self, name: str) -> bool:
+    def _redis(self, name: str) -> RedisServer:
         settings = self._stack.settings
         config, url = {
             "cache": (CACHE_CONFIG, settings.cache_url),
             "broker": (BROKER_CONFIG, settings.broker_url),
         }[name]
         at = urlsplit(url)
-        server = RedisServer(
+        return RedisServer(
             name, self._stack.home / name, config, password=at.password, port=at.port or 0, mark=self._stack.home
         )
+
+    def _restart_redis(self, name: str) -> bool:
+        server = self._redis(name)
         server.kill()
         time.sleep(self._random.random() * DOWN_S)  # the outage
         server.start()

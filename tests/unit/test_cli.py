@@ -146,8 +146,10 @@ def test_config_masks_secrets(runner: CliRunner) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [["nonsense"], ["worker"], ["worker", "--queue", "nonsense"], ["segments", "rollout", "x"], ["users", "show", "me"],
-     ["segments", "edit", "x"], ["segments", "create", "x", "--label", "no-equals-sign"]],
-    ids=" ".join,
+     ["segments", "edit", "x"], ["segments", "create", "x", "--label", "no-equals-sign"],
+     ["users", "show", "0"], ["users", "show", "9223372036854775808"], ["segments", "stats", "\udcff"],
+     ["users", "exclude", "1", "x", "--for", "999999999d"]],
+    ids=ascii,
 )  # fmt: skip
 def test_wrong_usage_ends_with_2(runner: CliRunner, arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2

@@ -142,7 +142,7 @@ def test_the_topics_are_all_made() -> None:
     made = {topic: int(count) for name in names.split() for topic, count in ((name, 8), (f"{name}.dlq", 1))}
     assert {**made, "segment-events": 1} == TOPICS
     assert 'create "$topic" 8' in script
-    assert 'create "$topic.dlq" 1' in script
+    assert 'create "$topic.dlq" 1 --config max.message.bytes=' in script
     assert "create segment-events 1" in script
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,21 @@ def test_a_token_is_for_its_scope(scope: str, other: str, position: list[object]
         with pytest.raises(ServiceError) as caught:
             decode_token(other, encode_token(scope, position), "page_token")
         assert caught.value.reason is Reason.PAGE_TOKEN_INVALID
+
+
+@given(_JSON, st.data())
+def test_a_token_has_one_spelling(position: list[object], data: st.DataObject) -> None:
+    token = encode_token("scope", position)
+    altered = data.draw(st.sampled_from([token + "=", token + "==", token[:-1]]) | _last_character_of(token))
+    if altered != token:
+        with pytest.raises(ServiceError) as caught:
+            decode_token("scope", altered, "page_token")
+        assert caught.value.reason is Reason.PAGE_TOKEN_INVALID
+
+
+def _last_character_of(token: str) -> st.SearchStrategy[str]:
+    """The token with its last character altered, which may hold bits that decoding drops."""
+    return st.sampled_from(string.ascii_letters + string.digits + "-_").map(lambda last: token[:-1] + last)
 
 
 @given(st.text() | st.text("ABCDabcd0123-_="))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -96,6 +97,16 @@ def test_free_ports_differ_and_avoid_what_is_taken() -> None:
         found = free_ports(3, preferred=[port])
     assert len(set(found)) == 3
     assert port not in found
+
+
+def test_a_reserved_port_is_offered_to_nobody_else() -> None:
+    with contextlib.ExitStack() as reserved:
+        [port] = free_ports(1, reserved=reserved)
+        with contextlib.ExitStack() as others:
+            [other] = free_ports(1, preferred=[port], reserved=others)
+        assert other != port
+    with contextlib.ExitStack() as later:
+        assert free_ports(1, preferred=[port], reserved=later) == [port]
 
 
 def test_tail_shows_the_end(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_fields_from_a_newer_contract_are_passed_over() -> None:
         (pb.GetUserSegmentsRequest(user_id=-1).SerializeToString(), Reason.FIELD_INVALID, "user_id"),
         (b"\x08", Reason.INTERNAL, None),
         (b"\xff\xff", Reason.INTERNAL, None),
+        (b"\x08\x01" * 40_000, Reason.FIELD_INVALID, "user_id"),
     ],
 )
 def test_bad_request_is_refused(payload: bytes, reason: Reason, field: str | None) -> None:
@@ -103,6 +104,15 @@ def test_batch_has_one_to_a_thousand_users(user_ids: list[int], reason: Reason) 
     with pytest.raises(ServiceError) as refused:
         wire.user_ids_of(pb.BatchGetUserSegmentsRequest(user_ids=user_ids).SerializeToString())
     assert refused.value.reason is reason
+    assert refused.value.violations[0].field == "user_ids"
+
+
+def test_a_batch_of_many_bytes_is_refused_without_being_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = pb.BatchGetUserSegmentsRequest(user_ids=[1] * 100_000).SerializeToString()
+    monkeypatch.delattr(wire, "pb")
+    with pytest.raises(ServiceError) as refused:
+        wire.user_ids_of(payload)
+    assert refused.value.reason is Reason.BATCH_TOO_LARGE
     assert refused.value.violations[0].field == "user_ids"
 
 

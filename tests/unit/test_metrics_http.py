@@ -46,12 +46,12 @@ def scrape():
 
 def first():
     metrics.warmed.labels(1).inc(3)
-    metrics.in_doubt_seconds.labels(1).set(7)
+    metrics.in_doubt_seconds.labels(1, "PREPARING").set(7)
     metrics.event_batches_in_flight.set(5)
 
 def second():
     metrics.warmed.labels(1).inc(4)
-    metrics.in_doubt_seconds.labels(1).set(2)
+    metrics.in_doubt_seconds.labels(1, "PREPARING").set(2)
 
 with serving(address, all_processes(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))):
     one = child(first)
@@ -81,7 +81,7 @@ def test_children_are_added_up_and_the_dead_leave_what_they_counted(tmp_path: Pa
     )
     assert run.returncode == 0, run.stderr
     both, one_left = run.stdout.splitlines()
-    counted = ['segsvc_in_doubt_seconds{shard="1"} 2.0', 'segsvc_warmed_entries_total{shard="1"} 7.0']
+    counted = ['segsvc_in_doubt_seconds{shard="1",state="PREPARING"} 2.0', 'segsvc_warmed_entries_total{shard="1"} 7.0']
     assert both == str(["segsvc_event_batches_in_flight 5.0", *counted])
     assert one_left == str(counted)
 
@@ -179,7 +179,8 @@ def test_each_address_of_a_stack_has_a_port_of_its_own() -> None:
         with contextlib.suppress(OSError):  # somebody else has it: just as well
             taken.bind(("127.0.0.1", 9464))
             taken.listen()
-        ports = choose_ports()
+        with contextlib.ExitStack() as reserved:
+            ports = choose_ports(reserved)
     assert set(ports) <= set(Settings.model_fields)
     assert len(set(ports.values())) == len(ports)
     assert 9464 not in ports.values()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from uuid import UUID
+
 import pytest
 
-from segsvc.cli import doctor_storage
+from segsvc.cli import doctor_doubt, doctor_storage
 from segsvc.config import Settings
-from segsvc.domain.operation import Gid, OperationKind, OperationState
+from segsvc.domain.operation import Failure, Gid, OperationKind, OperationState
 from segsvc.local.redis import RedisServer
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.maintenance import PostgresMaintainedCatalog
@@ -16,36 +20,131 @@ from tests.integration.check.world import World
 
 def test_nothing_is_said_of_what_is_well(world: World, check_settings: Settings) -> None:
     assert doctor_storage.databases(check_settings) == []
-    assert doctor_storage.prepared_transactions(check_settings) == []
+    assert doctor_doubt.in_doubt(check_settings) == []
     assert doctor_storage.cache(check_settings) == []
     assert [item.text for item in doctor_storage.shard_skew(check_settings)] == ["users a shard: 1,498, 1,499"]
 
 
+PAST = 1000.0
+"""Seconds ago: long past any deadline."""
+
+
 @pytest.mark.parametrize(
-    ("state", "why"),
+    ("state", "age_s", "voted", "why", "overdue"),
     [
-        (OperationState.PREPARING, "it waits for all shards to vote, until "),
-        (OperationState.COMMITTED, "recovery commits it"),
-        (OperationState.ABORTED, "recovery rolls it back"),
+        (
+            OperationState.PREPARING,
+            0,
+            (1,),
+            "it waits for the vote of shard 0; recovery sends what is missing again, and aborts it at ",
+            False,
+        ),
+        (OperationState.PREPARING, 0, (0, 1), "all shards have voted for it; recovery decides it", False),
+        (
+            OperationState.PREPARING,
+            PAST,
+            (),
+            "shards 0, 1 did not vote in time; recovery aborts it and rolls it back",
+            True,
+        ),
+        (
+            OperationState.COMMITTED,
+            PAST,
+            (0, 1),
+            "it is decided, and not committed here yet; recovery commits it",
+            True,
+        ),
+        (OperationState.ABORTED, PAST, (1,), "it was aborted (CANCELLED); recovery rolls it back", True),
+        (
+            OperationState.DONE,
+            PAST,
+            (0, 1),
+            "every shard has its work, so this is a second copy; recovery rolls it back",
+            True,
+        ),
     ],
 )
 def test_a_transaction_in_doubt_is_explained(
-    world: World, check_settings: Settings, monkeypatch: pytest.MonkeyPatch, state: OperationState, why: str
+    world: World,
+    check_settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    state: OperationState,
+    age_s: float,
+    voted: tuple[int, ...],
+    why: str,
+    overdue: bool,
 ) -> None:
-    operation = world.add_operation(OperationKind.ROLL_OUT, world.segments[1], state, rule=world.segments[1].rule)
-    world.write()
+    operation = begun(world, state, age_s=age_s, voted=voted)
     gid = str(Gid("check", operation, 1))
     prepare(world, gid)
     try:
-        [item] = doctor_storage.prepared_transactions(check_settings)
+        item = doctor_doubt.in_doubt(check_settings)[0]
         said = f"shard 1: {gid} is prepared: operation {operation} (ROLL_OUT beta, {state.name}); {why}"
         assert ageless(item.text).startswith(said)
         assert item.remedy == ""
-        monkeypatch.setattr(doctor_storage, "IN_DOUBT_MAX_S", 0.0)
-        [item] = doctor_storage.prepared_transactions(check_settings)
-        assert bool(item.remedy) == (state is not OperationState.PREPARING)
+        monkeypatch.setattr(doctor_doubt, "IN_DOUBT_MAX_S", 0.0)
+        item = doctor_doubt.in_doubt(check_settings)[0]
+        assert bool(item.remedy) == item.text.endswith(", which is overdue") == overdue
     finally:
         finish(world, gid)
+
+
+def begun(
+    world: World,
+    state: OperationState,
+    *,
+    age_s: float = 100.0,
+    voted: Sequence[int] = (),
+    fenced_on: Sequence[int] | None = None,
+) -> UUID:
+    """An operation in this state, and nothing else in the ledger."""
+    segment = world.segments[1]
+    operation = world.add_operation(
+        OperationKind.ROLL_OUT, segment, state, rule=segment.rule, age_s=age_s, fenced_on=fenced_on
+    )
+    world.write()
+    for shard in voted:
+        world.on_catalog(
+            "INSERT INTO votes (operation_id, shard, matched, added, removed, members) "
+            "VALUES (:id, :shard, 0, 0, 0, 0)",
+            id=operation,
+            shard=shard,
+        )
+    if state is OperationState.ABORTED:
+        failure = Failure("OPERATION_ABORTED", "cancelled", {"why": "CANCELLED"})
+        world.on_catalog(
+            "UPDATE operations SET failure = CAST(:failure AS jsonb) WHERE id = :id",
+            id=operation,
+            failure=json.dumps(failure.to_json()),
+        )
+    return operation
+
+
+def test_an_operation_is_explained_when_nothing_is_prepared_any_more(world: World, check_settings: Settings) -> None:
+    operation = begun(world, OperationState.COMMITTED, fenced_on=[0])
+    name = f"operation {operation} (ROLL_OUT beta, COMMITTED) for"
+
+    def said() -> str:
+        [item] = doctor_doubt.in_doubt(check_settings)
+        assert item.remedy  # 100 s is too long
+        assert item.text.startswith(name)
+        return item.text
+
+    assert (
+        "it is decided, and not known to be committed on shard 1; recovery commits it there, which is overdue" in said()
+    )
+    world.on_shard(1, "INSERT INTO applied_operations (operation_id, kind) VALUES (:id, 2)", id=operation)
+    assert "all shards have committed; recovery drops what the cache has of before" in said()
+    world.on_catalog("UPDATE operations SET shards_committed_time = now()")
+    assert "all shards have committed, and the cache cannot be told; it is done when the cache can be reached" in said()
+
+
+def test_the_queue_is_told_of(world: World, check_settings: Settings) -> None:
+    operation = begun(world, OperationState.QUEUED)
+    world.on_catalog("UPDATE operations SET create_time = now() - interval '100 s' WHERE id = :id", id=operation)
+    [item] = doctor_doubt.in_doubt(check_settings)
+    assert item.text == "1 in the queue, for up to 100 s; recovery starts the oldest, which is overdue"
+    assert item.remedy
 
 
 @pytest.mark.parametrize(
@@ -59,8 +158,27 @@ def test_a_transaction_in_doubt_is_explained(
 def test_a_transaction_of_nobody_asks_for_a_person(world: World, check_settings: Settings, gid: str, said: str) -> None:
     prepare(world, gid)
     try:
-        [item] = doctor_storage.prepared_transactions(check_settings)
+        [item] = doctor_doubt.in_doubt(check_settings)
         assert ageless(item.text) == f"shard 1: {gid} is prepared; {said}"
+        assert item.remedy
+    finally:
+        finish(world, gid)
+
+
+def test_what_cannot_be_asked_hides_nothing_else(world: World, check_settings: Settings) -> None:
+    operation = begun(world, OperationState.PREPARING, age_s=0, voted=[1])
+    gid = str(Gid("check", operation, 1))
+    prepare(world, gid)
+    nowhere = "postgresql+psycopg2:///x?host=/nowhere"
+    try:
+        shard_away = check_settings.model_copy(update={"shard_dsns": (nowhere, check_settings.shard_dsns[1])})
+        silent, prepared, open_operation = doctor_doubt.in_doubt(shard_away)
+        assert silent.text == "shard 0: it cannot be asked what is prepared there"
+        for item in (prepared, open_operation):
+            assert "it waits for the vote of shard 0 (out of reach); recovery sends what is missing again" in item.text
+        [item] = doctor_doubt.in_doubt(check_settings.model_copy(update={"catalog_dsn": nowhere}))
+        assert "the catalog, which alone decides, cannot be asked; it stays until the catalog is back" in item.text
+        assert item.text.startswith(f"shard 1: {gid} is prepared for")
         assert item.remedy
     finally:
         finish(world, gid)
@@ -94,9 +212,8 @@ def test_outages_are_findings(check_settings: Settings) -> None:
     [item] = doctor_storage.databases(gone)
     assert item.text.startswith('shard 1: cannot be reached (connection to server on socket "/nowhere/')
     assert item.remedy == "start its server or correct SEGSVC_SHARD_DSNS"
-    for examine in (doctor_storage.prepared_transactions, doctor_storage.shard_skew):
-        [item] = examine(gone)
-        assert item.text == "SHARD_UNAVAILABLE: shard 1 cannot be reached now"
+    [item] = doctor_storage.shard_skew(gone)
+    assert item.text == "SHARD_UNAVAILABLE: shard 1 cannot be reached now"
 
 
 def test_a_cache_that_is_a_broker_is_found(check_settings: Settings, broker_server: RedisServer) -> None:

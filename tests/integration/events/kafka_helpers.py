@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from kafka.consumer.fetcher import ConsumerRecord
 
 from segsvc.config import Settings
@@ -39,6 +40,13 @@ class Topics:
 
     def create_dead_letters(self) -> None:
         self.server.create_topics({f"{self._prefix}{topic}.dlq": 1 for topic in TOPICS})
+
+    def allow(self, topic: str, bytes_max: int) -> None:
+        """Set the largest message that a topic takes."""
+        admin = KafkaAdminClient(bootstrap_servers=self.server.bootstrap_servers)
+        options = {"max.message.bytes": str(bytes_max)}
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, self._prefix + topic, options)])
+        admin.close()
 
     def send(self, topic: str, events: Iterable[Mapping[str, Any]]) -> None:
         """Send events as a producer of user events does: keyed by user."""

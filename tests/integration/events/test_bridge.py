@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
+from segsvc.cli import doctor_running
+from segsvc.domain.events import TOPICS
 from segsvc.local.kafka import KafkaServer, RealKafka
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
+from tasks.kafka_clients import Sender
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
 from tests.integration.events.shard_view import view
@@ -127,6 +130,8 @@ def test_a_dead_letter_topic_that_is_missing_holds_back_offsets_and_nothing_else
     prefix = f"{bench.topics.settings.kafka_topic_prefix}without."
     settings = bench.topics.settings.model_copy(update={"kafka_topic_prefix": prefix, "kafka_group": prefix})
     topics = Topics(bench.topics.server, settings, dead_letters=False)
+    complaints = [item.text for item in doctor_running.kafka(settings) if item.remedy]
+    assert complaints == [f"{prefix}{name}.dlq does not exist: what belongs there waits" for name in TOPICS]
     topics.send_raw("create-user", b"nonsense", b"1")
     topics.create(range(1, 101))
     with RunningBridge(settings, bench.batches):
@@ -136,6 +141,58 @@ def test_a_dead_letter_topic_that_is_missing_holds_back_offsets_and_nothing_else
         assert wait_until(lambda: topics.lag() == 0, timeout_s=60)
     assert topics.read("create-user.dlq", 1)[0].value == b"nonsense"
     topics.close()
+
+
+def test_the_largest_event_that_its_topic_takes_becomes_a_dead_letter(bench: Bench) -> None:
+    if bench.topics.server.stand_in:
+        pytest.skip("the stand-in has no limits")
+    # A topic allows 1,048,588 bytes by default, the head of the batch included. A letter's headers do not fit.
+    largest = b"x" * (1_048_588 - 80)
+    bench.topics.send_raw("create-user", largest, b"1")
+    bench.topics.create([1])
+    with bench.bridge():
+        bench.wait_for_users(1)
+        bench.wait_for_commit()
+    assert bench.topics.read("create-user.dlq", 1)[0].value == largest
+
+
+def test_a_sender_whose_messages_are_not_taken_in_time_gives_them_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = Sender(bench.topics.settings)
+    topic = f"{bench.topics.settings.kafka_topic_prefix}create-user"
+    assert sender.send(topic, [(b"1", b"first", [])]) == [True]
+    monkeypatch.setattr("tasks.kafka_clients.SEND_TIMEOUT_S", 0.0)
+    # Ten megabytes are not there at once, however the threads are scheduled.
+    assert not all(sender.send(topic, [(b"1", bytes(100_000), [])] * 100))
+    assert sender.failure == "KafkaTimeoutError"
+    monkeypatch.undo()
+    assert sender.send(topic, [(b"1", b"again", [])]) == [True]
+    sender.close()
+
+
+def test_a_dead_letter_too_large_for_its_topic_holds_back_nothing_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bench.topics.server.stand_in:
+        pytest.skip("the stand-in has no limits")
+    monkeypatch.setattr("tasks.dead_letters.TOO_LARGE_AGAIN_S", 0.5)
+    bench.topics.allow("create-user.dlq", 20_000)
+    large = b"large" * 6_000
+    for value in (b"small", large, b"small"):  # one request, as long as it is not refused
+        bench.topics.send_raw("create-user", value, b"1", partition=1)
+    bench.topics.create([1])
+    with bench.bridge():
+        bench.wait_for_users(1)
+        bench.wait_for_commit(lag=2)  # the large one, and the one behind it
+        # Beside it and after it, in its topic and in others.
+        bench.topics.send_raw("create-user", b"small", b"2", partition=2)
+        bench.topics.send_raw("update-user", b"small", b"2", partition=2)
+        bench.wait_for_commit(lag=2)
+        assert [letter.value for letter in bench.topics.read("create-user.dlq", 3)] == [b"small"] * 3
+        bench.topics.allow("create-user.dlq", 60_000)
+        bench.wait_for_commit()
+    assert [letter.value for letter in bench.topics.read("create-user.dlq", 4)] == [*[b"small"] * 3, large]
 
 
 def test_an_event_that_the_database_refuses_is_a_dead_letter(bench: Bench) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client import REGISTRY
 
 from segsvc import metrics
+from segsvc.domain.errors import ServiceError, catalog_unavailable
 from segsvc.domain.segment import Rule
+from segsvc.twophase_ports import STANDINGS
 from tests.integration.operations.conftest import SHARDS, Rig, roll_out
 
 
@@ -44,9 +47,13 @@ def test_each_operation_that_ends_is_counted_once(rig: Rig) -> None:
     }
 
 
-def test_the_age_of_what_is_in_doubt_is_measured_on_each_shard(rig: Rig) -> None:
-    def ages() -> list[float | None]:
-        return [REGISTRY.get_sample_value("segsvc_in_doubt_seconds", {"shard": str(shard)}) for shard in range(SHARDS)]
+def test_the_age_of_what_is_in_doubt_is_measured_on_each_shard(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ages(state: str) -> list[float | None]:
+        name = "segsvc_in_doubt_seconds"
+        return [REGISTRY.get_sample_value(name, {"shard": str(shard), "state": state}) for shard in range(SHARDS)]
+
+    def not_ended(state: str) -> float | None:
+        return REGISTRY.get_sample_value("segsvc_operations_not_ended_seconds", {"state": state})
 
     rig.create()
     operation = roll_out(rig, 10_000)
@@ -54,10 +61,25 @@ def test_the_age_of_what_is_in_doubt_is_measured_on_each_shard(rig: Rig) -> None
     [age] = [prepared.age_s for prepared in rig.coordinator.participants[1].prepared()]
     rig.messages.sent.clear()
     rig.coordinator.recover()
-    measured = ages()
+    measured = ages("PREPARING")
     assert (measured[0], measured[2]) == (0, 0)
     assert measured[1] is not None
     assert measured[1] > age > 0
+    assert (not_ended("PREPARING") or 0) > 0
+    assert not_ended("COMMITTED") == 0
+    assert ages("COMMITTED") == [0, 0, 0]
+    # Without the catalog, of whose operations it is cannot be said; how old it is, can.
+    with monkeypatch.context() as without:
+        without.setattr(rig.ledger, "states", _out_of_reach)
+        with pytest.raises(ServiceError):
+            rig.coordinator.recover()
+    assert (ages("PREPARING")[1], ages("UNREAD")[0]) == (0, 0)
+    assert (ages("UNREAD")[1] or 0) > measured[1]
     rig.settle()
     rig.coordinator.recover()
-    assert ages() == [0, 0, 0]
+    assert [ages(state) for state in STANDINGS] == [[0, 0, 0]] * len(STANDINGS)
+    assert not_ended("PREPARING") == 0
+
+
+def _out_of_reach(_: object) -> None:
+    raise catalog_unavailable()

@@ -1,0 +1,131 @@
+"""Servers that hang: neither an answer nor an end of the connection, so that whoever asked would wait for ever.
+
+Bounds of a session are kept by the server, and a client cannot wait with a bound of its own through this driver. So a
+watch looks whether the transactions of a database get on. If none does for a while, it tries to connect, which has a
+bound: a server that lets that pass is held to hang, and the connections to it are cut. Those who wait then get what
+they get from a server that died. A statement that is merely slow is left alone: its server can be connected to.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+import psycopg2
+import sqlalchemy as sa
+from sqlalchemy import event, pool
+
+from segsvc.log import get_logger
+from segsvc.postgres.engine import Databases
+
+log = get_logger(__name__)
+
+LOOK_EVERY_S: Final = 0.25
+SUSPECT_AFTER_S: Final = 1.0
+"""How long nothing may get on before a connection is tried."""
+KNOWN_FOR_S: Final = 1.0
+"""How long a server that hangs is not asked again: those who were cut off need no second attempt to know."""
+
+
+class StallWatch:
+    """Watches the databases of one process. Made after the last fork.
+
+    Args:
+        connect_timeout_s: how long a server may take to let a connection in; 2 at least, or the driver makes it 2.
+    """
+
+    def __init__(self, databases: Databases, connect_timeout_s: int) -> None:
+        engines = {"catalog": databases.catalog}
+        engines |= {f"shard {shard}": engine for shard, engine in enumerate(databases.shards)}
+        self._watched = [_Watched(name, engine, max(2, connect_timeout_s)) for name, engine in engines.items()]
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the watch. Before the databases are closed."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(LOOK_EVERY_S):
+            for watched in self._watched:
+                watched.look(time.monotonic())
+
+
+class _Watched:
+    """One database."""
+
+    def __init__(self, name: str, engine: sa.Engine, connect_timeout_s: int) -> None:
+        self._name = name
+        self._pool = engine.pool
+        self._connect_timeout_s = connect_timeout_s
+        _, connect_args = engine.dialect.create_connect_args(engine.url)
+        self._connect_args: Mapping[str, Any] = {**connect_args, "connect_timeout": connect_timeout_s}
+        # A second handle of each connection's socket: it stays ours, and no other file gets its number, until we close
+        # it. With the driver's own we could hit whatever was opened in its place.
+        self._sockets: dict[int, socket.socket] = {}
+        self._lock = threading.Lock()
+        self._steps = 0
+        self._seen = (0, 0.0)
+        self._probing = False
+        self._hung_until = 0.0
+        event.listen(engine, "do_connect", self._connecting)
+        event.listen(engine, "connect", self._connected)
+        event.listen(engine, "close", self._closed)
+        event.listen(engine, "checkout", self._stepped)
+        event.listen(engine, "checkin", self._stepped)
+
+    def look(self, now: float) -> None:
+        """Begin to find out, if somebody has waited for too long and nobody has got on meanwhile."""
+        busy = isinstance(self._pool, pool.QueuePool) and self._pool.checkedout() > 0
+        if not busy or self._steps != self._seen[0]:
+            self._seen = (self._steps, now)
+        elif now - self._seen[1] >= SUSPECT_AFTER_S and not self._probing:
+            self._probing = True
+            threading.Thread(target=self._probe, name="stall-probe", daemon=True).start()
+
+    def _probe(self) -> None:
+        begun = time.monotonic()
+        try:
+            psycopg2.connect(**self._connect_args).close()
+        except psycopg2.Error:
+            # Refused at once: it is down, and who waits is told so by the broken connection. Only silence is a stall.
+            if time.monotonic() - begun >= self._connect_timeout_s * 0.9:
+                self._cut()
+        finally:
+            self._steps += 1  # looked into; the next look begins to count anew
+            self._probing = False
+
+    def _cut(self) -> None:
+        self._hung_until = time.monotonic() + KNOWN_FOR_S
+        with self._lock:
+            sockets = list(self._sockets.values())
+            for each in sockets:
+                with suppress(OSError):  # the other end was quicker
+                    each.shutdown(socket.SHUT_RDWR)
+        log.warning("database_hangs", database=self._name, connections=len(sockets))
+
+    def _connecting(self, *_: object) -> None:
+        """Those whose connection was cut before they used it would try another one, and wait once more."""
+        if time.monotonic() < self._hung_until:
+            raise psycopg2.OperationalError("the server hangs")
+
+    def _stepped(self, *_: object) -> None:
+        self._steps += 1
+
+    def _connected(self, connection: Any, _: object) -> None:
+        self._steps += 1
+        with self._lock:
+            self._sockets[id(connection)] = socket.socket(fileno=os.dup(connection.fileno()))
+
+    def _closed(self, connection: Any, _: object) -> None:
+        with self._lock:
+            handle = self._sockets.pop(id(connection), None)
+        if handle is not None:
+            handle.close()

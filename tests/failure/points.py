@@ -1,0 +1,381 @@
+"""The points of the matrix: for each, how a process is caught there, and how the fault falls on it.
+
+Each script is read top to bottom: arm the stops, make the call, wait until it is as it should be, strike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+from tests.failure.cell import Fault, Kind
+from tests.failure.point import POINTS, point
+from tests.failure.rig import SECOND, SHARDS, gone
+from tests.failure.scene import NotReached, Scene, Stop
+from tests.failure.wire import Phase
+
+__all__ = ["POINTS"]
+
+
+def _others_voted(scene: Scene, stop: Stop) -> None:
+    """Wait until somebody is caught and this shard's vote alone is missing."""
+    scene.caught(stop)
+    scene.until(lambda: scene.votes() >= set(scene.others), f"votes of {scene.others}")
+
+
+# -- before the shards ----------------------------------------------------------------------------------------------
+
+
+@point("accepted", "after the ledger insert, before the answer")
+def accepted(scene: Scene) -> None:
+    stop = scene.failpoint("accepted-not-answered")
+    scene.call()
+    scene.strike(stop)
+
+
+@point("queued", "QUEUED behind another operation, its caller or its front gone")
+def queued(scene: Scene) -> None:
+    blocker = scene.failpoint("prepared-not-voted", "shard=0")
+    client = scene.rig.serving()
+    client.start_roll_out(SECOND, 100 - scene.percent)
+    scene.caught(blocker)
+    scene.call()
+    scene.until(lambda: scene.state() == "QUEUED", "it is in the queue")
+    assert scene.the_call is not None
+    front = scene.the_call.client
+    scene.strike(blocker, pid=scene.rig.pid_of(front.name), cut=lambda _: scene.rig.hang_up(front))
+
+
+@point("started", "the start is committed, nothing is dispatched")
+def started(scene: Scene) -> None:
+    stop = scene.failpoint("started")
+    scene.call()
+    scene.strike(stop, undecided=True)
+
+
+@point(
+    "mid-publish",
+    "some of the chord's messages are sent, the one for this shard is not",
+    on_shard=True,
+    impossible={Kind.CREATION: "the front carries a creation out itself: it publishes nothing"},
+)
+def mid_publish(scene: Scene) -> None:
+    words = (b"LPUSH", b"segsvc.prepare_shard", f"shard {scene.shard}}}".encode())
+    wire = scene.rig.broker_wire
+    stop = wire.trap(Phase.REQUEST, lambda _, message: all(word in message for word in words))
+    scene.call()
+    scene.strike(stop, undecided=True, cut=wire.cut)
+
+
+# -- a shard's part -------------------------------------------------------------------------------------------------
+
+
+@point("locked", "the shard's lock is held, nothing is prepared", on_shard=True)
+def locked(scene: Scene) -> None:
+    stop = scene.failpoint("locked-not-prepared", f"shard={scene.shard}")
+    scene.call()
+    _others_voted(scene, stop)
+    # Frozen with the lock, it keeps every twin out: only the deadline can end that.
+    scene.strike(stop, undecided=True, blocks_twins=True)
+
+
+@point("prepare-reply-lost", "PREPARE TRANSACTION took effect, its reply does not arrive", on_shard=True)
+def prepare_reply_lost(scene: Scene) -> None:
+    stop = scene.reply("PREPARE TRANSACTION")
+    scene.call()
+    _others_voted(scene, stop)
+    scene.strike(stop, undecided=True)
+
+
+@point("prepare-rolled-back", "the server answers PREPARE TRANSACTION with ROLLBACK", on_shard=True, itself=True)
+def prepare_rolled_back(scene: Scene) -> None:
+    scene.request("PREPARE TRANSACTION", shards=[scene.shard], spoil=True)
+    stop = scene.reply("ROLLBACK", where=lambda session: session.statement.startswith("PREPARE TRANSACTION"))
+    scene.call()
+    _others_voted(scene, stop)
+    scene.strike(stop, undecided=True)
+
+
+@point("prepared", "the shard is prepared, its vote is not cast", on_shard=True)
+def prepared(scene: Scene) -> None:
+    stop = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
+    scene.call()
+    _others_voted(scene, stop)
+    scene.strike(stop, undecided=True)
+
+
+@point("voting", "the vote is written and not committed; it has the ledger's row", on_shard=True)
+def voting(scene: Scene) -> None:
+    stop = scene.failpoint("vote-not-committed", f"shard={scene.shard}")
+    scene.call()
+    _others_voted(scene, stop)
+    scene.strike(stop, undecided=True)
+
+
+@point("vote-reply-lost", "the vote is committed, the reply does not arrive", on_shard=True)
+def vote_reply_lost(scene: Scene) -> None:
+    mine = f"::UUID, {scene.shard}, "
+    stop = scene.reply(
+        "COMMIT",
+        database="catalog",
+        where=lambda session: any("INTO votes" in text and mine in text for text in session.transaction),
+    )
+    scene.call()
+    scene.strike(stop)
+
+
+@point(
+    "vote-refused",
+    "the vote comes too late: a twin's was counted, it is decided, this shard has not committed",
+    on_shard=True,
+    itself=True,
+)
+def vote_refused(scene: Scene) -> None:
+    first = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
+    gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
+    scene.call()
+    late = scene.caught(first)
+    stop = scene.failpoint("vote-refused", f"shard={scene.shard}")
+    with scene.frozen(late):
+        first.let_go()
+        scene.until(lambda: scene.state() == "COMMITTED", "a twin votes, and it is decided")
+        scene.caught(gate)
+    scene.until(lambda: late in stop.pids, "its vote is refused")  # as may be those of other twins
+    scene.strike(stop, gate, pid=late)
+
+
+_NO_CHORD = "the front carries a creation out itself: there is no chord"
+
+
+@point(
+    "result-not-stored",
+    "the vote is cast, Celery does not have the task's result",
+    on_shard=True,
+    impossible={Kind.CREATION: _NO_CHORD},
+)
+def result_not_stored(scene: Scene) -> None:
+    stop = scene.failpoint("voted", f"shard={scene.shard}")
+    scene.call()
+    scene.strike(stop, cut=scene.rig.broker_wire.cut)
+
+
+@point(
+    "chord-lost",
+    "the chord's keys are lost while this shard's task is at work",
+    on_shard=True,
+    itself=True,
+    impossible={Kind.CREATION: _NO_CHORD},
+)
+def chord_lost(scene: Scene) -> None:
+    stop = scene.failpoint("voted", f"shard={scene.shard}")
+    scene.call()
+    scene.caught(stop)
+    broker = scene.rig.broker
+
+    def counted() -> bool:
+        return any(broker.zcard(key) == SHARDS - 1 for key in broker.keys("celery-taskset-meta-*.j"))
+
+    scene.until(counted, "the chord has counted the other shards")
+    if not broker.delete(*broker.keys("celery-taskset-meta-*")):
+        raise NotReached("the chord had no keys")
+    scene.strike(stop, cut=scene.rig.broker_wire.cut)
+
+
+@point("body-early", "the chord's body runs before this shard has voted", on_shard=True, itself=True)
+def body_early(scene: Scene) -> None:
+    stop = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
+    scene.call()
+    _others_voted(scene, stop)
+    sent = scene.rig.celery.send_task(
+        "segsvc.finalize", kwargs={"operation_id": scene.operation, "title": "early"}, queue="operations"
+    )
+    if sent.get(timeout=15) != "early: votes are missing":
+        raise NotReached("the body did not find a vote missing")
+    scene.strike(stop, undecided=True)
+
+
+# -- the decision ---------------------------------------------------------------------------------------------------
+
+
+@point("undecided", "all votes are in, the decision is not made")
+def undecided(scene: Scene) -> None:
+    stop = scene.failpoint("before-decision")
+    scene.call()
+    scene.strike(stop)
+
+
+@point("deciding", "the decision is written and not committed; it has the ledger's row")
+def deciding(scene: Scene) -> None:
+    stop = scene.failpoint("decision-not-committed")
+    scene.call()
+    scene.strike(stop)
+
+
+@point("decision-reply-lost", "the decision is committed, the reply does not arrive")
+def decision_reply_lost(scene: Scene) -> None:
+    stop = scene.reply(
+        "COMMIT",
+        database="catalog",
+        where=lambda session: any("UPDATE operations" in text and "COMMITTED" in text for text in session.transaction),
+    )
+    scene.call()
+    scene.strike(stop)
+
+
+@point("decision-refused", "an integrity error at the commit point", itself=True)
+def decision_refused(scene: Scene) -> None:
+    # The next number is taken: the audit row of this decision cannot be written.
+    rows = scene.rig.rows(
+        None,
+        "INSERT INTO audit (seq, action, segment_id, slug, details) "
+        "SELECT last_value + 1, 'test', 0, 'test', '{}' FROM commit_seq RETURNING seq",
+    )
+    try:
+        stop = scene.error("23505", database="catalog")
+        scene.call()
+        scene.caught(stop)
+    finally:
+        scene.rig.rows(None, "DELETE FROM audit WHERE seq = :seq", seq=rows[0].seq)
+    if scene.cell.fault is Fault.NONE:
+        scene.expected = "ABORTED"
+    scene.strike(stop)
+
+
+# -- after the decision ---------------------------------------------------------------------------------------------
+
+
+@point("decided-0", "decided, no shard has committed")
+def decided_0(scene: Scene) -> None:
+    stop = scene.failpoint("decided")
+    # Recovery would commit at once.
+    gate = scene.request("COMMIT PREPARED", shards=list(range(SHARDS)), every=True)
+    scene.call()
+    scene.caught(stop)
+    scene.strike(stop, gate)
+
+
+@point("decided-1", "decided, this shard alone has committed", on_shard=True)
+def decided_1(scene: Scene) -> None:
+    gate = scene.request("COMMIT PREPARED", shards=scene.others, every=True)
+    scene.call()
+    scene.caught(gate)
+    scene.until(lambda: scene.fenced(scene.shard), "this shard has committed")
+    scene.strike(gate)
+
+
+@point("decided-k", "decided, all shards but this one have committed", on_shard=True)
+def decided_k(scene: Scene) -> None:
+    gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
+    scene.call()
+    scene.caught(gate)
+    scene.until(lambda: all(map(scene.fenced, scene.others)), "the others have committed")
+    scene.strike(gate)
+
+
+@point("commit-reply-lost", "COMMIT PREPARED took effect, its reply does not arrive", on_shard=True)
+def commit_reply_lost(scene: Scene) -> None:
+    stop = scene.reply("COMMIT PREPARED")
+    scene.call()
+    scene.strike(stop)
+
+
+@point("busy", "55000: somebody else is at this shard's prepared transaction", on_shard=True, itself=True)
+def busy(scene: Scene) -> None:
+    gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
+    scene.call()
+    scene.caught(gate)
+    stop = scene.error("55000")
+    with contextlib.ExitStack() as somebody:
+        somebody.enter_context(scene.rig.commit_prepared_under_way(scene.shard, scene.gid))
+        gate.let_go()
+        scene.strike(stop, between=somebody.close)
+
+
+@point("gone-committed", "42704 with the fence: somebody else has committed this shard", on_shard=True, itself=True)
+def gone_committed(scene: Scene) -> None:
+    _found_gone(scene, "COMMIT PREPARED")
+
+
+@point("gone-lost", "42704 without the fence: the prepared transaction is lost", on_shard=True, itself=True)
+def gone_lost(scene: Scene) -> None:
+    scene.alarm = "prepared-lost"
+    _found_gone(scene, "ROLLBACK PREPARED")
+
+
+def _found_gone(scene: Scene, command: str) -> None:
+    gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
+    scene.call()
+    scene.caught(gate)
+    scene.rig.finish_by_hand(scene.shard, command, scene.gid)
+    stop = scene.error("42704")
+    gate.let_go()
+    scene.strike(stop)
+
+
+@point(
+    "not-invalidated",
+    "all shards have committed, the cache does not know",
+    impossible={Kind.CREATION: "a creation invalidates nothing; 'not-done' is the same moment"},
+)
+def not_invalidated(scene: Scene) -> None:
+    stop = scene.failpoint("committed-not-invalidated")
+    scene.call()
+    scene.strike(stop)
+
+
+@point("not-done", "all but the last mark")
+def not_done(scene: Scene) -> None:
+    stop = scene.failpoint("invalidated-not-done")
+    scene.call()
+    scene.strike(stop)
+
+
+# -- what comes late, and recovery ----------------------------------------------------------------------------------
+
+
+@point("late-after-aborted", "this shard's PREPARE TRANSACTION arrives after ABORTED", on_shard=True)
+def late_after_aborted(scene: Scene) -> None:
+    request = scene.request("PREPARE TRANSACTION", shards=[scene.shard])
+    arrived = scene.reply("PREPARE TRANSACTION")
+    scene.call()
+    _others_voted(scene, request)
+    assert scene.the_call is not None
+    scene.rig.serving(besides=scene.the_call.client).cancel(scene.operation)
+    scene.until(lambda: scene.state() == "ABORTED", "it is cancelled")
+    scene.expected = "ABORTED"
+    scene.strike_late(request, arrived)
+
+
+@point("late-after-done", "this shard's work begins, or is prepared again, after DONE", on_shard=True, itself=True)
+def late_after_done(scene: Scene) -> None:
+    if scene.cell.fault is Fault.NONE:
+        scene.call()
+        scene.until(lambda: scene.state() == "DONE", "it is done")
+        scene.alarm = "prepared-after-done"
+        stop = scene.reply("ROLLBACK PREPARED")
+        scene.rig.prepare_by_hand(scene.shard, scene.gid)
+        scene.strike(stop)
+        return
+    lock = "SELECT pg_advisory_xact_lock("
+    request = scene.request(lock, shards=[scene.shard])
+    scene.call()
+    scene.caught(request)
+    scene.until(lambda: scene.state() == "DONE", "a twin carries it to its end")
+    arrived = scene.reply("SELECT 1", where=lambda session: session.statement.startswith(lock))
+    scene.strike_late(request, arrived)
+
+
+@point("recovery-twice", "two recoveries have looked; this shard is decided and not committed", on_shard=True)
+def recovery_twice(scene: Scene) -> None:
+    gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
+    scene.call()
+    finalizer = scene.caught(gate)
+    scene.until(lambda: all(map(scene.fenced, scene.others)), "the others have committed")
+    looked = scene.failpoint("recovery-looked", "found=1")
+    scene.caught(looked, count=2)
+    os.kill(finalizer, signal.SIGKILL)
+    if not gone(finalizer):
+        raise NotReached("the finalizer survived")
+    gate.let_go(deliver=False)
+    scene.strike(looked)

@@ -1,0 +1,64 @@
+"""A few cells of the fault matrix (all of them: make test-failure), and that the matrix is whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.failure.cell import Cell, Fault, Kind, Outcome
+from tests.failure.matrix import FAULTS, Player, cells, left_out, sample
+from tests.failure.points import POINTS
+from tests.failure.rig import SHARDS, Rig
+from tests.local_servers import REPOSITORY
+
+CELLS = cells()
+DEMANDED = 288
+
+
+def test_every_cell_of_the_product_is_played_or_left_out_with_a_reason() -> None:
+    assert len(set(CELLS)) == len(CELLS)
+    with_a_fault = [cell for cell in CELLS if cell.fault is not Fault.NONE]
+    assert len(with_a_fault) >= DEMANDED
+    left = left_out()
+    assert all(group["reason"] for group in left)
+    product = len(POINTS) * len(FAULTS) * SHARDS * len(Kind)
+    assert len(with_a_fault) + sum(group["cells"] for group in left) == product
+
+
+def test_the_sample_has_every_fault_operation_and_shard() -> None:
+    chosen = list(sample(CELLS))
+    assert {cell.fault for cell in chosen} == set(Fault)
+    assert {cell.kind for cell in chosen} == set(Kind)
+    assert {cell.shard for cell in chosen} == {None, *range(SHARDS)}
+
+
+def test_every_point_is_described() -> None:
+    page = (REPOSITORY / "docs" / "failure-matrix.md").read_text()
+    table = page.split("## Points")[1].split("## What must hold")[0]
+    assert re.findall(r"^\| `([a-z0-9-]+)`", table, re.MULTILINE) == list(POINTS)
+
+
+def test_a_fault_that_did_not_fall_is_no_success() -> None:
+    outcome = Outcome(CELLS[0])
+    assert not outcome.passed
+    outcome.fired = True
+    assert outcome.passed
+    outcome.problems = ("something",)
+    assert not outcome.passed
+
+
+@pytest.fixture(scope="module")
+def player(servers_folder: Path) -> Iterator[Player]:
+    rig = Rig(servers_folder / "matrix")
+    rig.start()
+    yield Player(rig)
+    rig.stop()
+
+
+@pytest.mark.parametrize("cell", list(sample(CELLS)), ids=str)
+def test_a_cell(player: Player, cell: Cell) -> None:
+    outcome = player.play(cell)
+    assert outcome.passed, outcome.to_json()

@@ -1,0 +1,68 @@
+"""One installation for all tests of faults in the infrastructure; each leaves it in full service."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.eventually import eventually
+from tests.infrastructure.system import DRAIN_S, System
+from tests.local_servers import owner_lives
+
+SMALL_DISK_MB = 512
+
+
+@pytest.fixture(scope="session")
+def small_disk(servers_folder: Path) -> Iterator[Path | None]:
+    """A small file system in memory; None: this machine does not let us mount one."""
+    for left_over in servers_folder.parent.glob("segsvc-test-*/small-disk"):
+        if not owner_lives(left_over.parent):  # of a session that was killed
+            subprocess.run(["umount", "--lazy", str(left_over)], capture_output=True, check=False)
+            shutil.rmtree(left_over.parent, ignore_errors=True)
+    folder = servers_folder / "small-disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MB}m,mode=755", "segsvc-test", str(folder)]
+    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def running(servers_folder: Path, small_disk: Path | None) -> Iterator[System]:
+    home = servers_folder / "faults"
+    home.mkdir()
+    made = System(home, servers_folder, folder_of_one=small_disk)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def system(running: System) -> Iterator[System]:
+    """The installation, in full service before each test and, whatever became of it, for the next one."""
+    running.heal()
+    running.client.wait_ready(60)
+    eventually(running.workers_answer, 60)
+    eventually(running.drained, DRAIN_S)
+    seen = len(running.logged("worker-operations"))
+    yield running
+    running.heal()
+    # Nothing that happens here may need a person, nor a shard's work done again.
+    assert '"event": "alarm"' not in running.logged("worker-operations")[seen:]
+
+
+@pytest.fixture
+def slug(request: pytest.FixtureRequest) -> str:
+    """A segment's name that no other test has."""
+    name = str(request.node.name).removeprefix("test_").replace("_", "-")
+    return "".join(sign if sign.isalnum() else "-" for sign in name)[:60].strip("-").lower()

@@ -1,0 +1,148 @@
+"""The cache is emptied while it is filled, comes back with what it held long ago, or is replaced by an empty one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import redis
+import sqlalchemy as sa
+from segmentation.v1 import membership_pb2
+
+from segsvc.bootstrap import Inspection
+from segsvc.cache import keys
+from segsvc.cli.front import is_serving
+from segsvc.demo.client import Client
+from segsvc.local.processes import free_ports
+from tests.eventually import eventually
+from tests.infrastructure.system import SHARDS, System
+
+
+@pytest.fixture
+def raw(system: System) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(system.cache.url) as server:
+        yield server
+
+
+def warm(system: System, slug: str, percent: float) -> None:
+    """Until every user is a hit, and right."""
+    inspection = Inspection(system.settings)
+    try:
+        eventually(lambda: system.read(slug) and None not in inspection.cached(system.users))
+    finally:
+        inspection.close()
+    assert system.read(slug) == system.members(slug, percent)
+
+
+@contextmanager
+def locked_reads(system: System, shard: int) -> Iterator[None]:
+    """Reads of a shard's memberships wait."""
+    engine = sa.create_engine(system.settings.shard_dsns[shard], poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("LOCK TABLE memberships IN ACCESS EXCLUSIVE MODE")
+        yield
+
+
+def reads_that(system: System, shard: int, what: str) -> int:
+    """Sessions of cold reads that are in this state."""
+    statement = f"SELECT FROM pg_stat_activity WHERE application_name = 'segsvc-reads' AND {what}"
+    return len(system.installation.execute(shard, f"{statement} AND datname = current_database()"))
+
+
+@pytest.mark.infrastructure
+def test_the_cache_is_emptied_between_a_read_and_its_fill(system: System, slug: str, raw: redis.Redis) -> None:
+    system.new_segment(slug, 0)
+    user = min(system.members(slug, 60))
+    shard = user % SHARDS
+    request = membership_pb2.GetUserSegmentsRequest(user_id=user)
+    other_address = f"127.0.0.1:{free_ports(1)[0]}"
+    with system.another("other-front", ["serve"], grpc_address=other_address) as own:
+        eventually(lambda: is_serving(own), 60)
+        other = Client(other_address)
+        # Warming would fill as well, and here only this one reader may.
+        with system.frozen("worker-warming"):
+            raw.flushall()
+            with locked_reads(system, shard):
+                answer = system.client.memberships.GetUserSegments.future(request, timeout=60)
+                eventually(lambda: (raw.get(keys.user(shard, user)) or b"").startswith(b"L"))
+                eventually(lambda: reads_that(system, shard, "wait_event_type = 'Lock'") == 1)
+                reader = system.frozen("serve")
+                reader.__enter__()
+            # It has the lease, and the old list is in its socket.
+            eventually(lambda: reads_that(system, shard, "wait_event_type = 'Lock'") == 0)
+            raw.flushall()
+            other.roll_out(slug, 60)
+            reader.__exit__(None, None, None)
+        assert slug not in answer.result().slugs
+        assert system.read(slug) == system.read(slug, other) == system.members(slug, 60)
+        other.close()
+    system.expect_well(slug, 60)
+
+
+@pytest.mark.parametrize("when", ["at rest", pytest.param("in flight", marks=pytest.mark.infrastructure)])
+def test_the_cache_comes_back_with_what_it_held_long_ago(
+    system: System, slug: str, raw: redis.Redis, when: str
+) -> None:
+    system.new_segment(slug, 20)
+    warm(system, slug, 20)
+    held = {shard: raw.get(keys.generation(shard)) for shard in range(SHARDS)}
+    raw.save()
+    try:
+        if when == "at rest":
+            system.client.roll_out(slug, 60)
+            system.cache.kill()
+            system.cache.start()
+        else:
+            with system.armed("invalidated-not-done") as point:
+                name = system.client.start_roll_out(slug, 60)
+                point.await_fired()
+                system.cache.kill()
+                system.cache.start()
+                # Old entries and old generations are all there again: what was dropped has come back.
+                assert raw.dbsize() > len(system.users)
+                assert {shard: raw.get(keys.generation(shard)) for shard in range(SHARDS)} == held
+            eventually(lambda: system.state(name) == "DONE")
+        assert raw.exists(keys.user(1, 1))
+        assert system.read(slug) == system.members(slug, 60)
+        warm(system, slug, 60)
+    finally:
+        (system.cache.folder / "dump.rdb").unlink()
+    system.expect_well(slug, 60)
+
+
+@pytest.mark.parametrize(
+    "point", ["committed-not-invalidated", pytest.param("prepared-not-voted", marks=pytest.mark.infrastructure)]
+)
+def test_an_empty_cache_takes_the_place_of_one_that_is_lost(
+    system: System, slug: str, raw: redis.Redis, point: str
+) -> None:
+    system.new_segment(slug, 20)
+    warm(system, slug, 20)
+    with system.armed(point) as held:
+        name = system.client.start_roll_out(slug, 60)
+        held.await_fired()
+        system.cache.kill()
+        # Without any, reads are answered by the shards.
+        assert system.read(slug) in (system.members(slug, 20), system.members(slug, 60))
+        system.cache.start()
+    eventually(lambda: system.state(name) == "DONE")
+    assert system.read(slug) == system.members(slug, 60)
+    warm(system, slug, 60)
+    system.expect_well(slug, 60)
+
+
+@pytest.mark.infrastructure
+def test_the_cache_is_away_when_it_must_be_told(system: System, slug: str) -> None:
+    system.new_segment(slug, 20)
+    warm(system, slug, 20)
+    with system.armed("committed-not-invalidated") as held:
+        name = system.client.start_roll_out(slug, 60)
+        held.await_fired()
+        system.cache.kill()
+    seen = system.logged("worker-operations").count("CACHE_UNAVAILABLE")
+    eventually(lambda: system.logged("worker-operations").count("CACHE_UNAVAILABLE") > seen)
+    assert system.state(name) == "COMMITTED"  # nobody may be told that it is done
+    system.cache.start()
+    eventually(lambda: system.state(name) == "DONE")
+    system.expect_well(slug, 60)
