@@ -7,6 +7,7 @@ ones.
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,24 +137,34 @@ class MemoryConnection:
         self._server = server
         scheduler.pause("cache INFO")
         self.run_id = server.run_id
+        self._replies: deque[Any] = deque()
         self._open = True
 
     def run(self, *command: bytes | str | float) -> Any:
         return self.run_all((command,))[0]
 
     def run_all(self, commands: Sequence[Command]) -> list[Any]:
+        self.send(commands)
+        self._await_replies()
+        return [self._replies.popleft() for _ in commands]
+
+    def send(self, commands: Sequence[Command]) -> None:
         scheduler = self._scheduler
-        replies = []
         for command in commands:
             # Others come between two commands of one pipeline.
             scheduler.pause(f"cache {command[0]}")
             if not self._open or self._server.run_id != self.run_id or scheduler.chance(scheduler.rates.lost_request):
                 self._fail()
-            replies.append(self._server.execute(command))
-        scheduler.dawdle("cache answered")
-        if scheduler.chance(scheduler.rates.lost_reply):
+            self._replies.append(self._server.execute(command))
+
+    def receive(self) -> Any:
+        self._await_replies()
+        return self._replies.popleft()
+
+    def _await_replies(self) -> None:
+        self._scheduler.dawdle("cache answered")
+        if self._scheduler.chance(self._scheduler.rates.lost_reply):
             self._fail()
-        return replies
 
     def _fail(self) -> None:
         self._open = False
