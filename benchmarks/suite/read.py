@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import redis
@@ -15,6 +15,7 @@ from benchmarks import reading
 from benchmarks.harness import (
     Curve,
     Result,
+    Sample,
     benchmark,
     measure_pair,
     ratio_at_least,
@@ -30,6 +31,7 @@ from benchmarks.world import World
 SHAPE = Shape(users=25_000, segments=57, shards=4)
 """100,000 users with 20 segments each on average, every list another one."""
 IN_FLIGHT = 64
+CURVE_IN_FLIGHT = (4, 16, 64, 256)
 COMPARED = 500
 """Users whose answers are compared before anything is timed."""
 BATCH_USERS = 100
@@ -75,10 +77,25 @@ def read_hit(world: World) -> Iterator[Result | Curve]:
                 lambda: reading.calls_per_second(ours, warm.server, in_flight=IN_FLIGHT),
                 lambda: reading.calls_per_second(theirs, constant, in_flight=IN_FLIGHT),
             )
+            curve = _by_load(
+                {
+                    "cached reads": lambda n: reading.calls_per_second(ours, warm.server, in_flight=n),
+                    "a constant answer": lambda n: reading.calls_per_second(theirs, constant, in_flight=n),
+                }
+            )
+    yield curve
     yield pair.result("read_hit", "calls/s", ratio_at_least(0.8))
     yield pair.of("p99_ms").result("read_hit.p99", "ms", ratio_at_most(1.5))
     yield Result("read_hit.calls", pair.ours.median, "calls/s", goal=value_at_least(25_000), spread=pair.ours.spread)
     yield Result("read_hit.cpu", pair.ours.cpu_us_per_call["total"], "µs", goal=value_at_most(45))
+
+
+def _by_load(servers: Mapping[str, Callable[[int], Sample]]) -> Curve:
+    """Throughput as more calls are in flight: batches grow with the load, so a call costs less the more there are."""
+    points = {name: [(float(calls), ask(calls).value) for calls in CURVE_IN_FLIGHT] for name, ask in servers.items()}
+    return Curve(
+        "read_hit", "GetUserSegments, one front process", "calls in flight", "calls/s", points, logarithmic=True
+    )
 
 
 @benchmark("read_hit_peer")
@@ -161,4 +178,4 @@ def read_processes(world: World) -> Iterator[Result | Curve]:
         note += f"; the goal of 1.6 × holds from {CORES_FOR_TWO} cores on"
     goal = ratio_at_least(1.6) if cores >= CORES_FOR_TWO else None
     yield pair.result("read_processes", "calls/s", goal, note=note)
-    yield Result("read_processes.cpu", ours_us, "µs", theirs_us, ours_us / theirs_us, ratio_at_most(1.1))
+    yield Result("read_processes.cpu", ours_us, "µs", theirs_us, ours_us / theirs_us, ratio_at_most(1.05))
