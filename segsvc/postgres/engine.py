@@ -136,7 +136,7 @@ class Databases:
 
         Raises:
             ServiceError: CATALOG_UNAVAILABLE (whether a commit took effect is then unknown), DEADLINE_EXCEEDED,
-                OVERLOADED (a lock was not to be had in time: nothing was done).
+                OVERLOADED (a lock was not to be had in time: this transaction did nothing).
             sqlalchemy.exc.DBAPIError: anything else, such as an integrity error.
         """
         try:
@@ -145,8 +145,9 @@ class Databases:
                 yield connection
         except LockTimeout as error:
             # Somebody stands still with a row of the ledger. To all who decide this is one more thing to be tried
-            # again; on a shard it tells the work to wait for its turn.
-            message = "another change took too long; nothing was done"
+            # again; on a shard it tells the work to wait for its turn. Of the call it says nothing more: what was
+            # accepted in a transaction before goes on.
+            message = "another change holds up this one; try again"
             raise ServiceError(Reason.OVERLOADED, message, retry_after_s=0.5) from error
 
     @contextmanager
