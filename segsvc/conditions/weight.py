@@ -17,7 +17,8 @@ WEIGHT_MAX: Final = 20_000
 
 _EQUAL, _ORDERED, _SIZE, _LISTED = 6, 8, 4, 2
 """How often each operand is written down; see ``postgres.condition_sql``. A test holds the weights against its text."""
-_EXACT_BELOW: Final = 2**53
+EXACT_BELOW: Final = 2**53
+"""Smaller numbers are compared alike as they are and as doubles; from here on literals need more SQL."""
 
 
 def weight(node: Node) -> int:
@@ -66,4 +67,4 @@ def _is_compared_alone(item: Node) -> bool:
     """Whether it is not looked up together with the other items of its list."""
     if not isinstance(item, Constant):
         return not is_constant(item)
-    return isinstance(item.value, int | float) and abs(item.value) >= _EXACT_BELOW
+    return isinstance(item.value, int | float) and abs(item.value) >= EXACT_BELOW

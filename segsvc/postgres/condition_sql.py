@@ -23,11 +23,10 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, JSONPATH
 
 from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Constant, ListOf, Node, Scalar
-from segsvc.conditions.weight import is_bool, is_constant
+from segsvc.conditions.weight import EXACT_BELOW, is_bool, is_constant
 
 Sql = sa.ColumnElement[Any]
 
-_EXACT_BELOW: Final = 2**53
 _ARGUMENTS_MAX: Final = 100
 """PostgreSQL takes no more arguments of a function."""
 _ORDER: Final[dict[str, Callable[[Any, Any], Any]]] = {
@@ -304,7 +303,7 @@ def _is_number(value: object) -> bool:
 
 def _is_large_number(node: Node) -> bool:
     """Whether it is a literal that only a comparison by its type compares rightly."""
-    return isinstance(node, Constant) and _is_number(node.value) and not -_EXACT_BELOW < node.value < _EXACT_BELOW  # type: ignore[operator]
+    return isinstance(node, Constant) and _is_number(node.value) and not -EXACT_BELOW < node.value < EXACT_BELOW  # type: ignore[operator]
 
 
 def _is_small_number(node: Node) -> TypeGuard[Constant]:
