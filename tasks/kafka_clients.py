@@ -132,6 +132,11 @@ class Sender:
             self._producer.flush(timeout=SEND_TIMEOUT_S)
         except (KafkaError, OSError) as error:
             self.failure = type(error).__name__
+        except Exception as error:
+            # Kafka-python looks at a topic's metadata more than once for a message, and a topic that goes in between is
+            # a ValueError or TypeError to it. Whoever sends must live through that, and sends again.
+            log.exception("producer_failed", topic=topic)
+            self.failure = type(error).__name__
         acknowledged = [future.succeeded() for future in futures] + [False] * (len(messages) - len(futures))
         self.too_large = any(
             future.failed() and isinstance(future.exception, MessageSizeTooLargeError) for future in futures
@@ -154,7 +159,7 @@ class Sender:
         producer.__dict__["_sender"].force_close()
         try:
             producer.close(timeout=CLOSE_TIMEOUT_S)
-        except KafkaError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, there is nothing more to do: a new one is made
             log.warning("producer_still_closing", reason=type(error).__name__)  # its thread ends when it can
 
 

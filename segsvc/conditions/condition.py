@@ -14,6 +14,7 @@ from typing import Any, Final
 from cel_expr_python import cel
 
 from segsvc.conditions import checked, tree
+from segsvc.conditions.weight import WEIGHT_MAX, weight
 from segsvc.domain.errors import FieldViolation, Reason, ServiceError
 from segsvc.domain.segment import CONDITION_BYTES_MAX
 
@@ -113,6 +114,9 @@ def parse_condition(text: str, name: str = "rule.condition") -> Condition:
         root = checked.to_tree(program.serialize())
     except checked.NotInSubset as refusal:
         raise _invalid(name, refusal.what, *_line_and_column(text, refusal.position)) from None
+    if weight(root) > WEIGHT_MAX:
+        what = "has too many comparisons, lists or sizes within one another; take them apart with && and ||"
+        raise _invalid(name, what, 1, 1)
     return Condition(text, root, program)
 
 

@@ -19,9 +19,6 @@ from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Scalar, attributes_of
 from segsvc.postgres.condition_sql import Compiler, Sql, number_or_null
 
-COLUMNS_EACH = 3
-"""Columns of the subquery for each attribute; PostgreSQL allows 1664 in all."""
-
 
 @dataclass(frozen=True, slots=True)
 class Extracted:

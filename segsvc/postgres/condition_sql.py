@@ -15,6 +15,7 @@ import math
 import operator
 from collections.abc import Callable
 from decimal import Decimal
+from functools import reduce
 from typing import Any, Final, TypeGuard
 
 import sqlalchemy as sa
@@ -22,10 +23,12 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, JSONPATH
 
 from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Constant, ListOf, Node, Scalar
+from segsvc.conditions.weight import EXACT_BELOW, is_bool, is_constant
 
 Sql = sa.ColumnElement[Any]
 
-_EXACT_BELOW: Final = 2**53
+_ARGUMENTS_MAX: Final = 100
+"""PostgreSQL takes no more arguments of a function."""
 _ORDER: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
@@ -101,12 +104,14 @@ class Compiler:
                 return sa.func.to_jsonb(self.truth(node), type_=JSONB())
 
     def _list(self, items: tuple[Node, ...]) -> Sql:
-        if _is_constant(ListOf(items)):
+        if is_constant(ListOf(items)):
             return _literal(ListOf(items))
         values = [self._json(item) for item in items]
-        return _when(
-            sa.and_(*(value.is_not(None) for value in values)), sa.func.jsonb_build_array(*values, type_=JSONB())
-        )
+        parts = [
+            sa.func.jsonb_build_array(*values[first : first + _ARGUMENTS_MAX], type_=JSONB())
+            for first in range(0, len(values), _ARGUMENTS_MAX)
+        ]
+        return _when(sa.and_(*(value.is_not(None) for value in values)), reduce(_concatenated, parts))
 
     def _size(self, of: Node) -> Sql:
         if isinstance(of, Constant):
@@ -122,7 +127,7 @@ class Compiler:
     def _equal(self, left: Node, right: Node) -> Sql:
         if isinstance(left, ListOf) and isinstance(right, ListOf):
             return self._lists_equal(left, right)
-        if _is_constant(left) and _is_constant(right):
+        if is_constant(left) and is_constant(right):
             return sa.literal(_same_constant(left, right))
         if _is_large_number(left):
             left, right = right, left
@@ -130,10 +135,11 @@ class Compiler:
             if isinstance(attribute, tree.Attribute) and _is_plain_text(constant):
                 return self._attribute_text(attribute) == sa.literal(constant.value, sa.Text)
         one = self._json(left)
-        if isinstance(right, Constant) and _is_large_number(right):
+        if isinstance(right, Constant) and _is_large_number(right) and not is_bool(left):
             return _equal_to_large(one, right.value)
         other = self._json(right)
-        if _is_constant(left) or _is_constant(right):
+        # Neither is ever two numbers that only a comparison by their types compares rightly.
+        if any(is_constant(each) or is_bool(each) for each in (left, right)):
             return one == other
         return sa.case(
             (sa.and_(_is(one, "number"), _is(other, "number")), _numbers_equal(one, other)), else_=one == other
@@ -141,7 +147,7 @@ class Compiler:
 
     def _lists_equal(self, left: ListOf, right: ListOf) -> Sql:
         # Both sides are evaluated whole before they are compared, so an error in either is one of the comparison.
-        sound = [self._json(item).is_not(None) for item in (*left.items, *right.items) if not _is_constant(item)]
+        sound = [self._json(item).is_not(None) for item in (*left.items, *right.items) if not is_constant(item)]
         if len(left.items) != len(right.items):
             equal: Sql = sa.false()
         else:
@@ -205,7 +211,7 @@ class Compiler:
             return _ERROR
         values = self._json(container)
         # Lists of users hold strings only, so containment of the one-item list is equality with some item.
-        if _is_constant(item):
+        if is_constant(item):
             return _when(_is(values, "array"), values.op("@>")(_literal(ListOf((item,)))))
         value = self._json(item)
         return _when(
@@ -218,8 +224,8 @@ class Compiler:
         if isinstance(item, tree.Attribute) and container.items and all(map(_is_plain_text, container.items)):
             texts = sa.literal([each.value for each in container.items if isinstance(each, Constant)], ARRAY(sa.Text))
             return self._attribute_text(item) == sa.any_(texts)
-        plain = [each for each in container.items if _is_constant(each) and not _is_large_number(each)]
-        if _is_constant(item):
+        plain = [each for each in container.items if is_constant(each) and not _is_large_number(each)]
+        if is_constant(item):
             plain = []
         others = [each for each in container.items if each not in plain]
         clauses = [self._equal(item, each) for each in others]
@@ -227,7 +233,7 @@ class Compiler:
             texts = sa.literal([_json_text(each) for each in plain], ARRAY(sa.Text))
             clauses.append(self._json(item) == sa.any_(texts.cast(ARRAY(JSONB))))
         # An error anywhere in the list, or in the item, is one of the whole, found or not.
-        parts = [self._json(each).is_not(None) for each in (item, *others) if not _is_constant(each)]
+        parts = [self._json(each).is_not(None) for each in (item, *others) if not is_constant(each)]
         return _when(sa.and_(sa.true(), *parts), sa.or_(sa.false(), *clauses))
 
     def _test(self, function: str, text: Node, part: Node) -> Sql:
@@ -249,6 +255,10 @@ class Compiler:
 def _when(check: Sql, value: Sql) -> Sql:
     """The value where the check is true, NULL elsewhere; the value is not looked at there."""
     return sa.case((check, value))
+
+
+def _concatenated(one: Sql, other: Sql) -> Sql:
+    return one.op("||", return_type=JSONB())(other)
 
 
 def number_or_null(value: Sql) -> Sql:
@@ -287,17 +297,13 @@ def _numbers_equal(one: Sql, other: Sql) -> Sql:
 # -- literals ----------------------------------------------------------------------------------------------------------
 
 
-def _is_constant(node: Node) -> bool:
-    return isinstance(node, Constant) or (isinstance(node, ListOf) and all(map(_is_constant, node.items)))
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_large_number(node: Node) -> bool:
     """Whether it is a literal that only a comparison by its type compares rightly."""
-    return isinstance(node, Constant) and _is_number(node.value) and not -_EXACT_BELOW < node.value < _EXACT_BELOW  # type: ignore[operator]
+    return isinstance(node, Constant) and _is_number(node.value) and not -EXACT_BELOW < node.value < EXACT_BELOW  # type: ignore[operator]
 
 
 def _is_small_number(node: Node) -> TypeGuard[Constant]:

@@ -22,6 +22,8 @@ QUERY_CANCELED = "57014"
 
 _CONNECTION_LOST_CLASSES = ("08", "57P", "53", "58")
 """SQLSTATE classes: connection exception, operator intervention, insufficient resources, system error."""
+_CONNECTION_LOST = ("25006", "25P03", "25P04")
+"""Single states: read-only, and the server's bounds of a transaction that stands still or lasts too long."""
 
 
 def sqlstate(error: exc.DBAPIError | psycopg2.Error) -> str:
@@ -32,13 +34,14 @@ def sqlstate(error: exc.DBAPIError | psycopg2.Error) -> str:
 def is_lost(error: exc.DBAPIError | psycopg2.Error) -> bool:
     """Whether the server is out of reach, rather than the statement at fault.
 
-    The read-only state of a server that was demoted (25006) counts: a write can succeed only elsewhere.
+    The read-only state of a server that was demoted (25006) counts: a write can succeed only elsewhere. So does the end
+    of a session that stood still inside a transaction: the server has closed the connection, and undone what was begun.
     """
     state = sqlstate(error)
     if state in (QUERY_CANCELED, LOCK_NOT_AVAILABLE):
         return False
     if state:
-        return state.startswith(_CONNECTION_LOST_CLASSES) or state == "25006"
+        return state.startswith(_CONNECTION_LOST_CLASSES) or state in _CONNECTION_LOST
     cause = error.orig if isinstance(error, exc.DBAPIError) else error
     return isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
 
@@ -133,7 +136,7 @@ class Databases:
 
         Raises:
             ServiceError: CATALOG_UNAVAILABLE (whether a commit took effect is then unknown), DEADLINE_EXCEEDED,
-                OVERLOADED (a lock was not to be had in time: nothing was done).
+                OVERLOADED (a lock was not to be had in time: this transaction did nothing).
             sqlalchemy.exc.DBAPIError: anything else, such as an integrity error.
         """
         try:
@@ -142,8 +145,9 @@ class Databases:
                 yield connection
         except LockTimeout as error:
             # Somebody stands still with a row of the ledger. To all who decide this is one more thing to be tried
-            # again; on a shard it tells the work to wait for its turn.
-            message = "another change took too long; nothing was done"
+            # again; on a shard it tells the work to wait for its turn. Of the call it says nothing more: what was
+            # accepted in a transaction before goes on.
+            message = "another change holds up this one; try again"
             raise ServiceError(Reason.OVERLOADED, message, retry_after_s=0.5) from error
 
     @contextmanager

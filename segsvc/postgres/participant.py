@@ -28,8 +28,9 @@ log = get_logger(__name__)
 UNDEFINED_OBJECT = "42704"
 OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
 DUPLICATE_OBJECT = "42710"
-_REFUSALS = ("22", "23", "42")
-"""SQLSTATE classes that trying again does not mend: data exception, integrity violation, wrong statement."""
+_REFUSALS = ("22", "23", "42", "54")
+"""SQLSTATE classes that trying again does not mend: data exception, integrity violation, wrong statement, and one
+beyond a limit of the server."""
 
 Work = Callable[[PostgresShardTransaction, Operation, ProgressHook, bool], ShardCounts]
 """An operation's work on one shard; the last argument says whether to write or only to count."""

@@ -72,7 +72,7 @@ class _Watched:
         self._sockets: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
         self._steps = 0
-        self._seen = (0, 0.0)
+        self._seen = (-1, 0.0)
         self._probing = False
         self._hung_until = 0.0
         event.listen(engine, "do_connect", self._connecting)
@@ -88,7 +88,11 @@ class _Watched:
             self._seen = (self._steps, now)
         elif now - self._seen[1] >= SUSPECT_AFTER_S and not self._probing:
             self._probing = True
-            threading.Thread(target=self._probe, name="stall-probe", daemon=True).start()
+            try:
+                threading.Thread(target=self._probe, name="stall-probe", daemon=True).start()
+            except RuntimeError:  # no room for another thread: the next look tries again, and the watch lives
+                self._probing = False
+                log.warning("stall_not_looked_into", database=self._name)
 
     def _probe(self) -> None:
         begun = time.monotonic()

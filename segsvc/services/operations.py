@@ -311,7 +311,7 @@ class OperationService:
         """
         pause_s = self._POLL_S
         while True:
-            started = self._store.start_oldest()
+            started = self._start_oldest()
             if started is not None and started.id == operation_id:
                 self._run_until(started, give_up)
                 return
@@ -335,6 +335,17 @@ class OperationService:
             # Not beyond the caller's time: what is kept back of it is for the abort and the answer.
             time.sleep(pause_s if give_up is None else min(pause_s, max(0.0, give_up - time.monotonic())))
             pause_s = min(self._POLL_MAX_S, pause_s * 1.5)
+
+    def _start_oldest(self) -> Operation | None:
+        """The operation that was started just now; None: no turn has come, or somebody stands still with the queue."""
+        try:
+            return self._store.start_oldest()
+        except ServiceError as error:
+            if error.reason is not Reason.OVERLOADED:
+                raise
+            # The creation is accepted: its caller's time decides how often to look again, not one look's.
+            log.warning("start_put_off", reason=error.reason.text)
+            return None
 
     def _run_until(self, operation: Operation, give_up: float | None) -> None:
         """Carry out a creation until it ends or the caller's time is up; it then goes on without the caller."""

@@ -61,6 +61,10 @@ KNOWN = [
     "user.a in ['RU', '1']",
     "!(user.a >= -2) && user.n < 1e-7",
     "user.a > 5e-324 || 18 <= user.n",
+    f"[user.a, {', '.join(['1'] * 250)}] == user.tags || size([user.a, {', '.join(['1'] * 250)}]) == 251",
+    "((user.a == user.b) == user.flag) != (user.n == 1)",
+    "(user.a == 1) in [user.flag, 9007199254740993, 1e400, true]",
+    "!((user.a == user.n) in [9007199254740993, user.b])",
 ]
 
 

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import cast
 from unittest.mock import Mock
 
 import pytest
 
-from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.errors import Reason, ServiceError, catalog_unavailable
 from segsvc.domain.operation import Failure, Operation, OperationState
 from segsvc.domain.segment import SegmentText
 from segsvc.services.operations import EndWatcher, OperationService, OperationStore
 from segsvc.twophase import Coordinator
 
 
-def test_a_creation_gives_up_when_its_time_is_up_and_not_at_its_next_look() -> None:
-    store, coordinator = Mock(spec=OperationStore), Mock(spec=Coordinator)
+@pytest.fixture
+def store() -> Mock:
+    """Creations are accepted, and others are before them."""
+    store = Mock(spec=OperationStore)
     store.segment.return_value = None
     store.live_segments.return_value = 0
     store.draw_segment_id.return_value = 1
     store.start_oldest.return_value = None  # another operation is in flight, all the time
-    queued = Mock(spec=Operation, state=OperationState.QUEUED, failure=None)
-    busy = Failure(Reason.OPERATION_QUEUE_BUSY.text, "busy")
-    store.insert.return_value = store.get.return_value = queued
+    store.insert.return_value = store.get.return_value = Mock(spec=Operation, state=OperationState.QUEUED, failure=None)
+    return store
+
+
+@pytest.fixture
+def service(store: Mock) -> Iterator[OperationService]:
+    coordinator = Mock(spec=Coordinator)
 
     def abort(*_: object, **__: object) -> bool:
-        queued.state, queued.failure = OperationState.ABORTED, busy
+        queued = store.get.return_value
+        queued.state, queued.failure = OperationState.ABORTED, Failure(Reason.OPERATION_QUEUE_BUSY.text, "busy")
         return True
 
     coordinator.abort.side_effect = abort
@@ -38,10 +47,31 @@ def test_a_creation_gives_up_when_its_time_is_up_and_not_at_its_next_look() -> N
         shards=range(2),
         fan_out=Mock(),
     )
+    yield service
+    service.close()
+
+
+def test_a_creation_gives_up_when_its_time_is_up_and_not_at_its_next_look(service: OperationService) -> None:
     begin = time.monotonic()
     with pytest.raises(ServiceError) as refused:
         # Its looks are after 0.42 and 0.64 s.
         service.create_segment("late", SegmentText(), request=None, deadline_s=0.45)
     assert time.monotonic() - begin < 0.6
     assert refused.value.reason is Reason.OPERATION_QUEUE_BUSY
-    service.close()
+
+
+def test_who_stands_still_with_the_queue_does_not_end_the_wait(service: OperationService, store: Mock) -> None:
+    store.start_oldest.side_effect = chain(
+        [ServiceError(Reason.OVERLOADED, "held up"), ServiceError(Reason.OVERLOADED, "held up")], repeat(None)
+    )
+    with pytest.raises(ServiceError) as refused:
+        service.create_segment("late", SegmentText(), request=None, deadline_s=0.2)
+    assert refused.value.reason is Reason.OPERATION_QUEUE_BUSY
+    assert store.start_oldest.call_count > 3
+
+
+def test_a_catalog_that_is_away_ends_it(service: OperationService, store: Mock) -> None:
+    store.start_oldest.side_effect = catalog_unavailable()
+    with pytest.raises(ServiceError) as refused:
+        service.create_segment("late", SegmentText(), request=None, deadline_s=5.0)
+    assert refused.value.reason is Reason.CATALOG_UNAVAILABLE

@@ -1,0 +1,45 @@
+"""Who sends to Kafka lives through whatever the client raises."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from kafka.errors import KafkaTimeoutError
+
+from segsvc.config import Settings
+from tasks import kafka_clients
+from tasks.kafka_clients import Sender
+
+MESSAGE = (b"7", b"{}", [("reason", b"why")])
+
+
+class Gone:
+    """A producer whose topic goes between two looks at its metadata, or whose thread does not end."""
+
+    def __init__(self, sending: Exception, closing: Exception | None = None) -> None:
+        self._sender = Mock()
+        self._sending, self._closing = sending, closing
+
+    def send(self, *_: Any, **__: Any) -> Any:
+        raise self._sending
+
+    def close(self, timeout: float) -> None:
+        if self._closing is not None:
+            raise self._closing
+
+
+@pytest.mark.parametrize("sending", [ValueError("no partition"), TypeError("None"), KafkaTimeoutError("slow")])
+@pytest.mark.parametrize("closing", [None, KafkaTimeoutError("slow"), RuntimeError("cannot join")])
+def test_a_failure_of_the_client_is_one_of_the_message(
+    monkeypatch: pytest.MonkeyPatch, sending: Exception, closing: Exception | None
+) -> None:
+    producers = [Gone(sending, closing), Gone(sending)]
+    monkeypatch.setattr(kafka_clients, "make_producer", lambda _: producers.pop(0))
+    sender = Sender(Settings(_env_file=None))  # type: ignore[call-arg]
+    for _ in range(2):  # each time with a producer of its own
+        assert sender.send("create-user.dlq", [MESSAGE, MESSAGE]) == [False, False]
+        assert sender.failure == type(sending).__name__
+        assert not sender.too_large
+    assert not producers
