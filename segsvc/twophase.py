@@ -274,7 +274,11 @@ class Coordinator:
         except ServiceError as error:
             # ABORTED is durable: recovery rolls back whatever is, or yet becomes, prepared under it.
             log.warning("rollback_left_to_recovery", operation=str(operation_id), reason=error.reason.text)
-        self.start_next()
+        try:
+            self.start_next()
+        except ServiceError as error:
+            # It is decided, which is what the caller asked; recovery starts the next as well.
+            log.warning("start_left_to_recovery", after=str(operation_id), reason=error.reason.text)
         return True
 
     def _rollback_shard(self, operation_id: UUID, participant: Participant) -> None:

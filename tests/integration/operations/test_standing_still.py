@@ -71,3 +71,17 @@ def test_work_that_is_done_again_waits_for_its_turn(rig: Rig) -> None:
             rig.coordinator.participants[0].redo(operation)
     assert (caught.value.reason, caught.value.metadata["shard"]) == (Reason.SHARD_UNAVAILABLE, "0")
     rig.deliver()
+
+
+def test_a_cancellation_stands_though_the_next_cannot_be_started(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.create()
+    operation = roll_out(rig, 10_000)
+
+    def refuse() -> None:
+        raise ServiceError(Reason.CATALOG_UNAVAILABLE, "the catalog cannot be reached now")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.ledger, "start_oldest", refuse)
+        assert rig.service.cancel(operation.id).state is OperationState.ABORTED
+    rig.settle()
+    assert rig.state(operation) is OperationState.ABORTED
