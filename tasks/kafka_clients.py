@@ -41,18 +41,24 @@ def _common(settings: Settings) -> dict[str, Any]:
 
 
 class GroupConsumer(KafkaConsumer):
-    """A consumer that finishes what it began.
+    """A consumer that finishes what it began. What of kafka-python 3.0.12 it makes up for:
 
-    Kafka-python 3.0.12: the group's leader joins again when a topic appears or grows. If ``poll`` times out between
-    the two halves of that join, the client holds it for unneeded, because it has noted the new metadata already: the
-    assignment is never taken, no heartbeat is sent, and the member sits outside its group for ever.
+    The group's leader joins again when a topic appears or grows. If ``poll`` times out between the two halves of that
+    join, the client holds it for unneeded, because it has noted the new metadata already: the assignment is never
+    taken, no heartbeat is sent, and the member sits outside its group for ever.
+
+    A partition that is paused while some of its records have been given out has the rest put aside. They are taken up
+    again only where no others are at hand, and others that are used up stay at hand: once such have come, the
+    partition is never read again.
     """
 
     def poll(self, *args: Any, **options: Any) -> Any:
         """As ``KafkaConsumer.poll``."""
-        coordinator = self.__dict__["_coordinator"]
+        coordinator, fetcher = self.__dict__["_coordinator"], self.__dict__["_fetcher"].__dict__
         if coordinator.rejoining and not coordinator.need_rejoin():
             coordinator.request_rejoin()  # waits for the join that is under way, or begins it anew if that has ended
+        if not fetcher["_next_partition_records"]:  # used up: they are false then
+            fetcher["_next_partition_records"] = None
         return super().poll(*args, **options)
 
 
