@@ -357,7 +357,8 @@ class Coordinator:
     def _tell_not_ended(self, open_operations: Iterable[OpenOperation]) -> None:
         oldest_s = {state: 0.0 for state in OperationState if not state.final}
         for one in open_operations:
-            oldest_s[one.operation.state] = max(oldest_s[one.operation.state], one.age_s)
+            if one.operation.state in oldest_s:  # it may have ended between the ledger's two looks at it
+                oldest_s[one.operation.state] = max(oldest_s[one.operation.state], one.age_s)
         self._observer.not_ended(oldest_s)
 
     def _settle(self, participant: Participant, gid: Gid, state: OperationState | None) -> None:

@@ -125,6 +125,19 @@ def test_a_server_that_hangs(front: FrontUnderTest, users: range) -> None:
     eventually(lambda: _readable(front, user_id))
     eventually(lambda: all(front.serving(service) for service in SERVICES))
     assert front.create().slug
+    # A front asks each database again on its own, a second after it has given it up at the latest.
+    eventually(lambda: all(_asked(front, user) for user in users[:8]))
+
+
+def _asked(front: FrontUnderTest, user_id: int) -> bool:
+    """Whether the user's shard answers for what no cache holds."""
+    try:
+        return front.memberships.GetUser(membership_pb2.GetUserRequest(user_id=user_id)).user_id == user_id
+    except grpc.RpcError as error:
+        reason = refusal_of(error).reason
+    if reason != "SHARD_UNAVAILABLE":
+        raise AssertionError(reason)
+    return False
 
 
 def _readable(front: FrontUnderTest, user_id: int) -> bool:

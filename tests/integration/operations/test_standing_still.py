@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -85,3 +86,15 @@ def test_a_cancellation_stands_though_the_next_cannot_be_started(rig: Rig, monke
         assert rig.service.cancel(operation.id).state is OperationState.ABORTED
     rig.settle()
     assert rig.state(operation) is OperationState.ABORTED
+
+
+def test_an_operation_that_ends_between_two_looks_stops_no_recovery(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.create()
+    operation = roll_out(rig, 10_000)
+    seen = rig.ledger.open_operations()
+    rig.deliver()
+    ended = rig.ledger.get(operation.id)
+    assert ended is not None
+    assert ended.state is OperationState.DONE
+    monkeypatch.setattr(rig.ledger, "open_operations", lambda: [replace(one, operation=ended) for one in seen])
+    rig.coordinator.recover()
