@@ -50,6 +50,8 @@ def test_the_demo_finds_what_it_expects(environment: dict[str, str], tmp_path: P
 
 
 def test_interrupted_it_leaves_neither_process_nor_folder(environment: dict[str, str], tmp_path: Path) -> None:
+    # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stack_dir = Path(environment["SEGSVC_STACK_DIR"])
     with start_demo(environment, tmp_path) as demo:
         assert demo.stdout is not None
