@@ -85,9 +85,15 @@ WARM_TIMEOUT_S = 5.0
 """Bound of one wait for the cache while warming: nobody waits for it, and its exchanges are large. Half a lease."""
 
 
-def make_cache(settings: Settings, *, timeout_s: float | None = None) -> CacheClient:
+WARM_REST = 1.0
+"""The warmer keeps the cache's server busy half the time at most. A server that never idles waits for its turn on the
+processor like everything else that computes, and each read that misses meanwhile waits for it three times over."""
+
+
+def make_cache(settings: Settings, *, timeout_s: float | None = None, rest: float = 0.0) -> CacheClient:
     """The cache. ``timeout_s`` None: as the settings bound an exchange."""
-    return CacheClient(settings.cache_url, timeout_s=timeout_s or settings.cache_timeout_s, ttl_s=settings.cache_ttl_s)
+    timeout_s = timeout_s or settings.cache_timeout_s
+    return CacheClient(settings.cache_url, timeout_s=timeout_s, ttl_s=settings.cache_ttl_s, rest=rest)
 
 
 class OperationParts:
@@ -133,7 +139,7 @@ class WorkerServices:
         self._fan_out = parts.fan_out
         self.ingestion = Ingestion(PostgresUserStore(self.databases), self.cache, failpoints(settings.failpoint_dir))
         memberships = PostgresMemberships(self.databases)
-        self._warm_cache = make_cache(settings, timeout_s=WARM_TIMEOUT_S)
+        self._warm_cache = make_cache(settings, timeout_s=WARM_TIMEOUT_S, rest=WARM_REST)
         self.warming = Warmer(
             reads=memberships,
             cache=self._warm_cache,

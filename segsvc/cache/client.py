@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from segsvc.cache import entry as entries
 from segsvc.cache import keys, scripts
-from segsvc.cache.connection import CacheConnection
+from segsvc.cache.connection import CacheConnection, Command
 from segsvc.domain.errors import ServiceError, cache_unavailable
 from segsvc.domain.membership import NEVER_US, READ_TIME, VALID_UNTIL, Entry, EntryColumns, Grant
 from segsvc.log import get_logger
@@ -49,17 +49,21 @@ class CacheClient:
         timeout_s: bound of connecting and of each wait for the server.
         ttl_s: life of an entry.
         now_us: the wall clock, microseconds since 1970.
+        rest: for whoever leases and fills many users while others wait for reads: how long to leave the server alone
+            after each call, in times of what the call took. 0: calls go out together.
     """
 
     RETRY_S = 0.1
     """How long after a failure the next attempt is made; until then every step fails at once."""
     _IDLE_MAX = 16
 
-    def __init__(self, url: str, *, timeout_s: float, ttl_s: int, now_us: Clock = _now_us) -> None:
+    def __init__(self, url: str, *, timeout_s: float, ttl_s: int, now_us: Clock = _now_us, rest: float = 0.0) -> None:
         self._url = url
         self._timeout_s = timeout_s
         self._ttl_ms = ttl_s * 1000
         self._now_us = now_us
+        self._rest = rest
+        self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._idle: list[CacheConnection] = []
         self._down = False
@@ -129,7 +133,8 @@ class CacheClient:
             args = [token, b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT]
             g = keys.generation(shard)
             chunks = _chunks(user_ids, KEYS_PER_CALL)
-            replies = connection.run_all(
+            replies = self._in_turn(
+                connection,
                 [
                     # A nonce of its own for each call: if the generation is dropped between two of them, the second
                     # must not bring it back, with entries that others have filled under it since.
@@ -139,7 +144,7 @@ class CacheClient:
                         [connection.run_id, secrets.token_bytes(entries.NONCE_BYTES), *args],
                     )
                     for chunk in chunks
-                ]
+                ],
             )
             # The generation may change between two calls of a batch. Only what was granted under the last one is
             # kept: an entry with an older nonce would be a miss from the start. The other leases are given back.
@@ -207,7 +212,20 @@ class CacheClient:
         if not calls:
             return 0
         with self.connection() as connection:
-            return sum(connection.run_all(calls))
+            return sum(self._in_turn(connection, calls))
+
+    def _in_turn(self, connection: CacheConnection, calls: Sequence[Command]) -> list[Any]:
+        """Replies to the calls of one step, with the rests that this client owes to others."""
+        if not self._rest:
+            return connection.run_all(calls)
+        replies = []
+        for call in calls:
+            # The lock is held through the rest: it is owed to other clients, whichever thread of ours is next.
+            with self._turn:
+                begun = time.monotonic()
+                replies.append(connection.run(*call))
+                time.sleep(self._rest * (time.monotonic() - begun))
+        return replies
 
     # -- connections ------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from segsvc.services.warm_columns import entry_columns, segments_of
 
 log = get_logger(__name__)
 
-BLOCKS_AT_ONCE: Final = 8
+BLOCKS_AT_ONCE: Final = 2
 """Blocks read by one statement. While they are leased, reads of their users are answered and fill nothing."""
 SWEEP_EVERY_S: Final = 60.0
 """How often a shard is looked over although nothing is known to have changed; less often if that takes long."""
