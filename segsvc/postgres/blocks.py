@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,15 @@ _SELECT_OVERRIDDEN: Final = (
         tables.overrides.c.segment_id == sa.bindparam("segment_id"),
         sa.or_(tables.overrides.c.expire_time.is_(None), tables.overrides.c.expire_time > sa.func.now()),
     )
+)
+_PUT_RULE: Final = sa.update(tables.shard_segments).where(tables.shard_segments.c.id == sa.bindparam("segment_id"))
+_DELETE_RANGE: Final = sa.delete(tables.memberships).where(
+    tables.memberships.c.segment_id == sa.bindparam("segment_id"),
+    tables.memberships.c.block.between(sa.bindparam("first"), sa.bindparam("last")),
+)
+_DELETE_LISTED: Final = sa.delete(tables.memberships).where(
+    tables.memberships.c.segment_id == sa.bindparam("segment_id"),
+    tables.memberships.c.block == sa.any_(sa.bindparam("blocks", type_=ARRAY(sa.BigInteger))),
 )
 
 
@@ -136,32 +145,34 @@ class PostgresShardTransaction:
         Deleted and appended rather than updated: COPY fills pages, and a new version of the row would not fit beside
         the old one anyway. Nobody sees the moment between: it is one transaction, under the shard's exclusive lock.
         """
-        table = tables.memberships
         rewritten = np.flatnonzero((old != new).any(axis=1))
         if not rewritten.size:
             return
-        blocks = table.c.block == sa.any_(sa.cast((rewritten + first_block).tolist(), ARRAY(sa.BigInteger)))
+        where: dict[str, Any] = {"segment_id": segment_id}
         if rewritten.size > max(_BLOCKS_LISTED_MAX, len(new) // 2):
             # Nearly all: a rollout changes every block or few. The range is found faster than each of them.
             rewritten = np.arange(len(new))
-            blocks = table.c.block.between(first_block, first_block + len(new) - 1)
-        self._connection.execute(sa.delete(table).where(table.c.segment_id == segment_id, blocks))
+            self._connection.execute(_DELETE_RANGE, where | {"first": first_block, "last": first_block + len(new) - 1})
+        else:
+            self._connection.execute(_DELETE_LISTED, where | {"blocks": (rewritten + first_block).tolist()})
         kept = rewritten[new[rewritten].any(axis=1)]
         if kept.size:
-            append_rows(self._connection, table, block=kept + first_block, segment_id=segment_id, bits=new[kept])
+            append_rows(
+                self._connection, tables.memberships, block=kept + first_block, segment_id=segment_id, bits=new[kept]
+            )
 
     def put_rule(self, segment_id: int, rule: Rule, rule_count: int, frozen_slot: int | None) -> None:
         """Put a rule in force on this shard, with the count of the bits it set."""
         self._connection.execute(
-            sa.update(tables.shard_segments)
-            .where(tables.shard_segments.c.id == segment_id)
-            .values(
-                rule_threshold=rule.threshold,
-                rule_condition=rule.condition,
-                rule_policy=rule.policy,
-                rule_count=rule_count,
-                frozen_slot=frozen_slot,
-            )
+            _PUT_RULE,
+            {
+                "segment_id": segment_id,
+                "rule_threshold": rule.threshold,
+                "rule_condition": rule.condition,
+                "rule_policy": rule.policy,
+                "rule_count": rule_count,
+                "frozen_slot": frozen_slot,
+            },
         )
 
     def insert_segment(self, segment: ShardSegment) -> None:

@@ -5,13 +5,14 @@ Implements ``twophase.Ledger`` and the store of ``services.operations``. Times a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Final
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import exc
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import Insert, insert
 
 from segsvc.domain.errors import Reason
 from segsvc.domain.operation import (
@@ -32,8 +33,9 @@ from segsvc.log import get_logger
 from segsvc.metrics import operations_finished
 from segsvc.postgres import ledger_steps, tables
 from segsvc.postgres.engine import Databases, sqlstate
+from segsvc.postgres.ledger_ends import TELL_END, LookForEnds
 from segsvc.postgres.ledger_views import (
-    select_operation_locked,
+    select_operation,
     select_operations,
     select_outcomes,
     select_progress,
@@ -47,11 +49,34 @@ UNIQUE_VIOLATION = "23505"
 _INTEGRITY_CLASS = "23"
 _OPEN = (OperationState.QUEUED, OperationState.PREPARING, OperationState.COMMITTED)
 
-_SELECT_ENDED = "SELECT id FROM operations WHERE id = ANY(%s::uuid[]) AND state IN ('DONE', 'ABORTED')"
-
 _operations = tables.operations.c
 _votes = tables.votes.c
 _progress = tables.progress.c
+
+# Statements of every operation's way are built once: to build one takes as long as to run it.
+_SELECT_STATE_SHARED: Final = (
+    sa.select(_operations.state).where(_operations.id == sa.bindparam("operation_id")).with_for_update(read=True)
+)
+# A duplicate vote is no refusal: the twin's counts are the same, the work is deterministic.
+_INSERT_VOTE: Final = insert(tables.votes).on_conflict_do_nothing()
+_FINISH: Final = (
+    sa.update(tables.operations)
+    .where(_operations.id == sa.bindparam("operation_id"), _operations.state == OperationState.COMMITTED.name)
+    .values(state=OperationState.DONE.name, end_time=sa.func.clock_timestamp())
+    .returning(_operations.kind, _operations.segment_id, TELL_END)
+)
+
+
+def _put_progress() -> Insert:
+    statement = insert(tables.progress).values(update_time=sa.func.clock_timestamp())
+    new = statement.excluded
+    told = ("state", "blocks_done", "blocks_total", "added", "removed", "update_time")
+    return statement.on_conflict_do_update(
+        index_elements=["operation_id", "shard"], set_={name: new[name] for name in told}
+    )
+
+
+_PUT_PROGRESS: Final = _put_progress()
 
 
 class PostgresLedger:
@@ -83,8 +108,7 @@ class PostgresLedger:
     def get(self, operation_id: UUID) -> Operation | None:
         """The operation as it is now, its votes included; None: there is none of this id."""
         with self._databases.catalog_tx() as connection:
-            found = select_operations(connection, _operations.id == operation_id)
-        return found[0] if found else None
+            return select_operation(connection, operation_id)
 
     def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
         """States of those operations that exist."""
@@ -96,20 +120,14 @@ class PostgresLedger:
         return {row.id: OperationState[row.state] for row in rows}
 
     @contextmanager
-    def looking(self) -> Iterator[Callable[[Sequence[UUID]], Sequence[Operation]]]:
-        """In the block: those of some operations that are DONE or ABORTED, one short statement while there are none.
-
-        One connection, held for the block, on which every statement is its own transaction: a look through a
-        transaction of its own costs a front four exchanges and five times the CPU.
-        """
+    def looking(self) -> Iterator[LookForEnds]:
+        """Look for operations that end, on one connection held for the block. See ``LookForEnds``."""
         with self._databases.catalog_autocommit() as connection:
-
-            def final_among(operation_ids: Sequence[UUID]) -> Sequence[Operation]:
-                rows = connection.exec_driver_sql(_SELECT_ENDED, ([str(each) for each in operation_ids],)).all()
-                found = [row.id for row in rows]
-                return select_operations(connection, _operations.id.in_(found)) if found else []
-
-            yield final_among
+            look = LookForEnds(connection)
+            try:
+                yield look
+            finally:
+                look.close()
 
     def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]:
         """Operations that match, newest first; ``before_seq``: only older ones than this."""
@@ -215,23 +233,19 @@ class PostgresLedger:
     def vote(self, operation_id: UUID, counts: ShardCounts) -> bool:
         """Record a shard's vote. FOR SHARE keeps a decision out until the vote is in, or sees the decision."""
         with self._databases.catalog_tx() as connection:
-            state = connection.execute(
-                sa.select(_operations.state).where(_operations.id == operation_id).with_for_update(read=True)
-            ).scalar_one_or_none()
+            state = connection.execute(_SELECT_STATE_SHARED, {"operation_id": operation_id}).scalar_one_or_none()
             if state != OperationState.PREPARING.name:
                 return False
             connection.execute(
-                insert(tables.votes)
-                .values(
-                    operation_id=operation_id,
-                    shard=counts.shard,
-                    matched=counts.matched,
-                    added=counts.added,
-                    removed=counts.removed,
-                    members=counts.members,
-                )
-                # A duplicate vote is no refusal: the twin's counts are the same, the work is deterministic.
-                .on_conflict_do_nothing()
+                _INSERT_VOTE,
+                {
+                    "operation_id": operation_id,
+                    "shard": counts.shard,
+                    "matched": counts.matched,
+                    "added": counts.added,
+                    "removed": counts.removed,
+                    "members": counts.members,
+                },
             )
             self._crash.reach("vote-not-committed", operation=operation_id, shard=counts.shard)
         return True
@@ -244,7 +258,7 @@ class PostgresLedger:
         """
         try:
             with self._databases.catalog_tx() as connection:
-                operation = select_operation_locked(connection, operation_id)
+                operation = select_operation(connection, operation_id, lock=True)
                 if operation is None or operation.state is not OperationState.PREPARING:
                     return False
                 if len(operation.votes) < self._shard_count:
@@ -285,12 +299,7 @@ class PostgresLedger:
     def finish(self, operation_id: UUID) -> bool:
         """COMMITTED → DONE; a deleted segment leaves the catalog in the same transaction, its slug free again."""
         with self._databases.catalog_tx() as connection:
-            row = connection.execute(
-                sa.update(tables.operations)
-                .where(_operations.id == operation_id, _operations.state == OperationState.COMMITTED.name)
-                .values(state=OperationState.DONE.name, end_time=sa.func.clock_timestamp())
-                .returning(_operations.kind, _operations.segment_id)
-            ).one_or_none()
+            row = connection.execute(_FINISH, {"operation_id": operation_id}).one_or_none()
             if row is None:
                 return False
             if row.kind == OperationKind.DELETE:
@@ -303,22 +312,19 @@ class PostgresLedger:
     def put_progress(self, operation_id: UUID, progress: ShardProgress) -> None:
         """Remember how far a shard is. Decides nothing; it also says that somebody works on it."""
         values = {
+            "operation_id": operation_id,
+            "shard": progress.shard,
             "state": progress.state,
             "blocks_done": progress.blocks_done,
             "blocks_total": progress.blocks_total,
             "added": progress.added,
             "removed": progress.removed,
-            "update_time": sa.func.clock_timestamp(),
         }
         with self._databases.catalog_tx() as connection:
             # The row's reference to its operation is a lock, which is written to disk before the work goes on. Not
             # for a hint: losing it in a crash of the server costs nothing.
             connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
-            connection.execute(
-                insert(tables.progress)
-                .values(operation_id=operation_id, shard=progress.shard, **values)
-                .on_conflict_do_update(index_elements=["operation_id", "shard"], set_=values)
-            )
+            connection.execute(_PUT_PROGRESS, values)
 
     def progress(self, operation_id: UUID) -> Sequence[ShardProgress]:
         """What the shards last said; those that said nothing are left out."""

@@ -14,6 +14,7 @@ from segsvc.domain.errors import Reason
 from segsvc.domain.operation import Failure, Operation, OperationKind, OperationPlan, OperationState
 from segsvc.domain.segment import SEGMENTS_MAX, Segment, SegmentState, SegmentText, new_etag
 from segsvc.postgres import audit, tables
+from segsvc.postgres.ledger_ends import TELL_END
 from segsvc.postgres.segment_rows import COLUMNS, segment_to_json, to_segment
 
 _operations = tables.operations.c
@@ -167,7 +168,7 @@ def abort(
         sa.update(tables.operations)
         .where(_operations.id == operation_id, _operations.state.in_([state.name for state in from_states]))
         .values(state=OperationState.ABORTED.name, failure=failure.to_json(), end_time=sa.func.clock_timestamp())
-        .returning(_operations.kind, _operations.segment_id)
+        .returning(_operations.kind, _operations.segment_id, TELL_END)
     ).one_or_none()
     if row is None:
         return None

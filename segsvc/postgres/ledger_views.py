@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from segsvc.domain.operation import (
     Failure,
@@ -26,34 +27,47 @@ _votes = tables.votes.c
 _progress = tables.progress.c
 
 
+# Statements of every operation's way are built once: to build one takes as long as to run it.
+_SELECT: Final = sa.select(
+    _operations.id,
+    _operations.seq,
+    _operations.plan,
+    _operations.state,
+    _operations.create_time,
+    _operations.start_time,
+    _operations.deadline,
+    _operations.commit_time,
+    _operations.end_time,
+    _operations.failure,
+    _operations.commit_seq,
+)
+_SELECT_ONE: Final = _SELECT.where(_operations.id == sa.bindparam("operation_id"))
+_SELECT_ONE_LOCKED: Final = _SELECT_ONE.with_for_update()
+_SELECT_VOTES: Final = (
+    sa.select(_votes.operation_id, _votes.shard, _votes.matched, _votes.added, _votes.removed, _votes.members)
+    .where(_votes.operation_id == sa.any_(sa.bindparam("operation_ids", type_=ARRAY(sa.Uuid))))
+    .order_by(_votes.operation_id, _votes.shard)
+)
+
+
+def select_operation(connection: sa.Connection, operation_id: UUID, *, lock: bool = False) -> Operation | None:
+    """One operation, its votes included. ``lock``: its row is locked for a change, and the votes that are in now are
+    all that can be in before the decision."""
+    row = connection.execute(_SELECT_ONE_LOCKED if lock else _SELECT_ONE, {"operation_id": operation_id}).one_or_none()
+    return _with_votes(connection, [row])[0] if row else None
+
+
 def select_operations(
     connection: sa.Connection,
     *conditions: sa.ColumnElement[bool],
     order: sa.ColumnElement[Any] | None = None,
     limit: int | None = None,
-    lock: bool = False,
 ) -> list[Operation]:
-    """Operations that fulfil all conditions, votes included; ``lock``: their rows are locked for a change."""
-    query = sa.select(
-        _operations.id,
-        _operations.seq,
-        _operations.plan,
-        _operations.state,
-        _operations.create_time,
-        _operations.start_time,
-        _operations.deadline,
-        _operations.commit_time,
-        _operations.end_time,
-        _operations.failure,
-        _operations.commit_seq,
-    ).where(*conditions)
-    if order is not None:
-        query = query.order_by(order)
-    if limit is not None:
-        query = query.limit(limit)
-    if lock:
-        query = query.with_for_update()
-    rows = connection.execute(query).all()
+    """Operations that fulfil all conditions, votes included."""
+    return _with_votes(connection, connection.execute(_SELECT.where(*conditions).order_by(order).limit(limit)).all())
+
+
+def _with_votes(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> list[Operation]:
     votes = select_votes(connection, [row.id for row in rows])
     return [
         Operation(
@@ -74,23 +88,12 @@ def select_operations(
     ]
 
 
-def select_operation_locked(connection: sa.Connection, operation_id: UUID) -> Operation | None:
-    """The operation with its row locked: votes that are in now are all that can be in before the decision."""
-    found = select_operations(connection, _operations.id == operation_id, lock=True)
-    return found[0] if found else None
-
-
 def select_votes(connection: sa.Connection, operation_ids: Sequence[UUID]) -> dict[UUID, list[ShardCounts]]:
     """The votes for these operations, by shard; those without one are left out."""
     votes: dict[UUID, list[ShardCounts]] = {}
     if not operation_ids:
         return votes
-    rows = connection.execute(
-        sa.select(_votes.operation_id, _votes.shard, _votes.matched, _votes.added, _votes.removed, _votes.members)
-        .where(_votes.operation_id.in_(operation_ids))
-        .order_by(_votes.operation_id, _votes.shard)
-    ).all()
-    for row in rows:
+    for row in connection.execute(_SELECT_VOTES, {"operation_ids": operation_ids}):
         votes.setdefault(row.operation_id, []).append(
             ShardCounts(row.shard, row.matched, row.added, row.removed, row.members)
         )

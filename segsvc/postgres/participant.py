@@ -6,7 +6,7 @@ SQLAlchemy's own two-phase support is not used: closing its connection rolls the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import psycopg2
@@ -32,6 +32,19 @@ _REFUSALS = ("22", "23", "42", "54")
 """SQLSTATE classes that trying again does not mend: data exception, integrity violation, wrong statement, and one
 beyond a limit of the server."""
 
+# Built once: to build one takes as long as to run it.
+_HAS_FENCE: Final = sa.select(
+    sa.exists().where(tables.applied_operations.c.operation_id == sa.bindparam("operation_id"))
+)
+_INSERT_FENCE: Final = insert(tables.applied_operations).on_conflict_do_nothing()
+_IS_PREPARED: Final = sa.text(
+    "SELECT EXISTS (SELECT FROM pg_prepared_xacts WHERE database = current_database() AND gid = :gid)"
+)
+_SELECT_PREPARED: Final = sa.text(
+    "SELECT gid, extract(epoch FROM clock_timestamp() - prepared)::float8 AS age_s "
+    "FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
+)
+
 Work = Callable[[PostgresShardTransaction, Operation, ProgressHook, bool], ShardCounts]
 """An operation's work on one shard; the last argument says whether to write or only to count."""
 
@@ -53,26 +66,13 @@ class PostgresParticipant:
     def prepared(self) -> Sequence[Prepared]:
         """Prepared transactions of this shard's database, whoever made them, with their age by the shard's clock."""
         with self._databases.shard_tx(self.shard) as connection:
-            rows = connection.execute(
-                sa.text(
-                    "SELECT gid, extract(epoch FROM clock_timestamp() - prepared)::float8 AS age_s "
-                    "FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
-                )
-            ).all()
+            rows = connection.execute(_SELECT_PREPARED).all()
         return [Prepared(row.gid, row.age_s) for row in rows]
 
     def is_prepared(self, gid: Gid) -> bool:
         """Whether a transaction of this gid is prepared now."""
         with self._databases.shard_tx(self.shard) as connection:
-            return bool(
-                connection.execute(
-                    sa.text(
-                        "SELECT EXISTS (SELECT FROM pg_prepared_xacts "
-                        "WHERE database = current_database() AND gid = :gid)"
-                    ),
-                    {"gid": str(gid)},
-                ).scalar_one()
-            )
+            return bool(connection.execute(_IS_PREPARED, {"gid": str(gid)}).scalar_one())
 
     def prepare(self, operation: Operation, gid: Gid, on_progress: ProgressHook) -> ShardCounts | None:
         """Lock, fence, work, PREPARE TRANSACTION. See ``twophase.Participant.prepare``."""
@@ -162,8 +162,7 @@ class PostgresParticipant:
 
 
 def _has_fence(connection: sa.Connection, operation_id: UUID) -> bool:
-    table = tables.applied_operations.c
-    return bool(connection.execute(sa.select(sa.exists().where(table.operation_id == operation_id))).scalar_one())
+    return bool(connection.execute(_HAS_FENCE, {"operation_id": operation_id}).scalar_one())
 
 
 def _insert_fence(connection: sa.Connection, operation: Operation) -> bool:
@@ -171,11 +170,7 @@ def _insert_fence(connection: sa.Connection, operation: Operation) -> bool:
 
     If a twin's fence is not committed yet, this waits for the twin to end (at most ``lock_timeout``).
     """
-    result = connection.execute(
-        insert(tables.applied_operations)
-        .values(operation_id=operation.id, kind=operation.plan.kind)
-        .on_conflict_do_nothing()
-    )
+    result = connection.execute(_INSERT_FENCE, {"operation_id": operation.id, "kind": operation.plan.kind})
     return bool(result.rowcount)
 
 

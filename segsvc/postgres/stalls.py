@@ -78,7 +78,7 @@ class _Watched:
         event.listen(engine, "do_connect", self._connecting)
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "close", self._closed)
-        event.listen(engine, "checkout", self._stepped)
+        # Not "checkout": that asks nothing of the server.
         event.listen(engine, "checkin", self._stepped)
 
     def look(self, now: float) -> None:

@@ -1,9 +1,9 @@
-"""Waiting for operations to end: one thread polls the ledger for all who wait in this process."""
+"""Waiting for operations to end: one thread looks at the ledger for all who wait in this process."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -16,23 +16,32 @@ from segsvc.log import get_logger
 log = get_logger(__name__)
 
 
-class FinalOperations(Protocol):
-    def looking(self) -> AbstractContextManager[Callable[[Sequence[UUID]], Sequence[Operation]]]:
-        """What the block looks with: called with operations, it gives those that are DONE or ABORTED.
+class Look(Protocol):
+    """Both raise what the block turns into CATALOG_UNAVAILABLE."""
 
-        Made to be called often. Raises CATALOG_UNAVAILABLE, in the block too.
-        """
+    def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
+        """Those that are DONE or ABORTED. Made to be called often."""
+
+    def await_end(self, seconds: float) -> None:
+        """Wait until an operation may have ended since the last look, at most so long."""
+
+
+class FinalOperations(Protocol):
+    def looking(self) -> AbstractContextManager[Look]:
+        """What the block looks with. Raises CATALOG_UNAVAILABLE, in the block too."""
 
 
 class OperationEndWatcher:
     """Futures of operations' ends. One statement a round, however many wait; none when nobody does.
 
-    A rollout takes a tenth of a second: a look must not be what keeps the cores from it.
+    A rollout takes a tenth of a second: looking must not be what keeps the cores from it, so the ledger tells when it
+    is time to look.
 
     While the catalog is out of reach the waiters go on waiting, each as long as it wants to.
     """
 
-    _POLL_S = 0.01
+    _POLL_S = 0.05
+    """How often to look without being told: for what ended before its waiter came, and if what is told gets lost."""
     _OUTAGE_POLL_S = 0.5
 
     def __init__(self, store: FinalOperations) -> None:
@@ -67,10 +76,10 @@ class OperationEndWatcher:
     def _run(self) -> None:
         while self._wanted(wait=True):
             try:
-                with self._store.looking() as final_among:
+                with self._store.looking() as look:
                     while wanted := self._wanted(wait=False):
-                        self._hand_over(final_among(wanted))
-                        self._pause(self._POLL_S)
+                        self._hand_over(look.final_among(wanted))
+                        look.await_end(self._POLL_S)
             except ServiceError as error:
                 log.warning("watching_paused", reason=error.reason.text)
                 self._pause(self._OUTAGE_POLL_S)

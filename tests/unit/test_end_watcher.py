@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ import pytest
 from segsvc.domain.errors import catalog_unavailable
 from segsvc.domain.operation import Operation
 from segsvc.services.end_watcher import OperationEndWatcher
+from tests.eventually import eventually
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,21 @@ class Store:
         self.failures = list(failures)
         self.ended: list[UUID] = []
         self.looks = 0
+        self.told = threading.Event()
 
     @contextmanager
-    def looking(self) -> Iterator[Callable[[Sequence[UUID]], Sequence[Operation]]]:
-        def final_among(operation_ids: Sequence[UUID]) -> Sequence[Operation]:
-            self.looks += 1
-            if self.failures:
-                raise self.failures.pop()
-            return [cast(Operation, Ended(each)) for each in operation_ids if each in self.ended]
+    def looking(self) -> Iterator[Store]:
+        yield self
 
-        yield final_among
+    def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
+        self.looks += 1
+        if self.failures:
+            raise self.failures.pop()
+        return [cast(Operation, Ended(each)) for each in operation_ids if each in self.ended]
+
+    def await_end(self, seconds: float) -> None:
+        self.told.wait(seconds)
+        self.told.clear()
 
 
 @pytest.fixture
@@ -58,6 +65,20 @@ def test_who_waits_hears_of_the_end_after_a_failure(failure: Exception) -> None:
     finally:
         watcher.close()
     assert never.cancelled()
+
+
+def test_what_is_told_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OperationEndWatcher, "_POLL_S", 60.0)
+    store = Store()
+    watcher = OperationEndWatcher(store)
+    operation = uuid4()
+    future = watcher.watch(operation)
+    eventually(lambda: store.looks == 1)
+    store.ended.append(operation)
+    store.told.set()
+    assert future.result(timeout=5).id == operation
+    store.told.set()  # or the watcher would wait for its minute
+    watcher.close()
 
 
 def test_nobody_waits_nobody_looks() -> None:

@@ -1,0 +1,59 @@
+"""Learning of operations' ends without asking for them all the time: the catalog tells those who listen."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Sequence
+from typing import Any, Final
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from segsvc.domain.operation import Operation
+from segsvc.postgres import tables
+from segsvc.postgres.ledger_views import select_operations
+
+_CHANNEL: Final = "segsvc_operation_ended"
+_SELECT_ENDED: Final = "SELECT id FROM operations WHERE id = ANY(%s::uuid[]) AND state IN ('DONE', 'ABORTED')"
+
+TELL_END: Final = sa.func.pg_notify(_CHANNEL, "")
+"""In the statement that makes an operation final: told when its transaction commits, and only then."""
+
+
+class LookForEnds:
+    """Those of some operations that have ended, on a connection on which every statement is its own transaction.
+
+    What is told is a hint to look: it may be lost (a pooler between, a connection that broke), and says of nobody
+    which operation it was. What has ended, the operations' rows say.
+    """
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+        driver: Any = connection.connection.dbapi_connection
+        self._driver = driver
+        self._incoming = select.poll()
+        self._incoming.register(driver.fileno(), select.POLLIN)
+        # Before the first look: what ends after that look is told.
+        connection.exec_driver_sql(f"LISTEN {_CHANNEL}")
+
+    def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
+        """Those that are DONE or ABORTED; one short statement while there are none."""
+        rows = self._connection.exec_driver_sql(_SELECT_ENDED, ([str(each) for each in operation_ids],)).all()
+        found = [row.id for row in rows]
+        return select_operations(self._connection, tables.operations.c.id.in_(found)) if found else []
+
+    def await_end(self, seconds: float) -> None:
+        """Wait until an operation may have ended since the last look, at most so long."""
+        # What was told while a statement ran has been read with its answer.
+        if not self._driver.notifies and self._incoming.poll(seconds * 1000):
+            self._driver.poll()
+        self._driver.notifies.clear()
+
+    def close(self) -> None:
+        """Stop listening: nobody would read what is told to a connection that waits in its pool."""
+        if self._connection.invalidated:
+            return
+        try:
+            self._connection.exec_driver_sql("UNLISTEN *")
+        except sa.exc.SQLAlchemyError:
+            self._connection.invalidate()
