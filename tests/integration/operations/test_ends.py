@@ -10,9 +10,7 @@ from segsvc.services.end_watcher import OperationEndWatcher
 from tests.eventually import eventually
 from tests.integration.operations.conftest import Rig, roll_out
 
-LISTENING = (
-    "SELECT count(*) AS n FROM pg_stat_activity WHERE query LIKE 'SELECT id FROM operations%' AND state = 'idle'"
-)
+LOOKED = "SELECT count(*) AS n FROM pg_stat_activity WHERE state = 'idle' AND query LIKE 'SELECT id FROM operations%'"
 
 
 @pytest.fixture
