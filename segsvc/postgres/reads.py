@@ -157,21 +157,25 @@ def select_users(
     # At least a millisecond: 0 would mean "no bound".
     bound = () if timeout_s is None else (str(max(1, int(timeout_s * 1000))),)
     before = _BOUND if bound else ""
-    if _PREPARE_USERS not in connection.info:
-        # A message of its own: what is prepared stays even if the statement that follows fails.
-        connection.exec_driver_sql(before + _PREPARE_USERS, bound)
-        connection.info[_PREPARE_USERS] = True  # gone with the connection
-    rows = connection.exec_driver_sql(before + _SELECT_USERS, (*bound, list(user_ids)))
+    # With the driver's own cursor: SQLAlchemy's result for one row costs as much as the rest of the exchange.
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor() as cursor:
+        if _PREPARE_USERS not in connection.info:
+            # A message of its own: what is prepared stays even if the statement that follows fails.
+            cursor.execute(before + _PREPARE_USERS, bound)
+            connection.info[_PREPARE_USERS] = True  # gone with the connection
+        cursor.execute(before + _SELECT_USERS, (*bound, list(user_ids)))
+        rows = cursor.fetchall()
     return [
         LoadedUser(
-            row.id,
-            row.block,
-            row.row_version,
-            row.read_time_us,
-            NEVER_US if row.valid_until_us is None else row.valid_until_us,
-            _laid_over(_unpacked_int64s(row.by_rule).tolist(), row.included, row.excluded),
+            user_id,
+            block,
+            row_version,
+            read_time_us,
+            NEVER_US if valid_until_us is None else valid_until_us,
+            _laid_over(_unpacked_int64s(by_rule).tolist(), included, excluded),
         )
-        for row in rows
+        for user_id, block, row_version, read_time_us, by_rule, included, excluded, valid_until_us in rows
     ]
 
 
