@@ -51,6 +51,10 @@ def _sender(_settings: Settings) -> TaskSender:
     return CeleryDispatcher(app)
 
 
+WARMING_NICENESS: Final = 15
+"""Nobody waits for the warmer. Where it shares processors with a front, reads that miss go first."""
+
+
 def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")]) -> None:
     """Run the Celery worker of one queue."""
     from segsvc.cli.startup import start_process  # noqa: PLC0415
@@ -61,6 +65,8 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")])
         Queue.EVENTS: (settings.event_worker_processes, settings.event_worker_metrics_address),
         Queue.WARMING: (settings.warming_worker_processes, settings.warming_worker_metrics_address),
     }[queue]
+    if queue is Queue.WARMING:
+        os.nice(WARMING_NICENESS)
     with _worker_metrics(metrics_address, settings.stack_dir):
         start_process(settings)
         _celery(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import grpc
+import psutil
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -162,3 +163,9 @@ def _fails(call: Callable[[], object]) -> bool:
     except grpc.RpcError:
         return True
     return False
+
+
+def test_only_the_warmer_gives_way_to_the_others(stack: LocalStack) -> None:
+    nice = {part.name: psutil.Process(part.pid).nice() for part in stack.status() if part.pid is not None}
+    [warmer] = [name for name in nice if name == "worker-warming"]
+    assert nice.pop(warmer) > max(nice.values())
