@@ -98,7 +98,13 @@ def test_calls_that_wait_are_answered_before_the_front_stops(
         creation = threads.submit(
             refused, lambda: front.segments.CreateSegment(pb.CreateSegmentRequest(segment={"slug": late}))
         )
-        time.sleep(0.5)
+
+        def queued() -> bool:
+            with installation.databases.catalog.connect() as connection:
+                state = connection.exec_driver_sql("SELECT state FROM operations WHERE slug = %s", (late,)).scalar()
+            return bool(state == "QUEUED")
+
+        eventually(queued)
         begun = time.monotonic()
         os.kill(front.process.pid, signal.SIGTERM)
         operation = waiting.result(timeout=10)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import UUID
@@ -18,6 +17,7 @@ from segmentation.v1 import membership_pb2, segments_pb2
 from grpc_api.membership_wire import varint
 from tests.contract.conftest import FrontUnderTest
 from tests.contract.refusals import refused
+from tests.eventually import eventually
 
 SERVICES = (
     "google.longrunning.Operations",
@@ -153,11 +153,8 @@ def test_a_deadline_reaches_the_database(front: FrontUnderTest) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             front.segments.UpdateSegment(request, timeout=0.5)
         assert caught.value.code() == StatusCode.DEADLINE_EXCEEDED
-        time.sleep(0.3)
-        waiting = connection.exec_driver_sql(
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'segments'::regclass"
-        ).scalar_one()
-        assert waiting == 0
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'segments'::regclass"
+        eventually(lambda: connection.exec_driver_sql(waiting).scalar_one() == 0, within_s=1)
     shown = front.segments.GetSegment(segments_pb2.GetSegmentRequest(slug=slug), timeout=10)
     assert shown.display_name == ""
 
