@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from segsvc import metrics
 from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.events import UserEvent
 from segsvc.log import get_logger
 from segsvc.services.ingestion import BatchReport
 from tasks.kafka_offsets import Taken
@@ -29,7 +30,14 @@ RESULT_WAIT_S: Final = 15.0
 expires in the queue then, so that a long outage of the workers does not heap up copies."""
 RESULT_WAIT_MAX_S: Final = 600.0
 
-_LANE_REASONS: Final = (Reason.CACHE_UNAVAILABLE.text, Reason.INTERNAL.text)
+BATCH_LOST: Final = "BATCH_LOST"
+"""Why a batch must come again: its task came without its events. The broker has lost them, or the task was late."""
+_LANE_REASONS: Final = (
+    Reason.CACHE_UNAVAILABLE.text,
+    Reason.INTERNAL.text,
+    Reason.BROKER_UNAVAILABLE.text,
+    BATCH_LOST,
+)
 """Failures that say nothing about the shard: only this topic waits. Any other, and the whole shard waits."""
 
 
@@ -46,7 +54,7 @@ Outcome = BatchReport | TryAgain
 class Batches(Protocol):
     """The workers, as far as the bridge sees them."""
 
-    def send(self, topic: str, shard: int, rows: Sequence[Sequence[Any]], expire_s: float) -> str:
+    def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
         """Send a batch; a worker that finds it later than ``expire_s`` discards it.
 
         Returns:
@@ -248,7 +256,8 @@ class Lanes:
         batch = lane.next_batch(self._batch_max)
         if batch is None:
             return
-        rows = [taken.row for taken in batch.events]
-        batch.id = self._batches.send(lane.topic, lane.shard, rows, batch.wait_s)
+        # Unreadable events have no shard, so they never come here.
+        events = [taken.event for taken in batch.events if taken.event is not None]
+        batch.id = self._batches.send(lane.topic, lane.shard, events, batch.wait_s)
         batch.lost_at = now + batch.wait_s
         self._in_flight[batch.id] = lane

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from segsvc.domain.errors import broker_unavailable
+from segsvc.domain.events import DeleteUser, UserEvent
 from segsvc.services.ingestion import BatchReport
 from tasks.event_lanes import BATCH_BYTES_MAX, RESULT_WAIT_S, Lanes, Outcome, TryAgain
 from tasks.kafka_offsets import PartitionProgress, Taken
@@ -22,7 +22,7 @@ def test_only_what_has_nothing_unfinished_before_it_is_committable(gaps: list[in
     offset, events = 0, []
     for gap in gaps:
         offset += gap
-        events.append(progress.take(offset, ["d", 1], b"k", b"1234"))
+        events.append(progress.take(offset, DeleteUser(1), b"k", b"1234"))
     assert progress.committable() is None
     assert progress.unfinished_bytes == 4 * len(events)
     for taken in order.sample(events, len(events)):
@@ -49,10 +49,10 @@ class FakeBatches:
         self.answers: dict[str, Outcome] = {}
         self.down = False
 
-    def send(self, topic: str, shard: int, rows: Sequence[Sequence[Any]], expire_s: float) -> str:
+    def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
         if self.down:
             raise broker_unavailable()
-        self.sent.append((topic, shard, [row[1] for row in rows]))
+        self.sent.append((topic, shard, [event.user_id for event in events]))
         self.expire_s.append(expire_s)
         return str(len(self.sent) - 1)
 
@@ -78,7 +78,7 @@ class Bench:
         )
 
     def add(self, *offsets: int, shard: int = 0, topic: str = "create-user", raw: bytes = b"x") -> list[Taken]:
-        events = [self.progress[topic].take(offset, ["d", offset], None, raw) for offset in offsets]
+        events = [self.progress[topic].take(offset, DeleteUser(offset), None, raw) for offset in offsets]
         for taken in events:
             self.lanes.add(taken, shard)
         return events
@@ -208,7 +208,7 @@ def test_events_of_a_lost_partition_are_not_sent_any_more() -> None:
     bench.add(1, shard=1)
     bench.step()
     bench.add(2)
-    bench.progress["create-user"].lost = True
+    bench.progress["create-user"].lose()
     bench.step(b0=TryAgain("LOCK_TIMEOUT"), b1=BatchReport(1, 0))
     bench.step(60.0)
     bench.step(60.0)
