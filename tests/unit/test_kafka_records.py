@@ -111,6 +111,8 @@ def test_what_is_no_record_is_refused_or_read_as_kafka_python_reads_it(batch: li
         read = read_records(bytes(body), 0, len(batch), 0)
     except (IndexError, ValueError):
         return
+    if byte > 127:
+        return  # kafka-python takes the attributes, a single byte, for a number that may go on
     library: Any = DefaultRecordBatch(bytes(data))
     try:
         expected = [(record.offset, record.key, record.value) for record in library]
