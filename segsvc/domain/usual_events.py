@@ -55,7 +55,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 def read_create(raw: bytes) -> tuple[int, str] | None:
     """A creation's user id and attributes as compact JSON; None: it is not of the usual kind."""
-    if len(raw) > EVENT_BYTES_MAX or b"\\u0000" in raw:
+    if len(raw) > EVENT_BYTES_MAX or (b"\\" in raw and b"\\u0000" in raw):
         return None
     try:
         event = _decode_create(raw)
@@ -67,7 +67,7 @@ def read_create(raw: bytes) -> tuple[int, str] | None:
 
 def read_update(raw: bytes) -> tuple[int, int, str] | None:
     """An update's user id, version and attributes as compact JSON; None: it is not of the usual kind."""
-    if len(raw) > EVENT_BYTES_MAX or b"\\u0000" in raw:
+    if len(raw) > EVENT_BYTES_MAX or (b"\\" in raw and b"\\u0000" in raw):
         return None
     try:
         event = _decode_update(raw)
