@@ -92,6 +92,7 @@ class BridgeConsumer:
             waits,
             batch_max=settings.event_batch_max,
             in_flight_max=settings.event_batches_in_flight_max,
+            busy_from=settings.event_worker_processes,
         )
         self._consumer = make_consumer(settings, POLL_RECORDS_MAX)
         listener: Any = _Listener(self)  # the stubs know the blocking kind only
@@ -106,8 +107,9 @@ class BridgeConsumer:
             KafkaError: the consumer failed; replace it.
         """
         busy = self._lanes.in_flight or self._lanes.held_back
-        self._take(self._consumer.poll(timeout_ms=POLL_BUSY_MS if busy else POLL_IDLE_MS))
-        self._lanes.step()
+        polled = self._consumer.poll(timeout_ms=POLL_BUSY_MS if busy else POLL_IDLE_MS)
+        self._take(polled)
+        self._lanes.step(more=sum(map(len, polled.values())) >= POLL_RECORDS_MAX)
         self._after_step()
 
     def leave(self) -> None:

@@ -85,12 +85,11 @@ def matching(
         places = order[np.searchsorted(ascending, rows["slot"].astype(np.int64))]
         for number, word in enumerate(words):
             # Eight bytes a user, lowest first, and of each its bits, lowest first.
-            bytes_of = rows[word].astype("<i8").view(np.uint8).reshape(-1, 8)
-            bits_of = np.unpackbits(bytes_of, axis=1, bitorder="little").view(np.bool_).T
-            for bit, condition in enumerate(part[number * WORD_CONDITIONS : (number + 1) * WORD_CONDITIONS]):
-                holds = np.zeros(slots.size, dtype=np.bool_)
-                holds[places] = bits_of[bit]
-                yield condition, holds
+            in_order = np.zeros(slots.size, dtype="<i8")
+            in_order[places] = rows[word]
+            holds = np.unpackbits(in_order.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little").view(np.bool_)
+            conditions_of_word = part[number * WORD_CONDITIONS : (number + 1) * WORD_CONDITIONS]
+            yield from zip(conditions_of_word, holds.T, strict=False)  # the last bits are nobody's
 
 
 @lru_cache(maxsize=64)  # as many as 4096 conditions need, each kind of place apart
@@ -106,17 +105,17 @@ def _users_statement(conditions: tuple[str, ...], is_range: bool) -> Any:
         else users.c.slot == sa.any_(sa.bindparam("slots", type_=ARRAY(sa.BigInteger)))
     )
     found, clauses = clauses_over_columns(list(map(parse_condition, conditions)), users, [users.c.slot], where)
-    words = [
-        reduce(
-            lambda word, bit: word.op("|", return_type=sa.BigInteger())(bit),
-            (
-                sa.case((clause, sa.literal_column(f"{1 << bit}::bigint")), else_=sa.literal_column("0::bigint"))
-                for bit, clause in enumerate(clauses[first : first + WORD_CONDITIONS])
-            ),
-        )
-        for first in range(0, len(clauses), WORD_CONDITIONS)
-    ]
+    words = [_word(clauses[first : first + WORD_CONDITIONS]) for first in range(0, len(clauses), WORD_CONDITIONS)]
     return sa.select(found.c.slot, *words).compile(dialect=_DIALECT)
+
+
+def _word(clauses: Sequence[sa.ColumnElement[bool]]) -> sa.ColumnElement[int]:
+    zero: sa.ColumnElement[int] = sa.literal_column("0::bigint", sa.BigInteger)
+    bits: Iterator[sa.ColumnElement[int]] = (
+        sa.case((clause, sa.literal_column(f"{1 << bit}::bigint", sa.BigInteger)), else_=zero)
+        for bit, clause in enumerate(clauses)
+    )
+    return reduce(lambda word, bit: word.bitwise_or(bit), bits)
 
 
 @lru_cache(maxsize=32)

@@ -140,7 +140,7 @@ class PostgresUserTransaction(PostgresShardBits):
                 "SELECT u.id, u.version FROM unnest(CAST(:ids AS bigint[]), CAST(:versions AS bigint[])) "
                 "AS u(id, version)"
             ),
-            {"ids": list(versions.keys()), "versions": list(versions.values())},
+            {"ids": bigint_array(versions), "versions": bigint_array(versions.values())},
         )
 
     def advance(self, next_slot: int, users_added: int) -> None:
@@ -151,9 +151,9 @@ class PostgresUserTransaction(PostgresShardBits):
         )
 
 
-def _keys(users: Sequence[UserRow]) -> dict[str, list[int] | list[str]]:
+def _keys(users: Sequence[UserRow]) -> dict[str, str | list[str]]:
     return {
-        "ids": [user.user_id for user in users],
-        "versions": [user.version for user in users],
+        "ids": bigint_array(user.user_id for user in users),
+        "versions": bigint_array(user.version for user in users),
         "attributes": [user.attributes for user in users],
     }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from segsvc.domain.errors import broker_unavailable
 from segsvc.domain.events import DeleteUser, UserEvent
 from segsvc.services.ingestion import BatchReport
-from tasks.event_lanes import BATCH_BYTES_MAX, RESULT_WAIT_S, Lanes, Outcome, TryAgain
+from tasks.event_lanes import BATCH_BYTES_MAX, BATCH_LOST, GATHER_MAX_S, RESULT_WAIT_S, Lanes, Outcome, TryAgain
 from tasks.kafka_offsets import PartitionProgress, Taken
 from tasks.waiting import Backoff, Waits
 
@@ -63,7 +63,7 @@ class FakeBatches:
 
 
 class Bench:
-    def __init__(self, *, batch_max: int = 10, in_flight_max: int = 8) -> None:
+    def __init__(self, *, batch_max: int = 10, in_flight_max: int = 8, busy_from: int = 0) -> None:
         self.now = 100.0
         self.batches = FakeBatches()
         self.dead: list[tuple[int, str]] = []
@@ -74,6 +74,7 @@ class Bench:
             Waits(lambda: self.now),
             batch_max=batch_max,
             in_flight_max=in_flight_max,
+            busy_from=busy_from,
             clock=lambda: self.now,
         )
 
@@ -83,10 +84,10 @@ class Bench:
             self.lanes.add(taken, shard)
         return events
 
-    def step(self, after_s: float = 0.0, **answers: Outcome) -> None:
+    def step(self, after_s: float = 0.0, *, more: bool = False, **answers: Outcome) -> None:
         self.now += after_s
         self.batches.answers.update({batch_id.removeprefix("b"): outcome for batch_id, outcome in answers.items()})
-        self.lanes.step()
+        self.lanes.step(more=more)
 
 
 def test_one_batch_of_a_lane_at_a_time_and_in_order() -> None:
@@ -154,6 +155,52 @@ def test_a_shard_in_trouble_gets_one_batch_at_a_time_at_growing_distances() -> N
     bench.step(b4=BatchReport(1, 0))
     assert len(bench.batches.sent) == 6
     assert sorted(sent[2] for sent in bench.batches.sent[4:]) == [[0], [1]]
+
+
+def test_while_workers_are_busy_and_more_is_at_hand_batches_become_full_first() -> None:
+    bench = Bench(batch_max=3, busy_from=2)
+    for shard in range(3):
+        bench.add(shard, shard=shard)
+    bench.step(more=True)  # nobody works yet
+    assert [sent[1] for sent in bench.batches.sent] == [0, 1]
+    bench.add(3, 4, shard=2)
+    bench.add(5, shard=0)
+    bench.step(more=True)
+    assert bench.batches.sent[2:] == [("create-user", 2, [2, 3, 4])]
+    bench.step(more=True, b0=BatchReport(1, 0))  # two are at work, and this one is not full
+    assert len(bench.batches.sent) == 3
+    bench.step(more=True, b1=BatchReport(1, 0))
+    assert bench.batches.sent[3:] == [("create-user", 0, [5])]
+
+
+def test_no_batch_waits_for_long_to_become_full() -> None:
+    bench = Bench(batch_max=3, busy_from=1)
+    bench.add(0)
+    bench.step(more=True)
+    bench.add(1, topic="delete-user")
+    bench.step(more=True)
+    bench.step(GATHER_MAX_S - 0.01, more=True)
+    assert len(bench.batches.sent) == 1
+    bench.step(0.02, more=True)
+    assert bench.batches.sent[1:] == [("delete-user", 0, [1])]
+    bench.add(2, shard=1)
+    bench.step(more=True)
+    assert len(bench.batches.sent) == 2
+    bench.step()  # no more at hand
+    assert bench.batches.sent[2:] == [("create-user", 1, [2])]
+
+
+def test_a_batch_whose_events_were_lost_on_the_way_comes_again() -> None:
+    bench = Bench()
+    bench.add(0)
+    bench.add(1, topic="delete-user")
+    bench.step()
+    bench.step(b0=TryAgain(BATCH_LOST))
+    bench.add(2, topic="delete-user")
+    bench.step(b1=BatchReport(1, 0))  # nothing is wrong with the shard
+    assert bench.batches.sent[2:] == [("delete-user", 0, [2])]
+    bench.step(1.0)
+    assert bench.batches.sent[3:] == [("create-user", 0, [0])]
 
 
 def test_without_the_cache_only_the_topic_that_needs_it_waits() -> None:
