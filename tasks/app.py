@@ -6,7 +6,7 @@ import gc
 from typing import Any
 
 from celery import Celery
-from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
+from celery.signals import setup_logging, worker_process_init, worker_process_shutdown, worker_ready
 
 from segsvc.bootstrap import WorkerServices
 from segsvc.config import Settings, load_settings
@@ -103,6 +103,12 @@ def _build(**_: Any) -> None:
     runtime()
     # All that is there by now stays. Each full run of the collector would look through it again, and a batch of events
     # makes enough objects for several: that was half of the CPU time of a batch.
+    gc.freeze()
+
+
+@worker_ready.connect
+def _freeze(**_: Any) -> None:
+    """The same for the worker's main process, which stays as it is from here on too."""
     gc.freeze()
 
 

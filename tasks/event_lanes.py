@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from segsvc import metrics
 from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.events import UserEvent
 from segsvc.log import get_logger
 from segsvc.services.ingestion import BatchReport
 from tasks.kafka_offsets import Taken
@@ -28,8 +29,17 @@ RESULT_WAIT_S: Final = 15.0
 """Without a result for this long the batch is sent again: its message or its result may be lost. The earlier message
 expires in the queue then, so that a long outage of the workers does not heap up copies."""
 RESULT_WAIT_MAX_S: Final = 600.0
+GATHER_MAX_S: Final = 0.5
+"""Longest wait for a batch to become full, while more events are at hand and the workers are busy with others."""
 
-_LANE_REASONS: Final = (Reason.CACHE_UNAVAILABLE.text, Reason.INTERNAL.text)
+BATCH_LOST: Final = "BATCH_LOST"
+"""Why a batch must come again: its task came without its events. The broker has lost them, or the task was late."""
+_LANE_REASONS: Final = (
+    Reason.CACHE_UNAVAILABLE.text,
+    Reason.INTERNAL.text,
+    Reason.BROKER_UNAVAILABLE.text,
+    BATCH_LOST,
+)
 """Failures that say nothing about the shard: only this topic waits. Any other, and the whole shard waits."""
 
 
@@ -46,7 +56,7 @@ Outcome = BatchReport | TryAgain
 class Batches(Protocol):
     """The workers, as far as the bridge sees them."""
 
-    def send(self, topic: str, shard: int, rows: Sequence[Sequence[Any]], expire_s: float) -> str:
+    def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
         """Send a batch; a worker that finds it later than ``expire_s`` discards it.
 
         Returns:
@@ -85,6 +95,8 @@ class _Lane:
         self.waiting: deque[Taken] = deque()
         self.batch: _Batch | None = None
         self.backoff = Backoff(0.2, 10.0)
+        self.gathers_until: float | None = None
+        """When the next batch goes, full or not; None: it was not held up."""
 
     @property
     def name(self) -> str:
@@ -116,6 +128,7 @@ class Lanes:
     Args:
         batch_max: events in one batch.
         in_flight_max: batches with the workers at once.
+        busy_from: batches with the workers that keep all of these busy.
     """
 
     def __init__(
@@ -126,6 +139,7 @@ class Lanes:
         *,
         batch_max: int,
         in_flight_max: int,
+        busy_from: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._batches = batches
@@ -133,6 +147,7 @@ class Lanes:
         self._waits = waits
         self._batch_max = batch_max
         self._in_flight_max = in_flight_max
+        self._busy_from = busy_from
         self._clock = clock
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._turn: deque[_Lane] = deque()
@@ -160,15 +175,21 @@ class Lanes:
         """Whether events wait for something other than new events."""
         return any(lane.batch is not None or lane.waiting for lane in self._turn)
 
-    def step(self, *, send: bool = True) -> None:
-        """Take results in, and send what may go now (not with ``send`` False: when the bridge is leaving)."""
+    def step(self, *, send: bool = True, more: bool = False) -> None:
+        """Take results in, and send what may go now.
+
+        Args:
+            send: False when the bridge is leaving.
+            more: whether more events are at hand. While the workers are busy, batches then wait a while to become
+                full: a full one costs less an event.
+        """
         now = self._clock()
         if now < self._broker.ready_at:
             return
         try:
             self._collect(now)
             if send:
-                self._dispatch(now)
+                self._dispatch(now, more=more)
         except ServiceError as error:
             self._broker.failed(now)
             self._waits.begins("the task broker", error.reason.text)
@@ -226,14 +247,22 @@ class Lanes:
 
     # -- sending ----------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, now: float) -> None:
+    def _dispatch(self, now: float, *, more: bool) -> None:
         for _ in range(len(self._turn)):
             if len(self._in_flight) >= self._in_flight_max:
                 return
             lane = self._turn[0]
             self._turn.rotate(-1)  # whoever had a turn is last the next time
-            if self._may_go(lane, now):
+            if self._may_go(lane, now) and not (more and self._gathers(lane, now)):
                 self._send(lane, now)
+
+    def _gathers(self, lane: _Lane, now: float) -> bool:
+        """Whether the lane's next batch had better become larger first: nobody would work sooner for it now."""
+        if len(self._in_flight) < self._busy_from or lane.batch is not None or len(lane.waiting) >= self._batch_max:
+            return False
+        if lane.gathers_until is None:
+            lane.gathers_until = now + GATHER_MAX_S
+        return now < lane.gathers_until
 
     def _may_go(self, lane: _Lane, now: float) -> bool:
         if lane.in_flight or not (lane.batch or lane.waiting):
@@ -246,9 +275,11 @@ class Lanes:
 
     def _send(self, lane: _Lane, now: float) -> None:
         batch = lane.next_batch(self._batch_max)
+        lane.gathers_until = None
         if batch is None:
             return
-        rows = [taken.row for taken in batch.events]
-        batch.id = self._batches.send(lane.topic, lane.shard, rows, batch.wait_s)
+        # Unreadable events have no shard, so they never come here.
+        events = [taken.event for taken in batch.events if taken.event is not None]
+        batch.id = self._batches.send(lane.topic, lane.shard, events, batch.wait_s)
         batch.lost_at = now + batch.wait_s
         self._in_flight[batch.id] = lane

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from celery import states
 from celery.result import denied_join_result
+from celery.utils import uuid
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError, broker_unavailable
-from segsvc.domain.events import from_wire
+from segsvc.domain.events import UserEvent, from_wire, to_wire
 from segsvc.services.ingestion import BatchReport
 from tasks.app import EVENTS_QUEUE, app, runtime
-from tasks.event_lanes import Outcome, TryAgain
+from tasks.event_lanes import BATCH_LOST, Outcome, TryAgain
 
 LOCK_TIMEOUT: Final = "LOCK_TIMEOUT"
 """Why a batch must come again: an operation held the shard for longer than ``lock_timeout_s``."""
+
+EVENTS_MARGIN_S: Final = 60
+"""How much longer the broker keeps a batch's events than its task: a worker that takes the task last finds them."""
 
 _TRANSIENT: Final = (Category.UNAVAILABLE, Category.RESOURCE_EXHAUSTED, Category.DEADLINE_EXCEEDED)
 
 
 @app.task(name="segsvc.apply_events")
-def apply_events(*, shard: int, events: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
     """Apply a batch of events of one shard.
 
     An outage is an answer, not an exception: the bridge holds the batch back and sends it again, and no worker
     is kept waiting meanwhile.
+
+    Args:
+        batch: the id under which ``CeleryBatches`` has put the events.
 
     Returns:
         ``{"applied", "ignored", "dead": [[index, reason], …]}``, or ``{"retry": reason}``: some of it may be done, all
         of it must come again.
     """
     try:
-        report = runtime().ingestion.apply_batch(shard, [from_wire(row) for row in events])
+        payload = _broker().get(_events_key(batch))
+    except RedisError:
+        return {"retry": Reason.BROKER_UNAVAILABLE.text}
+    if payload is None:
+        return {"retry": BATCH_LOST}
+    try:
+        report = runtime().ingestion.apply_batch(shard, from_wire(payload))
     except LockTimeout:
         return {"retry": LOCK_TIMEOUT}
     except ServiceError as error:
@@ -44,25 +58,43 @@ def apply_events(*, shard: int, events: Sequence[Sequence[Any]]) -> dict[str, An
     return {"applied": report.applied, "ignored": report.ignored, "dead": report.dead}
 
 
-class CeleryBatches:
-    """Sends batches as tasks and polls for their results. Implements ``event_lanes.Batches``."""
+def _broker() -> Any:
+    """The broker's client: that of the result backend, whose server is the same."""
+    backend: Any = app.backend
+    return backend.client
 
-    def send(self, topic: str, shard: int, rows: Sequence[Sequence[Any]], expire_s: float) -> str:
+
+def _events_key(batch_id: str) -> str:
+    return f"segsvc:events:{batch_id}"
+
+
+class CeleryBatches:
+    """Sends batches as tasks and polls for their results. Implements ``event_lanes.Batches``.
+
+    The events themselves lie beside the task, under a key of the broker. Celery takes a message apart and writes it
+    anew some six times on its way: for thousands of events that cost more than to apply them.
+    """
+
+    def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
         """See ``event_lanes.Batches.send``."""
+        batch_id = uuid()
         options: dict[str, Any] = {
+            "task_id": batch_id,
             "queue": EVENTS_QUEUE,
             "expires": expire_s,
-            # What Flower and the logs show. The arguments themselves are personal data.
-            "kwargsrepr": f"{{shard {shard}: {len(rows)} × {topic}}}",
+            # What Flower and the logs show.
+            "kwargsrepr": f"{{shard {shard}: {len(events)} × {topic}}}",
         }
-        task = apply_events.signature(kwargs={"shard": shard, "events": rows}, **options)
+        task = apply_events.signature(kwargs={"shard": shard, "batch": batch_id}, **options)
         try:
+            # Before the task, which would not find them. They go with the result, or by themselves when nobody comes.
+            _broker().set(_events_key(batch_id), to_wire(events), ex=math.ceil(expire_s) + EVENTS_MARGIN_S)
             # Without a subscription: nobody reads a channel here, and results are polled, many in one round trip.
             with denied_join_result():
-                result = task.apply_async()
+                task.apply_async()
         except (OperationalError, RedisError, OSError) as error:
             raise broker_unavailable() from error
-        return str(result.id)
+        return batch_id
 
     def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
         """See ``event_lanes.Batches.collect``."""
@@ -75,8 +107,11 @@ class CeleryBatches:
                 if meta and meta["status"] in states.READY_STATES:
                     outcomes[batch_id] = _outcome(meta)
             if outcomes:
-                # If this is lost, the results expire.
-                backend.client.delete(*(backend.get_key_for_task(batch_id) for batch_id in outcomes))
+                # If this is lost, all of it expires.
+                backend.client.delete(
+                    *(backend.get_key_for_task(batch_id) for batch_id in outcomes),
+                    *(_events_key(batch_id) for batch_id in outcomes),
+                )
         except (RedisError, OSError) as error:
             raise broker_unavailable() from error
         return outcomes

@@ -8,24 +8,27 @@ where every event is *finished* (its effects are in PostgreSQL, or its dead lett
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+
+import msgspec
+
+from segsvc.domain.events import UserEvent
 
 
-@dataclass(slots=True, eq=False)
-class Taken:
+class Taken(msgspec.Struct, eq=False, gc=False):
     """One event on its way.
 
+    Not tracked by the collector of garbage, which would look through hundreds of thousands of them time and again:
+    ``PartitionProgress.lose`` undoes the circle of an event and its partition.
+
     Attributes:
-        row: the event as it goes to a worker; empty: unreadable.
+        event: what it says; None: unreadable.
         key, raw: as they came, for the dead letter; None: the message had none.
         finished: whether its way has ended; see ``PartitionProgress.finish``.
     """
 
     partition: PartitionProgress
     offset: int
-    row: Sequence[Any]
+    event: UserEvent | None
     key: bytes | None
     raw: bytes | None
     finished: bool = False
@@ -56,9 +59,9 @@ class PartitionProgress:
         self._finished: int | None = None
         self._committed: int | None = None
 
-    def take(self, offset: int, row: Sequence[Any], key: bytes | None, raw: bytes | None) -> Taken:
+    def take(self, offset: int, event: UserEvent | None, key: bytes | None, raw: bytes | None) -> Taken:
         """Note an event; offsets come ascending, gaps are normal (compaction, transaction markers)."""
-        taken = Taken(self, offset, row, key, raw)
+        taken = Taken(self, offset, event, key, raw)
         self._open.append(taken)
         self.next_offset = offset + 1
         self.unfinished_events += 1
@@ -70,7 +73,12 @@ class PartitionProgress:
         self.unfinished_events -= 1
         self.unfinished_bytes -= taken.size
         taken.finished = True
-        taken.row, taken.key, taken.raw = (), None, None
+        taken.event = taken.key = taken.raw = None
+
+    def lose(self) -> None:
+        """Somebody else may own the partition by now."""
+        self.lost = True
+        self._open.clear()
 
     def committable(self) -> int | None:
         """The offset to commit: after the last event before the first that is not finished. None: nothing new."""

@@ -29,7 +29,7 @@ from segsvc.local.kafka import create_topics
 from segsvc.local.processes import wait_until
 from segsvc.local.stack import LocalStack
 
-EVENTS, ROW_EVENTS = 50_000, 5_000
+EVENTS, ROW_EVENTS = 100_000, 5_000
 """Events in one round of ours and of the rows: a second or more of work each."""
 ALONE_EVENTS = 200_000
 """What the client alone consumes in one round, at most: all that is there, seconds of work."""

@@ -19,9 +19,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final, Never
+
+import msgspec
 
 from segsvc.domain.event_limits import (
     ATTRIBUTE_NAME,
@@ -69,16 +70,14 @@ class Unstorable(Exception):
         self.code = code
 
 
-@dataclass(frozen=True, slots=True)
-class CreateUser:
+class CreateUser(msgspec.Struct, frozen=True, gc=False, array_like=True, forbid_unknown_fields=True, tag="c"):
     """A user is there. ``attributes`` is compact JSON. Its version is 0."""
 
     user_id: int
     attributes: str
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateUser:
+class UpdateUser(msgspec.Struct, frozen=True, gc=False, array_like=True, forbid_unknown_fields=True, tag="u"):
     """All attributes of a user, replacing the earlier ones; the newest ``version`` (1 or more) wins."""
 
     user_id: int
@@ -86,8 +85,7 @@ class UpdateUser:
     attributes: str
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteUser:
+class DeleteUser(msgspec.Struct, frozen=True, gc=False, array_like=True, forbid_unknown_fields=True, tag="d"):
     """A user is gone, for ever."""
 
     user_id: int
@@ -120,27 +118,18 @@ def parse_any(topic: str, raw: bytes | None) -> UserEvent:
     return _READERS[topic](_document(raw))
 
 
-_EVENTS: Final[Mapping[object, Callable[..., UserEvent]]] = {"c": CreateUser, "u": UpdateUser, "d": DeleteUser}
-_FIELDS: Final[Mapping[object, tuple[type, ...]]] = {"c": (int, str), "u": (int, int, str), "d": (int,)}
+_encode_events: Final = msgspec.msgpack.Encoder().encode
+_decode_events: Final = msgspec.msgpack.Decoder(list[UserEvent]).decode
 
 
-def to_wire(event: UserEvent) -> list[Any]:
-    """A compact JSON value for the way to a worker; ``from_wire`` reads it."""
-    if isinstance(event, CreateUser):
-        return ["c", event.user_id, event.attributes]
-    if isinstance(event, UpdateUser):
-        return ["u", event.user_id, event.version, event.attributes]
-    return ["d", event.user_id]
+def to_wire(events: Sequence[UserEvent]) -> bytes:
+    """Events as they go to a worker; ``from_wire`` reads them."""
+    return _encode_events(events)
 
 
-def from_wire(row: Sequence[Any]) -> UserEvent:
+def from_wire(payload: bytes) -> list[UserEvent]:
     """Read what ``to_wire`` wrote. Raises ValueError for anything else."""
-    # By hand: a match statement takes eight times as long, as long as a quarter of all else that a worker does.
-    kind, *fields = row or (None,)
-    types = _FIELDS.get(kind)
-    if types is None or tuple(map(type, fields)) != types:
-        raise ValueError("not an event")
-    return _EVENTS[kind](*fields)
+    return _decode_events(payload)  # its errors are ValueErrors
 
 
 # -- reading the document -------------------------------------------------------------------------------------------

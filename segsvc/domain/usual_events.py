@@ -7,9 +7,10 @@ hold; what cannot be read here may still be good, and only there the reason is k
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from segsvc.domain.event_limits import (
     ATTRIBUTE_NAME,
@@ -23,24 +24,27 @@ from segsvc.domain.event_limits import (
 )
 from segsvc.domain.sharding import USER_ID_MAX
 
-_Attributes = dict[str, str | bool | int | float | list[str] | None]
-
 _SHORT: Final = STRING_BYTES_MAX // 4
 """Characters that are within the limit whatever they are."""
 _KNOWN_NAMES_MAX: Final = 10_000
 _known_names: Final[set[str]] = set()
 """Names that were found good: there are few, in any number of events."""
 
+# Doubles are spelt anew and nulls left out before they are stored: neither is usual.
+_String = Annotated[str, Meta(max_length=_SHORT)]
+_Integer = Annotated[int, Meta(ge=INT_MIN, le=INT_MAX)]
+_Strings = Annotated[list[_String], Meta(max_length=LIST_MAX)]
+_Attributes = Annotated[dict[str, _String | bool | _Integer | _Strings], Meta(max_length=ATTRIBUTES_MAX)]
+
 
 class _Create(msgspec.Struct, forbid_unknown_fields=True):
-    # Also float: int alone would take 1.0 for 1.
-    user_id: int | float
+    user_id: Annotated[int, Meta(ge=1, le=USER_ID_MAX)]
     attributes: _Attributes = {}
 
 
 class _Update(msgspec.Struct, forbid_unknown_fields=True):
-    user_id: int | float
-    version: int | float
+    user_id: Annotated[int, Meta(ge=1, le=USER_ID_MAX)]
+    version: Annotated[int, Meta(ge=1, le=INT_MAX)]
     attributes: _Attributes
 
 
@@ -51,48 +55,32 @@ _encode: Final = msgspec.json.Encoder().encode
 
 def read_create(raw: bytes) -> tuple[int, str] | None:
     """A creation's user id and attributes as compact JSON; None: it is not of the usual kind."""
-    if len(raw) > EVENT_BYTES_MAX:
+    if len(raw) > EVENT_BYTES_MAX or (b"\\" in raw and b"\\u0000" in raw):
         return None
     try:
         event = _decode_create(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    user_id = event.user_id
-    if type(user_id) is not int or not 1 <= user_id <= USER_ID_MAX:
-        return None
     attributes = _text(event.attributes)
-    return None if attributes is None else (user_id, attributes)
+    return None if attributes is None else (event.user_id, attributes)
 
 
 def read_update(raw: bytes) -> tuple[int, int, str] | None:
     """An update's user id, version and attributes as compact JSON; None: it is not of the usual kind."""
-    if len(raw) > EVENT_BYTES_MAX:
+    if len(raw) > EVENT_BYTES_MAX or (b"\\" in raw and b"\\u0000" in raw):
         return None
     try:
         event = _decode_update(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    user_id, version = event.user_id, event.version
-    if type(user_id) is not int or not 1 <= user_id <= USER_ID_MAX:
-        return None
-    if type(version) is not int or not 1 <= version <= INT_MAX:
-        return None
     attributes = _text(event.attributes)
-    return None if attributes is None else (user_id, version, attributes)
+    return None if attributes is None else (event.user_id, event.version, attributes)
 
 
-def _text(attributes: _Attributes) -> str | None:
-    """Attributes as compact JSON; None: there is one that is near a limit, or is not stored as it comes."""
-    if len(attributes) > ATTRIBUTES_MAX:
+def _text(attributes: dict[str, str | bool | int | list[str]]) -> str | None:
+    """Attributes as compact JSON; None: a name is not allowed, or all together are near their limit."""
+    if not (attributes.keys() <= _known_names or all(map(_is_name, attributes))):
         return None
-    for name, value in attributes.items():
-        if name not in _known_names and not _is_name(name):
-            return None
-        if isinstance(value, str):
-            if len(value) > _SHORT or "\0" in value:
-                return None
-        elif not _is_plain(value):
-            return None
     text = _encode(attributes)
     return text.decode() if len(text) <= ATTRIBUTES_BYTES_MAX else None
 
@@ -103,16 +91,3 @@ def _is_name(name: str) -> bool:
     if len(_known_names) < _KNOWN_NAMES_MAX:
         _known_names.add(name)
     return True
-
-
-def _is_plain(value: object) -> bool:
-    """Doubles are spelt anew and nulls left out before they are stored: neither is plain."""
-    if isinstance(value, bool):
-        return True
-    if isinstance(value, int):
-        return INT_MIN <= value <= INT_MAX
-    return (
-        isinstance(value, list)
-        and len(value) <= LIST_MAX
-        and all(len(item) <= _SHORT and "\0" not in item for item in value)
-    )

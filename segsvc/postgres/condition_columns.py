@@ -56,6 +56,11 @@ def clauses_over_columns(
                 attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text)).label(f"j{n}")
                 for n, name in enumerate(names)
             ),
+            # Not from the value: to make one and to read it again costs as much as to look it up.
+            *(
+                attributes.op("->>", return_type=sa.Text())(sa.literal(name, sa.Text)).label(f"t{n}")
+                for n, name in enumerate(names)
+            ),
         )
         .where(where)
         .offset(fence)
@@ -65,10 +70,6 @@ def clauses_over_columns(
         sa.select(
             *looked_up.c,
             *(number_or_null(looked_up.c[f"j{n}"]).label(f"n{n}") for n in range(len(names))),
-            *(
-                looked_up.c[f"j{n}"].op("#>>", return_type=sa.Text())(sa.text("'{}'")).label(f"t{n}")
-                for n in range(len(names))
-            ),
         )
         .offset(fence)
         .subquery("x")

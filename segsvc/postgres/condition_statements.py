@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 from psycopg2 import sql
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, array, psycopg2
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, psycopg2
 
 from segsvc.conditions import parse_condition
 from segsvc.conditions.tree import attributes_of
@@ -29,6 +29,10 @@ STATEMENT_CHARACTERS_MAX: Final = 256 << 10
 """What one statement asks at once: hundreds of usual conditions, few of the longest; bounds its memory and planning."""
 STATEMENT_ATTRIBUTES_MAX: Final = 500
 """Each becomes three columns of a subquery, of which PostgreSQL allows 1664. (A single condition has room for 520.)"""
+
+
+WORD_CONDITIONS: Final = 63
+"""Bits of a bigint that are not its sign."""
 
 
 @lru_cache(maxsize=8192)
@@ -76,16 +80,24 @@ def matching(
         values = statement.construct_params(where, escape_names=False)
         with driver.cursor() as cursor:
             query = cursor.mogrify(str(statement), [values[name] for name in statement.positiontup or ()])
-        # A bool[] without NULLs: a header of 20 bytes, then each item behind its length.
-        rows = copy_rows(connection, sql.SQL(query.decode()), slot=">i8", holds=("u1", 20 + 5 * len(part)))
-        holds = np.zeros((len(part), slots.size), dtype=np.bool_)
-        holds[:, order[np.searchsorted(ascending, rows["slot"].astype(np.int64))]] = rows["holds"][:, 24::5].T
-        yield from zip(part, holds, strict=True)
+        words = [f"holds{number}" for number in range(-(-len(part) // WORD_CONDITIONS))]
+        rows = copy_rows(connection, sql.SQL(query.decode()), slot=">i8", **dict.fromkeys(words, ">i8"))
+        places = order[np.searchsorted(ascending, rows["slot"].astype(np.int64))]
+        for number, word in enumerate(words):
+            # Eight bytes a user, lowest first, and of each its bits, lowest first.
+            in_order = np.zeros(slots.size, dtype="<i8")
+            in_order[places] = rows[word]
+            holds = np.unpackbits(in_order.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little").view(np.bool_)
+            conditions_of_word = part[number * WORD_CONDITIONS : (number + 1) * WORD_CONDITIONS]
+            yield from zip(conditions_of_word, holds.T, strict=False)  # the last bits are nobody's
 
 
 @lru_cache(maxsize=64)  # as many as 4096 conditions need, each kind of place apart
 def _users_statement(conditions: tuple[str, ...], is_range: bool) -> Any:
-    """Users with, for each, an array of what the conditions say; compiled, its users to be given."""
+    """Users with, for each, what the conditions say, a bit each; compiled, its users to be given.
+
+    Bits of a bigint, because each item of a boolean array is a call and a piece of memory when it is sent.
+    """
     users = tables.users
     where = (
         users.c.slot.between(sa.bindparam("first", type_=sa.BigInteger), sa.bindparam("last", type_=sa.BigInteger))
@@ -93,7 +105,17 @@ def _users_statement(conditions: tuple[str, ...], is_range: bool) -> Any:
         else users.c.slot == sa.any_(sa.bindparam("slots", type_=ARRAY(sa.BigInteger)))
     )
     found, clauses = clauses_over_columns(list(map(parse_condition, conditions)), users, [users.c.slot], where)
-    return sa.select(found.c.slot, array(clauses)).compile(dialect=_DIALECT)
+    words = [_word(clauses[first : first + WORD_CONDITIONS]) for first in range(0, len(clauses), WORD_CONDITIONS)]
+    return sa.select(found.c.slot, *words).compile(dialect=_DIALECT)
+
+
+def _word(clauses: Sequence[sa.ColumnElement[bool]]) -> sa.ColumnElement[int]:
+    zero: sa.ColumnElement[int] = sa.literal_column("0::bigint", sa.BigInteger)
+    bits: Iterator[sa.ColumnElement[int]] = (
+        sa.case((clause, sa.literal_column(f"{1 << bit}::bigint", sa.BigInteger)), else_=zero)
+        for bit, clause in enumerate(clauses)
+    )
+    return reduce(lambda word, bit: word.bitwise_or(bit), bits)
 
 
 @lru_cache(maxsize=32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -47,6 +47,15 @@ def copy_rows(connection: sa.Connection, query: sql.Composable, **fields: str | 
     return rows
 
 
+def bigint_array(values: Iterable[int]) -> str:
+    """A bigint[] as text, for ``CAST(:values AS bigint[])``.
+
+    From a list the driver makes an expression with as many constants, which each cost it a call and the server a step
+    of its grammar.
+    """
+    return "{" + ",".join(map(str, values)) + "}"
+
+
 def append_rows(connection: sa.Connection, table: sa.Table, **columns: npt.NDArray[Any] | int) -> None:
     """Append rows to a table. COPY writes them page by page, which an INSERT of as many rows does not.
 
@@ -73,14 +82,18 @@ def append_rows(connection: sa.Connection, table: sa.Table, **columns: npt.NDArr
 
 
 def append_documents(
-    connection: sa.Connection, table: sa.Table, column: str, documents: Sequence[str], **columns: npt.NDArray[np.int64]
+    connection: sa.Connection,
+    table: sa.Table,
+    column: str,
+    documents: Sequence[str],
+    **columns: npt.NDArray[np.int64] | int,
 ) -> None:
     """Append rows of bigints and one jsonb to a table, likewise by COPY.
 
     Args:
         column: the jsonb's name.
         documents: JSON texts, one a row.
-        columns: bigints, one a row.
+        columns: bigints, one a row or one for all.
 
     Raises:
         psycopg2.Error: as an INSERT would, not wrapped by SQLAlchemy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,17 @@ from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
 from segsvc.postgres.condition_statements import matching
-from segsvc.postgres.copying import append_rows
+from segsvc.postgres.copying import append_rows, bigint_array
 
 
-def int_array(values: Iterable[int]) -> sa.BindParameter[Any]:
+def int_array(values: Iterable[int]) -> sa.ColumnElement[Any]:
     """A bigint[] parameter."""
-    return sa.bindparam(None, list(values), type_=ARRAY(sa.BigInteger))
+    return sa.cast(sa.bindparam(None, bigint_array(values), type_=sa.Text), ARRAY(sa.BigInteger))
+
+
+@lru_cache(maxsize=4096)
+def _rule(threshold: int, condition: str, policy: int) -> Rule:
+    return Rule(threshold, condition, Policy(policy))
 
 
 class PostgresShardBits:
@@ -49,14 +55,14 @@ class PostgresShardBits:
         )
         return [
             ShardSegment(
-                row.id,
-                row.slug,
-                tables.salt_from_db(row.salt),
-                Rule(row.rule_threshold, row.rule_condition, Policy(row.rule_policy)),
-                row.rule_count,
-                row.frozen_slot,
+                segment_id,
+                slug,
+                tables.salt_from_db(salt),
+                _rule(threshold, condition, policy),
+                rule_count,
+                frozen_slot,
             )
-            for row in rows
+            for segment_id, slug, salt, threshold, condition, policy, rule_count, frozen_slot in rows
         ]
 
     def matching(self, conditions: Sequence[str], slots: Int64s) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
@@ -84,7 +90,7 @@ class PostgresShardBits:
                 "ON CONFLICT (block) DO UPDATE SET user_ids = excluded.user_ids"
             ),
             {
-                "blocks": list(directory),
+                "blocks": bigint_array(directory),
                 "user_ids": b"".join(user_ids.astype("<i8").tobytes() for user_ids in directory.values()),
                 "width": BLOCK_SLOTS * 8,
             },
@@ -99,7 +105,7 @@ class PostgresShardBits:
                 "string_agg(bits, ''::bytea ORDER BY segment_id) AS bits "
                 "FROM memberships WHERE block = ANY(CAST(:blocks AS bigint[])) GROUP BY block ORDER BY block"
             ),
-            {"blocks": list(blocks)},
+            {"blocks": bigint_array(blocks)},
         ).all()
         return bits.BitRows(
             np.repeat(
@@ -122,7 +128,10 @@ class PostgresShardBits:
                     "unnest(CAST(:blocks AS bigint[]), CAST(:segment_ids AS bigint[])) AS e(block, segment_id) "
                     "WHERE memberships.block = e.block AND memberships.segment_id = e.segment_id"
                 ),
-                {"blocks": rows.blocks[stored].tolist(), "segment_ids": rows.segment_ids[stored].tolist()},
+                {
+                    "blocks": bigint_array(rows.blocks[stored].tolist()),
+                    "segment_ids": bigint_array(rows.segment_ids[stored].tolist()),
+                },
             )
         kept = rows.packed.any(axis=1)
         if kept.any():
@@ -142,5 +151,5 @@ class PostgresShardBits:
                 "FROM unnest(CAST(:ids AS bigint[]), CAST(:added AS bigint[])) AS a(id, added) "
                 "WHERE segments.id = a.id"
             ),
-            {"ids": list(added.keys()), "added": list(added.values())},
+            {"ids": bigint_array(added), "added": bigint_array(added.values())},
         )

@@ -16,9 +16,10 @@ from sqlalchemy import exc
 
 from segsvc.domain.errors import LockTimeout
 from segsvc.domain.events import Unstorable
+from segsvc.domain.stored import Int64s
 from segsvc.domain.user_fold import StoredUser, UserRow
 from segsvc.postgres import tables
-from segsvc.postgres.copying import append_documents
+from segsvc.postgres.copying import append_documents, bigint_array
 from segsvc.postgres.engine import Databases, sqlstate
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.user_bits import PostgresShardBits, int_array
@@ -89,17 +90,27 @@ class PostgresUserTransaction(PostgresShardBits):
             self._connection.execute(sa.select(deleted.id).where(deleted.id == sa.any_(int_array(user_ids)))).scalars()
         )
 
-    def insert(self, users: Sequence[UserRow]) -> None:
+    def known(self, user_ids: Int64s) -> Int64s:
+        """Those of these users that are there or were deleted."""
+        found = self._connection.execute(
+            sa.text(
+                "SELECT id FROM users WHERE id = ANY(CAST(:ids AS bigint[])) "
+                "UNION ALL SELECT id FROM deleted_users WHERE id = ANY(CAST(:ids AS bigint[]))"
+            ),
+            {"ids": bigint_array(user_ids.tolist())},
+        ).scalars()
+        return np.array(found.all(), dtype=np.int64)
+
+    def insert(self, user_ids: Int64s, first_slot: int, versions: Int64s | int, attributes: Sequence[str]) -> None:
         """Write new users."""
-        ids, slots, versions, attributes = zip(*users, strict=True)
         append_documents(
             self._connection,
             tables.users,
             "attributes",
             attributes,
-            id=np.array(ids, dtype=np.int64),
-            slot=np.array(slots, dtype=np.int64),
-            version=np.array(versions, dtype=np.int64),
+            id=user_ids,
+            slot=np.arange(first_slot, first_slot + user_ids.size),
+            version=versions,
         )
 
     def update(self, users: Sequence[UserRow]) -> None:
@@ -129,7 +140,7 @@ class PostgresUserTransaction(PostgresShardBits):
                 "SELECT u.id, u.version FROM unnest(CAST(:ids AS bigint[]), CAST(:versions AS bigint[])) "
                 "AS u(id, version)"
             ),
-            {"ids": list(versions.keys()), "versions": list(versions.values())},
+            {"ids": bigint_array(versions), "versions": bigint_array(versions.values())},
         )
 
     def advance(self, next_slot: int, users_added: int) -> None:
@@ -140,9 +151,9 @@ class PostgresUserTransaction(PostgresShardBits):
         )
 
 
-def _keys(users: Sequence[UserRow]) -> dict[str, list[int] | list[str]]:
+def _keys(users: Sequence[UserRow]) -> dict[str, str | list[str]]:
     return {
-        "ids": [user.user_id for user in users],
-        "versions": [user.version for user in users],
+        "ids": bigint_array(user.user_id for user in users),
+        "versions": bigint_array(user.version for user in users),
         "attributes": [user.attributes for user in users],
     }

@@ -44,8 +44,9 @@ def main() -> None:
                 outcomes.append({"refused": bad.reason})
                 continue
             # As it goes through the broker.
-            row = json.loads(json.dumps(to_wire(event)))
-            report = worker.ingestion.apply_batch(shard_of(event.user_id, settings.shard_count), [from_wire(row)])
+            report = worker.ingestion.apply_batch(
+                shard_of(event.user_id, settings.shard_count), from_wire(to_wire([event]))
+            )
             try:
                 user = front.users.get(event.user_id)
             except ServiceError as error:

@@ -7,6 +7,7 @@ import math
 from decimal import Decimal
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,13 +145,18 @@ def test_a_double_is_stored_exactly_without_an_exponent(value: float) -> None:
     )
 )
 def test_the_way_to_a_worker_changes_nothing(event: UserEvent) -> None:
-    assert from_wire(json.loads(json.dumps(to_wire(event)))) == event
+    assert from_wire(to_wire([event, event])) == [event, event]
 
 
-@pytest.mark.parametrize("row", [[], ["c", 1], ["d", "1"], ["u", 1, "{}"], ["x", 1]])
-def test_anything_else_on_the_way_is_an_error(row: list[Any]) -> None:
-    with pytest.raises(ValueError, match="not an event"):
-        from_wire(row)
+@pytest.mark.parametrize(
+    "row",
+    [[], ["c", 1], ["d", "1"], ["d", 1.0], ["d", True], ["d", 1, 2], ["c", 1, b"{}"], ["u", 1, "{}"], ["x", 1], 1],
+)
+def test_anything_else_on_the_way_is_an_error(row: Any) -> None:
+    with pytest.raises(ValueError, match=r"\$\[0\]"):
+        from_wire(msgspec.msgpack.encode([row]))
+    with pytest.raises(ValueError, match="truncated"):
+        from_wire(to_wire([DeleteUser(1)])[:-1])
 
 
 # -- refused: the document ---------------------------------------------------------------------------------------------

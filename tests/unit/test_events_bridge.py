@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from segsvc.domain.errors import broker_unavailable
+from segsvc.domain.events import DeleteUser, UserEvent
 from segsvc.services.ingestion import BatchReport
-from tasks.event_lanes import BATCH_BYTES_MAX, RESULT_WAIT_S, Lanes, Outcome, TryAgain
+from tasks.event_lanes import BATCH_BYTES_MAX, BATCH_LOST, GATHER_MAX_S, RESULT_WAIT_S, Lanes, Outcome, TryAgain
 from tasks.kafka_offsets import PartitionProgress, Taken
 from tasks.waiting import Backoff, Waits
 
@@ -22,7 +22,7 @@ def test_only_what_has_nothing_unfinished_before_it_is_committable(gaps: list[in
     offset, events = 0, []
     for gap in gaps:
         offset += gap
-        events.append(progress.take(offset, ["d", 1], b"k", b"1234"))
+        events.append(progress.take(offset, DeleteUser(1), b"k", b"1234"))
     assert progress.committable() is None
     assert progress.unfinished_bytes == 4 * len(events)
     for taken in order.sample(events, len(events)):
@@ -49,10 +49,10 @@ class FakeBatches:
         self.answers: dict[str, Outcome] = {}
         self.down = False
 
-    def send(self, topic: str, shard: int, rows: Sequence[Sequence[Any]], expire_s: float) -> str:
+    def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
         if self.down:
             raise broker_unavailable()
-        self.sent.append((topic, shard, [row[1] for row in rows]))
+        self.sent.append((topic, shard, [event.user_id for event in events]))
         self.expire_s.append(expire_s)
         return str(len(self.sent) - 1)
 
@@ -63,7 +63,7 @@ class FakeBatches:
 
 
 class Bench:
-    def __init__(self, *, batch_max: int = 10, in_flight_max: int = 8) -> None:
+    def __init__(self, *, batch_max: int = 10, in_flight_max: int = 8, busy_from: int = 0) -> None:
         self.now = 100.0
         self.batches = FakeBatches()
         self.dead: list[tuple[int, str]] = []
@@ -74,19 +74,20 @@ class Bench:
             Waits(lambda: self.now),
             batch_max=batch_max,
             in_flight_max=in_flight_max,
+            busy_from=busy_from,
             clock=lambda: self.now,
         )
 
     def add(self, *offsets: int, shard: int = 0, topic: str = "create-user", raw: bytes = b"x") -> list[Taken]:
-        events = [self.progress[topic].take(offset, ["d", offset], None, raw) for offset in offsets]
+        events = [self.progress[topic].take(offset, DeleteUser(offset), None, raw) for offset in offsets]
         for taken in events:
             self.lanes.add(taken, shard)
         return events
 
-    def step(self, after_s: float = 0.0, **answers: Outcome) -> None:
+    def step(self, after_s: float = 0.0, *, more: bool = False, **answers: Outcome) -> None:
         self.now += after_s
         self.batches.answers.update({batch_id.removeprefix("b"): outcome for batch_id, outcome in answers.items()})
-        self.lanes.step()
+        self.lanes.step(more=more)
 
 
 def test_one_batch_of_a_lane_at_a_time_and_in_order() -> None:
@@ -156,6 +157,52 @@ def test_a_shard_in_trouble_gets_one_batch_at_a_time_at_growing_distances() -> N
     assert sorted(sent[2] for sent in bench.batches.sent[4:]) == [[0], [1]]
 
 
+def test_while_workers_are_busy_and_more_is_at_hand_batches_become_full_first() -> None:
+    bench = Bench(batch_max=3, busy_from=2)
+    for shard in range(3):
+        bench.add(shard, shard=shard)
+    bench.step(more=True)  # nobody works yet
+    assert [sent[1] for sent in bench.batches.sent] == [0, 1]
+    bench.add(3, 4, shard=2)
+    bench.add(5, shard=0)
+    bench.step(more=True)
+    assert bench.batches.sent[2:] == [("create-user", 2, [2, 3, 4])]
+    bench.step(more=True, b0=BatchReport(1, 0))  # two are at work, and this one is not full
+    assert len(bench.batches.sent) == 3
+    bench.step(more=True, b1=BatchReport(1, 0))
+    assert bench.batches.sent[3:] == [("create-user", 0, [5])]
+
+
+def test_no_batch_waits_for_long_to_become_full() -> None:
+    bench = Bench(batch_max=3, busy_from=1)
+    bench.add(0)
+    bench.step(more=True)
+    bench.add(1, topic="delete-user")
+    bench.step(more=True)
+    bench.step(GATHER_MAX_S - 0.01, more=True)
+    assert len(bench.batches.sent) == 1
+    bench.step(0.02, more=True)
+    assert bench.batches.sent[1:] == [("delete-user", 0, [1])]
+    bench.add(2, shard=1)
+    bench.step(more=True)
+    assert len(bench.batches.sent) == 2
+    bench.step()  # no more at hand
+    assert bench.batches.sent[2:] == [("create-user", 1, [2])]
+
+
+def test_a_batch_whose_events_were_lost_on_the_way_comes_again() -> None:
+    bench = Bench()
+    bench.add(0)
+    bench.add(1, topic="delete-user")
+    bench.step()
+    bench.step(b0=TryAgain(BATCH_LOST))
+    bench.add(2, topic="delete-user")
+    bench.step(b1=BatchReport(1, 0))  # nothing is wrong with the shard
+    assert bench.batches.sent[2:] == [("delete-user", 0, [2])]
+    bench.step(1.0)
+    assert bench.batches.sent[3:] == [("create-user", 0, [0])]
+
+
 def test_without_the_cache_only_the_topic_that_needs_it_waits() -> None:
     bench = Bench()
     bench.add(0)
@@ -208,7 +255,7 @@ def test_events_of_a_lost_partition_are_not_sent_any_more() -> None:
     bench.add(1, shard=1)
     bench.step()
     bench.add(2)
-    bench.progress["create-user"].lost = True
+    bench.progress["create-user"].lose()
     bench.step(b0=TryAgain("LOCK_TIMEOUT"), b1=BatchReport(1, 0))
     bench.step(60.0)
     bench.step(60.0)

@@ -14,7 +14,7 @@ from kafka.consumer.fetcher import ConsumerRecord
 
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, ServiceError, broker_unavailable
-from segsvc.domain.events import TOPICS, from_wire
+from segsvc.domain.events import TOPICS, UserEvent
 from segsvc.failpoints import CrashPoints, NoFailpoints
 from segsvc.local.kafka import KafkaServer
 from segsvc.services.ingestion import Ingestion
@@ -110,12 +110,12 @@ class InProcessBatches:
         """Why a batch must come again; None: it is applied."""
         self.broker_down = False
 
-    def send(self, topic: str, shard: int, rows: Sequence[Sequence[Any]], expire_s: float) -> str:
+    def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
         if self.broker_down:
             raise broker_unavailable()
         self._count += 1
-        self.sent.append((topic, shard, len(rows)))
-        self._running[str(self._count)] = self._pool.submit(self._apply, topic, shard, rows)
+        self.sent.append((topic, shard, len(events)))
+        self._running[str(self._count)] = self._pool.submit(self._apply, topic, shard, events)
         return str(self._count)
 
     def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
@@ -125,12 +125,12 @@ class InProcessBatches:
             batch_id: self._running.pop(batch_id).result() for batch_id in batch_ids if self._running[batch_id].done()
         }
 
-    def _apply(self, topic: str, shard: int, rows: Sequence[Sequence[Any]]) -> Outcome:
+    def _apply(self, topic: str, shard: int, events: Sequence[UserEvent]) -> Outcome:
         reason = self.fault(topic, shard)
         if reason:
             return TryAgain(reason)
         try:
-            return self._ingestion.apply_batch(shard, [from_wire(row) for row in rows])
+            return self._ingestion.apply_batch(shard, events)
         except (ServiceError, LockTimeout) as error:
             return TryAgain(error.reason.text if isinstance(error, ServiceError) else "LOCK_TIMEOUT")
 

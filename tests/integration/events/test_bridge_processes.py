@@ -18,6 +18,8 @@ from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.local.redis import RedisServer
 from segsvc.postgres import tables
+from tasks.event_lanes import RESULT_WAIT_S
+from tasks.events import EVENTS_MARGIN_S
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import Topics
 from tests.integration.events.shard_view import view
@@ -186,6 +188,21 @@ def test_workers_killed_and_the_broker_flushed(stack: Stack) -> None:
     stack.wait_for_commit()
     for shard in range(2):
         assert len(view(stack.shards.databases, shard).users) == 100
+
+
+def test_a_task_without_its_events_sends_for_them_and_none_are_left_behind(stack: Stack) -> None:
+    stack.bridge()
+    stack.topics.create(range(1, 101))
+    with redis.Redis.from_url(stack.broker_url) as broker:
+        assert wait_until(lambda: broker.llen("events") >= 2, timeout_s=30)
+        lost = broker.keys("segsvc:events:*")
+        assert len(lost) == broker.llen("events")
+        assert all(0 < broker.ttl(key) <= RESULT_WAIT_S + EVENTS_MARGIN_S for key in lost)
+        broker.delete(*lost)
+        stack.worker()
+        stack.wait_for_users(100)
+        stack.wait_for_commit()
+        assert wait_until(lambda: not broker.keys("segsvc:events:*"), timeout_s=10)
 
 
 def test_segment_events_are_published_in_order(stack: Stack) -> None:
