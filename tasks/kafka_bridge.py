@@ -41,7 +41,6 @@ from tasks.event_lanes import Batches, Lanes
 from tasks.events import CeleryBatches
 from tasks.kafka_clients import make_consumer, quieten_client_log
 from tasks.kafka_offsets import PartitionProgress
-from tasks.kafka_records import Record
 from tasks.segment_events import SegmentEvents
 from tasks.waiting import Backoff, Waits
 
@@ -145,21 +144,22 @@ class BridgeConsumer:
 
     # -- taking -----------------------------------------------------------------------------------------------------
 
-    def _take(self, polled: Mapping[TopicPartition, list[Record]]) -> None:
+    def _take(self, polled: Mapping[TopicPartition, list[Any]]) -> None:
         for where, records in polled.items():
             topic = self._topics[where.topic]
             progress = self._progress.get(where)
-            if progress is None or records[0][0] < progress.next_offset:
+            if progress is None or records[0].offset < progress.next_offset:
                 # Not told, or set back: what was taken before is no longer what the offsets to come follow.
                 progress = self._start(where)
-            for offset, key, value in records:
+            for record in records:
                 try:
-                    event = parse(topic, value)
+                    event = parse(topic, record.value)
                 except BadEvent as bad:
-                    self._dead_letters.put(progress.take(offset, None, key, value), bad.reason)
+                    taken = progress.take(record.offset, None, record.key, record.value)
+                    self._dead_letters.put(taken, bad.reason)
                 else:
-                    shard = shard_of(event.user_id, self._shard_count)
-                    self._lanes.add(progress.take(offset, event, key, value), shard)
+                    taken = progress.take(record.offset, event, record.key, record.value)
+                    self._lanes.add(taken, shard_of(event.user_id, self._shard_count))
 
     def _start(self, where: TopicPartition) -> PartitionProgress:
         self._lose([where])

@@ -12,7 +12,6 @@ from kafka.errors import KafkaError, MessageSizeTooLargeError
 
 from segsvc.config import Settings
 from segsvc.log import get_logger
-from tasks.kafka_records import PartitionRecords
 from tasks.waiting import Sparse
 
 log = get_logger(__name__)
@@ -53,12 +52,8 @@ class GroupConsumer(KafkaConsumer):
     partition is never read again.
     """
 
-    def __init__(self, *topics: str, **configs: Any) -> None:
-        super().__init__(*topics, **configs)
-        self.__dict__["_fetcher"].PartitionRecords = PartitionRecords
-
     def poll(self, *args: Any, **options: Any) -> Any:
-        """As ``KafkaConsumer.poll``, with each message as a ``Record``."""
+        """As ``KafkaConsumer.poll``."""
         coordinator, fetcher = self.__dict__["_coordinator"], self.__dict__["_fetcher"].__dict__
         if coordinator.rejoining and not coordinator.need_rejoin():
             coordinator.request_rejoin()  # waits for the join that is under way, or begins it anew if that has ended
