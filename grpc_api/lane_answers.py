@@ -26,7 +26,7 @@ class Single:
         if isinstance(outcome, ServiceError):
             self._call.fail(outcome)
         else:
-            encoded_user_id = wire.encode_user_id(user_id, self._call.payload)
+            encoded_user_id = wire.encode_user_id(user_id)
             self._call.answer(wire.encode_user_segments(encoded_user_id, outcome, self._slugs))
 
 

@@ -29,6 +29,10 @@ _LENGTHS_MAX: Final = 65_536
 # The varints of two groups of seven bits: of the last ones of a number, and of those that others follow.
 _LAST: Final = [bytes((n,)) if n < 0x80 else bytes((n & 0x7F | 0x80, n >> 7)) for n in range(1 << 14)]
 _FOLLOWED: Final = [bytes((n & 0x7F | 0x80, n >> 7 | 0x80)) for n in range(1 << 14)]
+# The same of single groups: few enough to stay in a core's cache.
+_LAST_SEVEN: Final = [bytes((n,)) for n in range(1 << 7)]
+_SEVEN: Final = [bytes((n | 0x80,)) for n in range(1 << 7)]
+_ID_SEVEN: Final = [b"\x08" + group for group in _SEVEN]
 
 
 def varint(value: int) -> bytes:
@@ -92,6 +96,25 @@ def user_id_of(payload: bytes) -> int:
     return user_id
 
 
+def plain_user_ids(payloads: list[bytes]) -> list[int] | None:
+    """The users of many GetUserSegmentsRequests if each is spelled as protobuf itself writes it, and so is also the
+    ``encode_user_id`` of its answer. None: one of them is not; ``user_id_of`` reads it, or says what is wrong with it.
+
+    One after the other, such requests are a BatchGetUserSegmentsRequest in the spelling that is not packed. Whatever
+    else that could be read from, its users written anew must be these very bytes, call by call.
+    """
+    joined = b"".join(payloads)
+    if len(joined) > REQUEST_BYTES_MAX:
+        return None
+    try:
+        user_ids = list(pb.BatchGetUserSegmentsRequest.FromString(joined).user_ids)
+    except DecodeError:
+        return None
+    if len(user_ids) != len(payloads) or min(user_ids, default=0) <= 0:
+        return None
+    return user_ids if encode_user_ids(user_ids) == payloads else None
+
+
 def check_user_id(user_id: int, field: str = "user_id") -> None:
     """Raises ServiceError FIELD_REQUIRED (0, which protobuf cannot tell from absent) or FIELD_INVALID."""
     if not user_id:
@@ -129,21 +152,47 @@ def user_ids_of(payload: bytes) -> Sequence[int]:
     return list(user_ids)
 
 
-def encode_user_id(user_id: int, request: bytes = b"") -> bytes:
-    """``UserSegments.user_id``.
-
-    Args:
-        request: the GetUserSegmentsRequest that asked, whose only field is the same: as a rule, it can be copied.
-    """
-    # Tag and shortest form of the number leave no other way to write it in so many bytes.
-    if len(request) == 1 + (user_id.bit_length() + 6) // 7:
-        return request
+def encode_user_id(user_id: int) -> bytes:
+    """``UserSegments.user_id``, and as a rule the bytes of a GetUserSegmentsRequest, whose only field is the same."""
     return b"\x08" + varint(user_id)
+
+
+def encode_user_ids(user_ids: Iterable[int]) -> list[bytes]:
+    """``encode_user_id`` of each, in half the time."""
+    first, middle, last = _ID_SEVEN, _SEVEN, _LAST_SEVEN
+    return [
+        first[user_id & 0x7F] + middle[user_id >> 7 & 0x7F] + last[user_id >> 14]
+        if 1 << 14 <= user_id < 1 << 21
+        else first[user_id & 0x7F] + middle[user_id >> 7 & 0x7F] + middle[user_id >> 14 & 0x7F] + last[user_id >> 21]
+        if 1 << 21 <= user_id < 1 << 28
+        else encode_user_id(user_id)
+        for user_id in user_ids
+    ]
 
 
 def encode_user_segments(encoded_user_id: bytes, entry: Entry, encoded_slugs: Mapping[int, bytes]) -> bytes:
     """A UserSegments. Raises KeyError if the slug of one of the segments is not known yet."""
-    return b"".join((encoded_user_id, *map(encoded_slugs.__getitem__, entry[FIRST_SEGMENT:]), _times[entry[READ_TIME]]))
+    slugs = map(encoded_slugs.__getitem__, entry[FIRST_SEGMENT:])
+    return b"".join((encoded_user_id, *slugs, _times[entry[READ_TIME]]))
+
+
+def encode_all(
+    encoded_user_ids: Iterable[bytes], entries: Iterable[Entry | None], encoded_slugs: Mapping[int, bytes]
+) -> list[bytes | None]:
+    """``encode_user_segments`` for each, without a call of a function for each. None: no entry, or a slug of it is not
+    known yet."""
+    slug_of, times, join = encoded_slugs.__getitem__, _times, b"".join
+    answers: list[bytes | None] = []
+    for encoded_user_id, entry in zip(encoded_user_ids, entries, strict=True):
+        if entry is not None:
+            try:
+                answers.append(join((encoded_user_id, *map(slug_of, entry[FIRST_SEGMENT:]), times[entry[READ_TIME]])))
+            except KeyError:
+                pass  # a segment created since the map was filled
+            else:
+                continue
+        answers.append(None)
+    return answers
 
 
 def encode_result(user_segments: bytes) -> bytes:
@@ -154,23 +203,10 @@ def encode_result(user_segments: bytes) -> bytes:
 def encode_results(
     user_ids: Sequence[int], entries: Iterable[Entry | None], encoded_slugs: Mapping[int, bytes]
 ) -> list[bytes | None]:
-    """BatchGetUserSegmentsResponse.results of many users; None without an entry, or if a slug is not known yet.
-
-    The same as ``encode_result`` of ``encode_user_segments`` for each, without a call of a function for each.
-    """
-    slug_of, times, heads, join = encoded_slugs.__getitem__, _times, _result_heads, b"".join
-    results: list[bytes | None] = []
-    for user_id, entry in zip(user_ids, entries, strict=True):
-        if entry is None:
-            results.append(None)
-            continue
-        try:
-            answer = join((b"\x08", varint(user_id), *map(slug_of, entry[FIRST_SEGMENT:]), times[entry[READ_TIME]]))
-        except KeyError:
-            results.append(None)
-        else:
-            results.append(heads[len(answer)] + answer)
-    return results
+    """BatchGetUserSegmentsResponse.results of many users; None as in ``encode_all``."""
+    heads = _result_heads
+    answers = encode_all(encode_user_ids(user_ids), entries, encoded_slugs)
+    return [None if answer is None else heads[len(answer)] + answer for answer in answers]
 
 
 def encode_error_result(status: Status) -> bytes:

@@ -26,24 +26,53 @@ def test_answer_is_the_message(user_id: int, time_us: int, slugs: list[str]) -> 
     message.read_time.FromMicroseconds(time_us)
     expected = message.SerializeToString(deterministic=True)
     assert wire.encode_user_segments(wire.encode_user_id(user_id), entry, encoded) == expected
-    request = pb.GetUserSegmentsRequest(user_id=user_id).SerializeToString()
-    assert wire.encode_user_segments(wire.encode_user_id(user_id, request), entry, encoded) == expected
 
 
-@pytest.mark.parametrize(
-    "request_bytes",
-    [
-        b"\x08\x85\x00",
-        b"\x08\x85\x80\x00",
-        b"\x88\x00\x05",
-        b"\x08\x05\x12\x00",
-        b"\x12\x00\x08\x05",
-        b"\x08\x07\x08\x05",
-    ],
-)
-def test_odd_spelling_of_a_request_is_not_copied(request_bytes: bytes) -> None:
+@given(st.lists(ids))
+def test_plain_requests_are_read_together(user_ids: list[int]) -> None:
+    payloads = [pb.GetUserSegmentsRequest(user_id=user_id).SerializeToString() for user_id in user_ids]
+    assert wire.plain_user_ids(payloads) == (user_ids or None)
+    assert wire.encode_user_ids(user_ids) == payloads
+
+
+ODD_SPELLINGS = [
+    b"\x08\x85\x00",
+    b"\x08\x85\x80\x00",
+    b"\x88\x00\x05",
+    b"\x08\x05\x12\x00",
+    b"\x12\x00\x08\x05",
+    b"\x08\x07\x08\x05",
+]
+
+
+@pytest.mark.parametrize("request_bytes", ODD_SPELLINGS)
+def test_odd_spelling_of_a_request_is_read_by_itself(request_bytes: bytes) -> None:
     assert wire.user_id_of(request_bytes) == 5
-    assert wire.encode_user_id(5, request_bytes) == b"\x08\x05"
+    assert wire.plain_user_ids([b"\x08\x09", request_bytes, b"\x08\x09"]) is None
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([*ODD_SPELLINGS, b"", b"\x08", b"\x08\x00", b"\x08\xff", b"\x0a\x02\x05\x06", b"\x0a\x00"]),
+            st.binary(max_size=12),
+            st.builds(lambda rest: b"\x08" + rest, st.binary(max_size=11)),
+            st.builds(lambda groups: b"\x08" + bytes(n | 0x80 for n in groups), st.binary(max_size=10)),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_no_request_changes_what_its_neighbours_say(payloads: list[bytes]) -> None:
+    """Whatever strangers send: what is read together is what each says by itself."""
+    user_ids = wire.plain_user_ids(payloads)
+    if user_ids is not None:
+        assert user_ids == [wire.user_id_of(payload) for payload in payloads]
+
+
+def test_many_bytes_are_not_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(wire, "pb")
+    assert wire.plain_user_ids([b"\x08\x01" * 20_000] * 2) is None
 
 
 def test_times_are_remembered_within_bounds() -> None:

@@ -160,6 +160,33 @@ def test_large_batches_side_by_side(world: World, start: Start) -> None:
         assert all(threads.map(ask, [1, 1001, 2001, 501, 1501, 1]))
 
 
+def test_single_reads_among_batches(world: World, start: Start) -> None:
+    """While batches keep coming, calls for one user have their turn, and each call gets its own answer."""
+    users = world.add_users(400)
+    world.add_segment("thirds", [user for user in users if user % 3 == 0])
+    world.fill(*users)
+    lane = start(world)
+    stop = threading.Event()
+
+    def batches(first: int) -> int:
+        asked = 0
+        while not stop.is_set():
+            size = 1 + asked % 7 * 50
+            results = lane.batch(range(first, first + size), timeout_s=30).results
+            assert [result.user_segments.user_id for result in results] == list(range(first, first + size))
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(4) as threads:
+        running = [threads.submit(batches, first) for first in (1, 20, 40, 60)]
+        try:
+            for user in users[:200]:
+                assert lane.segments(user, timeout_s=30) == (["thirds"] if user % 3 == 0 else [])
+        finally:
+            stop.set()
+        assert all(batch.result() for batch in running)
+
+
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -189,14 +216,17 @@ def test_bytes_that_are_no_request_are_refused(lane: Lane, method: str) -> None:
     assert lane.segments(5) == ["beta"]
 
 
-def test_fault_of_ours_costs_the_calls_of_its_batch_and_no_more(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(user_ids: object) -> None:
+@pytest.mark.parametrize("method", ["lookup", "lookups"])
+def test_fault_of_ours_costs_the_calls_of_its_batch_and_no_more(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def fail(users: object) -> None:
         raise RuntimeError("a secret")
 
     with monkeypatch.context() as patched:
-        patched.setattr(lane.reads.entries, "lookup", fail)
+        patched.setattr(lane.reads.entries, method, fail)
         with pytest.raises(RefusedError) as refused:
-            lane.segments(4)
+            lane.segments(4) if method == "lookup" else lane.batch([4])
     assert (refused.value.code, refused.value.reason) == (code_pb2.INTERNAL, "INTERNAL")
     assert "secret" not in refused.value.message
     assert lane.segments(5) == ["beta"]
