@@ -135,6 +135,8 @@ def vote_refused(scene: Scene) -> None:
     first = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
     gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
     scene.call()
+    # A creation's shards are all one process's: frozen amid another one's PREPARE, it would hold that shard's lock.
+    _others_voted(scene, first)
     late = scene.caught(first)
     stop = scene.failpoint("vote-refused", f"shard={scene.shard}")
     with scene.frozen(late):
