@@ -15,7 +15,7 @@ from benchmarks import rows
 from benchmarks.harness import Curve, Result, Sample, benchmark, cpu_of, measure_pair, ratio_at_least
 from benchmarks.seed import Shape
 from benchmarks.world import World
-from segsvc.bootstrap import WARM_TIMEOUT_S, make_cache
+from segsvc.bootstrap import WARM_REST, WARM_TIMEOUT_S, make_cache
 from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.domain.membership import FIRST_SEGMENT
@@ -40,7 +40,7 @@ def warm(world: World) -> Iterator[Result | Curve]:
         engine.dispose()
         servers = {"postgres": world.postgres.pid or 0, "cache": world.cache.pid or 0}
         databases = Databases(settings, "benchmark")
-        cache = make_cache(settings, timeout_s=WARM_TIMEOUT_S)
+        cache = make_cache(settings, timeout_s=WARM_TIMEOUT_S, rest=WARM_REST)
         client = redis.Redis.from_url(settings.cache_url)
         memberships = PostgresMemberships(databases)
         warmer = Warmer(
