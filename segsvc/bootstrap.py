@@ -85,8 +85,8 @@ WARM_TIMEOUT_S = 5.0
 """Bound of one wait for the cache while warming: nobody waits for it, and its exchanges are large. Half a lease."""
 
 
-WARM_REST = 2.0
-"""The warmer keeps the cache's server busy a third of the time at most. A server that never idles waits for its turn on the
+WARM_REST = 1.0
+"""The warmer keeps the cache's server busy half the time at most. A server that never idles waits for its turn on the
 processor like everything else that computes, and each read that misses meanwhile waits for it three times over."""
 
 

@@ -27,8 +27,8 @@ from segsvc.log import get_logger
 
 log = get_logger(__name__)
 
-KEYS_PER_CALL: Final = 256
-"""Keys a script call touches at most: a call keeps the server from answering reads, here for about 0.3 ms."""
+KEYS_PER_CALL: Final = 128
+"""Keys a script call touches at most: a call keeps the server from answering reads, here for about 0.5 ms."""
 
 _TTL_JITTER: Final = 0.1
 """Entries filled together end spread over the last tenth of their life, not all at once."""
