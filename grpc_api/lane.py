@@ -47,6 +47,9 @@ CALLS_MAX: Final = 256
 USERS_PER_LOOKUP: Final = 256
 """Users asked for in one command. Calls with 1000 users each are cut up: the cache's server, which does one thing at a
 time, is never kept busy for long, and works on one piece while the lane encodes the one before."""
+USERS_PER_TURN: Final = 2048
+"""Users of batches served before the lane looks for calls again. Single reads that come meanwhile wait for them, a
+hundredth of a second, and not for all batches there are."""
 COUNTS_EVERY_S: Final = 5.0
 """How often the reads counted per block go to the cache, for the warmer."""
 HOUSEKEEPING_S: Final = 0.1
@@ -151,25 +154,29 @@ class HotLane:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        batches: deque[Batch] = deque()  # those that wait for their turn
         while True:
-            calls: Sequence[Call] | None = ()
+            serving: Sequence[Call] = ()
             try:
-                calls = self._calls.take(CALLS_MAX)
-                if calls is None:
+                calls = self._calls.take(CALLS_MAX, wait=not batches)
+                if calls is None and not batches:
                     return
-                self._serve(calls)
+                serving = calls or ()
+                singles = [call for call in serving if not call.batch]
+                if len(singles) < len(serving):
+                    batches.extend(self._read_batches(serving))
+                serving = singles
+                if singles:
+                    self._serve_singles(singles)
+                turn = _take_turn(batches)
+                serving = [batch.call for batch in turn]
+                if turn:
+                    self._serve_batches(turn)
             except Exception:
                 # The lane must live. Calls that have their answer already take no second one.
-                log.exception("lane_failed", request_ids=[call.request_id for call in calls or ()])
-                for call in calls or ():
+                log.exception("lane_failed", request_ids=[call.request_id for call in serving])
+                for call in serving:
                     call.fail(_internal())
-
-    def _serve(self, calls: Sequence[Call]) -> None:
-        singles = [call for call in calls if not call.batch]
-        if singles:
-            self._serve_singles(singles)
-        if len(singles) < len(calls):
-            self._serve_batches([call for call in calls if call.batch])
 
     def _serve_singles(self, calls: Sequence[Call]) -> None:
         # Lists side by side, and no object for a call that hits: at tens of thousands of calls a second the lane is
@@ -202,14 +209,19 @@ class HotLane:
                 call.fail(error)
         return read, user_ids
 
-    def _serve_batches(self, calls: Sequence[Call]) -> None:
-        """Each call is answered as soon as the last piece with a user of it has come."""
+    def _read_batches(self, calls: Sequence[Call]) -> list[Batch]:
+        """The batches among them whose requests are right. The others are refused."""
         batches: list[Batch] = []
         for call in calls:
-            try:
-                batches.append(Batch(call, self._slugs))
-            except ServiceError as error:
-                call.fail(error)
+            if call.batch:
+                try:
+                    batches.append(Batch(call, self._slugs))
+                except ServiceError as error:
+                    call.fail(error)
+        return batches
+
+    def _serve_batches(self, batches: Sequence[Batch]) -> None:
+        """Each call is answered as soon as the last piece with a user of it has come."""
         waiting = deque(batches)
         entries: list[Entry | None] = []
         for piece in self._lookups([user_id for batch in batches for user_id in batch.user_ids]):
@@ -307,6 +319,16 @@ class HotLane:
                 self._counts.add_reads(shard, counts)
         except ServiceError:
             log.info("read_counts_lost", blocks=len(reads))  # a hint for the warmer, no more
+
+
+def _take_turn(batches: deque[Batch]) -> list[Batch]:
+    """Take the first batches out, as many as have their turn at once."""
+    turn: list[Batch] = []
+    users = 0
+    while batches and users < USERS_PER_TURN:
+        turn.append(batches.popleft())
+        users += len(turn[-1].user_ids)
+    return turn
 
 
 def _internal() -> ServiceError:

@@ -36,6 +36,7 @@ class Batch:
     Users who cannot exist have their result from the start.
 
     Attributes:
+        call: what is answered.
         user_ids: those to be read. A place is an index into it.
         deadline: of the call.
 
@@ -43,10 +44,10 @@ class Batch:
         ServiceError: the request is refused as a whole.
     """
 
-    __slots__ = ("_call", "_indexes", "_left", "_lock", "_results", "_slugs", "deadline", "user_ids")
+    __slots__ = ("_indexes", "_left", "_lock", "_results", "_slugs", "call", "deadline", "user_ids")
 
     def __init__(self, call: Call, slugs: Mapping[int, bytes]) -> None:
-        self._call = call
+        self.call = call
         self._slugs = slugs
         self._lock = threading.Lock()
         self.deadline = call.deadline
@@ -71,7 +72,7 @@ class Batch:
         """Take in what the cache has of all users. Returns the places that are still to be read."""
         results = wire.encode_results(self.user_ids, entries, self._slugs)
         if None not in results and len(results) == len(self._results):
-            self._call.answer(b"".join(results))  # type: ignore[arg-type]  # nothing is missing, and nothing else is to come
+            self.call.answer(b"".join(results))  # type: ignore[arg-type]  # nothing is missing, and nothing else is to come
             return []
         found = {index: result for index, result in zip(self._indexes, results, strict=True) if result is not None}
         self._put(found)
@@ -95,7 +96,7 @@ class Batch:
             self._left -= len(results)
             complete = not self._left
         if complete:
-            self._call.answer(b"".join(self._results))
+            self.call.answer(b"".join(self._results))
 
 
 class BatchPlace:

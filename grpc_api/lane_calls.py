@@ -53,8 +53,8 @@ class Call(Protocol):
 class Calls(Protocol):
     """Where calls come from."""
 
-    def take(self, calls_max: int) -> Sequence[Call] | None:
-        """Wait for calls, and take those that wait. None: there will be no more."""
+    def take(self, calls_max: int, *, wait: bool) -> Sequence[Call] | None:
+        """Take the calls that wait; if there are none, wait for some, or take none. None: there will be no more."""
 
     def close(self) -> None:
         """Let ``take`` give None, after the calls that have come."""
@@ -116,9 +116,9 @@ class NativeCalls:
         # Sixteen digits, for ever: written in half the time of a number padded with zeros.
         self._made = itertools.count(10**15)
 
-    def take(self, calls_max: int) -> list[Call] | None:
+    def take(self, calls_max: int, *, wait: bool) -> list[Call] | None:
         front, ids, made = self._front, self._ids, self._made
-        events = front.recv_batch_details(calls_max)
+        events = front.recv_batch_details(calls_max, None if wait else 0)
         if events is None:
             return None
         now = time.monotonic()
@@ -202,19 +202,16 @@ class QueuedCalls:
         self._queue.put(call)
         return call.future
 
-    def take(self, calls_max: int) -> list[Call] | None:
-        first = self._queue.get()
-        if first is None:
-            return None
-        calls: list[Call] = [first]
+    def take(self, calls_max: int, *, wait: bool) -> list[Call] | None:
+        calls: list[Call] = []
         while len(calls) < calls_max:
             try:
-                call = self._queue.get_nowait()
+                call = self._queue.get(block=wait and not calls)
             except queue.Empty:
                 break
             if call is None:
                 self._queue.put(None)  # for the next time
-                break
+                return calls or None
             calls.append(call)
         return calls
 
