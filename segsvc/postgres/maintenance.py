@@ -1,19 +1,46 @@
-"""Statements of ``services.maintenance``."""
+"""Statements of ``segsvc.services.maintenance``.
+
+Nobody waits for upkeep, so it waits for nobody: a row that somebody has locked is left to the next round. So it can
+have no part in a deadlock either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
+from functools import partial
+from typing import Final
 
 import sqlalchemy as sa
 
 from segsvc.domain.segment import SegmentState
 from segsvc.postgres import tables
+from segsvc.postgres.copying import bigint_array
 from segsvc.postgres.engine import Databases
+
+ROWS_AT_ONCE: Final = 10_000
+"""Rows that one transaction forgets: however many there are, each is short, and locks few."""
+
+_OVERRIDES_KEPT_S: Final = 3600
+"""Expired overrides have no effect already, for reads compare the time themselves: they go when nobody is near."""
 
 
 def _older_than(column: sa.ColumnElement[datetime], ttl_s: int) -> sa.ColumnElement[bool]:
     return column < sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, ttl_s)
+
+
+def _forget(
+    begin: Callable[[], AbstractContextManager[sa.Connection]], table: sa.Table, old: sa.ColumnElement[bool]
+) -> None:
+    """Delete the rows of a table that are old and that nobody has locked, some in each transaction."""
+    key = list(table.primary_key.columns)
+    some = sa.select(*key).where(old).limit(ROWS_AT_ONCE).with_for_update(skip_locked=True).cte("some")
+    statement = sa.delete(table).where(*(column == some.c[column.name] for column in key))
+    forgotten = ROWS_AT_ONCE
+    while forgotten == ROWS_AT_ONCE:
+        with begin() as connection:
+            forgotten = connection.execute(statement).rowcount
 
 
 class PostgresMaintainedShards:
@@ -42,15 +69,13 @@ class PostgresMaintainedShards:
 
     def forget(self, shard: int, *, request_ttl_s: int, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
         """Drop what no message or reader can ask for any more."""
-        with self._databases.shard_tx(shard) as connection:
-            for table, age in (
-                (tables.deleted_users, _older_than(tables.deleted_users.c.delete_time, tombstone_ttl_s)),
-                (tables.user_requests, _older_than(tables.user_requests.c.create_time, request_ttl_s)),
-                (tables.applied_operations, _older_than(tables.applied_operations.c.apply_time, fence_ttl_s)),
-                # Expired overrides have no effect already: reads compare the time themselves.
-                (tables.overrides, _older_than(tables.overrides.c.expire_time, 3600)),
-            ):
-                connection.execute(sa.delete(table).where(age))
+        for table, old in (
+            (tables.deleted_users, _older_than(tables.deleted_users.c.delete_time, tombstone_ttl_s)),
+            (tables.user_requests, _older_than(tables.user_requests.c.create_time, request_ttl_s)),
+            (tables.applied_operations, _older_than(tables.applied_operations.c.apply_time, fence_ttl_s)),
+            (tables.overrides, _older_than(tables.overrides.c.expire_time, _OVERRIDES_KEPT_S)),
+        ):
+            _forget(partial(self._databases.shard_tx, shard), table, old)
 
 
 class PostgresMaintainedCatalog:
@@ -77,21 +102,31 @@ class PostgresMaintainedCatalog:
             )
 
     def put_member_counts(self, counts: Mapping[int, int], counted_after: datetime) -> None:
-        """Store counts of live segments unless an operation has stored a newer one. Changes no etag: the count is
-        no part of what a caller edits."""
+        """Store counts of live segments, but not over an operation's own.
+
+        An operation stores its count when it is decided, and its shards change after that. So a count that was made
+        before its end may be one of before, or half of each. Changes no etag: the count is no part of what a caller
+        edits.
+        """
         if not counts:
             return
         with self._databases.catalog_tx() as connection:
             connection.execute(
                 sa.text(
-                    "UPDATE segments SET member_count = counted.members, member_count_time = :counted_after "
-                    "FROM unnest(CAST(:ids AS bigint[]), CAST(:members AS bigint[])) AS counted(id, members) "
-                    "WHERE segments.id = counted.id AND segments.state = :active "
-                    "AND (member_count_time IS NULL OR member_count_time < :counted_after)"
+                    "WITH counted AS ("
+                    "  SELECT * FROM unnest(CAST(:ids AS bigint[]), CAST(:members AS bigint[])) AS c(id, members)"
+                    "), free AS ("
+                    "  SELECT s.id FROM segments s JOIN counted USING (id)"
+                    "  LEFT JOIN operations last ON last.id = s.last_operation"
+                    "  WHERE s.state = :active AND (last.id IS NULL OR last.end_time < :counted_after)"
+                    "  AND (s.member_count_time IS NULL OR s.member_count_time < :counted_after)"
+                    "  FOR UPDATE OF s SKIP LOCKED"
+                    ") UPDATE segments SET member_count = counted.members, member_count_time = :counted_after "
+                    "FROM free JOIN counted USING (id) WHERE segments.id = free.id"
                 ),
                 {
-                    "ids": list(counts),
-                    "members": list(counts.values()),
+                    "ids": bigint_array(counts),
+                    "members": bigint_array(counts.values()),
                     "counted_after": counted_after,
                     "active": int(SegmentState.ACTIVE),
                 },
@@ -99,7 +134,4 @@ class PostgresMaintainedCatalog:
 
     def forget(self, *, request_ttl_s: int) -> None:
         """Drop old answers; operations themselves are the history and stay."""
-        with self._databases.catalog_tx() as connection:
-            connection.execute(
-                sa.delete(tables.requests).where(_older_than(tables.requests.c.create_time, request_ttl_s))
-            )
+        _forget(self._databases.catalog_tx, tables.requests, _older_than(tables.requests.c.create_time, request_ttl_s))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Protocol
 
-from segsvc.domain.errors import ServiceError
+from segsvc.domain.errors import LockTimeout, ServiceError
 from segsvc.log import get_logger
 
 log = get_logger(__name__)
 
 
 class MaintainedShards(Protocol):
-    """Both raise SHARD_UNAVAILABLE."""
+    """Both raise SHARD_UNAVAILABLE, LockTimeout (a migration holds a table)."""
 
     def member_counts(self, shard: int) -> Mapping[int, int]:
         """Members of each segment on this shard by segment id, overrides laid over."""
@@ -31,7 +32,8 @@ class MaintainedCatalog(Protocol):
         """Remember that recovery has looked at everything just now."""
 
     def put_member_counts(self, counts: Mapping[int, int], counted_after: datetime) -> None:
-        """Store counts of segments whose stored count is older than ``counted_after``."""
+        """Store counts of segments that have no newer one, and that no operation was changing since ``counted_after``;
+        one that is locked is left out."""
 
     def forget(self, *, request_ttl_s: int) -> None:
         """Drop answers kept for request ids whose time is over."""
@@ -56,20 +58,25 @@ class MaintenanceService:
         self._fence_ttl_s = fence_ttl_s
 
     def run(self) -> None:
-        """One round of everything; what cannot be reached is left to the next round."""
-        for step in (self._count_members, self._forget):
-            try:
-                step()
-            except ServiceError as error:
-                log.warning("maintenance_incomplete", step=step.__name__.strip("_"), reason=error.reason.text)
+        """One round of everything; what cannot be done now is left to the next round, and keeps nothing else back."""
+        self._try("counting members", self._count_members)
+        self._try("forgetting in the catalog", lambda: self._catalog.forget(request_ttl_s=self._request_id_ttl_s))
+        for shard in self._shard_numbers:
+            self._try(f"forgetting on shard {shard}", partial(self._forget, shard))
+
+    def _try(self, what: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except (ServiceError, LockTimeout) as error:
+            reason = error.reason.text if isinstance(error, ServiceError) else "LOCK_TIMEOUT"
+            log.warning("maintenance_incomplete", what=what, reason=reason)
 
     def note_recovery(self) -> None:
         """Called when recovery has looked at everything: ``segsvc doctor`` sees by it whether beat lives."""
         self._catalog.note_recovery()
 
     def _count_members(self) -> None:
-        # The time is taken before the first shard is read: a count that an operation stores meanwhile is newer and
-        # stays.
+        # The time is taken before the first shard is read: whatever an operation has done since then is newer.
         counted_after = self._catalog.now()
         totals: dict[int, int] = {}
         for shard in self._shard_numbers:
@@ -77,12 +84,10 @@ class MaintenanceService:
                 totals[segment_id] = totals.get(segment_id, 0) + count
         self._catalog.put_member_counts(totals, counted_after)
 
-    def _forget(self) -> None:
-        self._catalog.forget(request_ttl_s=self._request_id_ttl_s)
-        for shard in self._shard_numbers:
-            self._shards.forget(
-                shard,
-                request_ttl_s=self._request_id_ttl_s,
-                tombstone_ttl_s=self._tombstone_ttl_s,
-                fence_ttl_s=self._fence_ttl_s,
-            )
+    def _forget(self, shard: int) -> None:
+        self._shards.forget(
+            shard,
+            request_ttl_s=self._request_id_ttl_s,
+            tombstone_ttl_s=self._tombstone_ttl_s,
+            fence_ttl_s=self._fence_ttl_s,
+        )
