@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from psycopg2 import sql
 
 from segsvc.domain.operation import Failure, OperationPlan, OperationState
+from segsvc.domain.override import Effect
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import (
@@ -29,8 +30,6 @@ from segsvc.postgres import segment_rows, tables
 from segsvc.postgres.condition_statements import slots_where
 from segsvc.postgres.copying import copy_rows
 from segsvc.postgres.engine import Databases, translated
-
-_INCLUDE = 1
 
 
 class PostgresAuditReads:
@@ -213,7 +212,7 @@ class PostgresShardSnapshot:
             effects=">i2",
         )
         return OverrideColumns(
-            rows["slots"].astype(np.int64), rows["segment_ids"].astype(np.int64), rows["effects"] == _INCLUDE
+            rows["slots"].astype(np.int64), rows["segment_ids"].astype(np.int64), rows["effects"] == Effect.INCLUDE
         )
 
     def condition_slots(self, condition: str, first: int, count: int) -> Int64s:

@@ -16,6 +16,7 @@ from psycopg2 import sql
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from segsvc.domain import bits
+from segsvc.domain.override import Effect
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
@@ -24,8 +25,7 @@ from segsvc.postgres.condition_statements import slots_where
 from segsvc.postgres.copying import append_rows, copy_rows
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import SHARD_LOCK
-
-INCLUDE, EXCLUDE = 1, 2
+from segsvc.postgres.override_terms import holds_now
 
 _BLOCKS_LISTED_MAX: Final = 64
 """Up to so many blocks, deleting those that are listed takes no longer than deleting a range."""
@@ -46,10 +46,7 @@ _SELECT_SEGMENT: Final = sa.select(
 _SELECT_OVERRIDDEN: Final = (
     sa.select(tables.users.c.slot, tables.overrides.c.effect)
     .join_from(tables.overrides, tables.users, tables.users.c.id == tables.overrides.c.user_id)
-    .where(
-        tables.overrides.c.segment_id == sa.bindparam("segment_id"),
-        sa.or_(tables.overrides.c.expire_time.is_(None), tables.overrides.c.expire_time > sa.func.now()),
-    )
+    .where(tables.overrides.c.segment_id == sa.bindparam("segment_id"), holds_now())
 )
 _PUT_RULE: Final = sa.update(tables.shard_segments).where(tables.shard_segments.c.id == sa.bindparam("segment_id"))
 _DELETE_RANGE: Final = sa.delete(tables.memberships).where(
@@ -100,10 +97,10 @@ class PostgresShardTransaction:
         """Slots with an override of this segment that holds now, by the shard's clock."""
         rows = self._connection.execute(_SELECT_OVERRIDDEN, {"segment_id": segment_id}).all()
 
-        def slots(effect: int) -> npt.NDArray[np.int64]:
+        def slots(effect: Effect) -> npt.NDArray[np.int64]:
             return np.array([row.slot for row in rows if row.effect == effect], dtype=np.int64)
 
-        return bits.OverriddenSlots(slots(INCLUDE), slots(EXCLUDE))
+        return bits.OverriddenSlots(slots(Effect.INCLUDE), slots(Effect.EXCLUDE))
 
     def directory(self, first_block: int, blocks: int) -> bits.UserIds:
         """User ids of a range of blocks; 0 where a slot has no user."""

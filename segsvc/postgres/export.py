@@ -14,12 +14,12 @@ import numpy.typing as npt
 import sqlalchemy as sa
 
 from segsvc.domain import bits
+from segsvc.domain.override import Effect
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.statistics import MemberPage
 from segsvc.postgres import tables
-from segsvc.postgres.blocks import INCLUDE
 from segsvc.postgres.engine import Databases
-from segsvc.postgres.statistics import holds_now
+from segsvc.postgres.override_terms import holds_now
 
 WINDOW_BLOCKS = 256
 WINDOW_OVERRIDES = 10_000
@@ -91,14 +91,18 @@ class PostgresMemberReader:
     def members(
         self, shard: int, segment_id: int, after_slot: int, limit: int, *, timeout_s: float | None
     ) -> MemberPage:
-        """The next members of a shard, at most ``limit``, after a slot.
+        """The next members of a shard, at most ``limit``, after a slot; all of one moment.
 
         Raises:
             ServiceError: SHARD_UNAVAILABLE, DEADLINE_EXCEEDED.
         """
         user_ids: list[int] = []
         exhausted = False
-        with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
+        # Bits, overrides and directory of one moment. Between two, a user may become a member by the one while ceasing
+        # to be one by the other: never out, and in neither.
+        with self._databases.shard_snapshot(shard, timeout_s=timeout_s) as connection:
+            if not select_known(connection, segment_id):
+                return MemberPage(known=False, user_ids=[], last_slot=after_slot, exhausted=True)
             while not exhausted and len(user_ids) < limit:
                 window = _read_window(connection, segment_id, after_slot)
                 slots = _first_blocks(window.slots[: limit - len(user_ids)])
@@ -107,9 +111,7 @@ class PostgresMemberReader:
                     after_slot = int(slots[-1])
                 else:
                     after_slot, exhausted = window.end, window.end == _NO_END
-            # Asked last: the segment was there all the time, so what was read before is not half of a deletion.
-            known = select_known(connection, segment_id)
-        return MemberPage(known, user_ids if known else [], after_slot, exhausted or not known)
+        return MemberPage(known=True, user_ids=user_ids, last_slot=after_slot, exhausted=exhausted)
 
 
 def _read_window(connection: sa.Connection, segment_id: int, after_slot: int) -> _Window:
@@ -121,8 +123,8 @@ def _read_window(connection: sa.Connection, segment_id: int, after_slot: int) ->
     row, bit = np.nonzero(bits.unpack(packed))
     by_rule = blocks[row] * BLOCK_SLOTS + bit
     by_rule = by_rule[(by_rule > after_slot) & (by_rule <= end)]
-    included = np.array([slot for slot, effect in overrides if effect == INCLUDE], dtype=np.int64)
-    excluded = np.array([slot for slot, effect in overrides if effect != INCLUDE], dtype=np.int64)
+    included = np.array([slot for slot, effect in overrides if effect == Effect.INCLUDE], dtype=np.int64)
+    excluded = np.array([slot for slot, effect in overrides if effect != Effect.INCLUDE], dtype=np.int64)
     # Both are sorted and without repetitions: a segment overrides a user once.
     return _Window(np.setdiff1d(np.union1d(by_rule, included), excluded, assume_unique=True), end)
 
@@ -134,7 +136,7 @@ def _first_blocks(slots: Slots) -> Slots:
 
 
 def _users_at(connection: sa.Connection, slots: Slots) -> list[int]:
-    """The users at these slots, in their order; a slot whose user was deleted since its bit was read is left out."""
+    """The users at these slots, in their order; a slot without a user is left out."""
     if not slots.size:
         return []
     blocks = np.unique(slots // BLOCK_SLOTS)

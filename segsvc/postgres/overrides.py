@@ -24,8 +24,8 @@ from segsvc.domain.sharding import BLOCK_SLOTS, shard_of
 from segsvc.postgres import tables
 from segsvc.postgres.blocks import PostgresShardTransaction
 from segsvc.postgres.engine import Databases
+from segsvc.postgres.override_terms import holds_now
 from segsvc.postgres.reads import select_users
-from segsvc.postgres.statistics import holds_now
 from segsvc.postgres.user_bits import int_array
 from segsvc.postgres.users import lock_shared
 

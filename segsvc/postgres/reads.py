@@ -19,14 +19,15 @@ from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, aggregate_order_by
 
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, LoadedUser, UserBlock
+from segsvc.domain.override import Effect
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import WARM_LOCK
+from segsvc.postgres.override_terms import holds_now
 
 T = TypeVar("T")
 
-_INCLUDE, _EXCLUDE = 1, 2
 _BIT_LENGTH = BLOCK_SLOTS.bit_length() - 1
 
 _users = tables.users.c
@@ -41,9 +42,6 @@ def _microseconds(time: sa.ColumnElement[Any]) -> sa.ColumnElement[int]:
 
 
 _READ_TIME = _microseconds(sa.func.statement_timestamp()).label("read_time_us")
-_UNEXPIRED = sa.or_(_overrides.expire_time.is_(None), _overrides.expire_time > sa.func.statement_timestamp())
-
-
 _USER_IDS: sa.ColumnElement[Any] = sa.literal_column("$1", ARRAY(sa.BigInteger))
 _BLOCKS = sa.bindparam("blocks", type_=ARRAY(sa.BigInteger))
 
@@ -70,11 +68,11 @@ def _users_statement() -> sa.Select[Any]:
     segment_ids = sa.func.array_agg(_overrides.segment_id)
     overridden = (
         sa.select(
-            segment_ids.filter(_overrides.effect == _INCLUDE).label("included"),
-            segment_ids.filter(_overrides.effect == _EXCLUDE).label("excluded"),
+            segment_ids.filter(_overrides.effect == Effect.INCLUDE).label("included"),
+            segment_ids.filter(_overrides.effect == Effect.EXCLUDE).label("excluded"),
             _microseconds(sa.func.min(_overrides.expire_time)).label("valid_until_us"),
         )
-        .where(_overrides.user_id == _users.id, _UNEXPIRED)
+        .where(_overrides.user_id == _users.id, holds_now())
         .lateral("overridden")
     )
     return (
@@ -101,11 +99,11 @@ def _blocks_statement() -> sa.Select[Any]:
     version_and_bit = _users.row_version.bitwise_lshift(_BIT_LENGTH).bitwise_or(bit)
     versions = sa.select(_packed_int64s(version_and_bit)).where(in_block).scalar_subquery()
     until_us = sa.func.coalesce(_microseconds(_overrides.expire_time), NEVER_US)
-    included = sa.cast(sa.case((_overrides.effect == _INCLUDE, 1), else_=0), sa.BigInteger)
+    included = sa.cast(sa.case((_overrides.effect == Effect.INCLUDE, 1), else_=0), sa.BigInteger)
     overrides = (
         sa.select(_packed_int64s(bit, _overrides.segment_id, included, until_us))
         .select_from(tables.overrides.join(tables.users, _overrides.user_id == _users.id))
-        .where(in_block, _UNEXPIRED)
+        .where(in_block, holds_now())
         .scalar_subquery()
     )
     by_rule = (

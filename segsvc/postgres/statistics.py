@@ -7,18 +7,13 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from segsvc.domain.override import Effect
 from segsvc.domain.sharding import BLOCK_SLOTS, shard_of
 from segsvc.domain.statistics import ShardStatistics
 from segsvc.domain.user import User
 from segsvc.postgres import tables
-from segsvc.postgres.blocks import EXCLUDE, INCLUDE
 from segsvc.postgres.engine import Databases
-
-
-def holds_now() -> sa.ColumnElement[bool]:
-    """Whether an override has not expired, by the shard's clock."""
-    expire_time = tables.overrides.c.expire_time
-    return sa.or_(expire_time.is_(None), expire_time > sa.func.now())
+from segsvc.postgres.override_terms import holds_now
 
 
 def _override_effects() -> sa.Subquery:
@@ -27,8 +22,8 @@ def _override_effects() -> sa.Subquery:
     by_rule = sa.func.coalesce(sa.func.get_bit(memberships.bits, users.slot % BLOCK_SLOTS) == 1, sa.false())
     return (
         sa.select(
-            sa.func.count().filter(overrides.effect == INCLUDE, sa.not_(by_rule)).label("included"),
-            sa.func.count().filter(overrides.effect == EXCLUDE, by_rule).label("excluded"),
+            sa.func.count().filter(overrides.effect == Effect.INCLUDE, sa.not_(by_rule)).label("included"),
+            sa.func.count().filter(overrides.effect == Effect.EXCLUDE, by_rule).label("excluded"),
         )
         .select_from(tables.overrides)
         .join(tables.users, users.id == overrides.user_id)

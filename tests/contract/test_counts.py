@@ -167,7 +167,8 @@ def test_a_resume_token_belongs_to_its_segment(front: FrontUnderTest, population
         assert list(refusal.violations) == ["resume_token"]
 
 
-def test_a_segment_that_is_deleted_while_it_is_exported(front: FrontUnderTest, population: set[int]) -> None:
+def test_a_segment_that_is_deleted_while_a_batch_is_read(front: FrontUnderTest, population: set[int]) -> None:
+    """The batch is of one moment, at which the segment was there."""
     slug = front.create().slug
     roll_out(front, slug, 100)
     with front.installation.databases.shards[3].begin() as connection:
@@ -178,6 +179,7 @@ def test_a_segment_that_is_deleted_while_it_is_exported(front: FrontUnderTest, p
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'directory'::regclass"
         eventually(lambda: connection.exec_driver_sql(waiting).scalar_one() == 1)
         front.segments.DeleteSegment(pb.DeleteSegmentRequest(slug=slug), timeout=10)
-    refusal = refused(lambda: list(stream))
+    assert sorted(user_id for batch in [*seen, *stream] for user_id in batch.user_ids) == sorted(population)
+    token = seen[0].resume_token
+    refusal = refused(lambda: list(export(front, slug, token)))
     assert (refusal.code, refusal.reason) == (StatusCode.NOT_FOUND, "SEGMENT_NOT_FOUND")
-    assert sum(len(batch.user_ids) for batch in seen) == sum(user_id % 4 != 3 for user_id in population)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
@@ -13,6 +15,7 @@ from segsvc.domain.operation import RequestKey
 from segsvc.domain.override import Effect, OverrideChanges, WantedOverride
 from segsvc.failpoints import FailpointError
 from segsvc.postgres import overrides
+from segsvc.postgres.blocks import lock_exclusive
 from segsvc.postgres.catalog import PostgresSegmentCatalog
 from segsvc.postgres.overrides import PostgresOverrideStore
 from segsvc.services.overrides import OverrideService
@@ -122,6 +125,25 @@ def test_without_the_cache_nothing_changes(own_world: World) -> None:
 
     eventually(changes)  # the client looks for the server again a few times a second
     assert on_the_shard(own_world) == set()
+
+
+def test_an_override_that_ends_while_its_user_is_waited_for_is_not_answered(world: World, alpha: int) -> None:
+    beta = world.add_segment("beta")
+    soon = datetime.now(UTC) + timedelta(seconds=1.5)
+    service(world, FailsAt()).modify(
+        USER, OverrideChanges((WantedOverride("beta", Effect.INCLUDE, soon),), ()), REQUEST
+    )
+    assert on_the_shard(world) == {alpha, beta}
+    waits = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with ThreadPoolExecutor(1) as thread, world.databases.shards[SHARD].begin() as operation:
+        lock_exclusive(operation)
+        answer = thread.submit(service(world, FailsAt()).modify, USER, EXCLUDE_ALPHA, None)
+        eventually(lambda: world.installation.execute(SHARD, waits))
+        eventually(lambda: on_the_shard(world) == {alpha})
+        operation.rollback()
+        changed = answer.result(10)
+    assert list(changed.slugs) == []
+    assert [own.slug for own in changed.overrides] == ["alpha"]
 
 
 class Stuck(FailsAt):
