@@ -58,6 +58,7 @@ MESSAGE_BYTES_MAX = 4 << 20
 METADATA_BYTES_MAX = 16 << 10
 BLOCKING_THREADS, BLOCKING_WAITING_MAX = 16, 1024
 CREATION_THREADS, CREATION_WAITING_MAX = 64, 256
+PREVIEW_THREADS, PREVIEW_WAITING_MAX = 4, 64
 
 _log = get_logger(__name__)
 
@@ -135,6 +136,12 @@ class FrontProcess:
             "creations",
             threads=CREATION_THREADS,
             waiting_max=CREATION_WAITING_MAX,
+            bound_s=settings.statement_timeout_s,
+        )
+        self._previews = BlockingCalls(
+            "previews",
+            threads=PREVIEW_THREADS,
+            waiting_max=PREVIEW_WAITING_MAX,
             bound_s=settings.statement_timeout_s,
         )
         self._health = health.aio.HealthServicer()
@@ -220,6 +227,7 @@ class FrontProcess:
                 operations=services.operations,
                 blocking=self._blocking,
                 creations=self._creations,
+                previews=self._previews,
             ),
             server,
         )
@@ -274,6 +282,7 @@ class FrontProcess:
     def _close_services(self) -> None:
         self._blocking.close()
         self._creations.close()
+        self._previews.close()
         self._services.close()
 
 

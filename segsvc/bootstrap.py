@@ -216,10 +216,15 @@ class Front:
         self._stalls = StallWatch(self.databases, settings.connect_timeout_s)
         self.cache = make_cache(settings)
         parts = OperationParts(settings, self.databases, self.cache, sender)
-        self.fan_out = parts.fan_out
+        # Visits of each kind have threads of their own, as many as shards. Who waits for a preview, which takes as long
+        # as its condition, or for a shard that hangs, must not keep a decided operation from being committed. And a
+        # visit that prepares a shard may end in an abort, which visits all shards itself: it would wait for itself.
+        visits = [ThreadFanOut(max(1, settings.shard_count)) for _ in range(3)]
+        self._fan_outs = [parts.fan_out, *visits]
+        for_statistics, for_previews, for_creations = visits
         self.segments = SegmentService(PostgresSegmentCatalog(self.databases))
-        self.statistics = StatisticsService(self.segments, PostgresShardCounter(self.databases), self.fan_out)
-        self.preview = PreviewService(self.segments, PostgresShardSnapshots(self.databases), self.fan_out)
+        self.statistics = StatisticsService(self.segments, PostgresShardCounter(self.databases), for_statistics)
+        self.preview = PreviewService(self.segments, PostgresShardSnapshots(self.databases), for_previews)
         self.export = ExportService(self.segments, PostgresMemberReader(self.databases))
         self.users = UserService(PostgresUserReader(self.databases))
         overrides = PostgresOverrideStore(self.databases)
@@ -227,22 +232,19 @@ class Front:
         self.explain = ExplainService(overrides)
         self.probes = PostgresProbes(self.databases)
         self.watcher = OperationEndWatcher(parts.ledger)
-        # Not the coordinator's threads: a visit that prepares a shard may end in an abort, which visits all shards
-        # itself and would wait for threads that wait for it.
-        self._creation_fan_out = ThreadFanOut(max(1, settings.shard_count))
         self.operations = OperationService(
             store=parts.ledger,
             coordinator=parts.coordinator,
             broker=sender,
             watcher=self.watcher,
             shards=range(settings.shard_count),
-            fan_out=self._creation_fan_out,
+            fan_out=for_creations,
         )
 
     def close(self) -> None:
         self.watcher.close()
-        self._creation_fan_out.close()
-        self.fan_out.close()
+        for fan_out in self._fan_outs:
+            fan_out.close()
         self.cache.close()
         self._stalls.close()
         self.databases.close()

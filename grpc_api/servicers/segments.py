@@ -27,6 +27,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     Args:
         blocking: threads for everything that ends soon.
         creations: threads of their own for CreateSegment, which waits for its turn among the operations.
+        previews: threads of their own for PreviewRollOut, which takes as long as its condition.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         operations: OperationService,
         blocking: BlockingCalls,
         creations: BlockingCalls,
+        previews: BlockingCalls,
     ) -> None:
         self._segments = segments
         self._statistics = statistics
@@ -48,6 +50,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         self._views = OperationViews(operations, blocking)
         self._blocking = blocking
         self._creations = creations
+        self._previews = previews
 
     async def CreateSegment(self, request: segments_pb2.CreateSegmentRequest, context: Context) -> segments_pb2.Segment:
         if not request.HasField("segment"):
@@ -104,7 +107,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         self, request: segments_pb2.PreviewRollOutRequest, context: Context
     ) -> segments_pb2.PreviewRollOutResponse:
         slug, rule = check_slug(request.slug), convert.rule_of(request)
-        counts = await self._blocking.run(lambda timeout_s: self._preview.count(slug, rule, timeout_s=timeout_s))
+        counts = await self._previews.run(lambda timeout_s: self._preview.count(slug, rule, timeout_s=timeout_s))
         return convert.preview_message(counts)
 
     async def RollOutSegment(self, request: segments_pb2.RollOutSegmentRequest, context: Context) -> OperationMessage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 from uuid import uuid4
 
@@ -278,6 +279,28 @@ def test_creations_side_by_side_need_no_broker(front: FrontUnderTest, broker_dow
     with ThreadPoolExecutor(6) as threads:
         slugs = [new_slug() for _ in range(6)]
         assert [made.slug for made in threads.map(front.create, slugs)] == slugs
+
+
+def test_previews_that_wait_hold_up_nobody_else(front: FrontUnderTest, users: range) -> None:
+    slug = front.create().slug
+    request = pb.PreviewRollOutRequest(slug=slug, rule={"percent": 30})
+    with ExitStack() as stack, ThreadPoolExecutor(20) as threads:
+        holders = [stack.enter_context(engine.begin()) for engine in front.installation.databases.shards]
+        for holder in holders:
+            holder.exec_driver_sql("LOCK TABLE directory IN ACCESS EXCLUSIVE MODE")  # a rollout is counted from it
+        previews = [threads.submit(front.segments.PreviewRollOut, request, timeout=20) for _ in range(20)]
+        waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'directory'::regclass"
+        for holder in holders:
+            eventually(lambda holder=holder: holder.exec_driver_sql(waits).scalar_one() > 0)  # type: ignore[misc]
+        created = pb.CreateSegmentRequest(segment={"slug": new_slug()})
+        front.segments.CreateSegment(created, timeout=5)
+        front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=3)
+        assert not all(preview.done() for preview in previews)
+        for holder in holders:
+            holder.rollback()
+        # Those that waited for a lock for two seconds were told to come again.
+        codes = {refused(preview.result).code for preview in previews if preview.exception() is not None}
+        assert codes <= {StatusCode.RESOURCE_EXHAUSTED}
 
 
 def test_the_broker_is_asked_before_anything_is_accepted(front: FrontUnderTest, broker_down: None) -> None:
