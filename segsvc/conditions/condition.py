@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -38,11 +38,10 @@ class Condition:
 
     text: str
     root: tree.Node
-    _program: Any = field(repr=False, compare=False)
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
         """Whether it holds for a user; an error at the top, or anything but a bool, does not."""
-        return self._program.eval(data={"user": dict(attributes)}).value() is True
+        return _holds(self.text, attributes)
 
     def explain(self, attributes: Mapping[str, Any]) -> str:
         """Why it holds or does not, for people: the comparisons that decide, and what the user has."""
@@ -56,18 +55,19 @@ def _failures(node: tree.Node, attributes: Mapping[str, Any]) -> list[str]:
     match node:
         case tree.And(left, right):
             # One is enough; the first is what people read first.
-            return _failures(left if not _holds(left, attributes) else right, attributes)
+            return _failures(left if not _holds(tree.render(left), attributes) else right, attributes)
         case tree.Or(left, right):
             return [*_failures(left, attributes), *_failures(right, attributes)]
         case _:
             return [_failure(node, attributes)]
 
 
-def _holds(node: tree.Node, attributes: Mapping[str, Any]) -> bool:
-    return _program(tree.render(node)).eval(data={"user": dict(attributes)}).value() is True
+def _holds(text: str, attributes: Mapping[str, Any]) -> bool:
+    return _program(text).eval(data={"user": dict(attributes)}).value() is True
 
 
-@lru_cache(maxsize=4096)
+# A program takes up to a hundred times as much memory as its text; only single users are asked about with it.
+@lru_cache(maxsize=256)
 def _program(text: str) -> Any:
     return _env.compile(text)
 
@@ -88,7 +88,7 @@ def _as_node(value: Any) -> tree.Node:
     return tree.ListOf(tuple(map(_as_node, value))) if isinstance(value, list) else tree.Constant(value)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1024)  # a tree takes up to twenty times as much memory as its text
 def parse_condition(text: str, name: str = "rule.condition") -> Condition:
     """Read a condition that is not empty.
 
@@ -117,7 +117,7 @@ def parse_condition(text: str, name: str = "rule.condition") -> Condition:
     if weight(root) > WEIGHT_MAX:
         what = "has too many comparisons, lists or sizes within one another; take them apart with && and ||"
         raise _invalid(name, what, 1, 1)
-    return Condition(text, root, program)
+    return Condition(text, root)
 
 
 def _line_and_column(text: str, position: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, psycopg2
 
 from segsvc.conditions import parse_condition
 from segsvc.conditions.tree import attributes_of
+from segsvc.domain.segment import SEGMENTS_MAX
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
@@ -35,7 +36,8 @@ WORD_CONDITIONS: Final = 63
 """Bits of a bigint that are not its sign."""
 
 
-@lru_cache(maxsize=8192)
+# Asked for a few times in a row, for parts of one shard. A clause can take 2 MB, so no more are kept.
+@lru_cache(maxsize=16)
 def _clause(condition: str) -> tuple[str, tuple[Any, ...]]:
     """A condition as SQL over ``u.attributes`` with ``%s`` for its parameters, and these."""
     compiled = condition_clause(parse_condition(condition), _ATTRIBUTES).compile(dialect=_DIALECT)
@@ -76,10 +78,10 @@ def matching(
     where = {"first": int(ascending[0]), "last": int(ascending[-1])} if is_range else {"slots": slots.tolist()}
     driver: Any = connection.connection.driver_connection
     for part in _parts(tuple(conditions)):
-        statement = _users_statement(part, is_range)
-        values = statement.construct_params(where, escape_names=False)
+        text, names, values = _users_statement(part, is_range)
+        values = values | where
         with driver.cursor() as cursor:
-            query = cursor.mogrify(str(statement), [values[name] for name in statement.positiontup or ()])
+            query = cursor.mogrify(text, [values[name] for name in names])
         words = [f"holds{number}" for number in range(-(-len(part) // WORD_CONDITIONS))]
         rows = copy_rows(connection, sql.SQL(query.decode()), slot=">i8", **dict.fromkeys(words, ">i8"))
         places = order[np.searchsorted(ascending, rows["slot"].astype(np.int64))]
@@ -93,8 +95,9 @@ def matching(
 
 
 @lru_cache(maxsize=64)  # as many as 4096 conditions need, each kind of place apart
-def _users_statement(conditions: tuple[str, ...], is_range: bool) -> Any:
-    """Users with, for each, what the conditions say, a bit each; compiled, its users to be given.
+def _users_statement(conditions: tuple[str, ...], is_range: bool) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+    """Users with, for each, what the conditions say, a bit each: the text, the names of its parameters in their order,
+    and the values of all but those that say which users.
 
     Bits of a bigint, because each item of a boolean array is a call and a piece of memory when it is sent.
     """
@@ -106,7 +109,11 @@ def _users_statement(conditions: tuple[str, ...], is_range: bool) -> Any:
     )
     found, clauses = clauses_over_columns(list(map(parse_condition, conditions)), users, [users.c.slot], where)
     words = [_word(clauses[first : first + WORD_CONDITIONS]) for first in range(0, len(clauses), WORD_CONDITIONS)]
-    return sa.select(found.c.slot, *words).compile(dialect=_DIALECT)
+    compiled = sa.select(found.c.slot, *words).compile(dialect=_DIALECT)
+    # Not the compiled statement itself, which keeps all that it was built from: fifteen times as much.
+    of_users = dict.fromkeys(("first", "last") if is_range else ("slots",))
+    values = dict(compiled.construct_params(of_users, escape_names=False))
+    return str(compiled), tuple(compiled.positiontup or ()), values
 
 
 def _word(clauses: Sequence[sa.ColumnElement[bool]]) -> sa.ColumnElement[int]:
@@ -118,6 +125,12 @@ def _word(clauses: Sequence[sa.ColumnElement[bool]]) -> sa.ColumnElement[int]:
     return reduce(lambda word, bit: word.bitwise_or(bit), bits)
 
 
+@lru_cache(maxsize=2 * SEGMENTS_MAX)
+def _needs(condition: str) -> tuple[int, frozenset[str]]:
+    """What a condition takes of a statement: characters, and the attributes that it reads."""
+    return len(_clause(condition)[0]), attributes_of(parse_condition(condition).root)
+
+
 @lru_cache(maxsize=32)
 def _parts(conditions: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """Conditions that one statement asks together. Remembered, for to read a condition takes longer than to ask it."""
@@ -126,8 +139,7 @@ def _parts(conditions: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     size = 0
     names: frozenset[str] = frozenset()
     for condition in conditions:
-        length = len(_clause(condition)[0])
-        read = attributes_of(parse_condition(condition).root)
+        length, read = _needs(condition)
         if part and (
             len(part) == STATEMENT_CONDITIONS_MAX
             or size + length > STATEMENT_CHARACTERS_MAX

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from string import ascii_lowercase
 
+import psutil
 import pytest
 
 from segsvc.conditions import parse_condition
@@ -63,6 +64,20 @@ def test_what_does_not_multiply_may_be_as_deep_as_any(name: str) -> None:
         text = NESTED[name](text)
     parse_condition(text)
     assert len(_clause(text)[0]) < 10_000
+
+
+def test_what_is_remembered_of_a_condition_is_small() -> None:
+    """A caller of previews may send other conditions all the time."""
+
+    def read(first: int, count: int) -> None:
+        for n in range(first, first + count):
+            parse_condition("||".join(f"user.a{m}=={n * 1000 + m}" for m in range(200)))
+
+    read(0, 20)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    read(20, 100)
+    assert process.memory_info().rss - before < 100 * 130_000
 
 
 def test_what_is_long_and_not_nested_is_taken() -> None:
