@@ -76,7 +76,7 @@ class Ledger(Protocol):
         """States of those that exist."""
 
     def open_operations(self) -> Sequence[OpenOperation]:
-        """All that are QUEUED, PREPARING or COMMITTED, oldest first."""
+        """All that are PREPARING or COMMITTED, and of those that are QUEUED the oldest, which may start next."""
 
     def start_oldest(self) -> Operation | None:
         """Move the oldest QUEUED operation to PREPARING, or to ABORTED if it is not valid any more (and go on with

@@ -224,10 +224,11 @@ class Compiler:
         if isinstance(item, tree.Attribute) and container.items and all(map(_is_plain_text, container.items)):
             texts = sa.literal([each.value for each in container.items if isinstance(each, Constant)], ARRAY(sa.Text))
             return self._attribute_text(item) == sa.any_(texts)
-        plain = [each for each in container.items if is_constant(each) and not _is_large_number(each)]
-        if is_constant(item):
-            plain = []
-        others = [each for each in container.items if each not in plain]
+        plain: list[Node] = []
+        others: list[Node] = []
+        for each in container.items:
+            looked_up = is_constant(each) and not _is_large_number(each) and not is_constant(item)
+            (plain if looked_up else others).append(each)
         clauses = [self._equal(item, each) for each in others]
         if plain:
             texts = sa.literal([_json_text(each) for each in plain], ARRAY(sa.Text))

@@ -47,7 +47,7 @@ log = get_logger(__name__)
 
 UNIQUE_VIOLATION = "23505"
 _INTEGRITY_CLASS = "23"
-_OPEN = (OperationState.QUEUED, OperationState.PREPARING, OperationState.COMMITTED)
+_IN_FLIGHT = (OperationState.PREPARING.name, OperationState.COMMITTED.name)
 
 _operations = tables.operations.c
 _votes = tables.votes.c
@@ -144,7 +144,10 @@ class PostgresLedger:
             return select_operations(connection, *conditions, order=_operations.seq.desc(), limit=page_size)
 
     def open_operations(self) -> Sequence[OpenOperation]:
-        """All operations that are not final, oldest first, judged by the catalog's clock."""
+        """The operation in flight and the oldest in the queue, if there are any, judged by the catalog's clock.
+
+        Not the whole queue: recovery asks every two seconds, and thousands may wait.
+        """
         now = sa.func.clock_timestamp()
         last_vote = (
             sa.select(sa.func.max(_votes.vote_time)).where(_votes.operation_id == _operations.id).scalar_subquery()
@@ -156,6 +159,8 @@ class PostgresLedger:
         )
         heard = sa.func.greatest(_operations.dispatch_time, last_vote, last_progress)
         since = sa.func.coalesce(_operations.commit_time, _operations.start_time, _operations.create_time)
+        queue = tables.operations.alias("queue").c
+        oldest = sa.select(sa.func.min(queue.seq)).where(queue.state == OperationState.QUEUED.name).scalar_subquery()
         with self._databases.catalog_tx() as connection:
             judged = connection.execute(
                 sa.select(
@@ -165,7 +170,7 @@ class PostgresLedger:
                         "quiet"
                     ),
                     sa.cast(sa.extract("epoch", now - since), sa.Float).label("age_s"),
-                ).where(_operations.state.in_([state.name for state in _OPEN]))
+                ).where(sa.or_(_operations.state.in_(_IN_FLIGHT), _operations.seq == oldest))
             ).all()
             loaded = select_operations(
                 connection, _operations.id.in_([row.id for row in judged]), order=_operations.seq.asc()

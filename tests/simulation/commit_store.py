@@ -102,6 +102,8 @@ class SimulatedLedger:
     def open_operations(self) -> Sequence[OpenOperation]:
         def read() -> list[OpenOperation]:
             now = self._scheduler.now
+            rows = sorted(self._catalog.rows.values(), key=lambda row: row.seq)
+            oldest = next((row.seq for row in rows if row.state is S.QUEUED), None)
             return [
                 OpenOperation(
                     self._view(row),
@@ -109,8 +111,8 @@ class SimulatedLedger:
                     quiet=row.dispatched < now - QUIET_S,
                     age_s=0.0,  # for people
                 )
-                for row in sorted(self._catalog.rows.values(), key=lambda row: row.seq)
-                if not row.state.final
+                for row in rows
+                if row.state in (S.PREPARING, S.COMMITTED) or row.seq == oldest
             ]
 
         return self._server.ask("open operations", read)

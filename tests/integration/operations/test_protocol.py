@@ -105,6 +105,8 @@ def test_a_deleted_segments_slug_is_free_for_a_new_one_with_other_buckets(rig: R
 def test_one_is_in_flight_and_the_queue_keeps_its_order(rig: Rig) -> None:
     rig.create()
     first, second, third = (roll_out(rig, threshold) for threshold in (1000, 2000, 3000))
+    # What recovery looks at does not grow with the queue.
+    assert [seen.operation.id for seen in rig.ledger.open_operations()] == [first.id, second.id]
     assert [rig.state(op) for op in (first, second, third)] == [
         OperationState.PREPARING,
         OperationState.QUEUED,
