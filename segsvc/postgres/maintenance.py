@@ -69,10 +69,15 @@ class PostgresMaintainedShards:
 
     def forget(self, shard: int, *, request_ttl_s: int, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
         """Drop what no message or reader can ask for any more."""
+        fences = tables.applied_operations
+        applied = fences.c.apply_time
+        # The newest fence stays, however old: its operation may not have ended, which can take as long as a cache or
+        # another shard is away. Any earlier one has, or the next would not have been applied.
+        newest = sa.select(sa.func.max(fences.alias("fences").c.apply_time)).scalar_subquery()
         for table, old in (
             (tables.deleted_users, _older_than(tables.deleted_users.c.delete_time, tombstone_ttl_s)),
             (tables.user_requests, _older_than(tables.user_requests.c.create_time, request_ttl_s)),
-            (tables.applied_operations, _older_than(tables.applied_operations.c.apply_time, fence_ttl_s)),
+            (fences, sa.and_(_older_than(applied, fence_ttl_s), applied < newest)),
             (tables.overrides, _older_than(tables.overrides.c.expire_time, _OVERRIDES_KEPT_S)),
         ):
             _forget(partial(self._databases.shard_tx, shard), table, old)

@@ -168,6 +168,22 @@ def test_what_is_old_is_forgotten_and_nothing_else(
     assert [left(old_rows, shard) for shard in range(SHARDS)] == [_LEFT] * SHARDS
 
 
+def test_the_fence_of_an_operation_that_does_not_end_stays(rig: Rig, arm: Callable[[str, str], None]) -> None:
+    """Without it the operation would look as if a shard had lost it, and be done again."""
+    rig.create()
+    arm("committed-not-invalidated", "fail")
+    operation = roll_out(rig, 30_000)
+    rig.deliver()
+    for shard in range(SHARDS):
+        rig.installation.execute(shard, "UPDATE applied_operations SET apply_time = apply_time - interval '9 days'")
+    upkeep(rig.databases).run()
+    fences = [rig.installation.execute(shard, "SELECT operation_id FROM applied_operations") for shard in range(SHARDS)]
+    assert [[row.operation_id for row in rows] for rows in fences] == [[operation.id]] * SHARDS
+    arm("committed-not-invalidated", "")
+    rig.settle()
+    assert rig.state(operation) is OperationState.DONE
+
+
 def test_requests_are_forgotten_and_their_operations_stay(rig: Rig) -> None:
     rig.create()
     insert = (
