@@ -26,12 +26,16 @@ def export_members(settings: Settings, slug: str, output: Path | None, resume_to
     Raises:
         Refusal: the export was refused, or cut off too often; the text then has the token to go on with.
     """
-    with _opened(output, append=bool(resume_token)) as file, connected(settings) as front:
+    with connected(settings) as front:
         members = front.segments.GetSegmentStatistics(
             segments_pb2.GetSegmentStatisticsRequest(slug=slug), timeout=TIMEOUT_S
         ).member_count
-        # The ids themselves on a terminal leave no place for a bar.
-        with bar(f"exporting {slug}", hidden=file is sys.stdout and file.isatty()) as shown:
+        with (
+            # Only now: what the file held is not lost to a slug that is misspelt.
+            _opened(output, append=bool(resume_token)) as file,
+            # The ids themselves on a terminal leave no place for a bar.
+            bar(f"exporting {slug}", hidden=file is sys.stdout and file.isatty()) as shown,
+        ):
             written = 0
             for page in _pages(front, slug, resume_token):
                 if json_output:

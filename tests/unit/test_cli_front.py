@@ -280,6 +280,17 @@ def test_an_export_that_is_cut_for_good_says_how_to_go_on(front: CannedFront, tm
     assert file.read_text() == "1\n2\n3\n4\n5\n"
 
 
+def test_an_export_that_is_refused_leaves_the_file_as_it_was(front: CannedFront, tmp_path: Path) -> None:
+    def refuse(_: segments_pb2.GetSegmentStatisticsRequest, context: grpc.ServicerContext) -> Any:
+        context.abort(grpc.StatusCode.NOT_FOUND, "there is no segment 'chekout'")
+
+    front.on("/segmentation.v1.SegmentService/GetSegmentStatistics", segments_pb2.GetSegmentStatisticsRequest, refuse)
+    file = tmp_path / "members"
+    file.write_text("1\n")
+    assert run("segments", "export", "chekout", "--output", str(file)).exit_code == 1
+    assert file.read_text() == "1\n"
+
+
 # -- users and operations -------------------------------------------------------------------------------------------
 
 
