@@ -45,7 +45,6 @@ _CODES: Final[dict[Category, int]] = {
     Category.UNIMPLEMENTED: code_pb2.UNIMPLEMENTED,
     Category.INTERNAL: code_pb2.INTERNAL,
     Category.DEADLINE_EXCEEDED: code_pb2.DEADLINE_EXCEEDED,
-    Category.CANCELLED: code_pb2.CANCELLED,
 }
 """A category is named after its code; the table is written out so that a typing mistake is an error at import."""
 

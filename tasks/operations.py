@@ -82,5 +82,5 @@ class ProgressReporter:
             # The only form of progress that Flower shows: PROGRESS, with this text.
             self._task.send_event("task-progress", result=text, kwargs=f"{{{self._title}, shard {progress.shard}}}")
             runtime().ledger.put_progress(self._operation_id, progress)
-        except (ServiceError, OperationalError, RedisError) as error:
+        except (ServiceError, OperationalError, RedisError, OSError) as error:
             log.debug("progress_not_shown", operation=str(self._operation_id), reason=type(error).__name__)

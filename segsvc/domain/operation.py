@@ -18,9 +18,6 @@ from uuid import UUID
 
 from segsvc.domain.segment import Policy, Rule, Segment, SegmentText
 
-GID_BYTES_MAX = 199
-"""PostgreSQL takes prepared transaction ids of fewer than 200 bytes."""
-
 
 class OperationKind(IntEnum):
     """Numbers as in the protos."""

@@ -79,10 +79,6 @@ class PostgresShardTransaction:
         """Slots given out so far; the next user gets this one."""
         return int(self._connection.execute(_SELECT_NEXT_SLOT).scalar_one())
 
-    def user_count(self) -> int:
-        """Users that exist."""
-        return int(self._connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one())
-
     def segment(self, segment_id: int) -> ShardSegment | None:
         """The shard's copy of a segment; None: the shard does not know it."""
         row = self._connection.execute(_SELECT_SEGMENT, {"segment_id": segment_id}).one_or_none()
