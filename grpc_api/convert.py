@@ -20,7 +20,7 @@ from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 from segmentation.v1 import membership_pb2, operations_pb2, segments_pb2
 
-from grpc_api.errors import status_of_failure
+from grpc_api.errors import status_of
 from segsvc.domain.catalog import EditedField, SegmentQuery, parse_order
 from segsvc.domain.errors import invalid_field, required_field
 from segsvc.domain.operation import (
@@ -275,7 +275,7 @@ def operation_message(view: OperationView) -> OperationMessage:
     message = OperationMessage(name=operation.name, done=operation.state.final)
     message.metadata.Pack(metadata_message(operation, view.shards))
     if operation.failure is not None:
-        message.error.CopyFrom(status_of_failure(operation.failure))
+        message.error.CopyFrom(status_of(operation.failure.to_error()))
     elif view.result is not None:
         message.response.Pack(_response_message(operation.plan.kind, view.result))
     return message

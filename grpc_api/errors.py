@@ -18,7 +18,6 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError
-from segsvc.domain.operation import Failure
 from segsvc.log import get_logger
 
 DOMAIN: Final = "segsvc"
@@ -47,8 +46,6 @@ _CODES: Final[dict[Category, int]] = {
     Category.DEADLINE_EXCEEDED: code_pb2.DEADLINE_EXCEEDED,
 }
 """A category is named after its code; the table is written out so that a typing mistake is an error at import."""
-
-_REASONS: Final[dict[str, Reason]] = {reason.text: reason for reason in Reason}
 
 _log = get_logger(__name__)
 
@@ -98,15 +95,6 @@ def status_of_exception(error: BaseException, method: str) -> Status:
         )
     _log.error("call_failed", method=method, exc_info=error)
     return status_of(ServiceError(Reason.INTERNAL, "an internal error; the service's log has it"))
-
-
-def status_of_failure(failure: Failure) -> Status:
-    """Why an operation was aborted, for ``Operation.error``: what an RPC would have got for the same reason."""
-    reason = _REASONS.get(failure.reason)
-    if reason is None:
-        # Written by a newer release, seen by an older one while the service is upgraded.
-        return status_of(ServiceError(Reason.OPERATION_ABORTED, failure.message, {"why": failure.reason}))
-    return status_of(ServiceError(reason, failure.message, failure.metadata))
 
 
 def trailing_metadata(status: Status) -> tuple[tuple[str, bytes], ...]:

@@ -123,10 +123,22 @@ def segment_deleting(slug: str) -> ServiceError:
     return ServiceError(Reason.SEGMENT_DELETING, f"segment {slug!r} is being deleted", {"slug": slug})
 
 
-def etag_mismatch(slug: str) -> ServiceError:
-    """The caller has seen an older state of the segment."""
+def segment_exists(slug: str) -> ServiceError:
+    return ServiceError(Reason.SEGMENT_EXISTS, f"segment {slug!r} exists already", {"slug": slug})
+
+
+def too_many_segments(limit: int) -> ServiceError:
     return ServiceError(
-        Reason.ETAG_MISMATCH, f"segment {slug!r} has changed since this etag was given; read it again", {"slug": slug}
+        Reason.TOO_MANY_SEGMENTS, f"there are {limit} segments, which is the limit", {"limit": str(limit)}
+    )
+
+
+def etag_mismatch(slug: str, current: str) -> ServiceError:
+    """The caller has seen an older state of the segment than that of the etag ``current``."""
+    return ServiceError(
+        Reason.ETAG_MISMATCH,
+        f"segment {slug!r} has changed since this etag was given; read it again",
+        {"slug": slug, "etag": current},
     )
 
 

@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import Any
 from uuid import UUID
 
+from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.segment import Policy, Rule, Segment, SegmentText
 
 
@@ -88,6 +89,18 @@ class Failure:
     reason: str
     message: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, refusal: ServiceError) -> Failure:
+        """The same refusal, to be kept."""
+        return cls(refusal.reason.text, refusal.message, refusal.metadata)
+
+    def to_error(self) -> ServiceError:
+        """What the operation's caller gets for it. A reason that this release does not know, which a newer one wrote
+        while the service is upgraded, is OPERATION_ABORTED."""
+        if self.reason not in Reason.__members__:
+            return ServiceError(Reason.OPERATION_ABORTED, self.message, {"why": self.reason})
+        return ServiceError(Reason[self.reason], self.message, self.metadata)
 
     def to_json(self) -> dict[str, Any]:
         return {"reason": self.reason, "message": self.message, "metadata": dict(self.metadata)}

@@ -116,7 +116,7 @@ class PostgresSegmentCatalog:
             if segment.state is SegmentState.DELETING:
                 raise segment_deleting(slug)
             if expected_etag and expected_etag != segment.etag:
-                raise etag_mismatch(slug)
+                raise etag_mismatch(slug, segment.etag)
             if not changes:
                 return segment
             changed = update_text(connection, segment.id, changes, etag)

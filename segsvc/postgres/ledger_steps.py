@@ -10,7 +10,13 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from segsvc.domain.errors import Reason
+from segsvc.domain.errors import (
+    etag_mismatch,
+    segment_deleting,
+    segment_exists,
+    segment_not_found,
+    too_many_segments,
+)
 from segsvc.domain.operation import Failure, Operation, OperationKind, OperationPlan, OperationState
 from segsvc.domain.segment import SEGMENTS_MAX, Segment, SegmentState, SegmentText, new_etag
 from segsvc.postgres import audit, tables
@@ -114,21 +120,17 @@ def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan) -> Fai
     row = connection.execute(
         sa.select(_segments.state, _segments.etag).where(_segments.id == plan.segment_id).with_for_update()
     ).one_or_none()
-    metadata = {"slug": plan.slug}
     if row is None or row.state == SegmentState.RESERVED:
-        return Failure(Reason.SEGMENT_NOT_FOUND.text, f"there is no segment {plan.slug!r} any more", metadata)
+        return Failure.of(segment_not_found(plan.slug))
     if row.state == SegmentState.DELETING:
-        return Failure(Reason.SEGMENT_DELETING.text, f"segment {plan.slug!r} is being deleted", metadata)
+        return Failure.of(segment_deleting(plan.slug))
     if plan.etag and plan.etag != row.etag:
-        return Failure(
-            Reason.ETAG_MISMATCH.text, f"segment {plan.slug!r} has changed since its etag was read", metadata
-        )
+        return Failure.of(etag_mismatch(plan.slug, row.etag))
     return None
 
 
 def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
     """Take a new segment's slug and its place among the live ones."""
-    metadata = {"slug": plan.slug}
     text = plan.text or SegmentText()
     now = sa.func.clock_timestamp()
     result = connection.execute(
@@ -149,14 +151,10 @@ def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
         .on_conflict_do_nothing(index_elements=["slug"])
     )
     if not result.rowcount:
-        return Failure(Reason.SEGMENT_EXISTS.text, f"segment {plan.slug!r} exists already", metadata)
+        return Failure.of(segment_exists(plan.slug))
     if count_segments(connection) > SEGMENTS_MAX:
         connection.execute(sa.delete(tables.segments).where(_segments.id == plan.segment_id))
-        return Failure(
-            Reason.TOO_MANY_SEGMENTS.text,
-            f"there are {SEGMENTS_MAX} segments, which is the limit",
-            {"limit": str(SEGMENTS_MAX)},
-        )
+        return Failure.of(too_many_segments(SEGMENTS_MAX))
     return None
 
 

@@ -12,7 +12,17 @@ from typing import Protocol
 from uuid import UUID, uuid4
 
 from segsvc.conditions import parse_condition
-from segsvc.domain.errors import LockTimeout, Reason, ServiceError, invalid_field, segment_not_found
+from segsvc.domain.errors import (
+    LockTimeout,
+    Reason,
+    ServiceError,
+    etag_mismatch,
+    invalid_field,
+    segment_deleting,
+    segment_exists,
+    segment_not_found,
+    too_many_segments,
+)
 from segsvc.domain.operation import (
     Failure,
     Operation,
@@ -149,7 +159,7 @@ class OperationService:
         self._take_turn(operation.id, give_up)
         ended = self._wait_for_end(operation.id, give_up)
         if ended.failure is not None:
-            raise error_of(ended.failure)
+            raise ended.failure.to_error()
         result = self._store.result(ended.id)
         if result is None or result.segment is None:
             raise RuntimeError("a creation that is DONE has a segment")
@@ -243,13 +253,9 @@ class OperationService:
         if segment is None:
             raise segment_not_found(slug)
         if segment.state is SegmentState.DELETING:
-            raise ServiceError(Reason.SEGMENT_DELETING, f"segment {slug!r} is being deleted", {"slug": slug})
+            raise segment_deleting(slug)
         if etag and etag != segment.etag:
-            raise ServiceError(
-                Reason.ETAG_MISMATCH,
-                f"segment {slug!r} has changed since its etag was read",
-                {"slug": slug, "etag": segment.etag},
-            )
+            raise etag_mismatch(slug, segment.etag)
         plan = OperationPlan(kind, slug, segment.id, segment.uid, segment.salt, rule=rule, etag=etag)
         operation = self._insert(plan, request)
         self._start_next()
@@ -272,13 +278,9 @@ class OperationService:
     def _creation_plan(self, slug: str, text: SegmentText) -> OperationPlan:
         existing = self._store.segment(slug)
         if existing is not None and existing.state is SegmentState.ACTIVE:
-            raise ServiceError(Reason.SEGMENT_EXISTS, f"segment {slug!r} exists already", {"slug": slug})
+            raise segment_exists(slug)
         if existing is None and self._store.live_segments() >= SEGMENTS_MAX:
-            raise ServiceError(
-                Reason.TOO_MANY_SEGMENTS,
-                f"there are {SEGMENTS_MAX} segments, which is the limit",
-                {"limit": str(SEGMENTS_MAX)},
-            )
+            raise too_many_segments(SEGMENTS_MAX)
         return OperationPlan(
             OperationKind.CREATE, slug, self._store.draw_segment_id(), uuid4(), secrets.randbits(64), text=text
         )
@@ -391,8 +393,3 @@ class OperationService:
             ) from None
         finally:
             future.cancel()
-
-
-def error_of(failure: Failure) -> ServiceError:
-    """The error that an aborted operation's caller gets."""
-    return ServiceError(Reason[failure.reason], failure.message, failure.metadata)

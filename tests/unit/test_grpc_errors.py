@@ -6,7 +6,7 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
-from grpc_api.errors import TEXT_BYTES_MAX, status_of, status_of_exception, status_of_failure, trailing_metadata
+from grpc_api.errors import TEXT_BYTES_MAX, status_of, status_of_exception, trailing_metadata
 from segsvc.domain.errors import FieldViolation, LockTimeout, Reason, ServiceError, invalid_field
 from segsvc.domain.operation import Failure
 
@@ -71,9 +71,9 @@ def test_several_violations_fit() -> None:
 
 def test_an_aborted_operation_says_what_its_call_would_have_said() -> None:
     error = invalid_field("a", "b")
-    assert status_of_failure(Failure(error.reason.text, error.message, error.metadata)).message == error.message
+    assert status_of(Failure.of(error).to_error()).message == error.message
     failure = Failure("ETAG_MISMATCH", "stale", {"slug": "a"})
-    status = status_of_failure(failure)
+    status = status_of(failure.to_error())
     assert (status.code, info_of(status).reason, dict(info_of(status).metadata)) == (
         CODES["ABORTED"],
         "ETAG_MISMATCH",
@@ -82,6 +82,6 @@ def test_an_aborted_operation_says_what_its_call_would_have_said() -> None:
 
 
 def test_a_reason_of_a_newer_release_is_still_an_abort() -> None:
-    status = status_of_failure(Failure("NEW_REASON", "what"))
+    status = status_of(Failure("NEW_REASON", "what").to_error())
     assert (status.code, info_of(status).reason) == (CODES["ABORTED"], "OPERATION_ABORTED")
     assert dict(info_of(status).metadata) == {"why": "NEW_REASON"}
