@@ -10,11 +10,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from segsvc.domain.errors import Reason, ServiceError
 
 T = TypeVar("T")
+
+REQUEST_ID_KEY: Final = "x-request-id"
+"""Metadata that a call's id comes in and goes out with."""
+REQUEST_ID_CHARACTERS_MAX: Final = 128
+"""A longer one is replaced: it goes into every line of the log."""
 
 ANSWER_SHARE = 0.1
 ANSWER_MIN_S = 0.2

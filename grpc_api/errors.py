@@ -17,7 +17,7 @@ from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError
+from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError, internal_error
 from segsvc.log import get_logger
 
 DOMAIN: Final = "segsvc"
@@ -94,7 +94,7 @@ def status_of_exception(error: BaseException, method: str) -> Status:
             ServiceError(Reason.OVERLOADED, "another change took too long; nothing was done", retry_after_s=0.5)
         )
     _log.error("call_failed", method=method, exc_info=error)
-    return status_of(ServiceError(Reason.INTERNAL, "an internal error; the service's log has it"))
+    return status_of(internal_error())
 
 
 def trailing_metadata(status: Status) -> tuple[tuple[str, bytes], ...]:

@@ -17,13 +17,12 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from grpc_api import call_scope
+from grpc_api.call_scope import REQUEST_ID_CHARACTERS_MAX, REQUEST_ID_KEY
 from grpc_api.errors import status_of_exception, trailing_metadata
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.log import get_logger
 from segsvc.metrics import rpc_seconds, rpcs
 
-REQUEST_ID_KEY = "x-request-id"
-_REQUEST_ID_CHARACTERS_MAX = 128
 UNKNOWN_METHOD = "unknown"
 """Label of calls to methods that do not exist."""
 
@@ -204,5 +203,5 @@ def _request_id(context: Context) -> str:
     """The client's request id if it is fit for logs, else a new one."""
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and value.isprintable():
-            return value if 0 < len(value) <= _REQUEST_ID_CHARACTERS_MAX else str(uuid4())
+            return value if 0 < len(value) <= REQUEST_ID_CHARACTERS_MAX else str(uuid4())
     return str(uuid4())

@@ -33,7 +33,7 @@ from grpc_api import membership_wire as wire
 from grpc_api.lane_answers import Batch, BatchPlace, Single
 from grpc_api.lane_calls import Call, Calls, NativeCalls, QueuedCalls
 from segsvc import metrics
-from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.errors import ServiceError, internal_error
 from segsvc.domain.membership import BLOCK, Entry
 from segsvc.domain.sharding import shard_of
 from segsvc.log import get_logger
@@ -176,7 +176,7 @@ class HotLane:
                 # The lane must live. Calls that have their answer already take no second one.
                 log.exception("lane_failed", request_ids=[call.request_id for call in serving])
                 for call in serving:
-                    call.fail(_internal())
+                    call.fail(internal_error())
 
     def _serve_singles(self, calls: Sequence[Call]) -> None:
         # Lists side by side, and no object for a call that hits: at tens of thousands of calls a second the lane is
@@ -329,7 +329,3 @@ def _take_turn(batches: deque[Batch]) -> list[Batch]:
         turn.append(batches.popleft())
         users += len(turn[-1].user_ids)
     return turn
-
-
-def _internal() -> ServiceError:
-    return ServiceError(Reason.INTERNAL, "an internal error; the service's log has it")

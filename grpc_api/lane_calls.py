@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
+from grpc_api.call_scope import REQUEST_ID_CHARACTERS_MAX, REQUEST_ID_KEY
 from grpc_api.errors import status_of, trailing_metadata
 from segsvc.domain.errors import ServiceError
 
@@ -20,9 +21,6 @@ BATCH_GET_USER_SEGMENTS: Final = "/segmentation.v1.MembershipService/BatchGetUse
 METHODS: Final = (GET_USER_SEGMENTS, BATCH_GET_USER_SEGMENTS)
 """The methods of the lane. Their order gives the native front's numbers."""
 _BATCH: Final = METHODS.index(BATCH_GET_USER_SEGMENTS)
-
-REQUEST_ID_KEY: Final = "x-request-id"
-REQUEST_ID_CHARACTERS_MAX: Final = 128
 
 
 class Call(Protocol):

@@ -38,7 +38,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from uuid import UUID
 
 from segsvc.domain.errors import Reason, ServiceError
-from segsvc.domain.operation import Failure, Gid, Operation, OperationKind, OperationState, ShardCounts
+from segsvc.domain.operation import (
+    Failure,
+    Gid,
+    Operation,
+    OperationKind,
+    OperationState,
+    PreparedTransaction,
+    ShardCounts,
+)
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.twophase_ports import (
@@ -53,7 +61,6 @@ from segsvc.twophase_ports import (
     Observer,
     OpenOperation,
     Participant,
-    Prepared,
     ProgressHook,
     WorkFailed,
 )
@@ -295,7 +302,7 @@ class Coordinator:
         Raises:
             ServiceError: the catalog is out of reach (nothing was done), or a shard was (all others were done).
         """
-        found: dict[int, Sequence[Prepared]] = {}
+        found: dict[int, Sequence[PreparedTransaction]] = {}
         first_error: ServiceError | None = None
 
         def look(participant: Participant) -> None:
@@ -331,7 +338,7 @@ class Coordinator:
         if first_error is not None:
             raise first_error
 
-    def _ours(self, participant: Participant, found: Iterable[Prepared]) -> Mapping[Gid, float]:
+    def _ours(self, participant: Participant, found: Iterable[PreparedTransaction]) -> Mapping[Gid, float]:
         """Ages of those of this installation on the right shard; an alarm for each that looks like ours and is not."""
         ours: dict[Gid, float] = {}
         for prepared in found:

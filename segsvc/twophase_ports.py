@@ -11,7 +11,15 @@ from enum import Enum
 from typing import Final, Protocol
 from uuid import UUID
 
-from segsvc.domain.operation import Failure, Gid, Operation, OperationState, ShardCounts, ShardProgress
+from segsvc.domain.operation import (
+    Failure,
+    Gid,
+    Operation,
+    OperationState,
+    PreparedTransaction,
+    ShardCounts,
+    ShardProgress,
+)
 
 ProgressHook = Callable[[ShardProgress], None]
 """Told how far a shard is: a hint for people. May be called often; must not raise."""
@@ -33,14 +41,6 @@ class WorkFailed(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A prepared transaction found on a shard's database; ``gid`` is not ours unless ``Gid.parse`` says so."""
-
-    gid: str
-    age_s: float
 
 
 UNKNOWN: Final = "UNKNOWN"
@@ -112,7 +112,7 @@ class Participant(Protocol):
     def has_fence(self, operation_id: UUID) -> bool:
         """Whether the operation's work is committed here."""
 
-    def prepared(self) -> Sequence[Prepared]:
+    def prepared(self) -> Sequence[PreparedTransaction]:
         """All prepared transactions of this shard's database."""
 
     def is_prepared(self, gid: Gid) -> bool: ...

@@ -12,8 +12,8 @@ from segsvc.bootstrap import Check
 from segsvc.cli.doctor_items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
-from segsvc.domain.operation import Gid, OperationState
-from segsvc.domain.stored import CatalogView, LedgerEntry, PreparedTransaction
+from segsvc.domain.operation import Gid, OperationState, PreparedTransaction
+from segsvc.domain.stored import CatalogView, LedgerEntry
 from segsvc.services.check_ledger import IN_DOUBT_MAX_S, overdue_s
 
 _START: Final = "start `segsvc worker --queue operations` and `segsvc beat`, or read their logs"

@@ -164,6 +164,11 @@ def cache_unavailable() -> ServiceError:
     )
 
 
+def internal_error() -> ServiceError:
+    """A fault of ours, which whoever makes this has logged."""
+    return ServiceError(Reason.INTERNAL, "an internal error; the service's log has it")
+
+
 def broker_unavailable() -> ServiceError:
     return ServiceError(
         Reason.BROKER_UNAVAILABLE, "the task broker cannot be reached; nothing was accepted", retry_after_s=1.0

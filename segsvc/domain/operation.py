@@ -276,6 +276,15 @@ _GID_PATTERN = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
+class PreparedTransaction:
+    """A prepared transaction of a shard's database; ``gid`` is not ours unless ``Gid.parse`` says so. Its age is by the
+    shard's clock."""
+
+    gid: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class OperationResult:
     """What an operation that is DONE has to say.
 

@@ -70,14 +70,6 @@ class StateRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedTransaction:
-    """A prepared transaction of a shard's database, whoever made it; age by the shard's clock."""
-
-    gid: str
-    age_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class UserColumns:
     """Users: their slots and ids, one a user."""
 

@@ -11,9 +11,9 @@ import numpy as np
 import sqlalchemy as sa
 from psycopg2 import sql
 
-from segsvc.domain.operation import Failure, OperationPlan, OperationState
+from segsvc.domain.operation import Failure, OperationPlan, OperationState, PreparedTransaction
 from segsvc.domain.override import Effect
-from segsvc.domain.segment import Policy, Rule, ShardSegment
+from segsvc.domain.segment import ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import (
     BitRows,
@@ -22,7 +22,6 @@ from segsvc.domain.stored import (
     Int64s,
     LedgerEntry,
     OverrideColumns,
-    PreparedTransaction,
     StateRow,
     UserColumns,
 )
@@ -30,6 +29,7 @@ from segsvc.postgres import segment_rows, tables
 from segsvc.postgres.condition_statements import slots_where
 from segsvc.postgres.copying import copy_rows
 from segsvc.postgres.engine import Databases, translated
+from segsvc.postgres.participant import select_prepared
 
 
 class PostgresAuditReads:
@@ -136,32 +136,8 @@ class PostgresShardSnapshot:
 
     def segments(self) -> Sequence[ShardSegment]:
         """All segments that the shard knows."""
-        table = tables.shard_segments.c
-        rows = self._connection.execute(
-            sa.select(
-                table.id,
-                table.slug,
-                table.salt,
-                table.rule_threshold,
-                table.rule_condition,
-                table.rule_policy,
-                table.rule_count,
-                table.frozen_slot,
-            )
-        ).all()
-        return [
-            ShardSegment(
-                row.id,
-                row.slug,
-                tables.salt_from_db(row.salt),
-                None
-                if row.rule_threshold is None
-                else Rule(row.rule_threshold, row.rule_condition, Policy(row.rule_policy)),
-                row.rule_count,
-                row.frozen_slot,
-            )
-            for row in rows
-        ]
+        rows = self._connection.execute(sa.select(*segment_rows.SHARD_COLUMNS))
+        return [segment_rows.to_shard_segment(*row) for row in rows]
 
     def users(self, first: int, count: int) -> UserColumns:
         """Ids and slots of the users of a range of blocks."""
@@ -277,13 +253,7 @@ class PostgresShardSnapshot:
 
     def prepared(self) -> Sequence[PreparedTransaction]:
         """Prepared transactions of this database, as they are now."""
-        rows = self._connection.execute(
-            sa.text(
-                "SELECT gid, extract(epoch FROM clock_timestamp() - prepared)::float8 AS age_s "
-                "FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
-            )
-        ).all()
-        return [PreparedTransaction(row.gid, row.age_s) for row in rows]
+        return select_prepared(self._connection)
 
     def deleted_users(self, after: int, limit: int) -> Int64s:
         """Ids of deleted users above this one, ascending."""

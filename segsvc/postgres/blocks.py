@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from segsvc.domain import bits
 from segsvc.domain.override import Effect
-from segsvc.domain.segment import Policy, Rule, ShardSegment
+from segsvc.domain.segment import Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
@@ -26,6 +26,7 @@ from segsvc.postgres.copying import append_rows, copy_rows
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.override_terms import holds_now
+from segsvc.postgres.segment_rows import SHARD_COLUMNS, to_shard_segment
 
 _BLOCKS_LISTED_MAX: Final = 64
 """Up to so many blocks, deleting those that are listed takes no longer than deleting a range."""
@@ -33,16 +34,7 @@ _BLOCKS_LISTED_MAX: Final = 64
 # Built once: to build one takes as long as to run it.
 _TAKE_LOCK: Final = sa.select(sa.func.pg_advisory_xact_lock(SHARD_LOCK))
 _SELECT_NEXT_SLOT: Final = sa.select(tables.shard_state.c.next_slot)
-_SELECT_SEGMENT: Final = sa.select(
-    tables.shard_segments.c.id,
-    tables.shard_segments.c.slug,
-    tables.shard_segments.c.salt,
-    tables.shard_segments.c.rule_threshold,
-    tables.shard_segments.c.rule_condition,
-    tables.shard_segments.c.rule_policy,
-    tables.shard_segments.c.rule_count,
-    tables.shard_segments.c.frozen_slot,
-).where(tables.shard_segments.c.id == sa.bindparam("segment_id"))
+_SELECT_SEGMENT: Final = sa.select(*SHARD_COLUMNS).where(tables.shard_segments.c.id == sa.bindparam("segment_id"))
 _SELECT_OVERRIDDEN: Final = (
     sa.select(tables.users.c.slot, tables.overrides.c.effect)
     .join_from(tables.overrides, tables.users, tables.users.c.id == tables.overrides.c.user_id)
@@ -82,12 +74,7 @@ class PostgresShardTransaction:
     def segment(self, segment_id: int) -> ShardSegment | None:
         """The shard's copy of a segment; None: the shard does not know it."""
         row = self._connection.execute(_SELECT_SEGMENT, {"segment_id": segment_id}).one_or_none()
-        if row is None:
-            return None
-        rule = None
-        if row.rule_threshold is not None:
-            rule = Rule(row.rule_threshold, row.rule_condition, Policy(row.rule_policy))
-        return ShardSegment(row.id, row.slug, tables.salt_from_db(row.salt), rule, row.rule_count, row.frozen_slot)
+        return None if row is None else to_shard_segment(*row)
 
     def overridden(self, segment_id: int) -> bits.OverriddenSlots:
         """Slots with an override of this segment that holds now, by the shard's clock."""

@@ -26,6 +26,7 @@ from segsvc.postgres.engine import LOCK_NOT_AVAILABLE, Pool, make_engine, sqlsta
 from segsvc.postgres.identity import Database, Finding, FindingsError, Identity, Seen
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.migrate import alembic_config, head
+from segsvc.postgres.participant import select_prepared
 
 _READERS: Final = "segsvc-reads"
 """``application_name`` of sessions that never write: they are left alone, so that reads go on without a break."""
@@ -152,8 +153,10 @@ def _locked(source: Database, shard: int, *, wait_s: float) -> Iterator[sa.Conne
             problem = "an operation or another move holds it, and does not end"
             raise MoveRefused(source.name, problem, "see `segsvc doctor`, and run it again") from error
         try:
-            if gids := _prepared(guard):
-                raise MoveRefused(source.name, f"{gids[0]!r} is prepared there", "end it first; see `segsvc doctor`")
+            if prepared := select_prepared(guard):
+                raise MoveRefused(
+                    source.name, f"{prepared[0].gid!r} is prepared there", "end it first; see `segsvc doctor`"
+                )
             yield guard
         finally:
             if not guard.invalidated:
@@ -246,11 +249,6 @@ def _end_sessions(
         time.sleep(0.05)
 
 
-def _prepared(connection: sa.Connection) -> list[str]:
-    statement = sa.text("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()")
-    return [str(gid) for gid in connection.execute(statement).scalars()]
-
-
 # -- the end of a move ----------------------------------------------------------------------------------------------
 
 
@@ -331,8 +329,8 @@ def _refuse_unless_copies(kept: Seen, keeping: Database, other: Database) -> Non
             problem = "it is open to writes, so the two are not the databases of one move"
             raise MoveRefused(where, problem, "begin with `segsvc shards copy`")
     with keeping.engine.connect() as ours, other.engine.connect() as theirs:
-        if gids := _prepared(theirs):
-            raise MoveRefused("the other database", f"{gids[0]!r} is prepared there", "see `segsvc doctor`")
+        if prepared := select_prepared(theirs):
+            raise MoveRefused("the other database", f"{prepared[0].gid!r} is prepared there", "see `segsvc doctor`")
         if _summary(ours) != _summary(theirs):
             problem = "it does not hold the same data as the one that SEGSVC_SHARD_DSNS names"
             raise MoveRefused("the other database", problem, "drop the older one, and begin with `segsvc shards copy`")

@@ -15,13 +15,13 @@ from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql import insert
 
 from segsvc.domain.errors import LockTimeout, Reason, shard_unavailable
-from segsvc.domain.operation import Failure, Gid, Operation, ShardCounts
+from segsvc.domain.operation import Failure, Gid, Operation, PreparedTransaction, ShardCounts
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.postgres import tables
 from segsvc.postgres.blocks import PostgresShardTransaction, lock_exclusive
 from segsvc.postgres.engine import Databases, sqlstate
-from segsvc.twophase_ports import Finish, Prepared, ProgressHook, WorkFailed
+from segsvc.twophase_ports import Finish, ProgressHook, WorkFailed
 
 log = get_logger(__name__)
 
@@ -63,11 +63,10 @@ class PostgresParticipant:
         with self._databases.shard_tx(self.shard) as connection:
             return _has_fence(connection, operation_id)
 
-    def prepared(self) -> Sequence[Prepared]:
+    def prepared(self) -> Sequence[PreparedTransaction]:
         """Prepared transactions of this shard's database, whoever made them, with their age by the shard's clock."""
         with self._databases.shard_tx(self.shard) as connection:
-            rows = connection.execute(_SELECT_PREPARED).all()
-        return [Prepared(row.gid, row.age_s) for row in rows]
+            return select_prepared(connection)
 
     def is_prepared(self, gid: Gid) -> bool:
         """Whether a transaction of this gid is prepared now."""
@@ -159,6 +158,11 @@ class PostgresParticipant:
                 return Finish.BUSY
             raise
         return Finish.DONE
+
+
+def select_prepared(connection: sa.Connection) -> list[PreparedTransaction]:
+    """Prepared transactions of this database as they are now, oldest first; of no snapshot."""
+    return [PreparedTransaction(row.gid, row.age_s) for row in connection.execute(_SELECT_PREPARED)]
 
 
 def _has_fence(connection: sa.Connection, operation_id: UUID) -> bool:

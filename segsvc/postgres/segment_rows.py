@@ -1,14 +1,15 @@
-"""Rows of the catalog's ``segments`` as values, and as JSON where a segment is kept as it was."""
+"""Rows of ``segments``, the catalog's and the shards', as values; and as JSON where a segment is kept as it was."""
 
 from __future__ import annotations
 
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from segsvc.domain.segment import Policy, Rule, Segment, SegmentState
+from segsvc.domain.segment import SEGMENTS_MAX, Policy, Rule, Segment, SegmentState, ShardSegment
 from segsvc.postgres import tables
 
 COLUMNS = (
@@ -35,9 +36,6 @@ COLUMNS = (
 
 def to_segment(row: sa.Row[Any]) -> Segment:
     """A row of ``COLUMNS`` as a value."""
-    rule = None
-    if row.rule_threshold is not None:
-        rule = Rule(row.rule_threshold, row.rule_condition, Policy(row.rule_policy))
     return Segment(
         id=row.id,
         slug=row.slug,
@@ -46,7 +44,7 @@ def to_segment(row: sa.Row[Any]) -> Segment:
         display_name=row.display_name,
         description=row.description,
         labels=row.labels,
-        rule=rule,
+        rule=None if row.rule_threshold is None else _rule(row.rule_threshold, row.rule_condition, row.rule_policy),
         state=SegmentState(row.state),
         etag=row.etag,
         create_time=row.create_time,
@@ -55,6 +53,39 @@ def to_segment(row: sa.Row[Any]) -> Segment:
         member_count_time=row.member_count_time,
         last_operation=row.last_operation,
     )
+
+
+SHARD_COLUMNS = (
+    tables.shard_segments.c.id,
+    tables.shard_segments.c.slug,
+    tables.shard_segments.c.salt,
+    tables.shard_segments.c.rule_threshold,
+    tables.shard_segments.c.rule_condition,
+    tables.shard_segments.c.rule_policy,
+    tables.shard_segments.c.rule_count,
+    tables.shard_segments.c.frozen_slot,
+)
+"""What ``to_shard_segment`` needs of a shard's row, in its order."""
+
+
+def to_shard_segment(
+    segment_id: int,
+    slug: str,
+    salt: int,
+    threshold: int | None,
+    condition: str,
+    policy: int,
+    rule_count: int,
+    frozen_slot: int | None,
+) -> ShardSegment:
+    """A row of ``SHARD_COLUMNS`` as a value."""
+    rule = None if threshold is None else _rule(threshold, condition, policy)
+    return ShardSegment(segment_id, slug, tables.salt_from_db(salt), rule, rule_count, frozen_slot)
+
+
+@lru_cache(maxsize=SEGMENTS_MAX)  # each batch of events reads all rules, and nearly always they are the same
+def _rule(threshold: int, condition: str, policy: int) -> Rule:
+    return Rule(threshold, condition, Policy(policy))
 
 
 def segment_to_json(segment: Segment) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,18 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from segsvc.domain import bits
-from segsvc.domain.segment import Policy, Rule, ShardSegment
+from segsvc.domain.segment import ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
 from segsvc.postgres.condition_statements import matching
 from segsvc.postgres.copying import append_rows, bigint_array
+from segsvc.postgres.segment_rows import SHARD_COLUMNS, to_shard_segment
 
 
 def int_array(values: Iterable[int]) -> sa.ColumnElement[Any]:
     """A bigint[] parameter."""
     return sa.cast(sa.bindparam(None, bigint_array(values), type_=sa.Text), ARRAY(sa.BigInteger))
-
-
-@lru_cache(maxsize=4096)
-def _rule(threshold: int, condition: str, policy: int) -> Rule:
-    return Rule(threshold, condition, Policy(policy))
 
 
 class PostgresShardBits:
@@ -40,30 +35,9 @@ class PostgresShardBits:
         """The shard's segments that have a rule, by id."""
         segments = tables.shard_segments.c
         rows = self._connection.execute(
-            sa.select(
-                segments.id,
-                segments.slug,
-                segments.salt,
-                segments.rule_threshold,
-                segments.rule_condition,
-                segments.rule_policy,
-                segments.rule_count,
-                segments.frozen_slot,
-            )
-            .where(segments.rule_threshold.is_not(None))
-            .order_by(segments.id)
+            sa.select(*SHARD_COLUMNS).where(segments.rule_threshold.is_not(None)).order_by(segments.id)
         )
-        return [
-            ShardSegment(
-                segment_id,
-                slug,
-                tables.salt_from_db(salt),
-                _rule(threshold, condition, policy),
-                rule_count,
-                frozen_slot,
-            )
-            for segment_id, slug, salt, threshold, condition, policy, rule_count, frozen_slot in rows
-        ]
+        return [to_shard_segment(*row) for row in rows]
 
     def matching(self, conditions: Sequence[str], slots: Int64s) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
         """For each condition in turn, for which of the users in these slots it holds, with the attributes of now."""

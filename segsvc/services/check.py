@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 from uuid import UUID
 
+from segsvc.domain.operation import PreparedTransaction
 from segsvc.domain.segment import ShardSegment
-from segsvc.domain.stored import CatalogView, Int64s, PreparedTransaction
+from segsvc.domain.stored import CatalogView, Int64s
 from segsvc.services.check_blocks import ShardCheck, ShardSnapshot
 from segsvc.services.check_cache import SETTLE_S, CacheCheck, CacheReader
 from segsvc.services.check_ledger import LedgerCheck

@@ -12,9 +12,9 @@ from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
 
-from segsvc.domain.operation import Gid, OperationKind, OperationState
+from segsvc.domain.operation import Gid, OperationKind, OperationState, PreparedTransaction
 from segsvc.domain.segment import Rule, Segment, SegmentState, ShardSegment
-from segsvc.domain.stored import CatalogView, LedgerEntry, PreparedTransaction
+from segsvc.domain.stored import CatalogView, LedgerEntry
 from segsvc.services.check_report import Kind, Report
 
 IN_DOUBT_MAX_S: Final = 30.0

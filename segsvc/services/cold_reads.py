@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Final, Protocol
 
 from segsvc import metrics
-from segsvc.domain.errors import LockTimeout, Reason, ServiceError, shard_unavailable, user_not_found
+from segsvc.domain.errors import LockTimeout, Reason, ServiceError, internal_error, shard_unavailable, user_not_found
 from segsvc.domain.membership import Entry, Grant, LoadedUser
 from segsvc.domain.sharding import shard_of
 from segsvc.log import get_logger
@@ -194,7 +194,7 @@ class ColdReads:
             except Exception:
                 # The thread must live, and every caller get an answer.
                 log.exception("cold_read_failed", shard=shard.number)
-                self._end(shard, load, _internal())
+                self._end(shard, load, internal_error())
             finally:
                 with shard.changed:
                     shard.loads.discard(load)
@@ -362,10 +362,6 @@ class ColdReads:
             self._mark_down(shard, error)
         for load in stalled:
             self._end(shard, load, error)
-
-
-def _internal() -> ServiceError:
-    return ServiceError(Reason.INTERNAL, "an internal error; the service's log has it")
 
 
 def _answer(waiters: Sequence[_Waiter], user_id: int, outcome: Outcome, source: str) -> None:

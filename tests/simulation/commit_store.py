@@ -19,9 +19,10 @@ from segsvc.domain.operation import (
     OperationKind,
     OperationPlan,
     OperationState,
+    PreparedTransaction,
     ShardCounts,
 )
-from segsvc.twophase_ports import Finish, OpenOperation, Prepared, ProgressHook, WorkFailed
+from segsvc.twophase_ports import Finish, OpenOperation, ProgressHook, WorkFailed
 from tests.simulation.database import Lock, Server, Transaction
 from tests.simulation.scheduler import Scheduler, Violation
 
@@ -282,10 +283,11 @@ class SimulatedShard:
     def has_fence(self, operation_id: UUID) -> bool:
         return self._server.ask("fence?", lambda: operation_id in self._data.fences)
 
-    def prepared(self) -> Sequence[Prepared]:
+    def prepared(self) -> Sequence[PreparedTransaction]:
         now = self._scheduler.now
         return self._server.ask(
-            "what is prepared?", lambda: [Prepared(gid, now - since) for gid, (_, since) in self._data.prepared.items()]
+            "what is prepared?",
+            lambda: [PreparedTransaction(gid, now - since) for gid, (_, since) in self._data.prepared.items()],
         )
 
     def is_prepared(self, gid: Gid) -> bool:

@@ -13,9 +13,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from segmentation.v1 import membership_pb2 as pb
 
+from grpc_api.call_scope import REQUEST_ID_KEY
 from grpc_api.errors import DETAILS_KEY, status_of
 from grpc_api.lane import HotLane
-from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, REQUEST_ID_KEY, native_front
+from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, native_front
 from grpc_api.membership_wire import encode_slug
 from segsvc.bootstrap import HotReads
 from segsvc.config import Settings

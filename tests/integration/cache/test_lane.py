@@ -15,7 +15,8 @@ from prometheus_client import REGISTRY
 from segmentation.v1 import membership_pb2 as pb
 
 import grpc_api.lane
-from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, REQUEST_ID_KEY
+from grpc_api.call_scope import REQUEST_ID_KEY
+from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
 from segsvc.cache import keys
 from segsvc.local.postgres import PostgresServer
 from tests.eventually import eventually
