@@ -95,6 +95,8 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
         pool_timeout=settings.read_timeout_s,
         # A restarted server is noticed before a transaction starts, not in the middle of the first one.
         pool_pre_ping=True,
+        # An error's text goes into the log, and parameters are users' attributes.
+        hide_parameters=True,
         connect_args={
             "connect_timeout": settings.connect_timeout_s,
             "keepalives": 1,

@@ -1,6 +1,12 @@
-"""Idle connections of a pool, when their server has ended them."""
+"""Idle connections of a pool, when their server has ended them; and what errors say."""
 
 from __future__ import annotations
+
+import traceback
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
 
 from segsvc.postgres.engine import Databases
 from tests.eventually import eventually
@@ -12,6 +18,14 @@ BACKEND = "SELECT pg_backend_pid()"
 def backend(databases: Databases) -> int:
     with databases.catalog_tx() as connection:
         return int(connection.exec_driver_sql(BACKEND).scalar_one())
+
+
+def test_what_an_error_says_of_a_statement_holds_no_values(rig: Rig) -> None:
+    value = str(uuid4())
+    with pytest.raises(sa.exc.DBAPIError) as caught, rig.databases.shard_tx(0) as connection:
+        connection.execute(sa.text("SELECT 1 / (length(:name) - length(:name))"), {"name": value})
+    assert "length" in str(caught.value)
+    assert value not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_connection_that_the_server_has_ended_is_replaced_before_its_use(rig: Rig) -> None:
