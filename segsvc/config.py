@@ -11,15 +11,23 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEFAULT_ENV_FILE = Path("build/stack/stack.env")
 
+BESIDE_THE_SETTINGS: Final = {
+    "SEGSVC_ENV_FILE": "File with settings, weaker than the environment; empty: none. Absent: the local stack's.",
+    "SEGSVC_SECRETS_DIR": "Folder with a file for each secret, named like its variable in lower case; absent: none.",
+    "SEGSVC_REQUIRE_REAL_KAFKA": "1: the local stack refuses to start on the stand-in for Kafka. Also for the tests.",
+}
+"""Variables that are read before there are settings, or without them: name -> what it is."""
+
 _CLUSTER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-_URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):([^@\s]*)@")
+# Up to the last @, since a password may hold one: rather too much is hidden than too little.
+_URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):(.*)@", re.DOTALL)
 _KEYWORD_PASSWORD = re.compile(r"(?i)(password=)[^&\s]+")
 
 
@@ -163,7 +171,7 @@ class Settings(BaseSettings):
         return len(self.shard_dsns)
 
     def masked(self) -> dict[str, Any]:
-        """All settings as JSON values under their variables' names, passwords hidden."""
+        """All settings, and what stands beside them, as JSON values under their variables' names; passwords hidden."""
         shown: dict[str, Any] = {}
         for name, value in self.model_dump(mode="json").items():
             if name == "flower_password":
@@ -175,7 +183,13 @@ class Settings(BaseSettings):
             else:
                 masked = value
             shown[f"SEGSVC_{name.upper()}"] = masked
-        return shown
+        return shown | {name: os.environ.get(name) for name in BESIDE_THE_SETTINGS}
+
+
+def descriptions() -> dict[str, str]:
+    """Every variable there is, by name: what it is. As many as ``Settings.masked`` shows."""
+    fields = Settings.model_fields.items()
+    return {f"SEGSVC_{name.upper()}": field.description or "" for name, field in fields} | BESIDE_THE_SETTINGS
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 FAILED: Final = 1
 USAGE: Final = 2
 """Exit codes beside 0, done."""
+
+_CANNOT_WRITE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 BAR_AFTER_S: Final = 1.0
 """What takes longer gets a progress bar; what is quicker only flickers with one."""
@@ -51,12 +56,31 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that the arguments name."""
         try:
-            return super().invoke(ctx)
+            return self._run(ctx)
         except (Refusal, ServiceError) as error:
             complain(str(error))
         except LockTimeout:
             complain("LOCK_TIMEOUT: a shard is locked by an operation; try again in a moment")
+        except OSError as error:
+            # A closed pipe is left to the library, which ends without a word.
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            complain(f"cannot write: {error.strerror}")
+            _forget_output()
         raise typer.Exit(FAILED)
+
+    def _run(self, ctx: Any) -> Any:
+        done = super().invoke(ctx)
+        # What cannot be written is noticed here, and not by the interpreter on its way out.
+        sys.stdout.flush()
+        return done
+
+
+def _forget_output() -> None:
+    """Drop what standard output still holds, for the interpreter would try to write it once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def complain(text: str) -> None:
@@ -92,19 +116,26 @@ def console(*, err: bool = False) -> Console:
     return Console(stderr=err, markup=False, highlight=False, emoji=False, width=None if stream.isatty() else 10_000)
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table. ``right``: columns of numbers."""
+def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:
+    """An empty table. ``right``: columns of numbers. ``whole``: columns of names to copy, never broken into lines."""
     from rich.table import Table  # noqa: PLC0415
 
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(
+            column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in whole
+        )
     return made
 
 
 def plain(text: str) -> str:
     """Text of users without control characters, which could rewrite the terminal."""
     return "".join(character if character.isprintable() else "�" for character in text)
+
+
+def short_time(when: datetime) -> str:
+    """A moment in a table, to the second: 2030-01-31 12:00:00Z."""
+    return when.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def print_json(value: object) -> None:

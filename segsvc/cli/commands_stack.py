@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -11,7 +12,7 @@ from segsvc.cli.base import FAILED, Json, Refusal, bar, complain, console, print
 PANEL: Final = "Installation"
 
 
-def up() -> None:
+def up(json_output: Json = False) -> None:
     """Start the whole stack on this machine: servers, migrations, all processes. Changes nothing if it is up."""
     from segsvc.cli.front import is_serving  # noqa: PLC0415
     from segsvc.local.processes import LocalStackError  # noqa: PLC0415
@@ -23,12 +24,19 @@ def up() -> None:
         settings = LocalStack(say=complain, ready=is_serving).up()
     except LocalStackError as error:
         raise Refusal(str(error)) from error
+    places = {
+        "gRPC": settings.grpc_address,
+        "Flower": f"http://{settings.flower_address}",
+        **{f"metrics, {process}": f"http://{at}/metrics" for process, at in metrics_addresses(settings).items()},
+        "settings": str(settings.stack_dir / "stack.env"),
+    }
+    if json_output:
+        print_json(places)
+        return
+    places["Flower"] += f" ({settings.flower_user}, {settings.flower_password})"
     shown = table("what", "where")
-    shown.add_row("gRPC", settings.grpc_address)
-    shown.add_row("Flower", f"http://{settings.flower_address} ({settings.flower_user}, {settings.flower_password})")
-    for process, address in metrics_addresses(settings).items():
-        shown.add_row(f"metrics, {process}", f"http://{address}/metrics")
-    shown.add_row("settings", str(settings.stack_dir / "stack.env"))
+    for what, where in places.items():
+        shown.add_row(what, where)
     console().print(shown)
 
 
@@ -55,7 +63,7 @@ def status(json_output: Json = False) -> None:
     else:
         shown = table("name", "state", "pid", "log", right=("pid",))
         for part in parts:
-            shown.add_row(part.name, part.state, str(part.pid or ""), str(part.log))
+            shown.add_row(part.name, part.state, str(part.pid or ""), _short(part.log))
         console().print(shown)
     if any(part.state != "RUNNING" for part in parts):
         raise typer.Exit(FAILED)
@@ -87,21 +95,31 @@ def migrate(json_output: Json = False) -> None:
 
 def config(json_output: Json = False) -> None:
     """Show the effective settings, secrets masked."""
+    from segsvc.config import descriptions  # noqa: PLC0415
+
     settings = settings_of_process()
     masked = settings.masked()
     if json_output:
         print_json(masked)
         return
-    shown = table("setting", "value", "what it is")
-    for name, field in type(settings).model_fields.items():
-        variable = f"SEGSVC_{name.upper()}"
-        shown.add_row(variable, _text(masked[variable]), field.description or "")
+    shown = table("setting", "value", whole=("setting",))
+    for variable, about in descriptions().items():
+        shown.add_row(variable, _text(masked[variable]))
+        shown.add_row("", about, style="dim")
     console().print(shown)
+
+
+def _short(path: Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return "\n".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return "" if value is None else str(value)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segsvc.cli.base import Json, Refusal, bar, console, plain, print_json, settings_of_process, table
+from segsvc.cli.base import Json, Refusal, bar, console, plain, print_json, settings_of_process, short_time, table
 
 if TYPE_CHECKING:
     from tasks.dead_letter_box import DeadLetterBox, Letter
@@ -63,9 +63,9 @@ def list_dead(
     if json_output:
         print_json([_to_json(letter) for letter in found])
         return
-    shown = table("id", "time", "reason", "event")
+    shown = table("id", "time", "reason", "event", whole=("id",))
     for letter in found:
-        shown.add_row(letter.id, letter.time.isoformat(timespec="seconds"), plain(letter.reason), _excerpt(letter))
+        shown.add_row(letter.id, short_time(letter.time), plain(letter.reason), _excerpt(letter))
     console().print(shown)
     console().print(f"{len(found):,} dead letters{', and more: raise --limit' if more else ''}")
 

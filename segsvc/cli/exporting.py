@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -19,63 +22,107 @@ from segsvc.config import Settings
 _CUTS_MAX: Final = 3
 """Cuts in a row, nothing received between them, before an export gives up."""
 
+_HOPELESS: Final = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+"""Refusals after which going on from the same place would be refused again."""
 
-def export_members(settings: Settings, slug: str, output: Path | None, resume_token: str, *, json_output: bool) -> None:
-    """Write all members of a segment to a file or to standard output.
 
-    Raises:
-        Refusal: the export was refused, or cut off too often; the text then has the token to go on with.
+@dataclass(slots=True)
+class Export:
+    """Where an export goes, and how far it is.
+
+    Attributes:
+        output: the file; None: standard output.
+        token: the place to go on from: everything before it has been written. Empty: the beginning.
     """
-    with connected(settings) as front:
-        members = front.segments.GetSegmentStatistics(
-            segments_pb2.GetSegmentStatisticsRequest(slug=slug), timeout=TIMEOUT_S
-        ).member_count
-        with (
-            # Only now: what the file held is not lost to a slug that is misspelt.
-            _opened(output, append=bool(resume_token)) as file,
-            # The ids themselves on a terminal leave no place for a bar.
-            bar(f"exporting {slug}", hidden=file is sys.stdout and file.isatty()) as shown,
-        ):
+
+    slug: str
+    output: Path | None
+    token: str
+    json_output: bool
+    _whole: int = field(default=0, init=False)
+    """Bytes of the file that are whole pages, or were there before."""
+
+    def run(self, settings: Settings) -> None:
+        """Write all members, or those that are missing.
+
+        Raises:
+            Refusal: refused, or cut off too often. Then, and after an interruption, it has been said how to go on.
+        """
+        with connected(settings) as front:
+            # Before the file is opened: a segment that does not exist must not empty one.
+            request = segments_pb2.GetSegmentStatisticsRequest(slug=self.slug)
+            members = front.segments.GetSegmentStatistics(request, timeout=TIMEOUT_S).member_count
+            with self._opened() as file:
+                try:
+                    self._write_all(front, file, members)
+                except BaseException as error:
+                    if self.token and _worth_going_on(error):
+                        complain(f"to go on: {self._command()}")
+                    raise
+
+    def _write_all(self, front: Front, file: TextIO, members: int) -> None:
+        # The ids themselves on a terminal leave no place for a bar.
+        with bar(f"exporting {self.slug}", hidden=file is sys.stdout and file.isatty()) as shown:
             written = 0
-            for page in _pages(front, slug, resume_token):
-                if json_output:
-                    line = {"user_ids": list(page.user_ids), "resume_token": page.resume_token}
-                    file.write(json.dumps(line) + "\n")
-                else:
-                    file.writelines(f"{user_id}\n" for user_id in page.user_ids)
+            for page in self._pages(front):
+                file.write(_text(page, json_output=self.json_output))
+                file.flush()
+                self.token = page.resume_token
+                if self.output is not None:
+                    self._whole = file.tell()
                 written += len(page.user_ids)
                 shown.to(written, max(written, members))
 
+    def _pages(self, front: Front) -> Iterator[segments_pb2.ExportSegmentUsersResponse]:
+        """Pages of the stream, resumed after a cut."""
+        cuts = 0
+        while True:
+            # Read anew each time: the consumer moves it when it has written a page.
+            request = segments_pb2.ExportSegmentUsersRequest(slug=self.slug, resume_token=self.token)
+            try:
+                for page in front.segments.ExportSegmentUsers(request):
+                    cuts = 0
+                    yield page
+            except grpc.RpcError as error:
+                cuts += 1
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or cuts > _CUTS_MAX:
+                    raise
+            else:
+                return
 
-@contextlib.contextmanager
-def _opened(output: Path | None, *, append: bool) -> Iterator[TextIO]:
-    if output is None:
-        yield sys.stdout
-        return
-    try:
-        file = output.open("a" if append else "w")
-    except OSError as error:
-        raise Refusal(f"{output}: {error.strerror}") from error
-    with file:
-        yield file
-
-
-def _pages(front: Front, slug: str, token: str) -> Iterator[segments_pb2.ExportSegmentUsersResponse]:
-    """Pages of the stream, resumed after a cut."""
-    cuts = 0
-    while True:
-        request = segments_pb2.ExportSegmentUsersRequest(slug=slug, resume_token=token)
-        try:
-            for page in front.segments.ExportSegmentUsers(request):
-                cuts = 0
-                # Only then is it the place to go on from: the consumer has written the page when it asks for the next.
-                yield page
-                token = page.resume_token
-        except grpc.RpcError as error:
-            cuts += 1
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or cuts > _CUTS_MAX:
-                if token:
-                    complain(f"go on with: segsvc segments export {slug} --resume-token {token}")
-                raise
-        else:
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[TextIO]:
+        if self.output is None:
+            yield sys.stdout
             return
+        try:
+            file = self.output.open("a" if self.token else "w")
+        except OSError as error:
+            raise Refusal(f"{self.output}: {error.strerror}") from error
+        self._whole = file.tell()
+        try:
+            with file:
+                yield file
+        except BaseException:
+            # When it is closed, which writes what it can. A page that is there in part would come twice.
+            if self.output.is_file():
+                os.truncate(self.output, self._whole)
+            raise
+
+    def _command(self) -> str:
+        output = "" if self.output is None else f" --output {shlex.quote(str(self.output))}"
+        json_output = " --json" if self.json_output else ""
+        return f"segsvc segments export {self.slug} --resume-token {self.token}{output}{json_output}"
+
+
+def _worth_going_on(error: BaseException) -> bool:
+    if isinstance(error, grpc.RpcError):
+        return error.code() not in _HOPELESS
+    # Whoever closes a pipe has what they wanted.
+    return not isinstance(error, BrokenPipeError)
+
+
+def _text(page: segments_pb2.ExportSegmentUsersResponse, *, json_output: bool) -> str:
+    if json_output:
+        return json.dumps({"user_ids": list(page.user_ids), "resume_token": page.resume_token}) + "\n"
+    return "".join(f"{user_id}\n" for user_id in page.user_ids)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import grpc
 from google.longrunning import operations_pb2
 from google.protobuf.duration_pb2 import Duration
 from segmentation.v1 import operations_pb2 as watch_pb2
 from segmentation.v1 import segments_pb2
 
-from segsvc.cli.base import bar
+from segsvc.cli.base import bar, complain
 from segsvc.cli.front import TIMEOUT_S, Front, describe
 
 Metadata = watch_pb2.OperationMetadata
@@ -34,12 +35,21 @@ def follow(front: Front, operation: operations_pb2.Operation, *, quiet: bool) ->
         quiet: without a bar.
 
     Raises:
-        grpc.RpcError: the front went away; the operation goes on.
+        grpc.RpcError: the front went away; the operation goes on, and how to find it again has been said.
     """
     if operation.done:
         return operation
-    if quiet:
-        return wait(front, operation.name)
+    try:
+        if quiet:
+            return wait(front, operation.name)
+        _watch(front, operation)
+        return get(front, operation.name)
+    except (KeyboardInterrupt, grpc.RpcError):
+        complain(f"it goes on without you; to see how it ends: segsvc operations watch {operation.name}")
+        raise
+
+
+def _watch(front: Front, operation: operations_pb2.Operation) -> None:
     with bar(title_of(metadata_of(operation))) as shown:
         for update in front.watching.WatchOperation(watch_pb2.WatchOperationRequest(name=operation.name)):
             metadata = update.metadata
@@ -47,7 +57,6 @@ def follow(front: Front, operation: operations_pb2.Operation, *, quiet: bool) ->
             done = sum(shard.blocks_done for shard in metadata.shards)
             total = sum(shard.blocks_total for shard in metadata.shards)
             shown.to(done, total or None, f"{title_of(metadata)}: {state}, blocks")
-    return get(front, operation.name)
 
 
 def get(front: Front, name: str) -> operations_pb2.Operation:

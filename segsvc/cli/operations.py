@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segsvc.cli.base import Json, Refusal, console, plain, print_json, settings_of_process, table
+from segsvc.cli.base import Json, Refusal, console, plain, print_json, settings_of_process, short_time, table
+from segsvc.cli.completing import operation_names
 
 if TYPE_CHECKING:
     from google.longrunning.operations_pb2 import Operation
 
 app = typer.Typer(no_args_is_help=True, help="Watch and cancel what changes segments.", rich_markup_mode=None)
 
-Name = Annotated[str, typer.Argument(help="operations/<uuid>, or the uuid alone.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(help="operations/<uuid>, or the uuid alone.", show_default=False, autocompletion=operation_names),
+]
+_EXAMPLE = "0b5f2c9e-8f0a-4d58-9c1e-6f2d3a4b5c6d"
 
 
 @app.command("list", epilog="Example: segsvc operations list --filter 'slug = checkout AND state = DONE'")
@@ -27,7 +33,7 @@ def list_operations(
     """List operations, newest first."""
     from google.longrunning import operations_pb2  # noqa: PLC0415
 
-    from segsvc.cli.following import Metadata, metadata_of  # noqa: PLC0415
+    from segsvc.cli.following import Metadata, metadata_of, title_of  # noqa: PLC0415
     from segsvc.cli.front import TIMEOUT_S, connected, describe, to_json  # noqa: PLC0415
 
     found: list[Operation] = []
@@ -43,21 +49,19 @@ def list_operations(
     if json_output:
         print_json([to_json(operation) for operation in found])
         return
-    shown = table("name", "kind", "slug", "state", "accepted", "why aborted")
+    shown = table("operation", "what", "state", "accepted", whole=("operation", "state"))
     for operation in found:
         metadata = metadata_of(operation)
-        shown.add_row(
-            operation.name,
-            Metadata.Kind.Name(metadata.kind).lower(),
-            metadata.slug,
-            Metadata.State.Name(metadata.state),
-            metadata.create_time.ToJsonString(),
-            plain(describe(operation.error)) if operation.HasField("error") else "",
-        )
+        state = Metadata.State.Name(metadata.state)
+        accepted = short_time(metadata.create_time.ToDatetime(UTC))
+        what = title_of(metadata)
+        if operation.HasField("error"):
+            what = f"{what}: {plain(describe(operation.error))}"
+        shown.add_row(operation.name.removeprefix("operations/"), what, state, accepted)
     console().print(shown)
 
 
-@app.command(epilog="Example: segsvc operations show 0b5f…")
+@app.command(epilog=f"Example: segsvc operations show {_EXAMPLE}")
 def show(name: Name, json_output: Json = False) -> None:
     """Show one operation with its shards."""
     from segsvc.cli.following import get  # noqa: PLC0415
@@ -68,7 +72,7 @@ def show(name: Name, json_output: Json = False) -> None:
     _show(operation, json_output=json_output)
 
 
-@app.command(epilog="Example: segsvc operations watch 0b5f…")
+@app.command(epilog=f"Example: segsvc operations watch {_EXAMPLE}")
 def watch(name: Name, json_output: Json = False) -> None:
     """Follow an operation to its end. Exit code 1 if it is aborted."""
     from segsvc.cli.following import follow, get, outcome  # noqa: PLC0415
@@ -84,16 +88,21 @@ def watch(name: Name, json_output: Json = False) -> None:
         console().print(text)
 
 
-@app.command(epilog="Example: segsvc operations cancel 0b5f…")
-def cancel(name: Name) -> None:
+@app.command(epilog=f"Example: segsvc operations cancel {_EXAMPLE}")
+def cancel(name: Name, json_output: Json = False) -> None:
     """Abort an operation; possible until it is committed."""
     from google.longrunning import operations_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+    from segsvc.cli.following import get  # noqa: PLC0415
+    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
 
     with connected(settings_of_process()) as front:
         front.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=_full(name)), timeout=TIMEOUT_S)
-    console().print(f"{_full(name)} is aborted")
+        operation = get(front, _full(name)) if json_output else None
+    if operation is not None:
+        print_json(to_json(operation))
+    else:
+        console().print(f"{_full(name)} is aborted")
 
 
 def _full(name: str) -> str:

@@ -11,6 +11,7 @@ from uuid import uuid4
 import typer
 
 from segsvc.cli.base import Json, Refusal, bar, console, plain, print_json, settings_of_process, table
+from segsvc.cli.completing import segment_slugs
 
 if TYPE_CHECKING:
     from google.longrunning.operations_pb2 import Operation
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Create, roll out, change and delete segments.", rich_markup_mode=None)
 
-Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False)]
+Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False, autocompletion=segment_slugs)]
 Etag = Annotated[str, typer.Option(help="Refuse if the segment has changed since it had this etag.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="key=value; may be repeated.")]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is accepted.")]
@@ -84,9 +85,9 @@ def show(slug: Slug, json_output: Json = False) -> None:
     _show_segment(segment, json_output)
 
 
-@app.command(epilog="Example: segsvc segments create checkout --name 'New checkout' --label team=pay")
+@app.command(epilog="Example: segsvc segments create checkout --name Checkout --label team=pay")
 def create(
-    slug: Slug,
+    slug: Annotated[str, typer.Argument(help="Its name in the API; never changed.", show_default=False)],
     name: Annotated[str, typer.Option(help="For people; at most 200 characters.")] = "",
     description: Annotated[str, typer.Option(help="For people; at most 4000 characters.")] = "",
     label: Labels = None,
@@ -137,7 +138,7 @@ def edit(
         _show_segment(front.segments.UpdateSegment(request, timeout=TIMEOUT_S), json_output)
 
 
-@app.command(epilog="Example: segsvc segments preview checkout --percent 30 --condition 'user.age >= 18'")
+@app.command(epilog="Example: segsvc segments preview sale --percent 5 --condition 'user.age >= 18'")
 def preview(
     slug: Slug,
     percent: Percent,
@@ -199,13 +200,16 @@ def delete(
     no_wait: NoWait = False,
     json_output: Json = False,
 ) -> None:
-    """Cancel a segment for all its users and remove it: on every shard, or on none."""
+    """Cancel a segment for all its users and remove it: on every shard, or on none. Asks first, on a terminal;
+    elsewhere it needs --yes."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
     from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
 
-    if not yes and sys.stdin.isatty():
-        typer.confirm(f"Delete {slug} for all its users?", abort=True)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("there is no terminal to ask on: say --yes")
+        typer.confirm(f"Delete {slug} for all its users?", abort=True, err=True)
     request = segments_pb2.DeleteSegmentRequest(slug=slug, etag=etag, request_id=str(uuid4()), return_immediately=True)
     with connected(settings_of_process()) as front:
         operation = front.segments.DeleteSegment(request, timeout=TIMEOUT_S)
@@ -250,9 +254,9 @@ def export(
     ] = False,
 ) -> None:
     """Write the ids of all members, one a line."""
-    from segsvc.cli.exporting import export_members  # noqa: PLC0415
+    from segsvc.cli.exporting import Export  # noqa: PLC0415
 
-    export_members(settings_of_process(), slug, output, resume_token, json_output=json_output)
+    Export(slug, output, resume_token, json_output).run(settings_of_process())
 
 
 def _rule(percent: float, condition: str, policy: PolicyName) -> segments_pb2.RollOutRule:

@@ -22,7 +22,7 @@ app = typer.Typer(
 Shard = Annotated[int, typer.Argument(min=0, help="Its number.", show_default=False)]
 
 
-@app.command("copy", epilog="Example: segsvc shards copy 2 --to postgresql+psycopg2://segsvc@new/shard_2")
+@app.command("copy", epilog="Example: segsvc shards copy 2 --to postgresql+psycopg2://me@new/shard_2")
 def copy_shard(
     shard: Shard,
     to: Annotated[str, typer.Option("--to", help="DSN of an empty database. Its password may be in ~/.pgpass.")],
@@ -43,7 +43,7 @@ def copy_shard(
     )
 
 
-@app.command("settle", epilog="Example: segsvc shards settle 2 --fence postgresql+psycopg2://segsvc@old/shard_2")
+@app.command("settle", epilog="Example: segsvc shards settle 2 --fence postgresql+psycopg2://me@old/shard_2")
 def settle(
     shard: Shard,
     fence: Annotated[

@@ -11,6 +11,7 @@ from uuid import uuid4
 import typer
 
 from segsvc.cli.base import Json, console, plain, print_json, settings_of_process, table
+from segsvc.cli.completing import segment_slugs
 from segsvc.domain.sharding import USER_ID_MAX
 
 if TYPE_CHECKING:
@@ -21,8 +22,13 @@ app = typer.Typer(
 )
 
 UserId = Annotated[int, typer.Argument(min=1, max=USER_ID_MAX, help="The user's number.", show_default=False)]
-Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False)]
-Slugs = Annotated[list[str], typer.Argument(help="The segments: all of them are changed, or none.", show_default=False)]
+Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False, autocompletion=segment_slugs)]
+Slugs = Annotated[
+    list[str],
+    typer.Argument(
+        help="The segments: all of them are changed, or none.", show_default=False, autocompletion=segment_slugs
+    ),
+]
 For = Annotated[str | None, typer.Option("--for", help="How long it holds: 90s, 30m, 2h, 7d.", show_default=False)]
 Until = Annotated[str | None, typer.Option(help="When it ends: 2030-01-31T12:00:00Z.", show_default=False)]
 

@@ -161,7 +161,7 @@ def _document(raw: bytes | None) -> Mapping[str, Any]:
     try:
         document = _decode(text)
     except json.JSONDecodeError as error:
-        raise BadEvent(f"event: is not JSON: {error.msg} at character {error.pos}") from None
+        raise BadEvent(f"event: is not JSON: {error.msg.removesuffix(' at')} at character {error.pos}") from None
     except ValueError:
         document = _decode_long_integers(text)
     if not isinstance(document, dict):

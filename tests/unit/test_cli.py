@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,9 +22,10 @@ from segsvc.cli.base import Refusal, bar, plain
 from segsvc.cli.commands_check import show
 from segsvc.cli.commands_processes import flower_environment
 from segsvc.cli.doctor_storage import skew_items
-from segsvc.config import Settings
+from segsvc.config import BESIDE_THE_SETTINGS, Settings, descriptions
 from segsvc.domain.errors import LockTimeout, segment_not_found
 from segsvc.services.check_report import Kind, Report
+from tests.local_servers import REPOSITORY
 
 HEAVY = ("grpc", "sqlalchemy", "celery", "redis", "kafka", "numpy", "pydantic", "alembic", "structlog")
 
@@ -71,19 +74,22 @@ def test_the_commands_are_these() -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
 def test_help_of_every_command_has_an_example(runner: CliRunner, path: tuple[str, ...]) -> None:
-    result = runner.invoke(app, [*path, "--help"], env={"COLUMNS": "200"})
+    result = runner.invoke(app, [*path, "--help"], env={"COLUMNS": "80"})
     assert result.exit_code == 0
-    assert "Example: " in result.output
-    assert f"segsvc {' '.join(path)}" in result.output.split("Example: ")[1]
+    # On one line of the smallest terminal: an example that is broken cannot be pasted.
+    [example] = re.findall(r"^ Example: (.+?) *$", result.output, re.MULTILINE)
+    assert f"Example: {example}" == ALL[path].epilog
+    assert f"segsvc {' '.join(path)}" in example
 
 
-SHOWING = ("segments", "users", "operations", "events", "check", "doctor", "config", "migrate", "status")
+SHOWING = (
+    "segments", "users", "operations", "events", "check", "doctor", "config", "migrate", "status", "up", "shards",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [path for path in ALL if path[0] in SHOWING], ids=" ".join)
 def test_what_shows_something_can_show_json(path: tuple[str, ...]) -> None:
-    if path != ("operations", "cancel"):
-        assert "--json" in [name for option in ALL[path].params for name in option.opts]
+    assert "--json" in [name for option in ALL[path].params for name in option.opts]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -131,16 +137,48 @@ def test_a_bad_setting_is_named_without_its_value(runner: CliRunner) -> None:
 
 def test_config_masks_secrets(runner: CliRunner) -> None:
     env = {
-        "SEGSVC_CATALOG_DSN": "postgresql+psycopg2://me:secret@host/x",
-        "SEGSVC_SHARD_DSNS": "postgresql+psycopg2://me:secret@host/a postgresql+psycopg2://host/b?password=secret",
-        "SEGSVC_BROKER_URL": "redis://:secret@host/0",
-        "SEGSVC_FLOWER_PASSWORD": "secret",
+        "SEGSVC_CATALOG_DSN": "postgresql+psycopg2://me:hush:hush/hush hush@host/x",
+        "SEGSVC_SHARD_DSNS": "postgresql+psycopg2://me:hush@host/a postgresql+psycopg2://host/b?password=hush",
+        "SEGSVC_BROKER_URL": "redis://:hush@hush@host/0",
+        "SEGSVC_FLOWER_PASSWORD": "hush",
     }
     for arguments in (["config"], ["config", "--json"]):
         result = runner.invoke(app, arguments, env=env)
         assert result.exit_code == 0
-        assert "secret" not in result.output
-        assert "SEGSVC_GRPC_ADDRESS" in result.output
+        assert "hush" not in result.output
+        assert "@host/a" in result.output
+
+
+def test_config_shows_every_variable_that_the_code_reads(runner: CliRunner) -> None:
+    code = "\n".join(
+        path.read_text()
+        for root in ("segsvc", "tasks", "grpc_api", "migrations", "docker")
+        for path in (REPOSITORY / root).rglob("*.py")
+        if "generated" not in path.parts
+    )
+    shown = json.loads(runner.invoke(app, ["config", "--json"]).stdout)
+    assert shown.keys() == descriptions().keys()
+    # A marker of our own processes, and an example in a docstring.
+    named = set(re.findall(r"SEGSVC_[A-Z0-9_]+[A-Z0-9]", code)) - {"SEGSVC_LOCAL_STACK", "SEGSVC_NAME"}
+    assert named <= shown.keys()
+    for field in Settings.model_fields:
+        assert re.search(rf"\.{field}\b", code), f"nobody reads {field}"
+    for variable in BESIDE_THE_SETTINGS:
+        assert f'get("{variable}"' in code, f"nobody reads {variable}"
+    for variable, about in descriptions().items():
+        assert about, f"{variable} is not described"
+        assert variable in runner.invoke(app, ["config"]).stdout
+
+
+def test_what_cannot_be_written_is_said(runner: CliRunner) -> None:
+    program = [sys.executable, "-m", "segsvc", "config"]
+    for more in ([], ["--json"]):
+        with Path("/dev/full").open("w") as full:
+            environment = {**os.environ, "SEGSVC_ENV_FILE": ""}
+            done = subprocess.run(
+                [*program, *more], stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
+            )
+        assert (done.returncode, done.stderr) == (1, "cannot write: No space left on device\n")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +186,7 @@ def test_config_masks_secrets(runner: CliRunner) -> None:
     [["nonsense"], ["worker"], ["worker", "--queue", "nonsense"], ["segments", "rollout", "x"], ["users", "show", "me"],
      ["segments", "edit", "x"], ["segments", "create", "x", "--label", "no-equals-sign"],
      ["users", "show", "0"], ["users", "show", "9223372036854775808"], ["segments", "stats", "\udcff"],
-     ["users", "exclude", "1", "x", "--for", "999999999d"]],
+     ["users", "exclude", "1", "x", "--for", "999999999d"], ["segments", "delete", "x"]],
     ids=ascii,
 )  # fmt: skip
 def test_wrong_usage_ends_with_2(runner: CliRunner, arguments: list[str]) -> None:

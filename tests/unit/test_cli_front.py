@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent import futures
-from pathlib import Path
+import signal
 from typing import Any
 
 import grpc
@@ -16,74 +14,11 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from segmentation.v1 import membership_pb2, segments_pb2
 from segmentation.v1 import operations_pb2 as watch_pb2
-from typer.testing import CliRunner, Result
 
-from segsvc.cli.app import app
+from segsvc.cli.completing import operation_names, segment_slugs
+from tests.unit.canned_front import CannedFront, give_statistics, refuse, run
 
 NAME = "operations/0b5f1c2e-0000-4000-8000-000000000000"
-Answer = Callable[[Any, grpc.ServicerContext], Any]
-
-
-class CannedFront:
-    """A gRPC server that remembers requests and answers as it was told, by full method name."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, tuple[Any, Answer, bool]] = {}
-        self.requests: list[Any] = []
-
-    def on(self, method: str, request_type: type[Message], answer: Answer, *, stream: bool = False) -> None:
-        self.answers[method] = (request_type, answer, stream)
-
-    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        if call.method not in self.answers:
-            return None
-        request_type, answer, stream = self.answers[call.method]
-
-        def handle(request: Any, context: grpc.ServicerContext) -> Any:
-            self.requests.append(request)
-            return answer(request, context)
-
-        make = grpc.unary_stream_rpc_method_handler if stream else grpc.unary_unary_rpc_method_handler
-        return make(
-            handle,
-            request_deserializer=request_type.FromString,
-            response_serializer=lambda message: message.SerializeToString(),
-        )
-
-
-class _Handler(grpc.GenericRpcHandler):
-    def __init__(self, front: CannedFront) -> None:
-        self._front = front
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        return self._front.service(handler_call_details)
-
-
-@pytest.fixture
-def front(monkeypatch: pytest.MonkeyPatch) -> Iterator[CannedFront]:
-    canned = CannedFront()
-    server = grpc.server(futures.ThreadPoolExecutor(4))
-    server.add_generic_rpc_handlers((_Handler(canned),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    monkeypatch.setenv("SEGSVC_ENV_FILE", "")
-    monkeypatch.setenv("SEGSVC_GRPC_ADDRESS", f"127.0.0.1:{port}")
-    yield canned
-    server.stop(0).wait()
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def refuse(code: grpc.StatusCode, reason: str, message: str) -> Answer:
-    def answer(_request: Any, context: grpc.ServicerContext) -> Any:
-        status = status_pb2.Status(code=code.value[0], message=message)
-        status.details.add().Pack(error_details_pb2.ErrorInfo(domain="segsvc", reason=reason))
-        context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
-        context.abort(code, message)
-
-    return answer
 
 
 def packed(message: Message) -> any_pb2.Any:
@@ -214,81 +149,14 @@ def test_delete_says_how_many_it_had(front: CannedFront) -> None:
     assert (result.exit_code, result.stdout) == (0, "roll out checkout: done; it had 7 members\n")
 
 
-def statistics(front: CannedFront) -> None:
-    front.on(
-        "/segmentation.v1.SegmentService/GetSegmentStatistics",
-        segments_pb2.GetSegmentStatisticsRequest,
-        lambda request, _: segments_pb2.SegmentStatistics(
-            member_count=1234, user_count=10_000, member_share=0.1234,
-            shards=[segments_pb2.ShardCounts(shard=3, member_count=1234)],
-        ),
-    )  # fmt: skip
-
-
 def test_stats_are_a_table(front: CannedFront) -> None:
-    statistics(front)
+    give_statistics(front)
     result = run("segments", "stats", "checkout")
     assert result.exit_code == 0
     assert [line.split() for line in result.stdout.splitlines()][-2:] == [
         ["share", "12.340%"],
         ["members", "on", "shard", "3", "1,234"],
     ]
-
-
-class CutExport:
-    """Three pages; the stream is cut after the second, once."""
-
-    PAGES = ((1, 2), (3, 4), (5,))
-
-    def __init__(self, cuts: int) -> None:
-        self.cuts = cuts
-
-    def __call__(self, request: segments_pb2.ExportSegmentUsersRequest, context: grpc.ServicerContext) -> Iterator[Any]:
-        for number in range(int(request.resume_token or 0), len(self.PAGES)):
-            if number == 2 and self.cuts:
-                self.cuts -= 1
-                context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
-            yield segments_pb2.ExportSegmentUsersResponse(user_ids=self.PAGES[number], resume_token=str(number + 1))
-
-
-EXPORT = "/segmentation.v1.SegmentService/ExportSegmentUsers"
-
-
-def test_an_export_goes_on_after_a_cut(front: CannedFront, tmp_path: Path) -> None:
-    statistics(front)
-    front.on(EXPORT, segments_pb2.ExportSegmentUsersRequest, CutExport(2), stream=True)
-    result = run("segments", "export", "checkout")
-    assert (result.exit_code, result.stdout) == (0, "1\n2\n3\n4\n5\n")
-    file = tmp_path / "members"
-    assert run("segments", "export", "checkout", "--output", str(file)).exit_code == 0
-    assert file.read_text() == "1\n2\n3\n4\n5\n"
-    lines = run("segments", "export", "checkout", "--json").stdout.splitlines()
-    assert json.loads(lines[1]) == {"user_ids": [3, 4], "resume_token": "2"}
-
-
-def test_an_export_that_is_cut_for_good_says_how_to_go_on(front: CannedFront, tmp_path: Path) -> None:
-    statistics(front)
-    cut = CutExport(100)
-    front.on(EXPORT, segments_pb2.ExportSegmentUsersRequest, cut, stream=True)
-    file = tmp_path / "members"
-    result = run("segments", "export", "checkout", "--output", str(file))
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[0] == "go on with: segsvc segments export checkout --resume-token 2"
-    cut.cuts = 0
-    again = run("segments", "export", "checkout", "--output", str(file), "--resume-token", "2")
-    assert again.exit_code == 0
-    assert file.read_text() == "1\n2\n3\n4\n5\n"
-
-
-def test_an_export_that_is_refused_leaves_the_file_as_it_was(front: CannedFront, tmp_path: Path) -> None:
-    def refuse(_: segments_pb2.GetSegmentStatisticsRequest, context: grpc.ServicerContext) -> Any:
-        context.abort(grpc.StatusCode.NOT_FOUND, "there is no segment 'chekout'")
-
-    front.on("/segmentation.v1.SegmentService/GetSegmentStatistics", segments_pb2.GetSegmentStatisticsRequest, refuse)
-    file = tmp_path / "members"
-    file.write_text("1\n")
-    assert run("segments", "export", "chekout", "--output", str(file)).exit_code == 1
-    assert file.read_text() == "1\n"
 
 
 # -- users and operations -------------------------------------------------------------------------------------------
@@ -331,7 +199,7 @@ def test_operations_are_listed_shown_watched_and_cancelled(front: CannedFront) -
     )
     listed = run("operations", "list", "--filter", "slug = checkout", "--limit", "3")
     assert listed.exit_code == 0
-    assert listed.stdout.count(NAME) == 3
+    assert listed.stdout.count(NAME.removeprefix("operations/")) == 3
     assert front.requests[-1].filter == "slug = checkout"
     shown = run("operations", "show", NAME)
     assert "roll out checkout" in shown.stdout
@@ -341,3 +209,53 @@ def test_operations_are_listed_shown_watched_and_cancelled(front: CannedFront) -
     assert watched.stdout.splitlines()[-1] == "roll out checkout: done; 0 added, 0 removed, 9 members"
     assert front.requests[-1].name == NAME
     assert run("operations", "cancel", NAME).stdout == f"{NAME} is aborted\n"
+    assert json.loads(run("operations", "cancel", NAME, "--json").stdout)["name"] == NAME
+
+
+def interrupted(_request: Any, _context: grpc.ServicerContext) -> Any:
+    """Ctrl-C, which reaches the main thread, while the command waits for this answer."""
+    signal.raise_signal(signal.SIGINT)
+    return operation(done=True)
+
+
+def test_whoever_leaves_an_operation_is_told_how_to_find_it_again(front: CannedFront) -> None:
+    roll_out(front, operation(done=True))
+    for interruption in (
+        refuse(grpc.StatusCode.UNAVAILABLE, "CATALOG_UNAVAILABLE", "the catalog cannot be reached"),
+        interrupted,
+    ):
+        front.on("/google.longrunning.Operations/GetOperation", operations_pb2.GetOperationRequest, interruption)
+        result = run("segments", "rollout", "checkout", "--percent", "30")
+        assert result.exit_code in (1, 130)
+        assert f"segsvc operations watch {NAME}" in result.stderr.splitlines()[0]
+
+
+# -- completion -----------------------------------------------------------------------------------------------------
+
+
+def test_names_are_completed(front: CannedFront) -> None:
+    front.on(
+        "/segmentation.v1.SegmentService/ListSegments",
+        segments_pb2.ListSegmentsRequest,
+        lambda request, _: segments_pb2.ListSegmentsResponse(segments=[SEGMENT, segments_pb2.Segment(slug="other")]),
+    )
+    front.on(
+        "/google.longrunning.Operations/ListOperations",
+        operations_pb2.ListOperationsRequest,
+        lambda request, _: operations_pb2.ListOperationsResponse(operations=[operation(done=True)]),
+    )
+    assert segment_slugs("ch") == ["checkout"]
+    short = NAME.removeprefix("operations/")
+    assert operation_names(short[:4]) == [(short, "roll out checkout, DONE")]
+    assert operation_names("operations/") == [(NAME, "roll out checkout, DONE")]
+
+
+def test_without_a_front_nothing_is_completed_and_nothing_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEGSVC_ENV_FILE", "")
+    monkeypatch.setenv("SEGSVC_GRPC_ADDRESS", "127.0.0.1:1")
+    assert segment_slugs("") == operation_names("") == []
+    monkeypatch.setenv("SEGSVC_CATALOG_DSN", "nonsense")
+    assert segment_slugs("") == []
+    assert capfd.readouterr() == ("", "")

@@ -169,7 +169,7 @@ def test_anything_else_on_the_way_is_an_error(row: Any) -> None:
         (b"", "event: is not JSON: Expecting value at character 0"),
         (b'{"user_id": 1', "event: is not JSON: Expecting ',' delimiter at character 13"),
         (b'{"user_id": 1} x', "event: is not JSON: Extra data at character 15"),
-        (b'{"user_id": "\x01"}', "event: is not JSON: Invalid control character at at character 13"),
+        (b'{"user_id": "\x01"}', "event: is not JSON: Invalid control character at character 13"),
         (b'{"user_id": NaN}', "event: is not JSON: NaN is not a JSON number"),
         (b'{"user_id": 1, "x": -Infinity}', "event: is not JSON: -Infinity is not a JSON number"),
         (b'{"x": "\xff"}', "event: is not UTF-8 at byte 7"),

@@ -1,0 +1,63 @@
+"""What the shell is offered on the tab key beyond commands and options: what the running front knows.
+
+Loads what is heavy only when a name is to be completed, and says nothing if there is nothing to say: whatever it
+printed would stand in the middle of a line that is being typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from segsvc.cli.front import Front
+
+_TIMEOUT_S: Final = 1.0
+_OPERATIONS: Final = 20
+
+Answer = TypeVar("Answer")
+
+
+def segment_slugs(incomplete: str) -> list[str]:
+    """Slugs of segments that begin like this."""
+    return [slug for slug in _asked(_slugs) if slug.startswith(incomplete)]
+
+
+def operation_names(incomplete: str) -> list[tuple[str, str]]:
+    """The newest operations that begin like this, and what each of them does."""
+    prefix = "operations/" if incomplete.startswith("operations/") else ""
+    found = ((prefix + name, title) for name, title in _asked(_operations))
+    return [(name, title) for name, title in found if name.startswith(incomplete)]
+
+
+def _asked(question: Callable[[Front], list[Answer]]) -> list[Answer]:
+    from segsvc.cli.front import connected  # noqa: PLC0415
+    from segsvc.config import load_settings  # noqa: PLC0415
+
+    try:
+        with connected(load_settings()) as front:
+            return question(front)
+    except Exception as error:  # noqa: BLE001  # the command itself will say what is wrong, when it is run
+        del error
+        return []
+
+
+def _slugs(front: Front) -> list[str]:
+    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+
+    request = segments_pb2.ListSegmentsRequest(page_size=1000)
+    return [segment.slug for segment in front.segments.ListSegments(request, timeout=_TIMEOUT_S).segments]
+
+
+def _operations(front: Front) -> list[tuple[str, str]]:
+    from google.longrunning import operations_pb2  # noqa: PLC0415
+
+    from segsvc.cli.following import Metadata, metadata_of, title_of  # noqa: PLC0415
+
+    request = operations_pb2.ListOperationsRequest(name="operations", page_size=_OPERATIONS)
+    found: list[tuple[str, str]] = []
+    for operation in front.operations.ListOperations(request, timeout=_TIMEOUT_S).operations:
+        metadata = metadata_of(operation)
+        title = f"{title_of(metadata)}, {Metadata.State.Name(metadata.state)}"
+        found.append((operation.name.removeprefix("operations/"), title))
+    return found
