@@ -28,6 +28,8 @@ BESIDE_THE_SETTINGS: Final = {
 _CLUSTER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 # Up to the last @, since a password may hold one: rather too much is hidden than too little.
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):(.*)@", re.DOTALL)
+# What stands before the database's name and the options, up to the port.
+_DSN_HOST = re.compile(r"[^:]+://(?:.*@)?(?:\[[^\]]*\]|[^:/?@]*)(?::[0-9]*)?(?:[/?]|$)", re.DOTALL)
 _KEYWORD_PASSWORD = re.compile(r"(?i)(password=)[^&\s]+")
 
 
@@ -142,6 +144,22 @@ class Settings(BaseSettings):
         for dsn in (value,) if isinstance(value, str) else value:
             if not dsn.startswith("postgresql+psycopg2://"):
                 raise ValueError("a DSN must start with postgresql+psycopg2://")
+            if not _DSN_HOST.match(dsn):
+                raise ValueError("the port of a DSN must be a number")
+        return value
+
+    @field_validator("cache_url")
+    @classmethod
+    def _cache_url(cls, value: str) -> str:
+        if not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("a cache's URL must start with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("grpc_address")
+    @classmethod
+    def _grpc_address(cls, value: str) -> str:
+        if not value.rpartition(":")[2].isdecimal():
+            raise ValueError("the address of the front is host:port")
         return value
 
     @field_validator(

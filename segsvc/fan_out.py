@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+SERVERS_AT_ONCE: Final = 16
+"""Threads that wait for servers which may be out of reach, where nothing else bounds them."""
 
 
 class ThreadFanOut:

@@ -7,6 +7,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError, ResponseError
 
 from segsvc.cache.connection import CacheConnection
+from segsvc.config import mask
 
 OLDEST_VERSION: Final = (7, 0)
 """Of Redis (Valkey says which Redis it is compatible with): flags of scripts."""
@@ -19,8 +20,8 @@ def cache_findings(url: str, *, timeout_s: float) -> list[str]:
     """
     try:
         connection = CacheConnection(url, timeout_s)
-    except (RedisError, OSError):
-        return ["the cache's server cannot be reached"]
+    except (RedisError, OSError) as error:
+        return [f"the cache's server cannot be reached ({mask(str(error)) or type(error).__name__})"]
     try:
         return [
             *_version(connection.info),

@@ -128,6 +128,16 @@ def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = (
     return made
 
 
+def sentences() -> Table:
+    """A mark and a text in each row; a text that is wider than the terminal goes on below itself."""
+    from rich.table import Table  # noqa: PLC0415
+
+    made = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    made.add_column()
+    made.add_column(overflow="fold")
+    return made
+
+
 def plain(text: str) -> str:
     """Text of users without control characters, which could rewrite the terminal."""
     return "".join(character if character.isprintable() else "�" for character in text)

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, settings_of_process, table
+from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, sentences, settings_of_process
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from segsvc.cli.doctor_items import Examination, Result
+    from segsvc.cli.doctor_items import Examination, Item, Result
+    from segsvc.config import Settings
 
 
 def doctor(json_output: Json = False) -> None:
@@ -24,7 +25,7 @@ def doctor(json_output: Json = False) -> None:
         examinations = _examinations()
         for number, (name, examine) in enumerate(examinations.items()):
             shown.to(number, len(examinations), f"looking at {name}")
-            results.append(Result(name, examine(settings)))
+            results.append(Result(name, _seen(examine, settings)))
     if json_output:
         print_json([result.to_json() for result in results])
     else:
@@ -47,16 +48,33 @@ def _examinations() -> Mapping[str, Examination]:
         "Kafka": doctor_running.kafka,
         "front": doctor_running.front,
         "workers": doctor_running.workers,
+        "bridge": doctor_running.bridge,
+        "Flower": doctor_running.flower,
     }
 
 
+def _seen(examine: Examination, settings: Settings) -> Sequence[Item]:
+    from segsvc.cli.doctor_items import Item  # noqa: PLC0415
+
+    try:
+        return examine(settings)
+    except Exception as error:  # noqa: BLE001  # told like the rest: it must not hide what the others find
+        remedy = "correct what is named above it first, or the settings that it depends on: `segsvc config`"
+        return [Item(f"it cannot be looked at ({type(error).__name__})", remedy)]
+
+
 def _show(results: Sequence[Result]) -> None:
-    found = table("", "what", "seen", "what to do")
+    """A line for each examination, and below it what was seen and what to do, in sentences as wide as the terminal."""
+    found = sentences()
     for result in results:
-        found.add_row("✓" if result.well else "✗", result.name, "well" if not result.items else "", "")
+        found.add_row("✓" if result.well else "✗", result.name)
         for item in result.items:
-            found.add_row("", "", plain(item.text), plain(item.remedy))
+            found.add_row("", f"  {plain(item.text)}")
+            if item.remedy:
+                found.add_row("", f"  → {plain(item.remedy)}")
     console().print(found)
+    ill = sum(not result.well for result in results)
+    console().print(f"{ill} of {len(results)} are not well" if ill else "all is well")
 
 
 def add_to(app: typer.Typer) -> None:

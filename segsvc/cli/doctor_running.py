@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 from kombu.exceptions import OperationalError
 
+from segsvc.bootstrap import Check
 from segsvc.cache.connection import CacheConnection
 from segsvc.cli.base import Refusal
 from segsvc.cli.doctor_items import Item
-from segsvc.cli.front import connected
-from segsvc.config import Settings
+from segsvc.cli.front import connected, reachable
+from segsvc.config import Settings, mask
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import SEGMENT_EVENTS_TOPIC, TOPICS
 from tasks.app import QUEUES, app
@@ -27,6 +30,8 @@ from tasks.dispatcher import CeleryDispatcher
 _PING_S: Final = 2.0
 _LAG_WATCH_S: Final = 3.0
 """How long a lag that does not move is watched before it is a complaint."""
+_UNPUBLISHED_MAX_S: Final = 30.0
+"""A commit is published within a second or two."""
 _HEALTH_SERVICES: Final = ("", "segmentation.v1.SegmentService", "segmentation.v1.MembershipService")
 
 
@@ -38,7 +43,7 @@ def broker(settings: Settings) -> Sequence[Item]:
             channel: Any = connection.default_channel  # of the Redis transport, whose channels have a client
             info: Mapping[str, Any] = channel.client.info()
     except (OperationalError, OSError) as error:
-        reason = type(error).__name__
+        reason = mask(str(error)) or type(error).__name__
         return [Item(f"it cannot be reached ({reason})", "start it or correct SEGSVC_BROKER_URL")]
     found: list[Item] = []
     policy = info.get("maxmemory_policy")
@@ -125,6 +130,60 @@ def _waiting(consumer: KafkaConsumer, partitions: Sequence[TopicPartition]) -> i
         committed = consumer.committed(partition)
         total += int(ends[partition]) - max(int(starts[partition]), int(committed or 0))
     return total
+
+
+def bridge(settings: Settings) -> Sequence[Item]:
+    """Whether a bridge is there, also while no event comes, and whether it publishes what was committed."""
+    return [*_group_items(settings), *_outbox_items(settings)]
+
+
+def _group_items(settings: Settings) -> Sequence[Item]:
+    if settings.kafka_stand_in:  # it cannot be asked about groups
+        return []
+    try:
+        admin = KafkaAdminClient(
+            bootstrap_servers=settings.kafka_bootstrap_servers.split(","),
+            request_timeout_ms=5_000,
+            bootstrap_timeout_ms=5_000,
+        )
+    except (KafkaError, OSError):
+        return [Item("whether it is there cannot be asked without Kafka", "see Kafka above")]
+    try:
+        group = admin.describe_groups([settings.kafka_group])[settings.kafka_group]
+    except KafkaError as error:
+        return [Item(f"the brokers do not say who is in its group ({type(error).__name__})", "look at their logs")]
+    finally:
+        admin.close()
+    if group["members"]:
+        return []
+    return [Item(f"nobody is in the consumer group {settings.kafka_group}", "start `segsvc bridge`, or read its log")]
+
+
+def _outbox_items(settings: Settings) -> Sequence[Item]:
+    service = Check(settings, with_cache=False)
+    try:
+        waiting, age_s = service.reads.unpublished()
+    except ServiceError:
+        return [Item("what it has to publish cannot be asked without the catalog", "see the databases above")]
+    finally:
+        service.close()
+    if age_s <= _UNPUBLISHED_MAX_S:
+        return []
+    text = f"{waiting:,} commits are not on {SEGMENT_EVENTS_TOPIC}, the oldest for {age_s:,.0f} s"
+    return [Item(text, "start `segsvc bridge`, or read its log")]
+
+
+def flower(settings: Settings) -> Sequence[Item]:
+    """Whether Flower answers, where one is set up."""
+    if not settings.flower_password:
+        return [Item("not set up: SEGSVC_FLOWER_PASSWORD is empty")]
+    address = reachable(settings.flower_address)
+    try:
+        with urllib.request.urlopen(f"http://{address}/healthcheck", timeout=_PING_S):  # always http
+            return []
+    except (OSError, HTTPException) as error:
+        text = f"it does not answer at {address} ({type(error).__name__})"
+        return [Item(text, "start `segsvc flower`, or correct SEGSVC_FLOWER_ADDRESS")]
 
 
 def front(settings: Settings) -> Sequence[Item]:

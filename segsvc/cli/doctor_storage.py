@@ -10,6 +10,7 @@ from segsvc.cache.server_check import cache_findings
 from segsvc.cli.doctor_items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
+from segsvc.fan_out import SERVERS_AT_ONCE, ThreadFanOut
 from segsvc.postgres.migrate import inspect
 
 SKEW_MAX: Final = 0.2
@@ -36,23 +37,27 @@ def recovery(settings: Settings) -> Sequence[Item]:
         service.close()
     if age_s is not None and age_s <= RECOVERY_AGE_MAX_S:
         return []
-    text = "recovery has never looked" if age_s is None else f"recovery last looked {age_s:,.0f} s ago"
-    return [Item(text, "start `segsvc beat` and `segsvc worker --queue operations`, or read their logs")]
+    text = "recovery has never looked" if age_s is None else f"recovery last looked at everything {age_s:,.0f} s ago"
+    start = "start `segsvc beat` and `segsvc worker --queue operations`, or read their logs"
+    return [Item(text, f"bring back what is out of reach; if nothing is, {start}")]
 
 
 def shard_skew(settings: Settings) -> Sequence[Item]:
     """Whether the users are spread evenly: ids with a constant low part all land on one shard."""
     service = Check(settings, with_cache=False)
-    counts: list[int] = []
+    fan_out = ThreadFanOut(SERVERS_AT_ONCE)
+
+    def count(shard: int) -> int:
+        with service.reads.shard(shard) as snapshot:
+            return snapshot.state().user_count
+
     try:
-        for shard in range(settings.shard_count):
-            with service.reads.shard(shard) as snapshot:
-                counts.append(snapshot.state().user_count)
+        return skew_items(fan_out(count, range(settings.shard_count)))
     except ServiceError as error:
         return [Item(str(error), "see the databases above")]
     finally:
+        fan_out.close()
         service.close()
-    return skew_items(counts)
 
 
 def skew_items(counts: Sequence[int]) -> Sequence[Item]:

@@ -64,9 +64,14 @@ def is_serving(settings: Settings) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+def reachable(address: str) -> str:
+    """Where a process that listens on this address can be reached from the same machine."""
+    host, _, port = address.rpartition(":")
+    return f"{_ANYWHERE.get(host, host)}:{port}"
+
+
 def _channel(settings: Settings) -> grpc.Channel:
-    host, _, port = settings.grpc_address.rpartition(":")
-    address = f"{_ANYWHERE.get(host, host)}:{port}"
+    address = reachable(settings.grpc_address)
     if settings.grpc_tls_cert is None:
         return grpc.insecure_channel(address)
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(settings.grpc_tls_cert.read_bytes()))
@@ -80,6 +85,8 @@ def _line(error: Any, address: str) -> str:
     code: grpc.StatusCode = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
         return f"UNAVAILABLE: the front at {address} cannot be reached; is it running? (segsvc up, or segsvc serve)"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"DEADLINE_EXCEEDED: the front at {address} did not answer in time"
     return f"{code.name}: {error.details()}"
 
 

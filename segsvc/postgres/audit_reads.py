@@ -53,6 +53,16 @@ class PostgresAuditReads:
             found = connection.execute(sa.select(age)).scalar_one_or_none()
         return None if found is None else float(found)
 
+    def unpublished(self) -> tuple[int, float]:
+        """Commits that ``segment-events`` has not been told of: how many, and how long the oldest has waited in
+        seconds, by the catalog's clock; 0 if there is none."""
+        audit = tables.audit.c
+        age = sa.func.coalesce(sa.extract("epoch", sa.func.now() - sa.func.min(audit.time)), 0)
+        statement = sa.select(sa.func.count(), age).where(sa.not_(audit.published))
+        with self._databases.catalog_tx() as connection:
+            count, age_s = connection.execute(statement).one()
+        return int(count), float(age_s)
+
     def changing_segments(self) -> frozenset[int]:
         """Segments of operations that are COMMITTED now."""
         table = tables.operations.c

@@ -139,7 +139,7 @@ def open_databases(settings: Settings) -> Iterator[tuple[Database, ...]]:
 
 
 def look(database: Database) -> Seen | Finding:
-    """Read what a database says of itself; a Finding if it cannot be reached."""
+    """Read what a database says of itself; a Finding if it cannot be reached, or not be read."""
     try:
         with database.engine.connect() as connection:
             return read(connection)
@@ -148,6 +148,9 @@ def look(database: Database) -> Seen | Finding:
         reason = mask(str(error.orig).strip().splitlines()[0])
         remedy = f"start its server or correct {database.setting}"
         return Finding(database.name, f"cannot be reached ({reason})", remedy, outage=True)
+    except exc.DBAPIError as error:
+        reason = mask(str(error.orig).strip().splitlines()[0])
+        return Finding(database.name, f"cannot be read ({reason})", f"correct {database.setting}, or its role's rights")
 
 
 def read(connection: sa.Connection) -> Seen:

@@ -23,6 +23,7 @@ from sqlalchemy.dialects.postgresql import insert
 import migrations
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout
+from segsvc.fan_out import SERVERS_AT_ONCE, ThreadFanOut
 from segsvc.postgres import identity, tables
 from segsvc.postgres.engine import translated
 from segsvc.postgres.identity import Database, Finding, FindingsError, Kind, Seen, StartupError
@@ -129,11 +130,16 @@ def _refuse_unless_right(settings: Settings, databases: tuple[Database, ...]) ->
 
 
 def _look_at(databases: tuple[Database, ...]) -> tuple[dict[Database, Seen], list[Finding]]:
-    """What could be read of the databases, and a finding for each that is out of reach."""
+    """What could be read of the databases, and a finding for each that could not. All at once: one that is out of
+    reach takes seconds, and there may be many."""
     seen: dict[Database, Seen] = {}
     unreachable: list[Finding] = []
-    for database in databases:
-        what = identity.look(database)
+    fan_out = ThreadFanOut(SERVERS_AT_ONCE)
+    try:
+        looks = fan_out(identity.look, databases)
+    finally:
+        fan_out.close()
+    for database, what in zip(databases, looks, strict=True):
         if isinstance(what, Finding):
             unreachable.append(what)
         else:

@@ -59,6 +59,26 @@ def segment(stack: LocalStack, segsvc: Segsvc) -> Iterator[None]:
     segsvc("segments", "delete", SLUG, "--yes")
 
 
+def test_the_doctor_finds_everything_well(segsvc: Segsvc) -> None:
+    results = shown(segsvc, "doctor")
+    assert [result["name"] for result in results if not result["ok"]] == []
+    assert {"bridge", "Flower", "workers", "front"} <= {result["name"] for result in results}
+    assert segsvc("doctor").stdout.endswith("all is well\n")
+
+
+def test_segments_are_completed_by_the_shell(segsvc: Segsvc, stack: LocalStack) -> None:
+    environment = {
+        **os.environ,
+        "SEGSVC_ENV_FILE": str(stack.home / "stack.env"),
+        "_SEGSVC_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"segsvc segments stats {SLUG[:3]}",
+        "COMP_CWORD": "3",
+    }
+    program = Path(sys.executable).with_name("segsvc")
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == [SLUG]
+
+
 def test_a_preview_and_its_rollout(segsvc: Segsvc) -> None:
     rule = ("--percent", "100", "--condition", "user.age >= 20")
     foreseen = shown(segsvc, "segments", "preview", SLUG, *rule)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
+import time
 from collections.abc import Sequence
 from uuid import UUID
 
 import pytest
+import typer
 
-from segsvc.cli import doctor_doubt, doctor_storage
+from segsvc.cli import commands_doctor, doctor_doubt, doctor_running, doctor_storage
 from segsvc.config import Settings
 from segsvc.domain.operation import Failure, Gid, OperationKind, OperationState
 from segsvc.local.redis import RedisServer
@@ -184,6 +188,91 @@ def test_what_cannot_be_asked_hides_nothing_else(world: World, check_settings: S
         finish(world, gid)
 
 
+def test_a_database_that_is_not_a_shard_hides_nothing_else(
+    world: World, check_settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = check_settings.model_copy(update={"shard_dsns": (check_settings.catalog_dsn, check_settings.shard_dsns[1])})
+    gid = str(Gid("check", ABSENT, 1))
+    prepare(world, gid)
+    try:
+        silent, prepared = doctor_doubt.in_doubt(wrong)
+        assert silent.text == "shard 0: it cannot be asked what is prepared there"
+        assert prepared.text.startswith(f"shard 1: {gid} is prepared for")
+        monkeypatch.setattr(commands_doctor, "settings_of_process", lambda: wrong)
+        looked_at = {
+            "databases": doctor_storage.databases,
+            "spread of the users": doctor_storage.shard_skew,
+            "cache": doctor_storage.cache,
+        }
+        monkeypatch.setattr(commands_doctor, "_examinations", lambda: looked_at)
+        with pytest.raises(typer.Exit) as ended:
+            commands_doctor.doctor(json_output=True)
+    finally:
+        finish(world, gid)
+    assert ended.value.exit_code == 1
+    found = {result["name"]: result["findings"] for result in json.loads(capsys.readouterr().out)}
+    assert found["databases"][1]["text"].startswith("shard 0: its DSN points to the catalog of cluster 'check'")
+    [spread] = found["spread of the users"]
+    assert spread["text"] == "it cannot be looked at (ProgrammingError)"
+    assert "segsvc config" in spread["remedy"]
+    assert found["cache"] == []
+
+
+def test_a_role_that_may_read_nothing_is_found(world: World, check_settings: Settings) -> None:
+    with world.catalog.begin() as connection:
+        connection.exec_driver_sql("CREATE ROLE nobody_here LOGIN")
+    dsn = re.sub(r"//[^@/]*@?", "//nobody_here@", check_settings.catalog_dsn, count=1)
+    try:
+        [item] = doctor_storage.databases(check_settings.model_copy(update={"catalog_dsn": dsn}))
+    finally:
+        with world.catalog.begin() as connection:
+            connection.exec_driver_sql("DROP ROLE nobody_here")
+    assert item.text == "the catalog: cannot be read (permission denied for table alembic_version)"
+    assert item.remedy == "correct SEGSVC_CATALOG_DSN, or its role's rights"
+
+
+def test_many_servers_out_of_reach_are_waited_for_together(check_settings: Settings) -> None:
+    """A server that accepts and never answers, for each of sixteen shards."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as silent:
+        dsn = f"postgresql+psycopg2://x@127.0.0.1:{silent.getsockname()[1]}/x"
+        away = check_settings.model_copy(update={"shard_dsns": (dsn,) * 16, "connect_timeout_s": 2})
+        started = time.monotonic()
+        items = doctor_storage.databases(away)
+        *unreachable, founded = items
+        assert [item.text.split(" (")[0] for item in unreachable] == [
+            f"shard {shard}: cannot be reached" for shard in range(16)
+        ]
+        assert founded.text.startswith("the catalog: it was founded with 2 shards")
+        assert len(doctor_doubt.in_doubt(away)) >= 16
+        assert time.monotonic() - started < 16
+
+
+def test_commits_that_nobody_publishes_are_found(world: World, check_settings: Settings) -> None:
+    settings = check_settings.model_copy(update={"kafka_stand_in": True})  # nobody is asked about groups
+    with world.catalog.begin() as connection:
+        connection.exec_driver_sql("UPDATE audit SET published = true")
+    assert doctor_running.bridge(settings) == []
+    with world.catalog.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO audit (seq, time, action, segment_id, slug, details)"
+            " SELECT 900 + n, now() - n * interval '50 seconds', 'created', 1, 'x', '{}' FROM generate_series(1, 2) n"
+        )
+    [item] = doctor_running.bridge(settings)
+    assert item.text == "2 commits are not on segment-events, the oldest for 100 s"
+    assert "segsvc bridge" in item.remedy
+    with world.catalog.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM audit WHERE seq > 900")
+
+
+def test_a_flower_that_does_not_answer_is_found(check_settings: Settings) -> None:
+    [item] = doctor_running.flower(check_settings)
+    assert (item.text, item.remedy) == ("not set up: SEGSVC_FLOWER_PASSWORD is empty", "")
+    there = check_settings.model_copy(update={"flower_password": "x", "flower_address": "127.0.0.1:1"})
+    [item] = doctor_running.flower(there)
+    assert item.text == "it does not answer at 127.0.0.1:1 (URLError)"
+    assert "segsvc flower" in item.remedy
+
+
 def test_recovery_that_does_not_look_is_found(world: World, check_settings: Settings) -> None:
     def age(interval: str | None) -> None:
         with world.catalog.begin() as connection:
@@ -196,7 +285,7 @@ def test_recovery_that_does_not_look_is_found(world: World, check_settings: Sett
     assert "segsvc beat" in item.remedy
     age("5 minutes")
     [item] = doctor_storage.recovery(check_settings)
-    assert item.text.startswith("recovery last looked 30")
+    assert item.text.startswith("recovery last looked at everything 30")
     databases = Databases(check_settings, "test")
     try:
         PostgresMaintainedCatalog(databases).note_recovery()

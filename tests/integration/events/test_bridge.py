@@ -134,9 +134,12 @@ def test_a_dead_letter_topic_that_is_missing_holds_back_offsets_and_nothing_else
     assert complaints == [f"{prefix}{name}.dlq does not exist: what belongs there waits" for name in TOPICS]
     topics.send_raw("create-user", b"nonsense", b"1")
     topics.create(range(1, 101))
+    [missing] = doctor_running.bridge(settings)
+    assert missing.text == f"nobody is in the consumer group {prefix}"
     with RunningBridge(settings, bench.batches):
         bench.wait_for_users(100)
         assert topics.lag() > 0
+        assert doctor_running.bridge(settings) == []
         topics.create_dead_letters()
         assert wait_until(lambda: topics.lag() == 0, timeout_s=60)
     assert topics.read("create-user.dlq", 1)[0].value == b"nonsense"
