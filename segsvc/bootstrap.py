@@ -290,23 +290,27 @@ class Inspection:
         self._databases.close()
 
 
-def settle_shard(settings: Settings, shard: int, other_dsn: str) -> None:
+def settle_shard(settings: Settings, shard: int, other_dsn: str) -> bool:
     """End the move of a shard: the database that the settings name is the shard from now on, the other one is not.
 
     In this order: nobody can read the other one any more; no entry is left in the cache, and no load under way can
     leave one, that was read there; only then may anything change. Idempotent.
 
+    Returns:
+        whether the other one is shut; False: it is empty.
+
     Raises:
         segsvc.postgres.moving.MoveRefused: these two are not the databases of one move.
         ServiceError: UNAVAILABLE, a database or the cache is away. The shard stays closed to writes; run it again.
     """
-    moving.fence(settings, shard, other_dsn)
+    shut = moving.fence(settings, shard, other_dsn)
     cache = make_cache(settings)
     try:
         cache.drop_generations([shard])
     finally:
         cache.close()
     moving.reopen(settings, shard)
+    return shut
 
 
 class Check:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,14 +129,12 @@ def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = (
     return made
 
 
-def sentences() -> Table:
-    """A mark and a text in each row; a text that is wider than the terminal goes on below itself."""
-    from rich.table import Table  # noqa: PLC0415
-
-    made = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-    made.add_column()
-    made.add_column(overflow="fold")
-    return made
+def wrapped(text: str, width: int, *, lead: str) -> str:
+    """A text in lines of ``width``, the first one after ``lead``, the others below its beginning. Words stay whole."""
+    rest = " " * len(lead)
+    return textwrap.fill(
+        text, width, initial_indent=lead, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def plain(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, sentences, settings_of_process
+from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, settings_of_process, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,16 +65,15 @@ def _seen(examine: Examination, settings: Settings) -> Sequence[Item]:
 
 def _show(results: Sequence[Result]) -> None:
     """A line for each examination, and below it what was seen and what to do, in sentences as wide as the terminal."""
-    found = sentences()
+    terminal = console()
     for result in results:
-        found.add_row("✓" if result.well else "✗", result.name)
+        terminal.print("✓" if result.well else "✗", result.name)
         for item in result.items:
-            found.add_row("", f"  {plain(item.text)}")
+            terminal.print(wrapped(plain(item.text), terminal.width, lead="    "))
             if item.remedy:
-                found.add_row("", f"  → {plain(item.remedy)}")
-    console().print(found)
+                terminal.print(wrapped(plain(item.remedy), terminal.width, lead="    → "))
     ill = sum(not result.well for result in results)
-    console().print(f"{ill} of {len(results)} are not well" if ill else "all is well")
+    terminal.print(f"{ill} of {len(results)} are not well" if ill else "all is well")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -176,7 +176,7 @@ def _outbox_items(settings: Settings) -> Sequence[Item]:
 def flower(settings: Settings) -> Sequence[Item]:
     """Whether Flower answers, where one is set up."""
     if not settings.flower_password:
-        return [Item("not set up: SEGSVC_FLOWER_PASSWORD is empty")]
+        return [Item("not looked at: SEGSVC_FLOWER_PASSWORD is empty")]
     address = reachable(settings.flower_address)
     try:
         with urllib.request.urlopen(f"http://{address}/healthcheck", timeout=_PING_S):  # always http

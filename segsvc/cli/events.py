@@ -57,7 +57,7 @@ def list_dead(
     json_output: Json = False,
 ) -> None:
     """List dead letters, oldest first in each topic."""
-    with _box() as box:
+    with _box() as box, bar("reading dead letters", hidden=json_output):
         found = list(islice(box.letters(only_new=new), limit + 1))
     more, found = len(found) > limit, found[:limit]
     if json_output:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segsvc.cli.base import Json, Refusal, console, print_json, settings_of_process
+from segsvc.cli.base import Json, Refusal, bar, console, print_json, settings_of_process
 
 if TYPE_CHECKING:
     from segsvc.config import Settings
@@ -32,8 +32,8 @@ def copy_shard(
     from segsvc.postgres import moving  # noqa: PLC0415
 
     settings = _settings(shard, to)
-    with _refused():
-        copied = moving.copy(settings, shard, to)
+    with _refused(), bar(f"copying shard {shard}: tables", hidden=json_output) as shown:
+        copied = moving.copy(settings, shard, to, shown.to)
     if json_output:
         print_json({"shard": shard, "users": copied.users, "copy_s": round(copied.copy_s, 3)})
         return
@@ -56,12 +56,13 @@ def settle(
     from segsvc.bootstrap import settle_shard  # noqa: PLC0415
 
     settings = _settings(shard, fence)
-    with _refused():
-        settle_shard(settings, shard, fence)
+    with _refused(), bar(f"settling shard {shard}", hidden=json_output):
+        shut = settle_shard(settings, shard, fence)
     if json_output:
-        print_json({"shard": shard, "settled": True})
+        print_json({"shard": shard, "settled": True, "other_shut": shut})
         return
-    console().print(f"shard {shard} takes writes; the other database is shut. Run `segsvc check`, then drop that one.")
+    other = "is shut. Run `segsvc check`, then drop that one" if shut else "is empty, and open"
+    console().print(f"shard {shard} takes writes; the other database {other}.")
 
 
 def _settings(shard: int, other_dsn: str) -> Settings:

@@ -321,7 +321,7 @@ def closed(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
             yield Finding(
                 database.name,
                 f"the database {what.database!r} is closed to writes, because it is being moved",
-                "end the move with `segsvc shards settle`",
+                f"end the move with `segsvc shards settle {database.shard} --fence` and the DSN of the other database",
                 outage=True,
             )
 

@@ -9,7 +9,7 @@ read old data: see docs/operations.md, "Moving a shard to another server", and A
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -61,10 +61,15 @@ class Copied:
 # -- the copy -------------------------------------------------------------------------------------------------------
 
 
-def copy(settings: Settings, shard: int, target_dsn: str) -> Copied:
+def copy(
+    settings: Settings, shard: int, target_dsn: str, tell: Callable[[int, int], None] = lambda done, total: None
+) -> Copied:
     """Close the shard to writes and copy it into an empty database, which is closed as well.
 
     Waits for operations and batches that are at work on the shard; nothing can be prepared there afterwards.
+
+    Args:
+        tell: told after each table, how many of how many are copied.
 
     Raises:
         MoveRefused: a database is not what it must be, or the shard stays in doubt. The shard is as it was.
@@ -82,7 +87,7 @@ def copy(settings: Settings, shard: int, target_dsn: str) -> Copied:
         try:
             closed_at = _close(guard)
             target_session = stack.enter_context(target.engine.connect())
-            users = _copy_tables(source, target_session, shard)
+            users = _copy_tables(source, target_session, shard, tell)
         except BaseException:
             _open(guard)  # the target has nothing: its transaction is not committed, and will not be
             raise
@@ -169,15 +174,17 @@ def _unbounded(connection: sa.Connection) -> None:
         connection.execute(sa.select(sa.func.set_config(name, "0", False)))
 
 
-def _copy_tables(source: Database, target: sa.Connection, shard: int) -> int:
+def _copy_tables(source: Database, target: sa.Connection, shard: int, tell: Callable[[int, int], None]) -> int:
     """Make the schema and copy every table, all from one moment. Left uncommitted. Returns how many users there are."""
     with translated(shard), source.engine.connect() as reading:
         reading.execution_options(isolation_level="REPEATABLE READ")
         _unbounded(reading)
         _unbounded(target)
         command.upgrade(alembic_config("shard", target), "head")
-        for table in tables.shard.sorted_tables:
+        all_tables = tables.shard.sorted_tables
+        for number, table in enumerate(all_tables, 1):
             copy_table(reading, target, table)
+            tell(number, len(all_tables))
         target.exec_driver_sql("ANALYZE")
         _set_read_only(target, "SET default_transaction_read_only = on")
         users: int = target.execute(sa.select(sa.func.count()).select_from(tables.users)).scalar_one()
@@ -252,11 +259,14 @@ def _end_sessions(
 # -- the end of a move ----------------------------------------------------------------------------------------------
 
 
-def fence(settings: Settings, shard: int, other_dsn: str) -> None:
+def fence(settings: Settings, shard: int, other_dsn: str) -> bool:
     """Take the other database of a move out of use for ever: marked as left, and shut to everybody by its server.
 
     Idempotent. The shard that the settings name stays closed to writes. An empty database, which a copy that was
     broken off has left, needs no fence.
+
+    Returns:
+        whether the other one is shut; False: it is empty, and open as before.
 
     Raises:
         MoveRefused: these two are not the databases of one move, or they differ. Nothing changed.
@@ -275,11 +285,12 @@ def fence(settings: Settings, shard: int, other_dsn: str) -> None:
             connection.execution_options(isolation_level="AUTOCOMMIT")
             if _is_open(connection, str(url.database), kept.identity):
                 if _is_empty(other):
-                    return
+                    return False
                 _refuse_unless_copies(kept, keeping, other)
                 _mark_left(other, shard)
                 _shut(connection, str(url.database), kept.identity)
             _end_sessions(connection, database=str(url.database))
+            return True
     finally:
         for engine in (keeping.engine, other.engine, lobby):
             engine.dispose()

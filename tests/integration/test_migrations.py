@@ -250,7 +250,7 @@ def test_a_database_closed_for_a_move_lets_processes_start_but_not_migrators(set
     assert finding.outage
     assert str(finding) == (
         f"shard 1: the database '{name}' is closed to writes, because it is being moved; "
-        "end the move with `segsvc shards settle`"
+        "end the move with `segsvc shards settle 1 --fence` and the DSN of the other database"
     )
     with pytest.raises(MigrationError, match="is closed to writes"):
         migrate(settings)

@@ -71,10 +71,10 @@ def test_settings_exist_and_are_valid(services: dict[str, Any], name: str, monke
         assert host[1] in services
     assert settings.kafka_bootstrap_servers.split(":")[0] in services
     assert settings.failpoint_dir is None
-    if name == "serve":
-        # Reached from outside its container.
-        assert settings.grpc_address.startswith("0.0.0.0:")
-        assert not settings.grpc_reflection
+    assert not settings.grpc_reflection
+    # Those that others reach listen everywhere; to the others it is where commands find them.
+    for server, address in (("serve", settings.grpc_address), ("flower", settings.flower_address)):
+        assert address.split(":")[0] == ("0.0.0.0" if name == server else server)  # noqa: S104  # compared
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
@@ -134,6 +134,37 @@ def test_the_two_redis_are_as_they_must_be(services: dict[str, Any]) -> None:
     assert not services["cache"].get("volumes")
     budget = int(services["worker-warming"]["environment"]["SEGSVC_CACHE_WARM_BUDGET_BYTES"])
     assert budget < 1 << 30
+
+
+def test_kafka_keeps_its_data_and_tells_the_port_that_is_open(services: dict[str, Any]) -> None:
+    kafka = services["kafka"]
+    assert f"kafka:{kafka['environment']['KAFKA_LOG_DIRS']}" in kafka["volumes"]
+    [published] = kafka["ports"]
+    address, port, inside = published.split(":")
+    assert f"OUTSIDE://{address}:{port}" in kafka["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    assert f"OUTSIDE://:{inside}" in kafka["environment"]["KAFKA_LISTENERS"]
+    # Of the same variable, so that they stay the same.
+    assert (DOCKER / "compose.yaml").read_text().count("${KAFKA_PORT:-") == 2
+
+
+def test_a_database_is_ready_when_it_is_there_to_stay(services: dict[str, Any]) -> None:
+    for name in ("catalog", "shards-a", "shards-b"):
+        assert "--host=127.0.0.1" in services[name]["healthcheck"]["test"][1]
+
+
+def test_what_ends_may_end(services: dict[str, Any]) -> None:
+    defaults = Settings(_env_file=None, shard_dsns=())
+    for name in OURS - {"migrate"}:
+        assert int(services[name]["stop_grace_period"].removesuffix("s")) >= 2 * defaults.statement_timeout_s
+
+
+def test_the_demonstration_can_run_beside_the_system(services: dict[str, Any]) -> None:
+    script = (DOCKER / "demo").read_text()
+    open_ports = [port.split(":")[1] for service in services.values() for port in service.get("ports", ())]
+    assert len(open_ports) == 3
+    other = re.findall(r"=\$\{\w+_PORT:-(\d+)\}", script)
+    assert len(other) == 3
+    assert not set(open_ports) & set(other)
 
 
 def test_the_topics_are_all_made() -> None:

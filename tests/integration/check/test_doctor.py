@@ -266,7 +266,7 @@ def test_commits_that_nobody_publishes_are_found(world: World, check_settings: S
 
 def test_a_flower_that_does_not_answer_is_found(check_settings: Settings) -> None:
     [item] = doctor_running.flower(check_settings)
-    assert (item.text, item.remedy) == ("not set up: SEGSVC_FLOWER_PASSWORD is empty", "")
+    assert (item.text, item.remedy) == ("not looked at: SEGSVC_FLOWER_PASSWORD is empty", "")
     there = check_settings.model_copy(update={"flower_password": "x", "flower_address": "127.0.0.1:1"})
     [item] = doctor_running.flower(there)
     assert item.text == "it does not answer at 127.0.0.1:1 (URLError)"
