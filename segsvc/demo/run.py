@@ -42,7 +42,7 @@ def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settin
     """
     screen = Screen()
     started = time.monotonic()
-    screen.console.print(f"[bold]segsvc[/bold]: {users:,} users, real PostgreSQL, Redis, Kafka and Celery")
+    screen.console.print(f"[bold]segsvc[/bold]: {users:,} users, on a stack of its own")
     _take_folder(stack_dir)
     stack = LocalStack(
         {"failpoint_dir": failpoint_dir(stack_dir.resolve()), "operation_deadline_s": OPERATION_DEADLINE_S},

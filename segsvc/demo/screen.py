@@ -11,8 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+
+def as_percent(share: float) -> str:
+    """A share of 0 to 1 for people: 19.98 %."""
+    return f"{100 * share:.2f} %"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,8 @@ class Step:
 
 
 class Screen:
-    """Prints as a person wants to read it; ``write`` leaves the report for programs."""
+    """Prints as a person wants to read it; ``write`` leaves the report for programs. Texts of users go in as they are,
+    without markup, but for notes."""
 
     def __init__(self, console: Console | None = None) -> None:
         # Into a file or a pipe nothing is wrapped.
@@ -57,7 +65,18 @@ class Screen:
         self.console.print(f"\n[bold]{title}[/bold]")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {text}")
+        """A line of our own, with markup."""
+        self._indented(Text.from_markup(text))
+
+    def say(self, text: str) -> None:
+        """A line as it is."""
+        self._indented(Text(text))
+
+    def _indented(self, text: Text) -> None:
+        if self.console.is_terminal:
+            self.console.print(Padding(text, (0, 0, 0, 2), expand=False))
+        else:
+            self.console.print(" ", text)
 
     @contextmanager
     def step(self, name: str, expected: str) -> Iterator[Step]:
@@ -72,10 +91,19 @@ class Screen:
         finally:
             seconds = time.monotonic() - started
             self.reports.append(StepReport(name, expected, step.actual, step.ok, round(seconds, 3)))
-            mark = "[green]✓[/green]" if step.ok else "[red]✗[/red]"
-            self.console.print(f"  {mark} {name}: {step.actual} [dim]({seconds:.2f} s)[/dim]")
-            if not step.ok:
-                self.console.print(f"    [red]expected: {expected}[/red]")
+            self._show(step, seconds)
+
+    def _show(self, step: Step, seconds: float) -> None:
+        """What was found, and after it what had been expected; wider than the terminal, it goes on below its text."""
+        mark = Text("✓", "green") if step.ok else Text("✗", "red")
+        style = "dim" if step.ok else "red"
+        found = Text(f"{step.name}: {step.actual} ").append(f"(expected: {step.expected}; {seconds:.2f} s)", style)
+        if not self.console.is_terminal:
+            self.console.print(" ", mark, found)
+            return
+        row = Table.grid(padding=(0, 1, 0, 0))
+        row.add_row(" ", mark, found)
+        self.console.print(row)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[ProgressBar]:

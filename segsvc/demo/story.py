@@ -14,7 +14,7 @@ from segsvc.config import Settings
 from segsvc.demo.client import Client
 from segsvc.demo.inside import Inside
 from segsvc.demo.people import BOUNDARY_USER, event, people, user_ids
-from segsvc.demo.screen import Screen, StepFailed
+from segsvc.demo.screen import Screen, StepFailed, as_percent
 from segsvc.demo.targeting import Targeting, holds
 from segsvc.demo.waiting import wait_for
 
@@ -108,21 +108,24 @@ class Story:
             found = [slugs for _, slugs in self._client.many_user_segments(sample)]
             step.expect(found == [[]] * len(sample), f"{sum(slugs == [] for slugs in found):,} found, in no segment")
 
-    def _near(self, share: float, percent: float) -> bool:
-        """Whether a share is within five standard deviations of a binomial one: wrong once in two million."""
+    def _near(self, share: float, percent: float, users: float | None = None) -> bool:
+        """Whether a share of so many users (None: all) is within five standard deviations of a binomial one: wrong once
+        in two million."""
         wanted = percent / 100
-        return abs(share - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / self._users)
+        return abs(share - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / (users or self._users))
 
     def _create(self) -> None:
         self._screen.chapter("Product teams create segments")
         for slug, display_name in SEGMENTS:
             with self._screen.step(f"create {slug}", "an active segment without a rule") as step:
                 segment = self._client.create(slug, display_name)
-                step.expect(segment.state == segment.ACTIVE and not segment.HasField("rule"), f"uid {segment.uid[:8]}…")
+                rule = "a rule" if segment.HasField("rule") else "no rule"
+                state = segment.State.Name(segment.state).lower()
+                step.expect((state, rule) == ("active", "no rule"), f"{state}, {rule}")
         for slug, _ in SEGMENTS[1:]:
             with self._screen.step(f"roll {slug} out to 20 %", "about 20 % of all users") as step:
                 share = self._client.roll_out(slug, 20).member_count / self._users
-                step.expect(self._near(share, 20), f"{share:.2%} of the users")
+                step.expect(self._near(share, 20), f"{as_percent(share)} of the users")
 
     def _ramp(self) -> None:
         self._screen.chapter("A rollout to 10 %, then to 30 %")
@@ -133,7 +136,7 @@ class Story:
                 share = response.member_count / self._users
                 step.expect(
                     self._near(share, percent),
-                    f"{response.added_count:,} added, {response.removed_count:,} removed, {share:.2%} are in",
+                    f"{response.added_count:,} added, {response.removed_count:,} removed, {as_percent(share)} are in",
                 )
             with self._screen.step(f"export the {percent} %", "as many ids as members") as step:
                 started = time.monotonic()
@@ -184,8 +187,12 @@ class Story:
             step.expect(state == "DONE", f"{state} {seconds:.1f} s after the kill")
         with self._screen.step("count the members", "50 % on every shard, none half done") as step:
             statistics = self._client.statistics(ROLLED_OUT)
+            # The ids of the demonstration are spread evenly, whatever the number of shards.
+            each = self._users / self._settings.shard_count
             step.expect(
-                self._near(statistics.member_share, 50) and statistics.member_count == statistics.rule_count,
+                len(statistics.shards) == self._settings.shard_count
+                and all(self._near(part.member_count / each, 50, each) for part in statistics.shards)
+                and statistics.member_count == statistics.rule_count,
                 f"{statistics.member_count:,} of {statistics.user_count:,}: "
                 + ", ".join(f"shard {part.shard}: {part.member_count:,}" for part in statistics.shards),
             )
@@ -193,7 +200,7 @@ class Story:
     def _look(self) -> None:
         self._screen.chapter("What the gateway sees")
         table = self._screen.table("user", "segments")
-        with self._screen.step("list some users' segments", "each one's list sorted, from the live segments") as step:
+        with self._screen.step("list some users' segments", "each list sorted, and of live segments only") as step:
             lists = {user_id: self._client.user_segments(user_id) for user_id in (*self._ids[:4], BOUNDARY_USER)}
             known = {slug for slug, _ in SEGMENTS}
             for user_id, slugs in lists.items():
@@ -207,7 +214,9 @@ class Story:
         with self._screen.step("statistics of every segment", f"counted over {self._users:,} users") as step:
             counted = [self._client.statistics(slug) for slug, _ in SEGMENTS]
             for statistics in counted:
-                table.add_row(statistics.segment.slug, f"{statistics.member_count:,}", f"{statistics.member_share:.2%}")
+                table.add_row(
+                    statistics.segment.slug, f"{statistics.member_count:,}", as_percent(statistics.member_share)
+                )
             step.expect(all(statistics.user_count == self._users for statistics in counted), f"{len(counted)} segments")
         self._screen.console.print(table)
 
@@ -224,7 +233,7 @@ class Story:
         self._screen.chapter("The cache warms itself")
         with self._screen.step(
             f"roll {ROLLED_OUT} out to 60 % and read nothing",
-            f"{WARM_SHARE:.0%} of all users are hits within {WARM_TIMEOUT_S:.0f} s",
+            f"{100 * WARM_SHARE:.0f} % of all users are hits within {WARM_TIMEOUT_S:.0f} s",
         ) as step:
             self._client.roll_out(ROLLED_OUT, 60)
             started = time.monotonic()
@@ -236,7 +245,9 @@ class Story:
 
             in_time = wait_for(warm, WARM_TIMEOUT_S, poll_s=0.5)
             seconds = time.monotonic() - started
-            step.expect(in_time, f"{self._inside.hit_share(self._ids):.1%} hits {seconds:.1f} s after the rollout")
+            step.expect(
+                in_time, f"{as_percent(self._inside.hit_share(self._ids))} are hits {seconds:.1f} s after the rollout"
+            )
 
     def _delete_segment(self) -> None:
         self._screen.chapter("A segment is deleted for all its users")

@@ -59,7 +59,8 @@ class Targeting:
         self._change(found)
 
     def _roll_out(self) -> None:
-        self._screen.chapter(f"A rollout to {PERCENT:.0f} % of some: {CONDITION}")
+        self._screen.chapter(f"A rollout to {PERCENT:.0f} % of some")
+        self._screen.say(CONDITION)
         with self._screen.step("preview it", f"{self._matching:,} users match; nothing changes") as step:
             before = self._client.statistics(TARGETED).member_count
             preview = self._client.preview(TARGETED, PERCENT, CONDITION)
@@ -114,12 +115,14 @@ class Targeting:
             ends = time.time() + OVERRIDE_S
             self._client.override(outside, TARGETED, Override.INCLUDE, expire_time=ends)
             at_once = TARGETED in self._client.user_segments(outside)
-            held = 0.0
-            while TARGETED in self._client.user_segments(outside) and held < 10:
-                held = time.time() - ends
+            asked = time.time()
+            while TARGETED in self._client.user_segments(outside) and asked < ends + 10:
+                asked = time.time()
+            late_s = time.time() - ends
+            # The read that missed it was answered after the end, up to the precision of what the cache holds.
             step.expect(
-                at_once and abs(held) < 1,
-                f"{'in' if at_once else 'not in'} at once, out {abs(held):.3f} s after its end",
+                at_once and -0.01 < late_s < 1,
+                f"{'in' if at_once else 'not in'} at once, out {1000 * late_s:.0f} ms after its end",
             )
 
     def _change(self, found: Mapping[Reason.Reason.ValueType, int]) -> None:
@@ -133,5 +136,5 @@ class Targeting:
             answer = self._client.check(mover, TARGETED)
             step.expect(
                 answer.reason == Reason.CONDITION_NOT_MET and TARGETED not in self._client.user_segments(mover),
-                f"{answer.explanation} ({time.monotonic() - started:.2f} s after the event)",
+                f"{answer.explanation}, {time.monotonic() - started:.2f} s after the event",
             )
