@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, settings_of_process
+from segsvc.cli.base import FAILED, Json, Refusal, bar, console, plain, print_json, settings_of_process
 
 if TYPE_CHECKING:
     from segsvc.services.check_report import Report
@@ -22,11 +22,17 @@ def check(
     difference by name, if there is any. Safe beside traffic."""
     from segsvc.bootstrap import Check  # noqa: PLC0415
     from segsvc.cli.startup import verified  # noqa: PLC0415
+    from segsvc.domain.errors import ServiceError  # noqa: PLC0415
 
     settings = settings_of_process()
     # Nothing is proved of the wrong databases; those out of reach end the check by themselves.
     verified(settings)
-    service = Check(settings, with_cache=not without_cache)
+    try:
+        service = Check(settings, with_cache=not without_cache)
+    except ServiceError as error:
+        # The error's own sentence is for callers whose change waits.
+        text = f"{error.reason.text}: the cache cannot be reached; bring it back, or leave it out: --without-cache"
+        raise Refusal(text) from error
     try:
         with bar("checking", hidden=json_output) as shown:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -32,10 +33,10 @@ def _box() -> Iterator[DeadLetterBox]:
     from kafka.errors import KafkaError  # noqa: PLC0415
 
     from tasks.dead_letter_box import DeadLetterBox, LetterNotFound  # noqa: PLC0415
-    from tasks.kafka_clients import quieten_client_log  # noqa: PLC0415
 
     settings = settings_of_process()
-    quieten_client_log()
+    # What it cannot reach is said below, once.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
     box = None
     try:
         box = DeadLetterBox(settings)

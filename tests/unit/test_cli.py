@@ -193,6 +193,12 @@ def test_wrong_usage_ends_with_2(runner: CliRunner, arguments: list[str]) -> Non
     assert runner.invoke(app, arguments).exit_code == 2
 
 
+def test_brokers_out_of_reach_are_said_in_a_line(runner: CliRunner) -> None:
+    result = runner.invoke(app, ["events", "dead", "list"], env={"SEGSVC_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Kafka at 127.0.0.1:1: KafkaTimeoutError; nothing was lost, try again\n"
+
+
 def test_an_unreachable_front_is_said_and_ends_with_1(runner: CliRunner) -> None:
     result = runner.invoke(app, ["segments", "list"], env={"SEGSVC_GRPC_ADDRESS": "127.0.0.1:1"})
     assert result.exit_code == 1
