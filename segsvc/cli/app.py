@@ -12,6 +12,8 @@ from segsvc.cli import shards as shards_commands
 from segsvc.cli import users as users_commands
 from segsvc.cli.base import Commands
 
+PANEL = "Administration"
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -24,8 +26,8 @@ commands_processes.add_to(app)
 commands_check.add_to(app)
 commands_doctor.add_to(app)
 commands_demo.add_to(app)
-app.add_typer(segments_commands.app, name="segments")
-app.add_typer(users_commands.app, name="users")
-app.add_typer(operations_commands.app, name="operations")
-app.add_typer(events_commands.app, name="events")
-app.add_typer(shards_commands.app, name="shards")
+app.add_typer(segments_commands.app, name="segments", rich_help_panel=PANEL)
+app.add_typer(users_commands.app, name="users", rich_help_panel=PANEL)
+app.add_typer(operations_commands.app, name="operations", rich_help_panel=PANEL)
+app.add_typer(events_commands.app, name="events", rich_help_panel=PANEL)
+app.add_typer(shards_commands.app, name="shards", rich_help_panel=PANEL)
