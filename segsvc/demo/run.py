@@ -159,7 +159,7 @@ def _next_steps(screen: Screen, settings: Settings, users: int) -> None:
     screen.note(f"Flower   http://{settings.flower_address}  ({settings.flower_user} / {settings.flower_password})")
     for process, address in metrics_addresses(settings).items():
         screen.note(f"metrics  http://{address}/metrics  ({process})")
-    screen.note("\n  to copy:")
+    screen.chapter("To copy")
     for command in commands(int(user_ids(users)[0])):
-        screen.note(f"  .venv/bin/{command}")
-    screen.note("\n  make down stops it")
+        screen.say(f".venv/bin/{command}")
+    screen.say("make down                  # stops it")
