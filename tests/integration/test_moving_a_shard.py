@@ -322,7 +322,9 @@ def test_the_copy_has_everything(installation: Moving, second_server: PostgresSe
         "VALUES (1000, gen_random_uuid(), '\\x00ff', '[null]')",
     )
     new_dsn = new_database(second_server, "complete")
-    copied = moving.copy(installation.settings, MOVED, new_dsn)
+    told: list[tuple[int, int]] = []
+    copied = moving.copy(installation.settings, MOVED, new_dsn, lambda done, total: told.append((done, total)))
+    assert told == [(number, len(tables.shard.tables)) for number in range(1, len(tables.shard.tables) + 1)]
 
     def contents() -> list[list[str]]:
         return [
@@ -340,8 +342,8 @@ def test_the_copy_has_everything(installation: Moving, second_server: PostgresSe
     # What COPY does not bring along; whoever adds one must bring it along here.
     assert tables.shard._sequences == {}
     assert not [column for table in tables.shard.tables.values() for column in table.columns if column.identity]
-    settle_shard(installation.settings, MOVED, old_dsn)
-    settle_shard(installation.settings, MOVED, old_dsn)  # once more changes nothing
+    assert settle_shard(installation.settings, MOVED, old_dsn)
+    assert settle_shard(installation.settings, MOVED, old_dsn)  # once more changes nothing
     assert verify(installation.settings) == []
 
 
@@ -411,6 +413,20 @@ def test_a_move_can_be_broken_off(installation: Moving, second_server: PostgresS
     [finding] = verify(installation.settings)
     assert finding.outage
     assert "not currently accepting connections" in finding.problem
+
+
+def test_after_a_copy_that_was_killed_the_shard_is_opened_again(
+    installation: Moving, second_server: PostgresServer
+) -> None:
+    """A kill leaves the shard closed and the new database empty: its transaction was never committed."""
+    new_dsn = new_database(second_server, "killed")
+    name = sa.make_url(installation.dsns[MOVED]).database
+    installation.execute(MOVED, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    [finding] = verify(installation.settings)
+    assert f"segsvc shards settle {MOVED} --fence" in finding.remedy
+    assert not settle_shard(installation.settings, MOVED, new_dsn)  # empty: it is not shut
+    assert verify(installation.settings) == []
+    moving.copy(installation.settings, MOVED, new_dsn)
 
 
 def test_settling_refuses_what_is_not_the_other_half(installation: Moving, second_server: PostgresServer) -> None:
