@@ -200,15 +200,13 @@ def delete(
     no_wait: NoWait = False,
     json_output: Json = False,
 ) -> None:
-    """Cancel a segment for all its users and remove it: on every shard, or on none. Asks first, on a terminal;
-    elsewhere it needs --yes."""
+    """Cancel a segment for all its users and remove it: on every shard, or on none. Asks first, on a terminal."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
     from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
 
-    if not yes:
-        if not sys.stdin.isatty():
-            raise typer.BadParameter("there is no terminal to ask on: say --yes")
+    # A script has nobody to ask, and means what it says.
+    if not yes and sys.stdin.isatty():
         typer.confirm(f"Delete {slug} for all its users?", abort=True, err=True)
     request = segments_pb2.DeleteSegmentRequest(slug=slug, etag=etag, request_id=str(uuid4()), return_immediately=True)
     with connected(settings_of_process()) as front:
