@@ -9,7 +9,8 @@ from uuid import UUID
 from segsvc.domain.operation import Failure, Gid, Operation, OperationState, ShardCounts, ShardProgress
 from segsvc.twophase import Coordinator
 from segsvc.twophase_ports import Finish, Participant
-from tests.simulation.commit_store import SimulatedLedger, SimulatedShard
+from tests.simulation.commit_ledger import SimulatedLedger
+from tests.simulation.commit_shard import SimulatedShard
 from tests.simulation.commit_world import Parts
 from tests.simulation.database import Transaction
 

@@ -13,7 +13,8 @@ from segsvc.domain.operation import Gid, Operation, OperationKind, OperationPlan
 from segsvc.domain.segment import Rule
 from segsvc.twophase import Coordinator
 from segsvc.twophase_ports import Participant
-from tests.simulation.commit_store import Catalog, Row, ShardData, SimulatedLedger, SimulatedShard, is_member
+from tests.simulation.commit_ledger import Catalog, Row, SimulatedLedger
+from tests.simulation.commit_shard import ShardData, SimulatedShard, is_member
 from tests.simulation.database import Server, Transaction
 from tests.simulation.scheduler import FaultRates, Scheduler, Violation
 

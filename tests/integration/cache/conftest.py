@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import redis
 
+import segsvc.services.warming
 from segsvc.cache.client import CacheClient
 from segsvc.cache.reader import CacheReader
 from segsvc.domain.membership import FIRST_SEGMENT, Entry
@@ -17,6 +18,8 @@ from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.reads import PostgresMemberships
 from tests.installation import Installation, new_installation
+from tests.integration.cache.lane_front import LANES, Lane, Start
+from tests.integration.cache.watched import Watched
 
 SHARDS = 2
 
@@ -105,6 +108,10 @@ class World:
             self.reader.connect()
         return self.reader.lookup(user_ids)
 
+    def is_cached(self, *user_ids: int) -> bool:
+        """Whether all of these are hits."""
+        return None not in self.cached(*user_ids)
+
     def cached_segments(self, user_id: int) -> tuple[int, ...] | None:
         (entry,) = self.cached(user_id)
         return entry if entry is None else tuple(entry[FIRST_SEGMENT:])
@@ -142,3 +149,33 @@ def own_world(installation: Installation, own_cache: RedisServer) -> Iterator[Wo
     made = World(installation, own_cache)
     yield made
     made.close()
+
+
+@pytest.fixture(params=LANES)
+def start(request: pytest.FixtureRequest) -> Iterator[Start]:
+    """Starts a lane for a world, with other settings if wanted."""
+    started: list[Lane] = []
+
+    def begin(world: World, **settings: object) -> Lane:
+        url = world.server.url
+        lane = LANES[request.param](world.settings.model_copy(update={"cache_url": url, **settings}))
+        started.append(lane)
+        return lane
+
+    yield begin
+    for lane in started:
+        lane.close()
+
+
+@pytest.fixture
+def lane(world: World, start: Start) -> Lane:
+    world.add_users(20)
+    world.add_segment("beta", [2, 4, 5])
+    world.add_segment("alpha", [4])
+    return start(world)
+
+
+@pytest.fixture
+def watched(world: World, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    monkeypatch.setattr(segsvc.services.warming, "BLOCKS_AT_ONCE", 1)
+    return Watched(world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 import grpc
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from prometheus_client import REGISTRY
 from segmentation.v1 import membership_pb2 as pb
 
 from grpc_api.call_scope import REQUEST_ID_KEY
@@ -137,3 +138,11 @@ def queued_lane(settings: Settings) -> Lane:
 
 
 LANES = {"native": native_lane, "queued": queued_lane}
+
+Start = Callable[..., Lane]
+"""Starts a lane for a world, with other settings if wanted."""
+
+
+def reads(source: str) -> float:
+    """Reads of this process so far, by where their answer came from."""
+    return REGISTRY.get_sample_value("segsvc_reads_total", {"source": source}) or 0.0

@@ -4,61 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-import sqlalchemy as sa
 from google.rpc import code_pb2
-from prometheus_client import REGISTRY
 from segmentation.v1 import membership_pb2 as pb
 
 import grpc_api.lane
 from grpc_api.call_scope import REQUEST_ID_KEY
 from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
 from segsvc.cache import keys
-from segsvc.local.postgres import PostgresServer
 from tests.eventually import eventually
 from tests.integration.cache.conftest import World
-from tests.integration.cache.lane_front import LANES, Lane, RefusedError, native_lane
+from tests.integration.cache.lane_front import LANES, Lane, RefusedError, Start, native_lane, reads
 
 INCLUDE = 1
 NO_SUCH_USER = 999_999
-
-Start = Callable[..., Lane]
-
-
-def reads(source: str) -> float:
-    return REGISTRY.get_sample_value("segsvc_reads_total", {"source": source}) or 0.0
-
-
-@pytest.fixture(params=LANES)
-def start(request: pytest.FixtureRequest) -> Iterator[Start]:
-    """Starts a lane for a world, with other settings if wanted."""
-    started: list[Lane] = []
-
-    def begin(world: World, **settings: object) -> Lane:
-        url = world.server.url
-        lane = LANES[request.param](world.settings.model_copy(update={"cache_url": url, **settings}))
-        started.append(lane)
-        return lane
-
-    yield begin
-    for lane in started:
-        lane.close()
-
-
-@pytest.fixture
-def lane(world: World, start: Start) -> Lane:
-    world.add_users(20)
-    world.add_segment("beta", [2, 4, 5])
-    world.add_segment("alpha", [4])
-    return start(world)
-
-
-def is_cached(world: World, *user_ids: int) -> bool:
-    return None not in world.cached(*user_ids)
 
 
 # -- answers --------------------------------------------------------------------------------------------------------
@@ -67,7 +30,7 @@ def is_cached(world: World, *user_ids: int) -> bool:
 def test_miss_and_hit_are_the_same_answer(world: World, lane: Lane) -> None:
     before_hits, before_misses = reads("hit"), reads("miss")
     miss = lane.answer(4)
-    eventually(lambda: is_cached(world, 4))
+    eventually(lambda: world.is_cached(4))
     hit = lane.answer(4)
     assert hit == miss
     assert (list(hit.slugs), hit.user_id) == (["alpha", "beta"], 4)
@@ -77,7 +40,7 @@ def test_miss_and_hit_are_the_same_answer(world: World, lane: Lane) -> None:
 
 def test_user_in_no_segment_has_an_empty_list(world: World, lane: Lane) -> None:
     assert lane.segments(6) == []
-    eventually(lambda: is_cached(world, 6))
+    eventually(lambda: world.is_cached(6))
     assert lane.segments(6) == []
 
 
@@ -103,7 +66,7 @@ def test_largest_user_id(world: World, lane: Lane) -> None:
         1, "INSERT INTO users (id, slot, attributes, version) VALUES (:id, 501, '{}', 0)", id=user
     )
     assert lane.segments(user) == []
-    eventually(lambda: is_cached(world, user))
+    eventually(lambda: world.is_cached(user))
     assert lane.answer(user).user_id == user
 
 
@@ -239,7 +202,7 @@ def test_fault_of_ours_costs_the_calls_of_its_batch_and_no_more(
 def test_bulk_change_is_seen_when_it_is_done(world: World, lane: Lane) -> None:
     segment = world.add_segment("ramp", [4])
     assert lane.segments(4) == ["alpha", "beta", "ramp"]
-    eventually(lambda: is_cached(world, 4))
+    eventually(lambda: world.is_cached(4))
     world.set_members(segment, [5])
     assert lane.segments(4) == ["alpha", "beta", "ramp"], "before it is done, the cache may still answer"
     world.client.drop_generations([0, 1])
@@ -249,7 +212,7 @@ def test_bulk_change_is_seen_when_it_is_done(world: World, lane: Lane) -> None:
 
 def test_change_of_one_user_is_seen_when_it_is_acknowledged(world: World, lane: Lane) -> None:
     lane.segments(4)
-    eventually(lambda: is_cached(world, 4))
+    eventually(lambda: world.is_cached(4))
     world.installation.execute(0, "DELETE FROM users WHERE id = 4")
     world.client.unblock(0, [4])
     with pytest.raises(RefusedError) as refused:
@@ -268,160 +231,7 @@ def test_override_ends_without_any_write(world: World, lane: Lane) -> None:
     world.override(4, segment, INCLUDE, 1.0)
     assert lane.segments(4) == ["alpha", "beta", "trial"]
     eventually(lambda: lane.segments(4) == ["alpha", "beta"], within_s=5)
-    eventually(lambda: is_cached(world, 4))
-
-
-# -- dependencies that are down -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own_lane(own_world: World, start: Start) -> Lane:
-    own_world.add_users(20)
-    own_world.add_segment("beta", [2, 4, 5])
-    return start(own_world)
-
-
-def hits(lane: Lane, user_id: int) -> bool:
-    before = reads("hit")
-    lane.segments(user_id)
-    return reads("hit") == before + 1
-
-
-def test_cache_goes_down_and_comes_back(own_world: World, own_lane: Lane) -> None:
-    eventually(lambda: hits(own_lane, 4))
-    own_world.server.kill()
-    before = reads("bypass")
-    for _ in range(5):
-        assert own_lane.segments(4, timeout_s=2) == ["beta"]
-    assert own_lane.batch([5, 6], timeout_s=2).results[0].user_segments.slugs == ["beta"]
-    assert reads("bypass") - before == 7
-    own_world.server.start()
-    eventually(lambda: hits(own_lane, 4), within_s=3)
-
-
-def test_cache_hangs_and_goes_on(own_world: World, own_lane: Lane) -> None:
-    eventually(lambda: hits(own_lane, 4))
-    own_world.server.pause()
-    begun = time.monotonic()
-    assert own_lane.segments(4) == ["beta"]
-    assert time.monotonic() - begun < 2.5, "its timeout, once for the lane and once for the load"
-    begun = time.monotonic()
-    calls = 0
-    while time.monotonic() - begun < 1.0:
-        assert own_lane.segments(4) == ["beta"]
-        calls += 1
-    assert calls > 10, "calls must not wait for a cache that is known to be down"
-    own_world.server.resume()
-    eventually(lambda: hits(own_lane, 4), within_s=3)
-
-
-def test_lane_starts_without_a_cache(own_world: World, start: Start) -> None:
-    own_world.add_users(4)
-    own_world.server.kill()
-    lane = start(own_world)
-    assert lane.segments(4) == []
-    own_world.server.start()
-    eventually(lambda: hits(lane, 4), within_s=3)
-
-
-def test_cache_restarted_with_older_data_is_not_believed(own_world: World, own_lane: Lane) -> None:
-    eventually(lambda: hits(own_lane, 4))
-    own_world.reader.connect()
-    dumps = {key: own_world.raw.dump(key) for key in (keys.generation(0), keys.user(0, 4))}
-    own_world.server.restart()
-    eventually(own_world.raw.ping)
-    own_world.installation.execute(0, "DELETE FROM memberships")
-    own_world.client.drop_generations([0])
-    for key, dump in dumps.items():
-        own_world.raw.restore(key, 0, dump)
-    assert own_lane.segments(4) == []
-
-
-class Shard0:
-    """The first shard's database, to be closed and opened."""
-
-    def __init__(self, server: PostgresServer) -> None:
-        self._engine = sa.create_engine(server.dsn("postgres"), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-
-    def __enter__(self) -> None:
-        self._run("ALTER DATABASE test_shard0 ALLOW_CONNECTIONS false")
-        self._run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'test_shard0'")
-
-    def __exit__(self, *_: object) -> None:
-        self._run("ALTER DATABASE test_shard0 ALLOW_CONNECTIONS true")
-
-    def _run(self, statement: str) -> None:
-        with self._engine.connect() as connection:
-            connection.exec_driver_sql(statement)
-
-
-def test_shard_goes_down_and_comes_back(world: World, lane: Lane, pg_server: PostgresServer) -> None:
-    lane.segments(4)
-    eventually(lambda: is_cached(world, 4))
-    with Shard0(pg_server):
-        for _ in range(3):
-            begun = time.monotonic()
-            with pytest.raises(RefusedError) as refused:
-                lane.segments(2)
-            error = refused.value
-            assert (error.code, error.reason) == (code_pb2.UNAVAILABLE, "SHARD_UNAVAILABLE")
-            assert error.retry_s == 1.0
-            assert time.monotonic() - begun < 1.5
-        assert lane.segments(4) == ["alpha", "beta"], "what is cached needs no shard"
-        assert lane.segments(5) == ["beta"], "other shards work"
-        results = lane.batch([2, 4, 7]).results
-        assert [result.WhichOneof("outcome") for result in results] == ["error", "user_segments", "user_segments"]
-
-    def back() -> bool:
-        try:
-            return lane.segments(2) == ["beta"]
-        except RefusedError:
-            return False
-
-    eventually(back, within_s=2)
-    eventually(lambda: is_cached(world, 2))
-
-
-def test_restarted_shard_costs_no_call(world: World, lane: Lane) -> None:
-    """Connections that broke while they were idle are noticed before they are used."""
-    lane.segments(4)
-    world.installation.execute(
-        0,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-        "WHERE datname = current_database() AND pid <> pg_backend_pid()",
-    )
-    assert lane.segments(2) == ["beta"]
-
-
-def test_more_reads_than_may_wait_are_refused(world: World, start: Start) -> None:
-    world.add_users(100)
-    lane = start(world, cold_reads_max=10, cold_read_threads=1)
-    assert lane.segments(99) == []
-    with world.databases.shards[0].begin() as blocker:
-        blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
-        waiting = threading.Thread(target=lambda: lane.batch(range(2, 22, 2), timeout_s=20))
-        waiting.start()
-        eventually(lambda: lane.reads.cold.waiting == 10)
-        with pytest.raises(RefusedError) as refused:
-            lane.segments(40)
-        assert (refused.value.code, refused.value.reason) == (code_pb2.RESOURCE_EXHAUSTED, "OVERLOADED")
-        assert refused.value.retry_s
-        assert lane.segments(41) == [], "the other shard has its own bound"
-    waiting.join(20)
-    eventually(lambda: lane.reads.cold.waiting == 0)
-    assert lane.segments(40) == []
-
-
-def test_deadline_of_a_call_that_waits_for_a_shard(world: World, lane: Lane) -> None:
-    with world.databases.shards[0].begin() as blocker:
-        blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
-        begun = time.monotonic()
-        with pytest.raises(RefusedError) as refused:
-            lane.segments(4, timeout_s=0.3)
-        assert refused.value.code == code_pb2.DEADLINE_EXCEEDED
-        assert time.monotonic() - begun < 1.0
-        eventually(lambda: lane.reads.cold.waiting == 0, within_s=1.5)
-    assert lane.segments(4) == ["alpha", "beta"]
+    eventually(lambda: world.is_cached(4))
 
 
 # -- what the lane tells --------------------------------------------------------------------------------------------

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
-import redis
 
 import segsvc.cache.client
 from segsvc.cache import keys, scripts
-from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import CacheConnection, Command
-from segsvc.cache.warm_notes import WarmNotes
-from segsvc.domain.errors import Reason, ServiceError
-from segsvc.domain.membership import NEVER_US, Entry, Sweep
-from segsvc.local.redis import CACHE_CONFIG, RedisServer
+from segsvc.domain.errors import ServiceError
+from segsvc.domain.membership import NEVER_US, Entry
 from tests.eventually import eventually
 from tests.integration.cache.conftest import World
 
@@ -284,148 +278,3 @@ def test_restarted_server_with_old_data_has_no_hits(own_world: World) -> None:
         own_world.cached(USER)  # the old connection is gone for good
     assert own_world.cached(USER) == [None]
     assert own_world.client.acquire(SHARD, [USER]).user_ids == {USER}
-
-
-# -- connections ----------------------------------------------------------------------------------------------------
-
-
-def test_run_id_is_asked_before_anything_else(world: World) -> None:
-    with world.raw.monitor() as monitor:
-        connection = world.client.connect()
-        connection.run("GET", "x")
-        own = connection._transport._sock.getsockname()[1]
-        commands = []
-        while not commands or commands[-1] != "GET x":
-            event = monitor.next_command()
-            if event["client_port"] == str(own):
-                commands.append(event["command"])
-        connection.close()
-    assert next(command for command in commands if not command.startswith("AUTH")) == "INFO"
-
-
-def test_connection_is_never_renewed_in_place(world: World) -> None:
-    connection = world.client.connect()
-    world.raw.client_kill_filter(_type="normal", skipme=True)
-    with pytest.raises((redis.RedisError, OSError)):
-        connection.run("GET", "x")
-    assert not connection.open
-    with pytest.raises(OSError, match="closed"):
-        connection.run("GET", "x")
-
-
-def test_error_reply_closes_the_connection(world: World) -> None:
-    """Replies that are still to come would be read as another command's."""
-    connection = world.client.connect()
-    with pytest.raises(redis.ResponseError, match="unknown command"):
-        connection.run_all([("NONSENSE",), ("GET", "x")])
-    assert not connection.open
-
-
-def test_idle_connections_that_were_cut_are_replaced_unseen(world: World) -> None:
-    world.client.acquire(SHARD, [USER])
-    world.raw.client_kill_filter(_type="normal", skipme=True)
-    assert world.client.acquire(SHARD, [6]).user_ids == {6}
-
-
-def test_scripts_come_back_after_they_were_flushed(world: World) -> None:
-    world.client.acquire(SHARD, [USER])
-    world.raw.script_flush()
-    with pytest.raises(ServiceError) as error:
-        world.client.acquire(SHARD, [6])
-    assert error.value.reason is Reason.CACHE_UNAVAILABLE
-    assert world.client.acquire(SHARD, [6]).user_ids == {6}
-
-
-def test_server_that_is_down_and_back(own_world: World) -> None:
-    client, server = own_world.client, own_world.server
-    client.acquire(SHARD, [USER])
-    server.kill()
-    steps = [
-        lambda: client.acquire(SHARD, [USER]),
-        lambda: client.block(SHARD, USER),
-        lambda: client.unblock(SHARD, [USER]),
-        lambda: client.drop_generations([SHARD]),
-    ]
-    for step in steps:
-        with pytest.raises(ServiceError) as error:
-            step()
-        assert error.value.reason is Reason.CACHE_UNAVAILABLE
-    server.start()
-
-    def back() -> bool:
-        try:
-            client.unblock(SHARD, [USER])
-        except ServiceError:
-            return False
-        return True
-
-    eventually(back, within_s=2)
-
-
-def test_server_that_hangs_costs_one_caller_its_timeout_and_the_others_nothing(own_world: World) -> None:
-    client = own_world.client
-    client.acquire(SHARD, [USER])
-    own_world.server.pause()
-    with pytest.raises(ServiceError):
-        client.acquire(SHARD, [USER])
-    begun = time.monotonic()
-    refused = 0
-    while time.monotonic() - begun < 0.08:
-        with pytest.raises(ServiceError):
-            client.acquire(SHARD, [USER])
-        refused += 1
-    assert refused >= 5
-    own_world.server.resume()
-
-    def back() -> bool:
-        try:
-            client.acquire(SHARD, [USER])
-        except ServiceError:
-            return False
-        return True
-
-    eventually(back, within_s=2)
-
-
-def test_wrong_password_is_an_outage(cache_server: RedisServer) -> None:
-    client = CacheClient(cache_server.url.replace("redis://:", "redis://:wrong"), timeout_s=0.5, ttl_s=60)
-    with pytest.raises(ServiceError) as error:
-        client.acquire(SHARD, [USER])
-    assert "wrong" not in str(error.value)
-
-
-# -- Redis Cluster --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cluster_client(tmp_path: Path) -> Iterator[CacheClient]:
-    """A server that refuses commands over several hash slots, as every node of a Redis Cluster does."""
-    server = RedisServer("cluster", tmp_path / "cluster", {**CACHE_CONFIG, "cluster-enabled": "yes"})
-    server.start()
-    with redis.Redis.from_url(server.url) as raw:
-        raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-        eventually(lambda: b"cluster_state:ok" in raw.execute_command("CLUSTER", "INFO"))
-        with pytest.raises(redis.ResponseError, match="same slot"):
-            raw.execute_command("MGET", G, keys.generation(1))
-    client = CacheClient(server.url, timeout_s=1.0, ttl_s=60)
-    yield client
-    client.close()
-    server.purge()
-
-
-def test_every_step_stays_within_one_shards_hash_slot(cluster_client: CacheClient) -> None:
-    notes = WarmNotes(cluster_client)
-    for shard in (0, 1):
-        users = list(range(shard + 2, 1000, 2))
-        token = cluster_client.block(shard, users[0])
-        grant = cluster_client.acquire(shard, users)
-        assert cluster_client.fill(shard, grant, [(user, ENTRY) for user in users[5:]]) == len(users) - 5
-        cluster_client.release(shard, grant, users[:5])
-        cluster_client.unblock(shard, users, token)
-        notes.add_reads(shard, {1: 8, 2: 9})
-        notes.fade(shard)
-        assert notes.hottest(shard) == [2, 1]
-        notes.note_sweep(shard, Sweep(grant.nonce, 7, 8))
-        assert notes.last_sweep(shard) == Sweep(grant.nonce, 7, 8)
-        assert notes.present(shard, [users, users[:1]]) == [0, 0]
-    cluster_client.drop_generations([0, 1])

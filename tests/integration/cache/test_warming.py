@@ -1,76 +1,17 @@
-"""The warmer on a real cache and real shards: what it fills, in which order, within which memory, and when it rests."""
+"""The warmer on a real cache and real shards: what it fills, in which order, and when it rests."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
 import segsvc.services.warming
 from segsvc.cache import keys
-from segsvc.cache.client import CacheClient
-from segsvc.cache.warm_notes import WarmNotes
-from segsvc.domain.errors import ServiceError
-from segsvc.domain.membership import FIRST_SEGMENT, ROW_VERSION, VALID_UNTIL, EntryColumns, Grant
-from segsvc.services.slug_map import SlugMap
-from segsvc.services.warming import Warmer, WarmReport
+from segsvc.domain.membership import FIRST_SEGMENT, ROW_VERSION, VALID_UNTIL, Grant
+from segsvc.services.warming import WarmReport
 from tests.integration.cache.conftest import World
-
-SHARD = 0
-BLOCK_USERS = 1024
-
-
-class Watched:
-    """The world's cache and shards, with notes of what is asked and filled; and a clock."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.notes = WarmNotes(world.client)
-        self.filled: list[int] = []
-        self.asked = 0
-        self.now_s = 1_800_000_000.0
-        self.before_fill: Callable[[], None] = lambda: None
-        self.after_ask: Callable[[], None] = lambda: None
-
-    def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant:
-        self.asked += len(user_ids)
-        self.after_ask()
-        return self.world.client.acquire(shard, user_ids)
-
-    def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int:
-        self.before_fill()
-        self.filled += list(dict.fromkeys(columns.blocks.tolist()))
-        return self.world.client.fill_columns(shard, grant, columns)
-
-    def release(self, shard: int, grant: Grant, user_ids: Sequence[int]) -> None:
-        self.world.client.release(shard, grant, user_ids)
-
-    def warmer(self, budget_bytes: int = 1 << 40) -> Warmer:
-        return Warmer(
-            reads=self.world.memberships,
-            cache=self,
-            notes=self.notes,
-            slugs=SlugMap(self.world.memberships.slugs),
-            budget_bytes=budget_bytes,
-            now_s=lambda: self.now_s,
-        )
-
-
-@pytest.fixture
-def watched(world: World, monkeypatch: pytest.MonkeyPatch) -> Watched:
-    monkeypatch.setattr(segsvc.services.warming, "BLOCKS_AT_ONCE", 1)
-    return Watched(world)
-
-
-def users_of_block(block: int) -> list[int]:
-    """With two shards and users 1, 2, 3 …: those of shard 0."""
-    return [2 * (slot + 1) for slot in range(block * BLOCK_USERS, (block + 1) * BLOCK_USERS)]
-
-
-def is_warm(world: World, users: Sequence[int]) -> bool:
-    return None not in world.cached(*users)
-
+from tests.integration.cache.watched import BLOCK_USERS, SHARD, Watched, is_warm, users_of_block
 
 # -- what it fills --------------------------------------------------------------------------------------------------
 
@@ -304,102 +245,3 @@ def test_two_warmers_do_not_do_the_same(world: World, watched: Watched) -> None:
     with world.memberships.warm_session(SHARD):
         assert watched.warmer().warm_shard(SHARD) == WarmReport(SHARD)
     assert watched.warmer().warm_shard(SHARD).entries == 10
-
-
-# -- memory ---------------------------------------------------------------------------------------------------------
-
-
-def test_budget_of_nothing_warms_nothing(world: World, watched: Watched) -> None:
-    world.add_users(20)
-    assert watched.warmer(budget_bytes=0).warm_shard(SHARD) == WarmReport(SHARD)
-
-
-@pytest.fixture
-def full(world: World, watched: Watched) -> tuple[Watched, Warmer]:
-    """Five blocks, of which two found room: the most read ones."""
-    world.add_users(2 * 5 * BLOCK_USERS)
-    watched.notes.add_reads(SHARD, {1: 100, 2: 50})
-    room = watched.notes.memory().used_bytes + 1
-
-    def take_the_rest() -> None:
-        if watched.asked == 2 * BLOCK_USERS:
-            world.raw.set("ballast", b"x" * 1_000_000)
-
-    watched.after_ask = take_the_rest
-    warmer = watched.warmer(budget_bytes=room + 900_000)
-    report = warmer.warm_shard(SHARD)
-    assert report.stopped_by_budget
-    assert watched.filled == [1, 2]
-    watched.after_ask = lambda: None
-    watched.filled.clear()
-    return watched, warmer
-
-
-def test_nothing_is_added_beyond_the_budget(world: World, full: tuple[Watched, Warmer]) -> None:
-    watched, warmer = full
-    assert warmer.warm_shard(SHARD).blocks == 0, "no memory has come free, so there is nothing to look for yet"
-    watched.now_s += 60
-    report = warmer.warm_shard(SHARD)
-    assert (report.entries, report.stopped_by_budget) == (0, True)
-    assert not is_warm(world, users_of_block(4)[:1])
-
-
-def test_entries_within_the_budget_are_renewed_after_a_bulk_change(world: World, full: tuple[Watched, Warmer]) -> None:
-    """They take no more memory than their forerunners; otherwise a full cache would be cold after each change."""
-    watched, warmer = full
-    world.client.drop_generations([SHARD])
-    report = warmer.warm_shard(SHARD)
-    assert (report.entries, report.stopped_by_budget) == (2 * BLOCK_USERS, True)
-    assert watched.filled == [1, 2]
-    assert is_warm(world, users_of_block(1) + users_of_block(2))
-
-
-def test_servers_own_limit_is_kept_clear_of(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segsvc.services.warming, "BLOCKS_AT_ONCE", 1)
-    own_world.add_users(2 * 3 * BLOCK_USERS)
-    watched = Watched(own_world)
-    used = watched.notes.memory().used_bytes
-    own_world.raw.config_set("maxmemory", int(used / 0.95))
-    report = watched.warmer().warm_shard(SHARD)
-    assert (report.entries, report.stopped_by_budget) == (0, True)
-    own_world.raw.config_set("maxmemory", 0)
-    assert watched.notes.memory().max_bytes is None
-
-
-# -- outages --------------------------------------------------------------------------------------------------------
-
-
-def test_cache_lost_during_a_run_is_warmed_by_the_next(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segsvc.services.warming, "BLOCKS_AT_ONCE", 1)
-    own_world.add_users(2 * 3000)
-    watched = Watched(own_world)
-
-    def lose() -> None:
-        if len(watched.filled) == 2:
-            watched.before_fill = lambda: None
-            own_world.server.restart()
-
-    watched.before_fill = lose
-    warmer = watched.warmer()
-    assert warmer.warm_shard(SHARD).entries < 3000
-    assert warmer.warm_shard(SHARD).entries == 3000
-
-
-def test_run_that_broke_off_is_taken_up_again(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segsvc.services.warming, "BLOCKS_AT_ONCE", 1)
-    users = own_world.add_users(2 * 3000)
-    watched = Watched(own_world)
-
-    def break_off() -> None:
-        if len(watched.filled) == 1:
-            watched.before_fill = lambda: None
-            own_world.server.kill()
-
-    watched.before_fill = break_off
-    warmer = watched.warmer()
-    with pytest.raises(ServiceError):
-        warmer.warm_shard(SHARD)
-    own_world.server.start()
-    time.sleep(CacheClient.RETRY_S)  # beat sends the next run some seconds later
-    assert warmer.warm_shard(SHARD).entries == 3000
-    assert is_warm(own_world, [user for user in users if user % 2 == 0])

@@ -1,0 +1,168 @@
+"""The hot lane while the cache or a shard is down, hangs, or has more to do than it can: right answers, in time."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import sqlalchemy as sa
+from google.rpc import code_pb2
+
+from segsvc.cache import keys
+from segsvc.local.postgres import PostgresServer
+from tests.eventually import eventually
+from tests.integration.cache.conftest import World
+from tests.integration.cache.lane_front import Lane, RefusedError, Start, reads
+
+# -- dependencies that are down -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_lane(own_world: World, start: Start) -> Lane:
+    own_world.add_users(20)
+    own_world.add_segment("beta", [2, 4, 5])
+    return start(own_world)
+
+
+def hits(lane: Lane, user_id: int) -> bool:
+    before = reads("hit")
+    lane.segments(user_id)
+    return reads("hit") == before + 1
+
+
+def test_cache_goes_down_and_comes_back(own_world: World, own_lane: Lane) -> None:
+    eventually(lambda: hits(own_lane, 4))
+    own_world.server.kill()
+    before = reads("bypass")
+    for _ in range(5):
+        assert own_lane.segments(4, timeout_s=2) == ["beta"]
+    assert own_lane.batch([5, 6], timeout_s=2).results[0].user_segments.slugs == ["beta"]
+    assert reads("bypass") - before == 7
+    own_world.server.start()
+    eventually(lambda: hits(own_lane, 4), within_s=3)
+
+
+def test_cache_hangs_and_goes_on(own_world: World, own_lane: Lane) -> None:
+    eventually(lambda: hits(own_lane, 4))
+    own_world.server.pause()
+    begun = time.monotonic()
+    assert own_lane.segments(4) == ["beta"]
+    assert time.monotonic() - begun < 2.5, "its timeout, once for the lane and once for the load"
+    begun = time.monotonic()
+    calls = 0
+    while time.monotonic() - begun < 1.0:
+        assert own_lane.segments(4) == ["beta"]
+        calls += 1
+    assert calls > 10, "calls must not wait for a cache that is known to be down"
+    own_world.server.resume()
+    eventually(lambda: hits(own_lane, 4), within_s=3)
+
+
+def test_lane_starts_without_a_cache(own_world: World, start: Start) -> None:
+    own_world.add_users(4)
+    own_world.server.kill()
+    lane = start(own_world)
+    assert lane.segments(4) == []
+    own_world.server.start()
+    eventually(lambda: hits(lane, 4), within_s=3)
+
+
+def test_cache_restarted_with_older_data_is_not_believed(own_world: World, own_lane: Lane) -> None:
+    eventually(lambda: hits(own_lane, 4))
+    own_world.reader.connect()
+    dumps = {key: own_world.raw.dump(key) for key in (keys.generation(0), keys.user(0, 4))}
+    own_world.server.restart()
+    eventually(own_world.raw.ping)
+    own_world.installation.execute(0, "DELETE FROM memberships")
+    own_world.client.drop_generations([0])
+    for key, dump in dumps.items():
+        own_world.raw.restore(key, 0, dump)
+    assert own_lane.segments(4) == []
+
+
+class Shard0:
+    """The first shard's database, to be closed and opened."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self._engine = sa.create_engine(server.dsn("postgres"), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+
+    def __enter__(self) -> None:
+        self._run("ALTER DATABASE test_shard0 ALLOW_CONNECTIONS false")
+        self._run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'test_shard0'")
+
+    def __exit__(self, *_: object) -> None:
+        self._run("ALTER DATABASE test_shard0 ALLOW_CONNECTIONS true")
+
+    def _run(self, statement: str) -> None:
+        with self._engine.connect() as connection:
+            connection.exec_driver_sql(statement)
+
+
+def test_shard_goes_down_and_comes_back(world: World, lane: Lane, pg_server: PostgresServer) -> None:
+    lane.segments(4)
+    eventually(lambda: world.is_cached(4))
+    with Shard0(pg_server):
+        for _ in range(3):
+            begun = time.monotonic()
+            with pytest.raises(RefusedError) as refused:
+                lane.segments(2)
+            error = refused.value
+            assert (error.code, error.reason) == (code_pb2.UNAVAILABLE, "SHARD_UNAVAILABLE")
+            assert error.retry_s == 1.0
+            assert time.monotonic() - begun < 1.5
+        assert lane.segments(4) == ["alpha", "beta"], "what is cached needs no shard"
+        assert lane.segments(5) == ["beta"], "other shards work"
+        results = lane.batch([2, 4, 7]).results
+        assert [result.WhichOneof("outcome") for result in results] == ["error", "user_segments", "user_segments"]
+
+    def back() -> bool:
+        try:
+            return lane.segments(2) == ["beta"]
+        except RefusedError:
+            return False
+
+    eventually(back, within_s=2)
+    eventually(lambda: world.is_cached(2))
+
+
+def test_restarted_shard_costs_no_call(world: World, lane: Lane) -> None:
+    """Connections that broke while they were idle are noticed before they are used."""
+    lane.segments(4)
+    world.installation.execute(
+        0,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+    assert lane.segments(2) == ["beta"]
+
+
+def test_more_reads_than_may_wait_are_refused(world: World, start: Start) -> None:
+    world.add_users(100)
+    lane = start(world, cold_reads_max=10, cold_read_threads=1)
+    assert lane.segments(99) == []
+    with world.databases.shards[0].begin() as blocker:
+        blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+        waiting = threading.Thread(target=lambda: lane.batch(range(2, 22, 2), timeout_s=20))
+        waiting.start()
+        eventually(lambda: lane.reads.cold.waiting == 10)
+        with pytest.raises(RefusedError) as refused:
+            lane.segments(40)
+        assert (refused.value.code, refused.value.reason) == (code_pb2.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert refused.value.retry_s
+        assert lane.segments(41) == [], "the other shard has its own bound"
+    waiting.join(20)
+    eventually(lambda: lane.reads.cold.waiting == 0)
+    assert lane.segments(40) == []
+
+
+def test_deadline_of_a_call_that_waits_for_a_shard(world: World, lane: Lane) -> None:
+    with world.databases.shards[0].begin() as blocker:
+        blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+        begun = time.monotonic()
+        with pytest.raises(RefusedError) as refused:
+            lane.segments(4, timeout_s=0.3)
+        assert refused.value.code == code_pb2.DEADLINE_EXCEEDED
+        assert time.monotonic() - begun < 1.0
+        eventually(lambda: lane.reads.cold.waiting == 0, within_s=1.5)
+    assert lane.segments(4) == ["alpha", "beta"]
