@@ -393,13 +393,8 @@ class Coordinator:
             if not missing:
                 self.finalize(operation.id)
             elif open_operation.expired:
-                self.abort(
-                    operation.id,
-                    Failure(
-                        Reason.OPERATION_ABORTED.text,
-                        "the shards did not all prepare before the deadline",
-                        {"why": "DEADLINE", "shards_missing": ",".join(map(str, missing))},
-                    ),
-                )
+                message = "the shards did not all prepare before the deadline"
+                metadata = {"why": "DEADLINE", "shards_missing": ",".join(map(str, missing))}
+                self.abort(operation.id, Failure(Reason.OPERATION_ABORTED.text, message, metadata))
             elif open_operation.quiet and self._ledger.claim_dispatch(operation.id):
                 self.dispatch(operation, missing)

@@ -146,7 +146,11 @@ def test_a_shard_moves_while_users_are_read(
         check.close()
     assert report.differences == []
     assert report.users == len(USERS)
-    # And the old database is out of use for good.
+    assert_left_for_good(installation, old_dsn)
+
+
+def assert_left_for_good(installation: Moving, old_dsn: str) -> None:
+    """Nobody gets into the old database; and where somebody lets them, no process starts on it."""
     database = old_dsn.partition("?")[0].rpartition("/")[2]
     shut = installation.server.psql("SELECT datallowconn FROM pg_database WHERE datname = :'name'", name=database)
     assert shut.strip() == "f"
