@@ -73,7 +73,9 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
     statement_timeout_s = pool.statement_timeout_s or settings.statement_timeout_s
     # Statements here are short, and an estimate that is too high would have each compiled first, for 0.1 s and more.
     # The isolation level is said once: set on the driver, it would cost an exchange whenever autocommit ends.
-    options = ["-c jit=off", r"-c default_transaction_isolation=read\ committed"]
+    # Times come in UTC, whatever the server's zone is: in one that is ahead, the last hours of 9999 lie in a year that
+    # Python does not know.
+    options = ["-c jit=off", r"-c default_transaction_isolation=read\ committed", "-c timezone=UTC"]
     if pool.by_key:
         options += ["-c enable_seqscan=off", "-c plan_cache_mode=force_generic_plan"]
     bounds_ms = {

@@ -17,6 +17,7 @@ from segsvc.failpoints import FailpointError
 from segsvc.postgres import overrides
 from segsvc.postgres.blocks import lock_exclusive
 from segsvc.postgres.catalog import PostgresSegmentCatalog
+from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.overrides import PostgresOverrideStore
 from segsvc.services.overrides import OverrideService
 from segsvc.services.segments import SegmentService
@@ -144,6 +145,25 @@ def test_an_override_that_ends_while_its_user_is_waited_for_is_not_answered(worl
         changed = answer.result(10)
     assert list(changed.slugs) == []
     assert [own.slug for own in changed.overrides] == ["alpha"]
+
+
+def test_an_override_may_end_with_the_last_second_there_is(world: World, alpha: int) -> None:
+    """Also where the server's own time zone is already in the year 10000 then."""
+    last = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    [[database]] = world.installation.execute(SHARD, "SELECT quote_ident(current_database())")
+    world.installation.execute(SHARD, f"ALTER DATABASE {database} SET timezone = 'Asia/Tokyo'")
+    databases = Databases(world.settings, "test", Pool(1))
+    try:
+        store = PostgresOverrideStore(databases)
+        ours = OverrideService(store, world.client, SegmentService(PostgresSegmentCatalog(world.databases)), FailsAt())
+        wanted = WantedOverride("alpha", Effect.EXCLUDE, last)
+        changed = ours.modify(USER, OverrideChanges((wanted,), ()), None)
+        assert [own.expire_time for own in changed.overrides] == [last]
+        assert [own.expire_time for own in ours.list(USER, page_size=5, page_token="").overrides] == [last]
+    finally:
+        databases.close()
+        world.installation.execute(SHARD, f"ALTER DATABASE {database} RESET timezone")
+    assert on_the_shard(world) == set()
 
 
 class Stuck(FailsAt):
