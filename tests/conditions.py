@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
 
-from segsvc.conditions import tree
+from segsvc.conditions import parse_condition, tree
+from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import CREATE_TOPIC, CreateUser, parse
 
 NAMES = ("a", "b", "tags", "n", "flag")
@@ -39,11 +41,13 @@ users: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
 )
 
 _attributes = st.sampled_from(NAMES).map(tree.Attribute)
+# No user has an infinite number, or a string with U+0000 in it.
 _literals = st.one_of(
     scalars.map(tree.Constant),
-    st.sampled_from([float("inf"), float("-inf")]).map(tree.Constant),
+    st.sampled_from([float("inf"), float("-inf"), "\0", "a\0", "\0a", "a\0b", "ab\0a\0RU"]).map(tree.Constant),
     strings.map(tree.Constant),
 )
+_texts = st.one_of(strings, st.sampled_from(["\0", "a\0b", "ab\0", "b\0\0RU"])).map(tree.Constant)
 
 
 def _lists(items: st.SearchStrategy[Any]) -> st.SearchStrategy[tree.ListOf]:
@@ -55,6 +59,10 @@ _values = st.recursive(
     lambda inner: st.one_of(_lists(inner), inner.map(tree.Size), _lists(strings.map(tree.Constant))),
     max_leaves=4,
 )
+_around_exactness = st.sampled_from([2**53, 2**53 + 1, 2.0**53, 2**63 - 1, 2.0**63, 1]).map(tree.Constant)
+_short_lists = st.lists(st.one_of(_attributes, _around_exactness), min_size=1, max_size=2).map(
+    lambda found: tree.ListOf(tuple(found))
+)
 _comparisons = st.one_of(
     st.builds(tree.Compare, st.sampled_from(["==", "!=", "<", "<=", ">", ">="]), _values, _values),
     st.builds(tree.Compare, st.sampled_from(["==", "!=", "<", "<=", ">", ">="]), _attributes, _literals),
@@ -64,9 +72,10 @@ _comparisons = st.one_of(
     st.builds(
         tree.Test,
         st.sampled_from(["startsWith", "endsWith", "contains"]),
-        st.one_of(_attributes, strings.map(tree.Constant)),
-        st.one_of(_attributes, strings.map(tree.Constant)),
+        st.one_of(_attributes, _texts),
+        st.one_of(_attributes, _texts),
     ),
+    st.builds(tree.In, _short_lists, _lists(_short_lists)),
     st.sampled_from(NAMES).map(tree.Has),
     _attributes,
 )
@@ -77,10 +86,44 @@ nodes = st.recursive(
         st.builds(tree.Or, inner, inner),
         inner.map(tree.Not),
         st.builds(tree.Compare, st.sampled_from(["==", "!="]), inner, inner),
-        st.builds(tree.In, inner, _lists(inner)),
+        st.builds(tree.Compare, st.sampled_from(["<", ">="]), inner, st.one_of(inner, _attributes)),
+        st.builds(tree.In, inner, st.one_of(_lists(inner), _attributes)),
+        st.builds(tree.In, _lists(inner), _lists(_lists(st.one_of(inner, _attributes)))),
+        st.builds(tree.Compare, st.sampled_from(["==", "!="]), _lists(inner), _lists(st.one_of(inner, _attributes))),
+        st.builds(tree.Compare, st.just("<"), _lists(inner).map(tree.Size), _attributes),
     ),
     max_leaves=8,
 )
+
+NESTED: dict[str, Callable[[str], str]] = {
+    "equal": lambda inner: f"({inner} == user.b)",
+    "unequal": lambda inner: f"(!({inner}) != user.b)",
+    "less": lambda inner: f"({inner} < user.b)",
+    "less than a literal": lambda inner: f"({inner} < true)",
+    "in": lambda inner: f"({inner} in [user.b])",
+    "in lists": lambda inner: f"([{inner}] in [[user.b], [user.a, 1], [user.flag]])",
+    "in a list beside literals": lambda inner: f"({inner} in [user.b, 1, 9007199254740993, 'x'])",
+    "in an attribute": lambda inner: f"({inner} in user.tags)",
+    "item of a list": lambda inner: f"(user.flag in [{inner}, user.b])",
+    "and": lambda inner: f"({inner} && user.b)",
+    "equal lists": lambda inner: f"([{inner}, user.a] == [user.flag, 1])",
+    "list": lambda inner: f"([{inner}] == user.b)",
+    "size": lambda inner: f"(size([{inner}]) == user.n)",
+    "size and order": lambda inner: f"(size([{inner}]) < user.n)",
+}
+"""Ways to put a condition into another one."""
+
+
+def deepest(wrap: Callable[[str], str], inmost: str) -> str:
+    """A condition put into another one, again and again, as often as CEL takes it."""
+    text = inmost
+    while True:
+        wrapped = wrap(text)
+        try:
+            parse_condition(wrapped)
+        except ServiceError:
+            return text
+        text = wrapped
 
 
 def stored(attributes: dict[str, Any]) -> str:

@@ -141,18 +141,19 @@ class _Builder:
         kind = expr.constant.WhichOneof("kind")
         if kind not in ("bool", "int", "double", "string"):
             raise self._refuse(f"a literal of type {kind} is not allowed", expr)
-        value = getattr(expr.constant, kind)
-        if kind == "string" and "\0" in value:
-            raise self._refuse("a string must not contain U+0000", expr)
-        return tree.Constant(value)
+        return tree.Constant(getattr(expr.constant, kind))
 
     def _select(self, expr: Any) -> tree.Attribute | tree.Has:
         select = expr.select
-        if select.operand.WhichOneof("kind") != "ident" or select.operand.ident.name != "user":
+        if not _is_user(select.operand):
             raise self._refuse("attributes have no fields: only user.name is allowed", expr)
-        if not select.field.isidentifier() or not select.field.isascii() or len(select.field) > 64:
+        name = self._name(select.field, expr)
+        return tree.Has(name) if select.test_only else tree.Attribute(name)
+
+    def _name(self, name: str, expr: Any) -> str:
+        if not name.isidentifier() or not name.isascii() or len(name) > 64:
             raise self._refuse("names of attributes match [A-Za-z_][A-Za-z0-9_]{0,63}", expr)
-        return tree.Has(select.field) if select.test_only else tree.Attribute(select.field)
+        return name
 
     def _call(self, expr: Any) -> tree.Node:
         call = expr.call
@@ -161,6 +162,9 @@ class _Builder:
         known = {"_&&_": 2, "_||_": 2, "!_": 1, "@in": 2, "size": 1, **dict.fromkeys((*_COMPARISONS, *_TESTS), 2)}
         if known.get(function) != len(operands):
             raise self._refuse(f"{_spelled(function)} is not allowed", expr)
+        if function == "@in" and _is_user(operands[1]) and operands[0].constant.WhichOneof("kind") == "string":
+            # "name" in user: another way to write has(user.name).
+            return tree.Has(self._name(operands[0].constant.string, operands[0]))
         built = [self.build(operand) for operand in operands]
         if function in _COMPARISONS:
             return tree.Compare(_COMPARISONS[function], *built)
@@ -171,6 +175,12 @@ class _Builder:
         return made
 
 
+def _is_user(expr: Any) -> bool:
+    return bool(expr.WhichOneof("kind") == "ident" and expr.ident.name == "user")
+
+
 def _spelled(function: str) -> str:
     """An operator as people write it."""
-    return {"_?_:_": "?:", "_[_]": "[…]", "-_": "- before an attribute"}.get(function, function.strip("_@")) or function
+    return {"_?_:_": "?:", "_[_]": "[…]", "-_": "- before anything but a number"}.get(
+        function, function.strip("_@")
+    ) or function

@@ -6,15 +6,15 @@ The official runtime (package ``cel-expr-python``) reads, checks and evaluates: 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Final
 
 from cel_expr_python import cel
 
 from segsvc.conditions import checked, tree
-from segsvc.conditions.weight import WEIGHT_MAX, weight
 from segsvc.domain.errors import FieldViolation, Reason, ServiceError
 from segsvc.domain.segment import CONDITION_BYTES_MAX
 
@@ -22,6 +22,7 @@ DEPTH_MAX: Final = 32
 """Levels of nesting; the runtime's parser holds conditions to it."""
 _REASONS_SHOWN: Final = 3
 _VALUE_SHOWN: Final = 60
+_NODE_SHOWN: Final = 200
 
 _env: Final = cel.NewEnv(variables={"user": cel.Type.Map(cel.Type.STRING, cel.Type.DYN)})
 _RUNTIME_ERROR: Final = re.compile(r"ERROR: <input>:(\d+):(\d+): (.*)")
@@ -47,23 +48,35 @@ class Condition:
         """Why it holds or does not, for people: the comparisons that decide, and what the user has."""
         if self.holds(attributes):
             return "the condition holds"
-        return "; ".join(_failures(self.root, attributes)[:_REASONS_SHOWN])
+        return "; ".join(islice(_failures(self.root, attributes), _REASONS_SHOWN))
 
 
-def _failures(node: tree.Node, attributes: Mapping[str, Any]) -> list[str]:
+def _failures(node: tree.Node, attributes: Mapping[str, Any]) -> Iterator[str]:
     """What keeps a node that is not true from being true."""
     match node:
         case tree.And(left, right):
             # One is enough; the first is what people read first.
-            return _failures(left if not _holds(tree.render(left), attributes) else right, attributes)
+            yield from _failures(left if not _holds(tree.render(left), attributes) else right, attributes)
         case tree.Or(left, right):
-            return [*_failures(left, attributes), *_failures(right, attributes)]
+            yield from _failures(left, attributes)
+            yield from _failures(right, attributes)
+        case tree.Not(tree.And(left, right)):
+            yield from _failures(tree.Or(tree.Not(left), tree.Not(right)), attributes)
+        case tree.Not(tree.Or(left, right)):
+            yield from _failures(tree.And(tree.Not(left), tree.Not(right)), attributes)
+        case tree.Not(tree.Not(of)):
+            yield from _failures(of, attributes)
         case _:
-            return [_failure(node, attributes)]
+            yield _failure(node, attributes)
 
 
 def _holds(text: str, attributes: Mapping[str, Any]) -> bool:
-    return _program(text).eval(data={"user": dict(attributes)}).value() is True
+    return _value(text, attributes) is True
+
+
+def _value(text: str, attributes: Mapping[str, Any]) -> Any:
+    """What the runtime says; an error is a text."""
+    return _program(text).eval(data={"user": dict(attributes)}).value()
 
 
 # A program takes up to a hundred times as much memory as its text; only single users are asked about with it.
@@ -73,15 +86,22 @@ def _program(text: str) -> Any:
 
 
 def _failure(node: tree.Node, attributes: Mapping[str, Any]) -> str:
-    found = []
-    for name in sorted(tree.attributes_of(node)):
-        if name in attributes:
-            value = tree.render(_as_node(attributes[name]))
-            found.append(f"user.{name} is {value if len(value) <= _VALUE_SHOWN else value[:_VALUE_SHOWN] + '…'}")
-        else:
-            found.append(f"user.{name} is absent")
+    names = sorted(tree.attributes_of(node))
+    found = [
+        f"user.{name} is {_shortened(tree.render(_as_node(attributes[name])), _VALUE_SHOWN)}"
+        if name in attributes
+        else f"user.{name} is absent"
+        for name in names
+    ]
     text = tree.render(node)
-    return f"{text} is not true" + (f": {', '.join(found)}" if found else "")
+    # Nothing is absent and it is an error: a value is of a type that this has no meaning for.
+    is_error = not isinstance(node, tree.Attribute) and isinstance(_value(text, attributes), str)
+    said = "does not apply" if is_error and all(name in attributes for name in names) else "is not true"
+    return f"{_shortened(text, _NODE_SHOWN)} {said}" + (f": {', '.join(found)}" if found else "")
+
+
+def _shortened(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{text[:characters]}…"
 
 
 def _as_node(value: Any) -> tree.Node:
@@ -101,6 +121,8 @@ def parse_condition(text: str, name: str = "rule.condition") -> Condition:
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > CONDITION_BYTES_MAX:
         raise _invalid(name, f"must be at most {CONDITION_BYTES_MAX} bytes, is {size}", 1, 1)
+    if "\0" in text:
+        raise _invalid(name, "must have U+0000 only as an escape", *_line_and_column(text, text.index("\0")))
     try:
         program = _env.compile(text)
     except TypeError:
@@ -114,9 +136,6 @@ def parse_condition(text: str, name: str = "rule.condition") -> Condition:
         root = checked.to_tree(program.serialize())
     except checked.NotInSubset as refusal:
         raise _invalid(name, refusal.what, *_line_and_column(text, refusal.position)) from None
-    if weight(root) > WEIGHT_MAX:
-        what = "has too many comparisons, lists or sizes within one another; take them apart with && and ||"
-        raise _invalid(name, what, 1, 1)
     return Condition(text, root)
 
 

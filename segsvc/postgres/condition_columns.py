@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,7 +16,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Scalar, attributes_of
-from segsvc.postgres.condition_sql import Compiler, Sql, number_or_null
+from segsvc.postgres.condition_literals import ORDER, decimal
+from segsvc.postgres.condition_sql import FENCE, Compiler
+from segsvc.postgres.condition_values import Sql, number_or_null
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,6 @@ def clauses_over_columns(
     """
     names = sorted(frozenset().union(*(attributes_of(condition.root) for condition in conditions)))
     attributes = users.c.attributes
-    # OFFSET 0 keeps the planner from putting the expressions back into each place where a column is used.
-    fence: sa.ColumnElement[int] = sa.literal_column("0", sa.Integer)
     looked_up = (
         sa.select(
             *keys,
@@ -63,7 +62,7 @@ def clauses_over_columns(
             ),
         )
         .where(where)
-        .offset(fence)
+        .offset(FENCE)
         .subquery("looked_up")
     )
     typed = (
@@ -71,29 +70,30 @@ def clauses_over_columns(
             *looked_up.c,
             *(number_or_null(looked_up.c[f"j{n}"]).label(f"n{n}") for n in range(len(names))),
         )
-        .offset(fence)
+        .offset(FENCE)
         .subquery("x")
     )
     columns = {name: Extracted(typed.c[f"j{n}"], typed.c[f"n{n}"], typed.c[f"t{n}"]) for n, name in enumerate(names)}
-    compiler = _OverColumns(columns)
+    compiler = Compiler(_InColumns(columns))
     return typed, [compiler.clause(condition) for condition in conditions]
 
 
-class _OverColumns(Compiler):
+class _InColumns:
+    """``Attributes`` that were extracted."""
+
     def __init__(self, extracted: Mapping[str, Extracted]) -> None:
         self._extracted = extracted
 
-    def _has(self, name: str) -> Sql:
+    def has(self, name: str) -> Sql:
         return self._extracted[name].json.is_not(None)
 
-    def _attribute(self, name: str) -> Sql:
+    def json(self, name: str) -> Sql:
         return self._extracted[name].json
 
-    def _attribute_text(self, attribute: tree.Attribute) -> Sql:
-        return self._extracted[attribute.name].text
+    def text(self, name: str) -> Sql:
+        return self._extracted[name].text
 
-    def _attribute_ordered(self, op: str, attribute: tree.Attribute, number: Scalar) -> Sql:
+    def ordered(self, op: tree.Comparison, name: str, number: Scalar) -> Sql:
         # NULL, an error, for what is no number.
-        return self._extracted[attribute.name].number.op(op, return_type=sa.Boolean())(
-            sa.literal(Decimal(repr(number)), sa.Numeric)
-        )
+        ordered: Sql = ORDER[op](self._extracted[name].number, sa.literal(decimal(number), sa.Numeric))
+        return ordered

@@ -6,37 +6,58 @@ nothing constant is left for the planner to fold. Values are bound parameters.
 
 Numbers: CEL compares an int with a double as doubles. Attributes keep the two apart by their scale (``domain.events``).
 A literal below 2**53 in size needs no such care: around it, comparing exactly and comparing as doubles agree.
+
+Length: to look at a value's type and then at the value, it is written down twice or more. That is little for an
+attribute, but a comparison within a comparison would multiply. SQL names nothing but the columns of a subquery, so what
+is computed within a comparison becomes one, and is written down once.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import operator
-from collections.abc import Callable
-from decimal import Decimal
+from collections.abc import Iterator
 from functools import reduce
-from typing import Any, Final, TypeGuard
+from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, JSONPATH
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from segsvc.conditions import Condition, tree
-from segsvc.conditions.tree import Constant, ListOf, Node, Scalar
-from segsvc.conditions.weight import EXACT_BELOW, is_bool, is_constant
-
-Sql = sa.ColumnElement[Any]
+from segsvc.conditions.tree import Constant, ListOf, Node
+from segsvc.postgres.condition_attributes import Attributes, InObject, Named
+from segsvc.postgres.condition_literals import (
+    ORDER,
+    is_constant,
+    is_large_number,
+    is_plain,
+    is_plain_text,
+    is_small_number,
+    json_text,
+    literal,
+    ordered,
+    same,
+    tested,
+)
+from segsvc.postgres.condition_values import (
+    Sql,
+    concatenated,
+    double,
+    equal_to_large,
+    is_double,
+    is_type,
+    numbers_equal,
+    numeric,
+    ordered_to_literal,
+    text,
+    when,
+)
 
 _ARGUMENTS_MAX: Final = 100
 """PostgreSQL takes no more arguments of a function."""
-_ORDER: Final[dict[str, Callable[[Any, Any], Any]]] = {
-    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-}  # fmt: skip
-_MIRRORED: Final = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_OTHER_TYPES_START: Final = (*"0123456789-", "[", "{")
-"""How the text of a number, a list or an object begins."""
+_MIRRORED: Final[dict[tree.Comparison, tree.Comparison]] = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _ERROR: Final = sa.null().cast(sa.Boolean)
 _NO_TEXT: Final = sa.null().cast(sa.Text)
+FENCE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
+"""OFFSET 0: it keeps the planner from putting a subquery's expressions back into each place where a column is used."""
 
 
 def condition_clause(condition: Condition, attributes: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
@@ -45,13 +66,13 @@ def condition_clause(condition: Condition, attributes: sa.ColumnElement[Any]) ->
     Args:
         attributes: a JSONB object; what it lacks is absent.
     """
-    return Compiler(attributes).clause(condition)
+    return Compiler(InObject(attributes)).clause(condition)
 
 
 class Compiler:
-    """Turns conditions into SQL; the four methods that reach for an attribute may be replaced."""
+    """Turns conditions into SQL."""
 
-    def __init__(self, attributes: sa.ColumnElement[Any]) -> None:
+    def __init__(self, attributes: Attributes) -> None:
         self._attributes = attributes
 
     def clause(self, condition: Condition) -> sa.ColumnElement[bool]:
@@ -64,13 +85,38 @@ class Compiler:
             case Constant(bool() as value):
                 return sa.literal(value)
             case tree.Has(name):
-                return self._has(name)
+                return self._attributes.has(name)
             case tree.Not(of):
                 return sa.not_(self.truth(of))
             case tree.And(left, right):
                 return sa.and_(self.truth(left), self.truth(right)).self_group()
             case tree.Or(left, right):
                 return sa.or_(self.truth(left), self.truth(right)).self_group()
+            case tree.Compare() | tree.In():
+                return self._related(node)
+            case tree.Test(function, of, part):
+                return self._test(function, of, part)
+            case tree.Attribute():
+                flag = self._json(node)
+                return when(is_type(flag, "boolean"), flag.cast(sa.Boolean))
+            case _:
+                return _ERROR
+
+    def _related(self, node: tree.Compare | tree.In) -> Sql:
+        parts: list[Node] = []
+        if not _writes_once(node):
+            node = _without_parts(node, parts)
+        if not parts:
+            return self._relation(node)
+        columns = [self._json(part).label(f"v{number}") for number, part in enumerate(parts)]
+        # Correlated: attributes are columns of the query around it.
+        named = sa.select(*columns).correlate_except().offset(FENCE).subquery()
+        names = map(_name, range(len(parts)))
+        inner = Compiler(Named(self._attributes, dict(zip(names, named.c, strict=True))))
+        return sa.select(inner.truth(node)).correlate_except(named).scalar_subquery()
+
+    def _relation(self, node: tree.Compare | tree.In) -> Sql:
+        match node:
             case tree.Compare("==", left, right):
                 return self._equal(left, right)
             case tree.Compare("!=", left, right):
@@ -79,13 +125,6 @@ class Compiler:
                 return self._ordered(op, left, right)
             case tree.In(item, container):
                 return self._in(item, container)
-            case tree.Test(function, text, part):
-                return self._test(function, text, part)
-            case tree.Attribute():
-                flag = self._json(node)
-                return _when(_is(flag, "boolean"), flag.cast(sa.Boolean))
-            case _:
-                return _ERROR
 
     # -- values -----------------------------------------------------------------------------------------------------
 
@@ -93,114 +132,104 @@ class Compiler:
         """The node's value as jsonb; NULL: an error."""
         match node:
             case tree.Attribute(name):
-                return self._attribute(name)
+                return self._attributes.json(name)
             case Constant():
-                return _literal(node)
-            case ListOf(items):
-                return self._list(items)
+                return literal(node)
+            case ListOf():
+                return literal(node) if is_constant(node) else when(self._sound(node), self._built(node))
             case tree.Size(of):
                 return sa.func.to_jsonb(self._size(of), type_=JSONB())
             case _:
                 return sa.func.to_jsonb(self.truth(node), type_=JSONB())
 
-    def _list(self, items: tuple[Node, ...]) -> Sql:
-        if is_constant(ListOf(items)):
-            return _literal(ListOf(items))
-        values = [self._json(item) for item in items]
+    def _sound(self, *nodes: Node) -> Sql:
+        """Whether none of these is an error, nor anything in them."""
+        return sa.and_(sa.true(), *(self._json(leaf).is_not(None) for node in nodes for leaf in _leaves(node)))
+
+    def _built(self, node: ListOf) -> Sql:
+        """A sound list as jsonb."""
+        if is_constant(node):
+            return literal(node)
+        values = [self._built(item) if isinstance(item, ListOf) else self._json(item) for item in node.items]
         parts = [
             sa.func.jsonb_build_array(*values[first : first + _ARGUMENTS_MAX], type_=JSONB())
             for first in range(0, len(values), _ARGUMENTS_MAX)
         ]
-        return _when(sa.and_(*(value.is_not(None) for value in values)), reduce(_concatenated, parts))
+        return reduce(concatenated, parts)
 
     def _size(self, of: Node) -> Sql:
         if isinstance(of, Constant):
             return sa.literal(len(of.value)) if isinstance(of.value, str) else sa.null().cast(sa.Integer)
+        if isinstance(of, ListOf):
+            return when(self._sound(of), sa.literal(len(of.items)))
         value = self._json(of)
         return sa.case(
-            (_is(value, "string"), sa.func.char_length(_text(value))),
-            (_is(value, "array"), sa.func.jsonb_array_length(value)),
+            (is_type(value, "string"), sa.func.char_length(text(value))),
+            (is_type(value, "array"), sa.func.jsonb_array_length(value)),
         )
 
     # -- equality ---------------------------------------------------------------------------------------------------
 
     def _equal(self, left: Node, right: Node) -> Sql:
         if isinstance(left, ListOf) and isinstance(right, ListOf):
-            return self._lists_equal(left, right)
+            # Both sides are evaluated whole before they are compared, so an error in either is one of the comparison.
+            return when(self._sound(left, right), self._items_equal(left, right))
         if is_constant(left) and is_constant(right):
-            return sa.literal(_same_constant(left, right))
-        if _is_large_number(left):
+            return sa.literal(same(left, right))
+        if is_large_number(left):
             left, right = right, left
         for attribute, constant in ((left, right), (right, left)):
-            if isinstance(attribute, tree.Attribute) and _is_plain_text(constant):
-                return self._attribute_text(attribute) == sa.literal(constant.value, sa.Text)
+            if isinstance(attribute, tree.Attribute) and is_plain_text(constant):
+                return self._attributes.text(attribute.name) == sa.literal(constant.value, sa.Text)
         one = self._json(left)
-        if isinstance(right, Constant) and _is_large_number(right) and not is_bool(left):
-            return _equal_to_large(one, right.value)
+        if isinstance(right, Constant) and is_large_number(right) and not _is_bool(left):
+            return equal_to_large(one, right.value)
         other = self._json(right)
         # Neither is ever two numbers that only a comparison by their types compares rightly.
-        if any(is_constant(each) or is_bool(each) for each in (left, right)):
+        if any(is_constant(each) or _is_bool(each) for each in (left, right)):
             return one == other
         return sa.case(
-            (sa.and_(_is(one, "number"), _is(other, "number")), _numbers_equal(one, other)), else_=one == other
+            (sa.and_(is_type(one, "number"), is_type(other, "number")), numbers_equal(one, other)), else_=one == other
         )
 
-    def _lists_equal(self, left: ListOf, right: ListOf) -> Sql:
-        # Both sides are evaluated whole before they are compared, so an error in either is one of the comparison.
-        sound = [self._json(item).is_not(None) for item in (*left.items, *right.items) if not is_constant(item)]
+    def _items_equal(self, left: Node, right: Node) -> Sql:
+        """Equality of what is sound."""
+        if not (isinstance(left, ListOf) and isinstance(right, ListOf)):
+            return self._equal(left, right)
         if len(left.items) != len(right.items):
-            equal: Sql = sa.false()
-        else:
-            equal = sa.and_(sa.true(), *(self._equal(a, b) for a, b in zip(left.items, right.items, strict=True)))
-        return _when(sa.and_(sa.true(), *sound), equal)
+            return sa.false()
+        return sa.and_(sa.true(), *map(self._items_equal, left.items, right.items))
 
     # -- order ------------------------------------------------------------------------------------------------------
 
-    def _ordered(self, op: str, left: Node, right: Node) -> Sql:
+    def _ordered(self, op: tree.Comparison, left: Node, right: Node) -> Sql:
         if isinstance(left, ListOf) or isinstance(right, ListOf):
             return _ERROR
         if isinstance(left, Constant):
             if isinstance(right, Constant):
-                return _constants_ordered(op, left, right)
+                return _known(ordered(op, left, right))
             return self._ordered(_MIRRORED[op], right, left)
-        compare = _ORDER[op]
-        if isinstance(left, tree.Attribute) and _is_small_number(right):
-            return self._attribute_ordered(op, left, right.value)
+        if isinstance(left, tree.Attribute) and is_small_number(right):
+            return self._attributes.ordered(op, left.name, right.value)
         value = self._json(left)
         if isinstance(right, Constant):
-            return _ordered_to_literal(compare, value, right.value)
+            return ordered_to_literal(op, value, right.value)
+        compare = ORDER[op]
         other = self._json(right)
         return sa.case(
             (
-                sa.and_(_is(value, "number"), _is(other, "number")),
+                sa.and_(is_type(value, "number"), is_type(other, "number")),
                 sa.case(
-                    (_is_double(value) == _is_double(other), compare(_numeric(value), _numeric(other))),
-                    else_=compare(_double(value), _double(other)),
+                    (is_double(value) == is_double(other), compare(numeric(value), numeric(other))),
+                    else_=compare(double(value), double(other)),
                 ),
             ),
-            (sa.and_(_is(value, "string"), _is(other, "string")), compare(_text(value), _text(other))),
+            (sa.and_(is_type(value, "string"), is_type(other, "string")), compare(text(value), text(other))),
             (
-                sa.and_(_is(value, "boolean"), _is(other, "boolean")),
+                sa.and_(is_type(value, "boolean"), is_type(other, "boolean")),
                 compare(value.cast(sa.Boolean), other.cast(sa.Boolean)),
             ),
         )
-
-    def _has(self, name: str) -> Sql:
-        return self._attributes.op("?")(name)
-
-    def _attribute(self, name: str) -> Sql:
-        """An attribute as jsonb; NULL: it is absent."""
-        return self._attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text))
-
-    def _attribute_text(self, attribute: tree.Attribute) -> Sql:
-        """An attribute as text, whatever its type; NULL: it is absent."""
-        return self._attributes.op("->>", return_type=sa.Text())(sa.literal(attribute.name, sa.Text))
-
-    def _attribute_ordered(self, op: str, attribute: tree.Attribute, number: Scalar) -> Sql:
-        # A path looks at the type and the value in one go, which halves the time. In its strict mode a missing member
-        # and another type are "unknown", and the operator's answer to that is NULL.
-        path = f'strict $."{attribute.name}" {op} {Decimal(repr(number)):f}'
-        return self._attributes.op("@@", return_type=sa.Boolean())(sa.literal(path, sa.Text).cast(JSONPATH))
 
     # -- membership and strings -------------------------------------------------------------------------------------
 
@@ -212,33 +241,40 @@ class Compiler:
         values = self._json(container)
         # Lists of users hold strings only, so containment of the one-item list is equality with some item.
         if is_constant(item):
-            return _when(_is(values, "array"), values.op("@>")(_literal(ListOf((item,)))))
+            return when(is_type(values, "array"), values.op("@>")(literal(ListOf((item,)))))
         value = self._json(item)
-        return _when(
-            sa.and_(_is(values, "array"), value.is_not(None)),
+        return when(
+            sa.and_(is_type(values, "array"), value.is_not(None)),
             values.op("@>")(sa.func.jsonb_build_array(value, type_=JSONB())),
         )
 
     def _in_list(self, item: Node, container: ListOf) -> Sql:
         # What is equal exactly when it is equal as jsonb is looked up at once, however many there are.
-        if isinstance(item, tree.Attribute) and container.items and all(map(_is_plain_text, container.items)):
+        if isinstance(item, tree.Attribute) and container.items and all(map(is_plain_text, container.items)):
             texts = sa.literal([each.value for each in container.items if isinstance(each, Constant)], ARRAY(sa.Text))
-            return self._attribute_text(item) == sa.any_(texts)
+            return self._attributes.text(item.name) == sa.any_(texts)
         plain: list[Node] = []
         others: list[Node] = []
         for each in container.items:
-            looked_up = is_constant(each) and not _is_large_number(each) and not is_constant(item)
-            (plain if looked_up else others).append(each)
-        clauses = [self._equal(item, each) for each in others]
+            (plain if is_plain(each) and not is_constant(item) else others).append(each)
+        clauses = [self._items_equal(item, each) for each in others]
         if plain:
-            texts = sa.literal([_json_text(each) for each in plain], ARRAY(sa.Text))
+            texts = sa.literal(list(map(json_text, plain)), ARRAY(sa.Text))
             clauses.append(self._json(item) == sa.any_(texts.cast(ARRAY(JSONB))))
         # An error anywhere in the list, or in the item, is one of the whole, found or not.
-        parts = [self._json(each).is_not(None) for each in (item, *others) if not is_constant(each)]
-        return _when(sa.and_(sa.true(), *parts), sa.or_(sa.false(), *clauses))
+        return when(self._sound(item, *others), sa.or_(sa.false(), *clauses))
 
-    def _test(self, function: str, text: Node, part: Node) -> Sql:
-        whole, piece = self._string(text), self._string(part)
+    def _test(self, function: tree.StringTest, of: Node, part: Node) -> Sql:
+        if isinstance(of, Constant) and isinstance(part, Constant):
+            return _known(tested(function, of, part))
+        # No attribute has a U+0000 in it, and PostgreSQL knows none: what lies between them is looked at.
+        if isinstance(part, Constant) and "\0" in str(part.value):
+            return when(self._string(of).is_not(None), sa.false())
+        if isinstance(of, Constant) and "\0" in str(of.value):
+            pieces = str(of.value).split("\0")
+            looked_at = {"startsWith": pieces[:1], "endsWith": pieces[-1:], "contains": pieces}[function]
+            return sa.or_(*(self._test(function, Constant(piece), part) for piece in dict.fromkeys(looked_at)))
+        whole, piece = self._string(of), self._string(part)
         if function == "startsWith":
             return sa.func.starts_with(whole, piece)
         if function == "contains":
@@ -250,133 +286,56 @@ class Compiler:
         if isinstance(node, Constant):
             return sa.literal(node.value, sa.Text).collate("C") if isinstance(node.value, str) else _NO_TEXT
         value = self._json(node)
-        return _when(_is(value, "string"), _text(value))
+        return when(is_type(value, "string"), text(value))
 
 
-def _when(check: Sql, value: Sql) -> Sql:
-    """The value where the check is true, NULL elsewhere; the value is not looked at there."""
-    return sa.case((check, value))
+# -- the tree ----------------------------------------------------------------------------------------------------------
 
 
-def _concatenated(one: Sql, other: Sql) -> Sql:
-    return one.op("||", return_type=JSONB())(other)
+def _is_bool(node: Node) -> bool:
+    """Whether it is a bool or an error, never anything else."""
+    return isinstance(node, tree.Compare | tree.In | tree.Test | tree.Has | tree.And | tree.Or | tree.Not)
 
 
-def number_or_null(value: Sql) -> Sql:
-    """A jsonb number as numeric; NULL: it is none."""
-    return _when(_is(value, "number"), _numeric(value))
-
-
-def _is(value: Sql, kind: str) -> Sql:
-    return sa.func.jsonb_typeof(value) == kind
-
-
-def _text(value: Sql) -> Sql:
-    """A jsonb string's text; its order is that of code points."""
-    return value.op("#>>", return_type=sa.Text())(sa.text("'{}'")).collate("C")
-
-
-def _numeric(value: Sql) -> Sql:
-    return value.cast(sa.Numeric)
-
-
-def _double(value: Sql) -> Sql:
-    return _numeric(value).cast(sa.Double)
-
-
-def _is_double(value: Sql) -> Sql:
-    return sa.func.scale(_numeric(value)) > 0
-
-
-def _numbers_equal(one: Sql, other: Sql) -> Sql:
-    return sa.case(
-        (_is_double(one) == _is_double(other), _numeric(one) == _numeric(other)),
-        else_=_double(one) == _double(other),
-    )
-
-
-# -- literals ----------------------------------------------------------------------------------------------------------
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_large_number(node: Node) -> bool:
-    """Whether it is a literal that only a comparison by its type compares rightly."""
-    return isinstance(node, Constant) and _is_number(node.value) and not -EXACT_BELOW < node.value < EXACT_BELOW  # type: ignore[operator]
-
-
-def _is_small_number(node: Node) -> TypeGuard[Constant]:
-    return isinstance(node, Constant) and _is_number(node.value) and not _is_large_number(node)
-
-
-def _is_plain_text(node: Node) -> TypeGuard[Constant]:
-    """Whether it is a literal string that no bool, number or list looks like as text.
-
-    Equality with it needs no look at the type: an attribute with this text is this string.
-    """
-    if not isinstance(node, Constant) or not isinstance(node.value, str):
+def _writes_once(node: tree.Compare | tree.In) -> bool:
+    """Whether each operand will be written down once, however it is computed; see ``Compiler._equal``."""
+    if not isinstance(node, tree.Compare) or node.operator not in ("==", "!="):
         return False
-    return node.value not in ("true", "false") and not node.value.startswith(_OTHER_TYPES_START)
+    operands = (node.left, node.right)
+    return any(map(_is_bool, operands)) and not any(isinstance(each, ListOf) for each in operands)
 
 
-def _literal(node: Node) -> Sql:
-    return sa.literal(_json_text(node), sa.Text).cast(JSONB)
+def _without_parts(node: tree.Compare | tree.In, parts: list[Node]) -> tree.Compare | tree.In:
+    """The node with attributes of new names in place of what is computed in it, which is appended to the parts."""
+    if isinstance(node, tree.Compare):
+        return tree.Compare(node.operator, _named(node.left, parts), _named(node.right, parts))
+    return tree.In(_named(node.item, parts), _named(node.container, parts))
 
 
-def _json_text(node: Node) -> str:
-    """A constant as JSON."""
-    return json.dumps(_plain(node))
+def _named(node: Node, parts: list[Node]) -> Node:
+    match node:
+        case Constant() | tree.Attribute() | tree.Size(Constant() | tree.Attribute()):
+            return node
+        case ListOf(items):
+            return ListOf(tuple(_named(item, parts) for item in items))
+        case _:
+            parts.append(node)
+            return tree.Attribute(_name(len(parts) - 1))
 
 
-def _plain(node: Node) -> Any:
+def _name(number: int) -> str:
+    """Of a part: no attribute is called so."""
+    return f"#{number}"
+
+
+def _leaves(node: Node) -> Iterator[Node]:
+    """What a node is made of, lists apart, that may be an error."""
     if isinstance(node, ListOf):
-        return [_plain(item) for item in node.items]
-    assert isinstance(node, Constant)
-    # No attribute is infinite, so it may be anything that no attribute is.
-    return {"infinite": node.value > 0} if node.value in (math.inf, -math.inf) else node.value
+        for item in node.items:
+            yield from _leaves(item)
+    elif not isinstance(node, Constant):
+        yield node
 
 
-def _same_constant(left: Node, right: Node) -> bool:
-    """CEL's equality; Python's own compares an int with a double exactly, and True with 1."""
-    if isinstance(left, ListOf) and isinstance(right, ListOf):
-        return len(left.items) == len(right.items) and all(map(_same_constant, left.items, right.items))
-    if not (isinstance(left, Constant) and isinstance(right, Constant)):
-        return False
-    one, other = left.value, right.value
-    if _is_number(one) and _is_number(other) and type(one) is not type(other):
-        return float(one) == float(other)
-    return type(one) is type(other) and one == other
-
-
-def _constants_ordered(op: str, left: Constant, right: Constant) -> Sql:
-    one, other = left.value, right.value
-    if _is_number(one) and _is_number(other):
-        if type(one) is not type(other):
-            one, other = float(one), float(other)
-    elif type(one) is not type(other):
-        return _ERROR
-    return sa.literal(bool(_ORDER[op](one, other)))
-
-
-def _equal_to_large(value: Sql, number: Scalar) -> Sql:
-    """Equality with a literal number that is 2**53 or more in size. NULL only if the value is."""
-    as_double = _double(value) == sa.literal(float(number), sa.Double)
-    exactly = _numeric(value) == sa.literal(Decimal(number), sa.Numeric)
-    equal = as_double if isinstance(number, float) else sa.case((_is_double(value), as_double), else_=exactly)
-    return sa.case((_is(value, "number"), equal), (value.is_not(None), sa.false()))
-
-
-def _ordered_to_literal(compare: Callable[[Any, Any], Any], value: Sql, literal: Scalar) -> Sql:
-    if isinstance(literal, bool):
-        return _when(_is(value, "boolean"), compare(value.cast(sa.Boolean), sa.literal(literal)))
-    if isinstance(literal, str):
-        return _when(_is(value, "string"), compare(_text(value), sa.literal(literal, sa.Text)))
-    if not _is_large_number(Constant(literal)):
-        return _when(_is(value, "number"), compare(_numeric(value), sa.literal(Decimal(repr(literal)), sa.Numeric)))
-    as_double = compare(_double(value), sa.literal(float(literal), sa.Double))
-    if isinstance(literal, float):
-        return _when(_is(value, "number"), as_double)
-    exactly = compare(_numeric(value), sa.literal(Decimal(literal), sa.Numeric))
-    return _when(_is(value, "number"), sa.case((_is_double(value), as_double), else_=exactly))
+def _known(value: bool | None) -> Sql:
+    return _ERROR if value is None else sa.literal(value)

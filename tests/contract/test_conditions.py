@@ -151,6 +151,9 @@ def test_a_wrong_condition_says_where(front: FrontUnderTest) -> None:
         ("user.a in [" + "1," * 1000 + "1]", 11, "at most 1000 items, has 1001"),
         ("!(" * 31 + "user.a" + ")" * 31, 1, "at most 32 levels"),  # told by the depth of what it means
         ("user.a == " * 40 + "true", 1, "at most 32 levels"),
+        ('user["a"] == 1', 5, "[…] is not allowed"),
+        ("has(user.a) && user.b in user", 26, "user is not a value here"),
+        ('user.a == "x\0"', 13, "U+0000 only as an escape"),
         ("(" * 33 + "user.a" + ")" * 33, 1, "at most 32 levels"),  # told by the depth of what is written
     ],
 )
@@ -159,6 +162,15 @@ def test_the_place_and_the_limit_are_named(front: FrontUnderTest, condition: str
     assert refusal.reason == "CONDITION_INVALID"
     assert refusal.metadata["column"] == str(column)
     assert said in refusal.violations["rule.condition"]
+
+
+def test_literals_that_no_user_can_have(front: FrontUnderTest, users: dict[int, dict[str, Any]]) -> None:
+    slug = front.create().slug
+    condition = r"'country' in user && user.country > 'DE\x00' && user.country < 'RU\u0000' && user.country != 'FR\000'"
+    response = rolled_out(front, slug, percent=100, condition=condition)
+    assert response.segment.rule.condition == condition
+    found = members(front, slug) & users.keys()
+    assert found == {user_id for user_id, attributes in users.items() if attributes["country"] in ("FR", "RU")}
 
 
 def test_a_preview_of_what_is_not_there(front: FrontUnderTest) -> None:

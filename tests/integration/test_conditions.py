@@ -17,7 +17,7 @@ from segsvc.domain.errors import ServiceError
 from segsvc.local.postgres import PostgresServer
 from segsvc.postgres.condition_columns import clauses_over_columns
 from segsvc.postgres.condition_sql import condition_clause
-from tests.conditions import nodes, stored, users
+from tests.conditions import NESTED, deepest, nodes, stored, users
 
 COMMON = {
     "deadline": None,
@@ -65,7 +65,17 @@ KNOWN = [
     "((user.a == user.b) == user.flag) != (user.n == 1)",
     "(user.a == 1) in [user.flag, 9007199254740993, 1e400, true]",
     "!((user.a == user.n) in [9007199254740993, user.b])",
+    "[user.a] in [[9007199254740993], ['x']] || [user.n] in [[9007199254740992.0]]",
+    "[user.a, user.a == user.b] in [[1, true], [user.n, user.flag]]",
+    "'a' in user && !('b' in user)",
+    "user.a < 'a\\000b' || user.a >= '\\000'",
+    "user.a in ['\\000', 'RU\\000'] || 'a\\000b\\000'.contains(user.a) || user.b == '\\000'",
+    "'ab\\000RU'.endsWith(user.a) || 'ab\\000RU'.startsWith(user.b) || user.tags == ['\\000']",
+    "!user.a.contains('\\000') && user.b != 'x\\000'",
 ]
+
+# As deep as CEL takes them.
+DEEP = [parse_condition(deepest(wrap, "user.a < user.n")) for wrap in NESTED.values()]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +157,20 @@ def test_sql_agrees_with_the_runtime_where_it_is_known_to_be_hard(
     connection: sa.Connection, found: list[dict[str, Any]]
 ) -> None:
     agree(connection, [parse_condition(text) for text in KNOWN], found)
+
+
+@settings(QUICK, max_examples=2)
+@given(found=st.lists(users, min_size=80, max_size=100))
+def test_sql_agrees_with_the_runtime_however_deep(connection: sa.Connection, found: list[dict[str, Any]]) -> None:
+    agree(connection, DEEP, found)
+
+
+def test_numbers_beyond_those_that_doubles_count_one_by_one(connection: sa.Connection) -> None:
+    numbers = [2**53 - 1, 2**53, 2**53 + 1, 2.0**53, 2.0**53 + 2, 2**63 - 1, 2.0**63, -(2**63), -(2.0**63), 1, 1.0]
+    forms = ("user.a == {}", "user.a < {}", "user.a >= {}", "user.a in [{}, 'x']", "[user.a] == [{}]",
+             "[user.a] in [[{}], []]", "[[user.a]] in [['x'], [[{}]]]", "[user.a, 1] in [[{}, user.b]]")  # fmt: skip
+    conditions = [parse_condition(form.format(number)) for form in forms for number in numbers]
+    agree(connection, conditions, [{"a": one, "b": 1.0} for one in numbers])
 
 
 @pytest.mark.long
