@@ -11,7 +11,7 @@ from celery import Task
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from segsvc.domain.errors import LockTimeout, ServiceError
+from segsvc.domain.errors import LockTimeout, Reason, ServiceError
 from segsvc.domain.operation import ShardProgress, ShardState
 from segsvc.log import get_logger
 from tasks.app import app, runtime
@@ -30,7 +30,9 @@ _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 def prepare_shard(self: Task[Any, Any], *, operation_id: str, shard: int, title: str) -> str:
     """Prepare one shard of an operation and vote for it.
 
-    An outage or a busy lock is tried again a few times, then left to recovery, which sends a fresh chord.
+    An outage or a busy lock is tried again a few times, then left to recovery, which sends a fresh chord. A statement
+    that took too long is left to recovery at once: tried again here it would hold the shard's lock and this process for
+    as long again, and recovery, which knows the deadline, would find no process to run in.
     """
     reporter = ProgressReporter(self, UUID(operation_id), title)
     reporter(ShardProgress(shard, ShardState.WORKING))
@@ -38,7 +40,8 @@ def prepare_shard(self: Task[Any, Any], *, operation_id: str, shard: int, title:
         runtime().coordinator.prepare_shard(UUID(operation_id), shard, reporter)
     except (ServiceError, LockTimeout) as error:
         retries = self.request.retries
-        if retries < _RETRIES_MAX:
+        took_too_long = isinstance(error, ServiceError) and error.reason is Reason.DEADLINE_EXCEEDED
+        if retries < _RETRIES_MAX and not took_too_long:
             raise self.retry(countdown=_BACKOFF_S[retries], exc=error) from error
         log.warning("shard_left_to_recovery", operation=operation_id, shard=shard, reason=str(error))
     return HEADER_RESULT

@@ -26,6 +26,7 @@ from segsvc.conditions.tree import Constant, ListOf, Node
 from segsvc.postgres.condition_attributes import Attributes, InObject, Named
 from segsvc.postgres.condition_literals import (
     ORDER,
+    decimal,
     is_constant,
     is_large_number,
     is_plain,
@@ -211,6 +212,9 @@ class Compiler:
             return self._ordered(_MIRRORED[op], right, left)
         if isinstance(left, tree.Attribute) and is_small_number(right):
             return self._attributes.ordered(op, left.name, right.value)
+        if isinstance(left, tree.Size) and is_small_number(right):
+            size: Sql = ORDER[op](self._size(left.of), sa.literal(decimal(right.value), sa.Numeric))
+            return size
         value = self._json(left)
         if isinstance(right, Constant):
             return ordered_to_literal(op, value, right.value)
