@@ -36,7 +36,7 @@ WORD_CONDITIONS: Final = 63
 """Bits of a bigint that are not its sign."""
 
 
-# Asked for a few times in a row, for parts of one shard. A clause can take 2 MB, so no more are kept.
+# Asked for a few times in a row, for parts of one shard. A clause can take half a MB, so no more are kept.
 @lru_cache(maxsize=16)
 def _clause(condition: str) -> tuple[str, tuple[Any, ...]]:
     """A condition as SQL over ``u.attributes`` with ``%s`` for its parameters, and these."""
