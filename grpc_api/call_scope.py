@@ -24,7 +24,7 @@ REQUEST_ID_CHARACTERS_MAX: Final = 128
 ANSWER_SHARE = 0.1
 ANSWER_MIN_S = 0.2
 """A call that waits stops waiting when less than the larger of a tenth of its deadline and this is left: its answer
-must still reach the client."""
+must still reach the client. A call that works may go on until less than the smaller of the two is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,22 @@ class Call:
         """Time left, possibly negative; None: no deadline."""
         return None if self.deadline is None else self.deadline - time.monotonic()
 
+    def work_s(self) -> float | None:
+        """Time left for work, so that its refusal, too, still reaches the client with its reason: a client whose time
+        is up learns nothing. Possibly negative; None: no deadline."""
+        return None if self.deadline is None else answer_by(self.start, self.deadline) - time.monotonic()
+
     def patience_s(self) -> float | None:
         """Time left for waiting, so that the answer still arrives; at least 0. None: no deadline."""
         if self.deadline is None:
             return None
         reserve_s = max(ANSWER_SHARE * (self.deadline - self.start), ANSWER_MIN_S)
         return max(0.0, self.deadline - reserve_s - time.monotonic())
+
+
+def answer_by(start: float, deadline: float) -> float:
+    """When a call that came at ``start`` must have its answer under way; all on ``time.monotonic()``'s clock."""
+    return deadline - min(ANSWER_SHARE * max(0.0, deadline - start), ANSWER_MIN_S)
 
 
 _current: ContextVar[Call] = ContextVar("call")
@@ -69,7 +79,7 @@ def current() -> Call:
 
 
 def deadline_exceeded() -> ServiceError:
-    return ServiceError(Reason.DEADLINE_EXCEEDED, "the call's deadline has passed")
+    return ServiceError(Reason.DEADLINE_EXCEEDED, "there was no answer within the call's deadline")
 
 
 class BlockingCalls:
@@ -92,11 +102,12 @@ class BlockingCalls:
         """Run ``work(time left)`` for the current call and return its result. No time left is given (None) if the call
         has no deadline, or one later than the sessions' own bound.
 
-        If the call is cancelled while it waits for a thread, the work is never begun; if it has begun, it ends by
-        itself, within the bounds of its statements, and its result is dropped.
+        If the call is cancelled or its time is up while it waits for a thread, the work is never begun; if it has
+        begun, it ends by itself, within the bounds of its statements, and its result is dropped.
 
         Raises:
-            ServiceError: OVERLOADED; DEADLINE_EXCEEDED if its turn came too late; and whatever the work raises.
+            ServiceError: OVERLOADED; DEADLINE_EXCEEDED if there is no result in time, be it that no turn came or that
+                a server hangs; and whatever the work raises.
         """
         if not self._places.acquire(blocking=False):
             raise ServiceError(Reason.OVERLOADED, "too many calls wait", retry_after_s=0.5)
@@ -107,7 +118,21 @@ class BlockingCalls:
             raise
         # Called also if the future is cancelled before it began.
         future.add_done_callback(self._leave)
-        return await asyncio.wrap_future(future)
+        time_up = asyncio.timeout(self._end_s(current()))
+        try:
+            async with time_up:
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            if not time_up.expired():  # the work's own
+                raise
+            raise deadline_exceeded() from None
+
+    @staticmethod
+    def _end_s(call: Call) -> float | None:
+        """Half way between the end of the work's time and the deadline: what the work itself says of its end is better
+        than that nothing was heard, and comes just after its time."""
+        work_s, remaining_s = call.work_s(), call.remaining_s()
+        return None if work_s is None or remaining_s is None else (work_s + remaining_s) / 2
 
     def close(self) -> None:
         """Let go of the threads; calls that have begun still end."""
@@ -118,7 +143,7 @@ class BlockingCalls:
 
 
 def _begin(call: Call, bound_s: float, work: Callable[[float | None], T]) -> T:
-    remaining_s = call.remaining_s()
-    if remaining_s is not None and remaining_s <= 0:
+    left_s = call.work_s()
+    if left_s is not None and left_s <= 0:
         raise deadline_exceeded()
-    return work(None if remaining_s is None or remaining_s > bound_s else remaining_s)
+    return work(None if left_s is None or left_s > bound_s else left_s)

@@ -29,6 +29,7 @@ from typing import Final, Protocol
 
 from pygrpc_native import NativeGrpcFront
 
+from grpc_api import call_scope
 from grpc_api import membership_wire as wire
 from grpc_api.lane_answers import Batch, BatchPlace, Single
 from grpc_api.lane_calls import Call, Calls, NativeCalls, QueuedCalls
@@ -192,7 +193,7 @@ class HotLane:
             if answer is not None:
                 call.answer(answer)
             else:
-                self._cold.submit((user_id,), call.deadline, self._counted(Single(call, self._slugs)))
+                self._cold.submit((user_id,), _answer_by(call.deadline), self._counted(Single(call, self._slugs)))
         shards = self._shard_count
         read = zip(user_ids, entries, answers, strict=True)
         self._count([entry[BLOCK] * shards + user_id % shards for user_id, entry, answer in read if entry and answer])
@@ -235,8 +236,9 @@ class HotLane:
     def _answer_batch(self, batch: Batch, entries: Sequence[Entry | None]) -> None:
         shards = self._shard_count
         missed = batch.put_all(entries)
+        answer_by = _answer_by(batch.deadline) if missed else None
         for place in missed:
-            self._cold.submit((batch.user_ids[place],), batch.deadline, self._counted(BatchPlace(batch, place)))
+            self._cold.submit((batch.user_ids[place],), answer_by, self._counted(BatchPlace(batch, place)))
         user_ids = batch.user_ids
         if missed:
             left_out = set(missed)
@@ -329,3 +331,8 @@ def _take_turn(batches: deque[Batch]) -> list[Batch]:
         turn.append(batches.popleft())
         users += len(turn[-1].user_ids)
     return turn
+
+
+def _answer_by(deadline: float | None) -> float | None:
+    """When a call that is read from a shard must have its answer. It has hardly waited until now."""
+    return None if deadline is None else call_scope.answer_by(time.monotonic(), deadline)

@@ -170,7 +170,7 @@ class HotReads:
         encode: a slug as the lane joins it into answers.
     """
 
-    STALLED_S = 1.0
+    STALLED_S = 0.5
     """A cold read that takes this much longer than any statement or connection may is given up."""
 
     def __init__(self, settings: Settings, *, encode: Callable[[str], bytes]) -> None:

@@ -138,6 +138,7 @@ class Databases:
 
     def __init__(self, settings: Settings, role: str, pool: Pool | None = None) -> None:
         pool = pool or Pool()
+        self.lock_timeout_s = settings.lock_timeout_s
         self.catalog = make_engine(settings.catalog_dsn, settings, role, pool, idle_s=pool.catalog_idle_s)
         self.shards = tuple(make_engine(dsn, settings, role, pool) for dsn in settings.shard_dsns)
 

@@ -40,6 +40,10 @@ STUCK_MAX_S = 30
 unblocks, must not commit when the block is gone and an old entry may be there again."""
 
 
+LOCK_SHARE = 0.9
+"""Of a statement's time, how much it may wait for a lock."""
+
+
 class PostgresOverrideStore:
     """The overrides of all shards."""
 
@@ -62,8 +66,12 @@ class PostgresOverrideStore:
         """See ``services.overrides.OverrideStore.modify``."""
         shard = shard_of(user_id, self.shard_count)
         with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
-            bound = f"{STUCK_MAX_S}s"
-            connection.execute(sa.select(sa.func.set_config("idle_in_transaction_session_timeout", bound, True)))
+            connection.execute(
+                sa.select(
+                    sa.func.set_config("idle_in_transaction_session_timeout", f"{STUCK_MAX_S}s", True),
+                    sa.func.set_config("lock_timeout", f"{self._lock_timeout_ms(timeout_s)}ms", True),
+                )
+            )
             # As events do: an operation that is in doubt on this shard ends first, and no deletion comes between.
             lock_shared(connection)
             # The row orders all changes of one user, events included.
@@ -84,6 +92,11 @@ class PostgresOverrideStore:
                 _keep_answer(connection, user_id, request, changed)
             before_commit()
         return changed
+
+    def _lock_timeout_ms(self, timeout_s: float | None) -> int:
+        """A statement's own bound must not come first: it does not say what the statement waited for."""
+        bound_s = self._databases.lock_timeout_s
+        return int(1000 * bound_s) if timeout_s is None else max(1, int(1000 * min(bound_s, LOCK_SHARE * timeout_s)))
 
     def page(self, user_id: int, after: str, limit: int, *, timeout_s: float | None) -> list[Override] | None:
         """See ``services.overrides.OverrideStore.page``."""

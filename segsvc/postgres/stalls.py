@@ -3,7 +3,8 @@
 Bounds of a session are kept by the server, and a client cannot wait with a bound of its own through this driver. So a
 watch looks whether the transactions of a database get on. If none does for a while, it tries to connect, which has a
 bound: a server that lets that pass is held to hang, and the connections to it are cut. Those who wait then get what
-they get from a server that died. A statement that is merely slow is left alone: its server can be connected to.
+they get from a server that died, and so does at once whoever comes, until the watch's own attempts get through. A
+statement that is merely slow is left alone: its server can be connected to.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ log = get_logger(__name__)
 LOOK_EVERY_S: Final = 0.25
 SUSPECT_AFTER_S: Final = 1.0
 """How long nothing may get on before a connection is tried."""
-KNOWN_FOR_S: Final = 1.0
-"""How long a server that hangs is not asked again: those who were cut off need no second attempt to know."""
 
 
 class StallWatch:
@@ -42,8 +41,9 @@ class StallWatch:
     def __init__(self, databases: Databases, connect_timeout_s: int) -> None:
         engines = {"catalog": databases.catalog}
         engines |= {f"shard {shard}": engine for shard, engine in enumerate(databases.shards)}
-        self._watched = [_Watched(name, engine, max(2, connect_timeout_s)) for name, engine in engines.items()]
         self._closing = threading.Event()
+        timeout_s = max(2, connect_timeout_s)
+        self._watched = [_Watched(name, engine, timeout_s, self._closing) for name, engine in engines.items()]
         self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
         self._thread.start()
 
@@ -61,8 +61,9 @@ class StallWatch:
 class _Watched:
     """One database."""
 
-    def __init__(self, name: str, engine: sa.Engine, connect_timeout_s: int) -> None:
+    def __init__(self, name: str, engine: sa.Engine, connect_timeout_s: int, closing: threading.Event) -> None:
         self._name = name
+        self._closing = closing
         self._pool = engine.pool
         self._connect_timeout_s = connect_timeout_s
         _, connect_args = engine.dialect.create_connect_args(engine.url)
@@ -74,7 +75,7 @@ class _Watched:
         self._steps = 0
         self._seen = (-1, 0.0)
         self._probing = False
-        self._hung_until = 0.0
+        self._hangs = False
         event.listen(engine, "do_connect", self._connecting)
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "close", self._closed)
@@ -95,19 +96,27 @@ class _Watched:
                 log.warning("stall_not_looked_into", database=self._name)
 
     def _probe(self) -> None:
+        """Cut those off who wait, if the server hangs; then go on until it does not."""
+        try:
+            while self._is_silent() and not self._closing.is_set():
+                if not self._hangs:
+                    self._hangs = True
+                    self._cut()
+        finally:
+            self._hangs = False
+            self._steps += 1  # looked into; the next look begins to count anew
+            self._probing = False
+
+    def _is_silent(self) -> bool:
         begun = time.monotonic()
         try:
             psycopg2.connect(**self._connect_args).close()
         except psycopg2.Error:
             # Refused at once: it is down, and who waits is told so by the broken connection. Only silence is a stall.
-            if time.monotonic() - begun >= self._connect_timeout_s * 0.9:
-                self._cut()
-        finally:
-            self._steps += 1  # looked into; the next look begins to count anew
-            self._probing = False
+            return time.monotonic() - begun >= self._connect_timeout_s * 0.9
+        return False
 
     def _cut(self) -> None:
-        self._hung_until = time.monotonic() + KNOWN_FOR_S
         with self._lock:
             sockets = list(self._sockets.values())
             for each in sockets:
@@ -116,8 +125,8 @@ class _Watched:
         log.warning("database_hangs", database=self._name, connections=len(sockets))
 
     def _connecting(self, *_: object) -> None:
-        """Those whose connection was cut before they used it would try another one, and wait once more."""
-        if time.monotonic() < self._hung_until:
+        """Those whose connection was cut, and those who come later, need no attempt of their own to know."""
+        if self._hangs:
             raise psycopg2.OperationalError("the server hangs")
 
     def _stepped(self, *_: object) -> None:

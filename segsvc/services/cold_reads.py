@@ -85,8 +85,16 @@ _Waiting = dict[int, list[_Waiter]]
 
 @dataclass(slots=True, eq=False)
 class _Load:
+    """Users on their way from a shard.
+
+    Attributes:
+        waiting: those who are not answered yet.
+        given_up: the shard was held to hang because of this load.
+    """
+
     started: float
     waiting: _Waiting
+    given_up: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +105,7 @@ class _Shard:
         gathering: reads that no load has taken yet.
         loads: loads that run now.
         waiting: reads that are not answered yet, gathering or loading.
-        down: the last that was heard of the shard is that it could not be reached.
+        down: the last that was heard of the shard is that it could not be reached, or it hangs.
         probe_at: when the next read may try a shard that is down.
     """
 
@@ -141,7 +149,7 @@ class ColdReads:
         Outcomes: the entry, or ServiceError USER_NOT_FOUND, SHARD_UNAVAILABLE, OVERLOADED, DEADLINE_EXCEEDED, INTERNAL.
 
         Args:
-            deadline: on ``time.monotonic()``'s clock; None: there is none.
+            deadline: when the answer must be there, on ``time.monotonic()``'s clock; None: there is none.
         """
         now = time.monotonic()
         for user_id in user_ids:
@@ -155,7 +163,8 @@ class ColdReads:
             if self._closing.is_set():
                 return shard_unavailable(shard.number)
             if shard.down:
-                if waiter.since < shard.probe_at:
+                # Without a thread that is free it would try nothing, and only wait with those that hang.
+                if waiter.since < shard.probe_at or len(shard.loads) >= self._limits.threads:
                     return shard_unavailable(shard.number)
                 shard.probe_at = waiter.since + self.PROBE_S
             if shard.waiting >= self._limits.waiting_max:
@@ -212,7 +221,7 @@ class ColdReads:
             return load
 
     def _load(self, shard: _Shard, load: _Load) -> None:
-        self._drop_expired(shard, load.waiting, load.started)
+        self._drop_expired(shard, load, load.started)
         user_ids = list(load.waiting)
         if not user_ids:
             return
@@ -322,9 +331,10 @@ class ColdReads:
         if was_down:
             log.info("shard_back", shard=shard.number)
 
-    def _drop_expired(self, shard: _Shard, waiting: _Waiting, now: float) -> None:
-        """Answer the reads whose deadline has passed, and take them out of ``waiting``."""
+    def _drop_expired(self, shard: _Shard, load: _Load | None, now: float) -> None:
+        """Answer the reads of a load, or those that gather (None), whose deadline has passed; nobody waits for them."""
         with shard.changed:
+            waiting = shard.gathering if load is None else load.waiting
             expired: _Waiting = {}
             for user_id, waiters in list(waiting.items()):
                 over = [waiter for waiter in waiters if waiter.deadline is not None and waiter.deadline <= now]
@@ -338,7 +348,7 @@ class ColdReads:
                     del waiting[user_id]
             shard.waiting -= sum(map(len, expired.values()))
         for user_id, waiters in expired.items():
-            _answer(waiters, user_id, ServiceError(Reason.DEADLINE_EXCEEDED, "the deadline has passed"), "error")
+            _answer(waiters, user_id, _not_in_time(shard), "error")
 
     # -- watching ---------------------------------------------------------------------------------------------------
 
@@ -347,21 +357,33 @@ class ColdReads:
         while not self._closing.wait(self._WATCH_S):
             for shard in self._shards:
                 metrics.cold_reads_waiting.labels(shard.number).set(shard.waiting)
-                if shard.waiting:
+                if shard.waiting or shard.loads:
                     self._watch_shard(shard, time.monotonic())
 
     def _watch_shard(self, shard: _Shard, now: float) -> None:
-        self._drop_expired(shard, shard.gathering, now)
+        for load in (None, *shard.loads.copy()):
+            self._drop_expired(shard, load, now)
         give_up = now - self._limits.stalled_s
         with shard.changed:
-            stalled = [load for load in shard.loads if load.started < give_up and load.waiting]
+            # Also those whose callers have all gone: it is the shard that is judged. Once for each: it may be back
+            # before the load knows.
+            stalled = [load for load in shard.loads if load.started < give_up and not load.given_up]
             # Nobody takes them: every thread of the shard is in a load that stalls.
             untaken = any(waiters[0].since < give_up for waiters in shard.gathering.values())
         error = shard_unavailable(shard.number)
         if stalled or untaken:
             self._mark_down(shard, error)
         for load in stalled:
+            load.given_up = True
             self._end(shard, load, error)
+
+
+def _not_in_time(shard: _Shard) -> ServiceError:
+    """What a caller is told whose time is up. Of a shard that is down it was the one that tried."""
+    if shard.down:
+        return shard_unavailable(shard.number)
+    message = f"shard {shard.number} did not answer within the call's deadline"
+    return ServiceError(Reason.DEADLINE_EXCEEDED, message, {"shard": str(shard.number)})
 
 
 def _answer(waiters: Sequence[_Waiter], user_id: int, outcome: Outcome, source: str) -> None:

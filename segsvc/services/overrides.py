@@ -35,6 +35,10 @@ LOCK_PATIENCE_S = 10.0
 """How long a change waits for a shard that an operation holds, if the caller has no deadline."""
 
 
+LOCK_WAIT_MIN_S = 0.05
+"""With less time than this left, waiting once more is no use."""
+
+
 class OverrideStore(Protocol):
     """Overrides where their users live. All raise SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
 
@@ -54,6 +58,8 @@ class OverrideStore(Protocol):
 
         Args:
             before_commit: called with the user's row locked, everything written and nothing committed.
+            timeout_s: bound of each statement; waiting for a lock ends a little earlier, so that it is known to have
+                been that. None: the session's.
 
         Returns:
             the user afterwards (of a repeated request: as it was answered); None: there is no such user.
@@ -116,13 +122,16 @@ class OverrideService:
             token = self._cache.block(shard, user_id)
             self._crash.reach("override-blocked", shard=shard)
 
+        left_s = timeout_s
         while True:
             try:
-                changed = self._store.modify(user_id, changes, request, block, timeout_s=timeout_s)
+                changed = self._store.modify(user_id, changes, request, block, timeout_s=left_s)
                 break
             except LockTimeout:
                 # An operation is in doubt on this shard. Nothing was done; it ends by itself.
-                if time.monotonic() >= give_up:
+                if timeout_s is not None:
+                    left_s = give_up - time.monotonic()
+                if give_up - time.monotonic() < LOCK_WAIT_MIN_S:
                     raise ServiceError(
                         Reason.SHARD_UNAVAILABLE,
                         f"shard {shard} is being changed by an operation; nothing was changed",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 import redis
+from google.longrunning import operations_pb2
 from grpc import StatusCode
 from segmentation.v1 import membership_pb2
 from segmentation.v1 import segments_pb2 as pb
@@ -127,6 +129,50 @@ def test_a_server_that_hangs(front: FrontUnderTest, users: range) -> None:
     assert front.create().slug
     # A front asks each database again on its own, a second after it has given it up at the latest.
     eventually(lambda: all(_asked(front, user) for user in users[:8]))
+
+
+def test_a_server_that_hangs_and_calls_without_much_time(front: FrontUnderTest, users: range) -> None:
+    """Each is refused with a reason before its client gives up, and soon with the true one, at once."""
+    slug = front.create().slug
+    rule = {"percent": 1}
+    calls = {
+        "read": lambda: segments_of(front, users[3], timeout=1),
+        "check": lambda: front.memberships.CheckMembership(
+            membership_pb2.CheckMembershipRequest(user_id=users[3], slug=slug), timeout=1
+        ),
+        "roll out": lambda: front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule=rule), timeout=1),
+        "list": lambda: front.segments.ListSegments(pb.ListSegmentsRequest(), timeout=1),
+        "export": lambda: list(front.segments.ExportSegmentUsers(pb.ExportSegmentUsersRequest(slug=slug), timeout=1)),
+        "operations": lambda: front.operations.ListOperations(
+            operations_pb2.ListOperationsRequest(name="operations"), timeout=1
+        ),
+    }
+    shard = {"read", "check"}
+
+    def told_at_once() -> bool:
+        begun = time.monotonic()
+        with ThreadPoolExecutor(len(calls)) as threads:
+            reasons = dict(zip(calls, [found.reason for found in threads.map(refused, calls.values())], strict=True))
+        for name, reason in reasons.items():
+            assert reason in ("DEADLINE_EXCEEDED", "SHARD_UNAVAILABLE" if name in shard else "CATALOG_UNAVAILABLE")
+        return "DEADLINE_EXCEEDED" not in reasons.values() and time.monotonic() - begun < 0.5
+
+    redis.Redis.from_url(front.installation.cache.url).flushall()  # the user is read from the shard
+    server = front.installation.server
+    server.pause()
+    try:
+        eventually(told_at_once)
+        end = time.monotonic() + 2.5  # longer than an attempt to connect takes
+        rounds = [told_at_once()]
+        while time.monotonic() < end:
+            rounds.append(told_at_once())
+        # Each thread of the cold reads tries once.
+        assert rounds.count(False) < front.installation.settings().cold_read_threads
+    finally:
+        server.resume()
+    eventually(lambda: _readable(front, users[3]))
+    eventually(lambda: all(front.serving(service) for service in SERVICES))
+    assert front.create().slug
 
 
 def _asked(front: FrontUnderTest, user_id: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import sqlalchemy as sa
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from segmentation.v1 import membership_pb2 as pb
@@ -16,6 +17,7 @@ from segmentation.v1 import segments_pb2
 
 from segsvc.domain.bucketing import bucket
 from segsvc.domain.events import CreateUser, DeleteUser, UpdateUser
+from segsvc.postgres.locks import SHARD_LOCK
 from tests.contract.conftest import FrontUnderTest, new_slug
 from tests.contract.refusals import refused
 from tests.contract.test_conditions import lists, members, rolled_out, salt_of
@@ -176,6 +178,20 @@ def test_an_end_that_cannot_be(front: FrontUnderTest, user_id: int, ends: Timest
     assert (refusal.code, refusal.reason) == (StatusCode.INVALID_ARGUMENT, "FIELD_INVALID")
     assert list(refusal.violations) == ["set[0].expire_time"]
     assert slug not in lists(front, user_id)
+
+
+@pytest.mark.parametrize("seconds", [0.6, 2.5])
+def test_a_shard_that_an_operation_holds(front: FrontUnderTest, user_id: int, seconds: float) -> None:
+    """The reason comes before the client gives up, be its time shorter or longer than a lock is waited for."""
+    slug = front.create().slug
+    request = pb.ModifyUserOverridesRequest(user_id=user_id, set=[pb.Override(slug=slug, effect=IN)])
+    with front.installation.databases.shards[user_id % 4].begin() as holder:
+        holder.execute(sa.select(sa.func.pg_advisory_xact_lock(SHARD_LOCK)))
+        refusal = refused(lambda: front.memberships.ModifyUserOverrides(request, timeout=seconds))
+    assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "SHARD_UNAVAILABLE")
+    assert refusal.retry_after_s
+    assert slug not in lists(front, user_id)
+    assert slug in front.memberships.ModifyUserOverrides(request, timeout=seconds).user_segments.slugs
 
 
 def test_users_who_are_not_there(front: FrontUnderTest) -> None:

@@ -339,6 +339,53 @@ def test_shard_that_hangs_is_given_up(make: Callable[..., ColdReads], world: Fak
     assert len(answers.all) == 2, "nobody is answered twice"
 
 
+def test_reads_of_a_load_that_hangs_are_answered_in_their_time(
+    make: Callable[..., ColdReads], world: FakeWorld, answers: Answers
+) -> None:
+    world.hold[1] = threading.Event()
+    cold = make(stalled_s=0.6)
+    begun = time.monotonic()
+    cold.submit([1], begun + 0.2, answers)
+    answers.wait(1)
+    assert answers.reasons() == [Reason.DEADLINE_EXCEEDED]
+    assert time.monotonic() - begun < 0.5
+    assert cold.waiting == 0
+
+    # Nobody waits any more, and the shard is found out all the same.
+    def refused_at_once() -> bool:
+        one = Answers()
+        cold.submit([5], time.monotonic() + 0.1, one)
+        return one.reasons() == [Reason.SHARD_UNAVAILABLE]
+
+    eventually(refused_at_once)
+    time.sleep(2 * ColdReads.PROBE_S)  # no read is a probe that has no thread to try with
+    assert all(refused_at_once() for _ in range(20))
+    assert len(world.named("load")) == 1
+    world.hold[1].set()
+    eventually(lambda: not refused_at_once())
+    late = Answers()
+    cold.submit([9], None, late)
+    late.wait(1)
+    assert late.reasons() == [None]
+    assert len(answers.all) == 1
+    eventually(lambda: cold.waiting == 0)
+
+
+def test_whoever_tries_a_shard_that_is_down_is_told_so_in_time(
+    make: Callable[..., ColdReads], world: FakeWorld, answers: Answers
+) -> None:
+    world.failures[1] = shard_unavailable(1)
+    cold = make()
+    cold.submit([1], None, answers)
+    answers.wait(1)
+    del world.failures[1]
+    world.hold[1] = threading.Event()
+    time.sleep(2 * ColdReads.PROBE_S)
+    cold.submit([1], time.monotonic() + 0.2, answers)
+    answers.wait(2)
+    assert answers.reasons() == [Reason.SHARD_UNAVAILABLE] * 2
+
+
 def test_fault_of_ours_is_answered_and_the_thread_lives(
     make: Callable[..., ColdReads], world: FakeWorld, answers: Answers
 ) -> None:

@@ -40,7 +40,7 @@ def test_other_failures_are_told_apart() -> None:
 
 def test_the_watch_lives_without_room_for_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     databases = Databases(Settings(_env_file=None, catalog_dsn=DSN, shard_dsns=(DSN,)), "test")  # type: ignore[call-arg]
-    watched = stalls._Watched("catalog", databases.catalog, 2)
+    watched = stalls._Watched("catalog", databases.catalog, 2, threading.Event())
     monkeypatch.setattr(pool.QueuePool, "checkedout", lambda _: 1)
     asked: list[str] = []
 
@@ -63,4 +63,4 @@ def test_the_watch_lives_without_room_for_another_thread(monkeypatch: pytest.Mon
 
 def test_an_engine_of_another_kind_of_pool_is_left_alone() -> None:
     engine = sa.create_engine(DSN, poolclass=pool.NullPool)
-    stalls._Watched("catalog", engine, 2).look(100.0)
+    stalls._Watched("catalog", engine, 2, threading.Event()).look(100.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -34,6 +36,17 @@ def test_a_broker_that_is_not_there() -> None:
     with pytest.raises(ServiceError) as refused:
         dispatcher.dispatch(operation(), [0, 1])
     assert refused.value.reason is Reason.BROKER_UNAVAILABLE
+
+
+def test_a_broker_that_hangs() -> None:
+    """It lets connections in, and answers nothing: a call of a second must still hear why it is refused."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dispatcher = CeleryDispatcher(celery(f"redis://127.0.0.1:{silent.getsockname()[1]}/0"))
+        begun = time.monotonic()
+        with pytest.raises(ServiceError) as refused:
+            dispatcher.check()
+    assert refused.value.reason is Reason.BROKER_UNAVAILABLE
+    assert time.monotonic() - begun < 0.9
 
 
 def test_a_result_store_that_goes_away_while_it_is_sent() -> None:
