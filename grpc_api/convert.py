@@ -72,6 +72,8 @@ def edited_fields_of(segment: segments_pb2.Segment, mask: FieldMask) -> frozense
     for path in mask.paths:
         if path in names:
             continue
+        if path == "*":
+            raise invalid_field("update_mask", "* is all that can be changed, and must stand alone")
         if path in segments_pb2.Segment.DESCRIPTOR.fields_by_name:
             raise invalid_field("update_mask", f"{path} cannot be changed by an update, only {', '.join(names)}")
         raise invalid_field("update_mask", f"there is no field {path[:80]!r} to change, only {', '.join(names)} or *")
@@ -101,7 +103,10 @@ def request_key_of(
     | segments_pb2.DeleteSegmentRequest
     | membership_pb2.ModifyUserOverridesRequest,
 ) -> RequestKey | None:
-    """What makes a repetition recognisable; None: the caller gave no request_id."""
+    """What makes a repetition recognisable; None: the caller gave no request_id.
+
+    How the answer is wanted is no part of the content: who sent an operation off may ask again and wait for it.
+    """
     if not request.request_id:
         return None
     if not _UUID.fullmatch(request.request_id):
@@ -109,6 +114,8 @@ def request_key_of(
     content = type(request)()
     content.CopyFrom(request)  # type: ignore[arg-type]  # the same type, whichever it is
     content.ClearField("request_id")
+    if isinstance(content, segments_pb2.RollOutSegmentRequest | segments_pb2.DeleteSegmentRequest):
+        content.ClearField("return_immediately")
     digest = hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
     return RequestKey(method, UUID(request.request_id), digest)
 

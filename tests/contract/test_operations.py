@@ -340,6 +340,18 @@ def test_a_repeated_rollout_is_the_same_operation(front: FrontUnderTest) -> None
     assert refused(lambda: roll_out(front, slug, 30, request_id=request_id)).reason == "REQUEST_ID_REUSED"
 
 
+def test_a_repeated_request_may_wait_for_what_was_sent_off(front: FrontUnderTest) -> None:
+    slug, request_ids = front.create().slug, [str(uuid4()) for _ in range(2)]
+    for change in (lambda **how: roll_out(front, slug, 10, **how), lambda **how: delete(front, slug, **how)):
+        request_id = request_ids.pop()
+        with held(front):
+            sent = change(request_id=request_id, return_immediately=True)
+            assert not sent.done
+        waited = change(request_id=request_id)
+        assert (waited.name, waited.done) == (sent.name, True)
+        assert change(request_id=request_id, return_immediately=True) == waited
+
+
 def test_a_repeated_deletion_is_the_same_operation(front: FrontUnderTest) -> None:
     slug, request_id = front.create().slug, str(uuid4())
     first = delete(front, slug, request_id=request_id)
