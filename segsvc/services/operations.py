@@ -153,13 +153,20 @@ class OperationService:
                 OPERATION_ABORTED, CATALOG_UNAVAILABLE.
         """
         give_up = time.monotonic() + deadline_s if deadline_s is not None else None
-        operation = self._accepted(request)
-        if operation is None:
-            operation = self._insert(self._creation_plan(slug, text), request)
-        self._take_turn(operation.id, give_up)
-        ended = self._wait_for_end(operation.id, give_up)
-        if ended.failure is not None:
-            raise ended.failure.to_error()
+        while True:
+            operation = self._accepted(request)
+            if operation is None:
+                operation = self._insert(self._creation_plan(slug, text), request)
+            self._take_turn(operation.id, give_up)
+            ended = self._wait_for_end(operation.id, give_up)
+            if ended.failure is None:
+                break
+            error = ended.failure.to_error()
+            mine = self._closing or (give_up is not None and time.monotonic() >= give_up)
+            if error.reason is not Reason.OPERATION_QUEUE_BUSY or mine:
+                raise error
+            # It was a twin's time that was up: nothing was created, no request is remembered, and this call still has
+            # time. So it begins anew, at the queue's end.
         result = self._store.result(ended.id)
         if result is None or result.segment is None:
             raise RuntimeError("a creation that is DONE has a segment")

@@ -274,6 +274,23 @@ def test_a_creation_that_has_started_and_is_not_decided(front: FrontUnderTest) -
     assert front.segments.CreateSegment(request, timeout=10).slug == late
 
 
+def test_a_creation_outlives_a_twin_of_less_patience(front: FrontUnderTest) -> None:
+    """The same request twice: that the time of one is up is no reason to refuse the other."""
+    slug, late = front.create().slug, new_slug()
+    request = pb.CreateSegmentRequest(segment=pb.Segment(slug=late), request_id=str(uuid4()))
+    with ThreadPoolExecutor(1) as threads:
+        with held(front):
+            roll_out(front, slug, 10, return_immediately=True)
+            patient = threads.submit(front.segments.CreateSegment, request, timeout=20)
+            running_operation(front, late)
+            assert refused(lambda: front.segments.CreateSegment(request, timeout=1)).reason == "OPERATION_QUEUE_BUSY"
+            running_operation(front, late)  # another one, in its place
+            assert not patient.done()
+        created = patient.result(timeout=20)
+    assert front.segments.CreateSegment(request, timeout=10) == created
+    assert [operation.HasField("error") for operation in operations_of(front, late)] == [False, True]
+
+
 def test_creations_side_by_side_need_no_broker(front: FrontUnderTest, broker_down: None) -> None:
     """Each of them may start another one, or find itself started by one that has ended: nobody sends it then."""
     with ThreadPoolExecutor(6) as threads:

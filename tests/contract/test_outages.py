@@ -15,6 +15,7 @@ from segmentation.v1 import segments_pb2 as pb
 
 from tests.contract.conftest import FrontUnderTest, new_slug
 from tests.contract.refusals import read_status, refusal_of, refused
+from tests.contract.rollouts import held, roll_out, running_operation, wait
 from tests.contract.test_protocol import SERVICES
 from tests.eventually import eventually
 
@@ -173,6 +174,25 @@ def test_a_server_that_hangs_and_calls_without_much_time(front: FrontUnderTest, 
     eventually(lambda: _readable(front, users[3]))
     eventually(lambda: all(front.serving(service) for service in SERVICES))
     assert front.create().slug
+
+
+def test_a_server_that_hangs_after_a_rollout_was_accepted(front: FrontUnderTest) -> None:
+    """It goes on, so the call that waits for it answers with what it knows, in its time."""
+    slug = front.create().slug
+    server = front.installation.server
+    with ThreadPoolExecutor(1) as threads, held(front):
+        begun = time.monotonic()
+        waiting = threads.submit(roll_out, front, slug, 10, timeout=2)
+        name = running_operation(front, slug)
+        server.pause()
+        try:
+            operation = waiting.result(timeout=5)
+        finally:
+            server.resume()
+        assert (operation.name, operation.done) == (name, False)
+        assert 1.5 < time.monotonic() - begun < 2
+    eventually(lambda: front.serving("google.longrunning.Operations"))
+    assert wait(front, name).response.value
 
 
 def _asked(front: FrontUnderTest, user_id: int) -> bool:
