@@ -89,12 +89,12 @@ class _Load:
 
     Attributes:
         waiting: those who are not answered yet.
-        given_up: the shard was held to hang because of this load.
+        asked_at: when the shard was asked; None: it has not been, has answered, or was held to hang because of it.
     """
 
     started: float
     waiting: _Waiting
-    given_up: bool = False
+    asked_at: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -227,13 +227,16 @@ class ColdReads:
             return
         grant = self._acquire(shard, user_ids)
         filled: frozenset[int] = grant.user_ids if grant else frozenset()
+        load.asked_at = time.monotonic()
         try:
             with metrics.cold_read_seconds.time():
                 rows = self._read(shard, user_ids, self._timeout_s(load))
         except (ServiceError, LockTimeout) as error:
+            load.asked_at = None
             self._give_back(shard, grant, filled)
             self._fail(shard, load, error)
             return
+        load.asked_at = None
         self._mark_up(shard)
         entries = {
             row.user_id: (row.valid_until_us, row.row_version, row.read_time_us, row.block, *segment_ids)
@@ -332,7 +335,7 @@ class ColdReads:
             log.info("shard_back", shard=shard.number)
 
     def _drop_expired(self, shard: _Shard, load: _Load | None, now: float) -> None:
-        """Answer the reads of a load, or those that gather (None), whose deadline has passed; nobody waits for them."""
+        """Answer the reads whose deadline has passed, and take them out: of a load, or of those that gather (None)."""
         with shard.changed:
             waiting = shard.gathering if load is None else load.waiting
             expired: _Waiting = {}
@@ -367,14 +370,14 @@ class ColdReads:
         with shard.changed:
             # Also those whose callers have all gone: it is the shard that is judged. Once for each: it may be back
             # before the load knows.
-            stalled = [load for load in shard.loads if load.started < give_up and not load.given_up]
+            stalled = [load for load in shard.loads if (asked_at := load.asked_at) is not None and asked_at < give_up]
             # Nobody takes them: every thread of the shard is in a load that stalls.
             untaken = any(waiters[0].since < give_up for waiters in shard.gathering.values())
         error = shard_unavailable(shard.number)
         if stalled or untaken:
             self._mark_down(shard, error)
         for load in stalled:
-            load.given_up = True
+            load.asked_at = None
             self._end(shard, load, error)
 
 
