@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -212,12 +214,24 @@ def test_operations_are_listed_shown_watched_and_cancelled(front: CannedFront) -
     assert json.loads(run("operations", "cancel", NAME, "--json").stdout)["name"] == NAME
 
 
-def interrupted(_request: Any, _context: grpc.ServicerContext) -> Any:
+def interrupted(_request: Any, context: grpc.ServicerContext) -> Any:
     """Ctrl-C, which reaches the main thread, while the command waits for this answer."""
+    left = threading.Event()
+    context.add_callback(left.set)
     signal.raise_signal(signal.SIGINT)
+    assert left.wait(10)
     return operation(done=True)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C works, also where the tests were started in the background, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_whoever_leaves_an_operation_is_told_how_to_find_it_again(front: CannedFront) -> None:
     roll_out(front, operation(done=True))
     for interruption in (
