@@ -155,24 +155,19 @@ class HotLane:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        batches: deque[Batch] = deque()  # those that wait for their turn
+        batches: deque[Call] = deque()  # those that wait for their turn
         while True:
-            serving: Sequence[Call] = ()
+            serving: list[Call] = []
             try:
                 calls = self._calls.take(CALLS_MAX, wait=not batches)
                 if calls is None and not batches:
                     return
-                serving = calls or ()
-                singles = [call for call in serving if not call.batch]
-                if len(singles) < len(serving):
-                    batches.extend(self._read_batches(serving))
-                serving = singles
-                if singles:
-                    self._serve_singles(singles)
-                turn = _take_turn(batches)
-                serving = [batch.call for batch in turn]
-                if turn:
-                    self._serve_batches(turn)
+                for call in calls or ():
+                    (batches if call.batch else serving).append(call)
+                if serving:
+                    self._serve_singles(serving)
+                serving = []
+                self._serve_turn(batches, serving)
             except Exception:
                 # The lane must live. Calls that have their answer already take no second one.
                 log.exception("lane_failed", request_ids=[call.request_id for call in serving])
@@ -210,16 +205,23 @@ class HotLane:
                 call.fail(error)
         return read, user_ids
 
-    def _read_batches(self, calls: Sequence[Call]) -> list[Batch]:
-        """The batches among them whose requests are right. The others are refused."""
+    def _serve_turn(self, waiting: deque[Call], serving: list[Call]) -> None:
+        """Serve the first batches that wait, as many as have their turn at once. Each is in ``serving`` before anything
+        is done for it; those whose requests are wrong are refused."""
         batches: list[Batch] = []
-        for call in calls:
-            if call.batch:
-                try:
-                    batches.append(Batch(call, self._slugs))
-                except ServiceError as error:
-                    call.fail(error)
-        return batches
+        users = 0
+        while waiting and users < USERS_PER_TURN and len(serving) < CALLS_MAX:
+            call = waiting.popleft()
+            serving.append(call)
+            try:
+                batch = Batch(call, self._slugs)
+            except ServiceError as error:
+                call.fail(error)
+                continue
+            batches.append(batch)
+            users += batch.asked
+        if batches:
+            self._serve_batches(batches)
 
     def _serve_batches(self, batches: Sequence[Batch]) -> None:
         """Each call is answered as soon as the last piece with a user of it has come."""
@@ -323,16 +325,6 @@ class HotLane:
             log.info("read_counts_lost", blocks=len(reads))  # a hint for the warmer, no more
 
 
-def _take_turn(batches: deque[Batch]) -> list[Batch]:
-    """Take the first batches out, as many as have their turn at once."""
-    turn: list[Batch] = []
-    users = 0
-    while batches and users < USERS_PER_TURN:
-        turn.append(batches.popleft())
-        users += len(turn[-1].user_ids)
-    return turn
-
-
 def _answer_by(deadline: float | None) -> float | None:
-    """When a call that is read from a shard must have its answer. It has hardly waited until now."""
+    """When a call that is read from a shard must have its answer, by the time that is left to it now."""
     return None if deadline is None else call_scope.answer_by(time.monotonic(), deadline)

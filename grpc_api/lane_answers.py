@@ -36,7 +36,7 @@ class Batch:
     Users who cannot exist have their result from the start.
 
     Attributes:
-        call: what is answered.
+        asked: how many users it asks for.
         user_ids: those to be read. A place is an index into it.
         deadline: of the call.
 
@@ -44,16 +44,16 @@ class Batch:
         ServiceError: the request is refused as a whole.
     """
 
-    __slots__ = ("_indexes", "_left", "_lock", "_results", "_slugs", "call", "deadline", "user_ids")
+    __slots__ = ("_call", "_indexes", "_left", "_lock", "_results", "_slugs", "asked", "deadline", "user_ids")
 
     def __init__(self, call: Call, slugs: Mapping[int, bytes]) -> None:
-        self.call = call
+        self._call = call
         self._slugs = slugs
         self._lock = threading.Lock()
         self.deadline = call.deadline
         asked = wire.user_ids_of(call.payload)
         self._results = [b""] * len(asked)
-        self._left = len(asked)
+        self.asked = self._left = len(asked)
         self._indexes: Sequence[int] = range(len(asked))
         self.user_ids: Sequence[int] = asked
         if min(asked) <= 0:
@@ -72,7 +72,7 @@ class Batch:
         """Take in what the cache has of all users. Returns the places that are still to be read."""
         results = wire.encode_results(self.user_ids, entries, self._slugs)
         if None not in results and len(results) == len(self._results):
-            self.call.answer(b"".join(results))  # type: ignore[arg-type]  # nothing is missing, and nothing else is to come
+            self._call.answer(b"".join(results))  # type: ignore[arg-type]  # nothing is missing, and nothing else is to come
             return []
         found = {index: result for index, result in zip(self._indexes, results, strict=True) if result is not None}
         self._put(found)
@@ -96,7 +96,7 @@ class Batch:
             self._left -= len(results)
             complete = not self._left
         if complete:
-            self.call.answer(b"".join(self._results))
+            self._call.answer(b"".join(self._results))
 
 
 class BatchPlace:
