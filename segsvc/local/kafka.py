@@ -263,7 +263,8 @@ class RealKafka:
 
     def _format(self, config: Path) -> None:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        command = self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(config))
+        # One word: the id may begin with a hyphen, and would be taken for an option.
+        command = self._java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(config))
         with self.log.open("ab") as log:
             child = start(command, env={MARKER: str(self._mark)}, output=log, cwd=self.folder)
             try:
