@@ -31,10 +31,20 @@ down: $(VENV) ## Stop it (the data stays)
 check: $(VENV) ## Recompute every membership of the running stack and compare
 	@$(BIN)/segsvc check $(ARGS)
 
+.PHONY: psql logs
+psql: $(VENV) ## psql on a database of the running stack (DB=shard-0; ARGS="-c 'SELECT 1'")
+	@$(BIN)/python tools/psql.py $(or $(DB),catalog) $(ARGS)
+
+logs: ## Follow the logs of the running stack (P=bridge: of one process)
+	@tail -n 20 -F build/stack/logs/$(or $(P),*).log
+
 ##@ Test
-.PHONY: test test-long test-failure test-infrastructure test-docker simulate soak fresh
+.PHONY: test test-unit test-long test-failure test-infrastructure test-docker simulate soak fresh
 test: $(VENV) ## All tests, unit to end-to-end, on real components
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+test-unit: $(VENV) ## The tests that need no server, in under a minute
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit $(ARGS)
 
 # Most of a test is waiting for processes to start and stop: two at a time. ARGS="-n 0": one after the other.
 SIDE_BY_SIDE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder

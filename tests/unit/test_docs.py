@@ -22,7 +22,7 @@ from segsvc.postgres import tables
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DOCS = REPOSITORY / "docs"
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*(REPOSITORY / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *sorted(DOCS.rglob("*.md"))]
 ALERTS = DOCS / "alerts.yml"
 
 ENVIRONMENT_ONLY = {
@@ -278,11 +278,28 @@ def test_every_failpoint_of_the_protocol_is_in_the_crash_table() -> None:
 
 def test_decisions_are_numbered_listed_and_whole() -> None:
     records = sorted((DOCS / "adr").glob("[0-9]*.md"))
-    assert [int(record.name[:4]) for record in records] == list(range(1, len(records) + 1))
+    numbers = [int(record.name[:4]) for record in records]
+    assert len(numbers) == len(set(numbers)) >= 18
     index = read(DOCS / "adr" / "README.md")
     for record in records:
         text = read(record)
         title = text.splitlines()[0].removeprefix(f"# {record.name[:4]} ")
         assert f"[{record.name[:4]}]({record.name}) | {title} |" in index, record.name
         headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
-        assert headings == ["Context", "Decision", "Consequences"], record.name
+        assert headings == ["Context", "Decision", "Alternatives", "Consequences"], record.name
+        status = r"^Date: \d{4}-\d{2}-\d{2} · Status: (accepted|replaced by \[\d{4}\]\(.+\))$"
+        assert re.search(status, text, flags=re.MULTILINE), record.name
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_term_of_the_glossary_is_used() -> None:
+    glossary = DOCS / "glossary.md"
+    terms = re.findall(r"^\| ([a-z][a-z ]*) \|", read(glossary), flags=re.MULTILINE)
+    assert len(terms) == len(set(terms)) > 30
+
+    text = " ".join(read(page) for page in PAGES if page not in {glossary, REPOSITORY / "CHANGELOG.md"})
+    words = re.sub(r"\s+", " ", " ".join([text, *(source for _, source in sources())])).lower()
+    for term in terms:
+        assert re.search(rf"\b{term}s?\b", words), f"{term!r} is in the glossary and nowhere else"
