@@ -189,9 +189,13 @@ class Coordinator:
                 self._ledger.commit(operation_id)
             except WorkFailed as error:
                 # The commit point rolled back whole (it is one transaction), so deciding against is safe.
-                self.abort(operation_id, error.failure)
-                return True
-            self._crash.reach("decided", operation=operation_id)
+                self._crash.reach("decision-refused", operation=operation_id)
+                if self.abort(operation_id, error.failure):
+                    return True
+                # The rollback also let go of the operation's row. So another decider may have come between, and have
+                # drawn a number that was free: that decision stands, and is carried out as any other.
+            else:
+                self._crash.reach("decided", operation=operation_id)
             operation = self._ledger.get(operation_id)
             if operation is None:
                 return True

@@ -102,6 +102,7 @@ def sample(every: Sequence[Cell]) -> Iterator[Cell]:
         ("vote-reply-lost", Fault.CUT, 0, Kind.DELETION),
         ("body-early", Fault.FREEZE, 0, Kind.DELETION),
         ("decision-reply-lost", Fault.FREEZE, None, Kind.CREATION),
+        ("decision-contested", Fault.NONE, None, Kind.ROLLOUT),
         ("decided-1", Fault.KILL, 0, Kind.ROLLOUT),
         ("busy", Fault.NONE, 2, Kind.DELETION),
         ("gone-lost", Fault.CUT, 2, Kind.ROLLOUT),

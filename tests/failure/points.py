@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 from tests.failure.cell import Fault, Kind
 from tests.failure.point import POINTS, point
@@ -225,22 +226,48 @@ def decision_reply_lost(scene: Scene) -> None:
     scene.strike(stop)
 
 
-@point("decision-refused", "an integrity error at the commit point", itself=True)
-def decision_refused(scene: Scene) -> None:
-    # The next number is taken: the audit row of this decision cannot be written.
+@contextlib.contextmanager
+def _numbers_taken(scene: Scene, count: int) -> Iterator[None]:
+    """The audit row of the next decisions cannot be written: their numbers are taken, as long as the block lasts."""
     rows = scene.rig.rows(
         None,
         "INSERT INTO audit (seq, action, segment_id, slug, details) "
-        "SELECT last_value + 1, 'test', 0, 'test', '{}' FROM commit_seq RETURNING seq",
+        "SELECT last_value + n, 'test', 0, 'test', '{}' FROM commit_seq, generate_series(1, :count) n RETURNING seq",
+        count=count,
     )
     try:
-        stop = scene.error("23505", database="catalog")
+        yield
+    finally:
+        scene.rig.rows(None, "DELETE FROM audit WHERE seq = ANY(:seqs)", seqs=[row.seq for row in rows])
+
+
+@point("decision-refused", "an integrity error at the commit point", itself=True)
+def decision_refused(scene: Scene) -> None:
+    stop = scene.error("23505", database="catalog")
+    if scene.cell.fault is Fault.NONE:
+        # Recovery may decide before the abort does; it must meet the error as well, or the operation is done.
+        with _numbers_taken(scene, 50):
+            scene.call()
+            scene.expected = "ABORTED"
+            scene.strike(stop)
+            scene.until(lambda: scene.state() == "ABORTED", "it is aborted")
+        return
+    with _numbers_taken(scene, 1):
         scene.call()
         scene.caught(stop)
-    finally:
-        scene.rig.rows(None, "DELETE FROM audit WHERE seq = :seq", seq=rows[0].seq)
-    if scene.cell.fault is Fault.NONE:
-        scene.expected = "ABORTED"
+    scene.strike(stop)
+
+
+@point(
+    "decision-contested", "an integrity error at the commit point, and another decides before the abort", itself=True
+)
+def decision_contested(scene: Scene) -> None:
+    stop = scene.error("23505", database="catalog")
+    with _numbers_taken(scene, 1):
+        scene.call()
+        scene.caught(stop)
+        # Its transaction is over for the server, and the next number is free. So recovery decides, and it is done.
+        scene.until(lambda: scene.state() == "DONE", "another one decides")
     scene.strike(stop)
 
 

@@ -63,7 +63,10 @@ class Catalog:
     rules: dict[int, int] = field(default_factory=dict)
     """Live segments: the threshold of their rule."""
     in_flight_index: Lock = field(default_factory=Lock)
-    refused_at_commit: set[UUID] = field(default_factory=set)
+    refused_at_commit: dict[UUID, int] = field(default_factory=dict)
+    """How many decisions of an operation meet an integrity error; a later one does not."""
+    refused: set[UUID] = field(default_factory=set)
+    decided_after_refusal: set[UUID] = field(default_factory=set)
     refused_on_shards: set[UUID] = field(default_factory=set)
 
     def in_flight(self) -> list[Row]:
@@ -206,12 +209,19 @@ class SimulatedLedger:
         return True
 
     def _decide(self, transaction: Transaction, row: Row) -> None:
-        if row.id in self._catalog.refused_at_commit:
+        refusals = self._catalog.refused_at_commit
+        if refusals.get(row.id):
+            refusals[row.id] -= 1
+            self._catalog.refused.add(row.id)
+            transaction.end()  # at the error, not at the client's ROLLBACK: the row is free before the client knows
+            self._scheduler.pause("integrity error")
             raise WorkFailed(Failure("INTERNAL", "refused", {"why": "INTEGRITY"}))
         plan, rules = row.plan, self._catalog.rules
 
         def decided() -> None:
             row.become(S.COMMITTED)
+            if row.id in self._catalog.refused:
+                self._catalog.decided_after_refusal.add(row.id)
             if plan.kind is OperationKind.DELETE:
                 del rules[plan.segment_id]
             else:

@@ -92,6 +92,17 @@ class DecisionWithoutCompareAndSet(SimulatedLedger):
         return True
 
 
+class AbortWithoutCompareAndSet(SimulatedLedger):
+    """Whoever aborts has read the state a statement ago, or was refused a decision that another one has made since."""
+
+    def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
+        row = self._catalog.rows[operation_id]
+        with self._server.transaction() as transaction:
+            transaction.lock(row.lock, timeout_s=5)
+            transaction.write(lambda: row.become(OperationState.ABORTED))
+        return True
+
+
 class LedgerReadBeforeWhatIsPrepared(Coordinator):
     def recover(self) -> None:
         ledger = self._ledger
@@ -151,6 +162,7 @@ MUTANTS = {
     "a vote without the command tag": Parts(shard=VoteWithoutTheCommandTag),
     "one in flight by NOT EXISTS": Parts(ledger=OneInFlightByNotExists),
     "a decision that is no compare-and-set": Parts(ledger=DecisionWithoutCompareAndSet),
+    "an abort that is no compare-and-set": Parts(ledger=AbortWithoutCompareAndSet),
     "the ledger read before what is prepared": Parts(coordinator=LedgerReadBeforeWhatIsPrepared),
     "ABORTED visited once": Parts(coordinator=AbortedVisitedOnce),
     "the lock under REPEATABLE READ": Parts(shard=LockUnderRepeatableRead),

@@ -124,7 +124,7 @@ class World:
                     continue
                 self._fan_out(lambda shard, i=operation_id: coordinator.prepare_shard(i, shard.shard, _silent),
                               coordinator.participants)  # type: ignore[misc]  # fmt: skip
-                coordinator.finalize(operation_id)
+                self._finalize(coordinator, operation_id)
             except UNAVAILABLE:
                 continue  # it is accepted, or it is not; recovery knows
 
@@ -143,7 +143,7 @@ class World:
                 self.queue.remove(message)
             try:
                 if message.shard is None:
-                    coordinator.finalize(message.operation.id)
+                    self._finalize(coordinator, message.operation.id)
                 else:
                     coordinator.prepare_shard(message.operation.id, message.shard, _silent)
                     self._header_done(message)
@@ -151,6 +151,11 @@ class World:
                 self.scheduler.sleep(0.1)
                 if not twin and random.random() < 0.5:
                     self.queue.append(message)
+
+    def _finalize(self, coordinator: Coordinator, operation_id: UUID) -> None:
+        """As a chord's body does; what it says is what people read in Flower."""
+        if coordinator.finalize(operation_id) and not self.catalog.rows[operation_id].state.final:
+            raise Violation("a finalizer says that an operation has ended, and it has not")
 
     def _header_done(self, message: Message) -> None:
         if message.shard in message.chord:
@@ -302,7 +307,7 @@ class World:
                     data.rules[segment] = 0
         for operation_id, _ in self._script:
             if scheduler.random.random() < 0.06:
-                self.catalog.refused_at_commit.add(operation_id)
+                self.catalog.refused_at_commit[operation_id] = scheduler.random.choice((1, 1, 1000))
             if scheduler.random.random() < 0.06:
                 self.catalog.refused_on_shards.add(operation_id)
         if scheduler.random.random() < 0.1:

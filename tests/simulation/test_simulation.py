@@ -29,6 +29,18 @@ def test_no_schedule_breaks_a_promise(protocol: str) -> None:
     assert len(tally.fingerprints) > 0.9 * SCHEDULES[protocol], "they are different schedules"
 
 
+def test_a_refused_decision_may_be_made_by_another_one() -> None:
+    """Between an integrity error at the commit point and the abort for it: both outcomes are met, and are right."""
+    ended = set()
+    for seed in range(300):
+        world = World(seed)
+        world.run()
+        decided = world.catalog.decided_after_refusal
+        ended |= {world.catalog.rows[one].state.name for one in decided}
+        ended |= {world.catalog.rows[one].state.name for one in world.catalog.refused - decided}
+    assert ended == {"DONE", "ABORTED"}
+
+
 @pytest.mark.parametrize(("protocol", "mutant"), [(one, name) for one in sorted(MUTANTS) for name in MUTANTS[one]])
 def test_a_mutant_is_caught(protocol: str, mutant: str) -> None:
     first = FIRST_SEED.get(mutant, 0)
