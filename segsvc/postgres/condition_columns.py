@@ -18,7 +18,7 @@ from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Scalar, attributes_of
 from segsvc.postgres.condition_literals import ORDER, decimal
 from segsvc.postgres.condition_sql import FENCE, Compiler
-from segsvc.postgres.condition_values import Sql, number_or_null
+from segsvc.postgres.condition_values import Sql, number_or_null, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,13 @@ def clauses_over_columns(
         where: which of the users.
     """
     names = sorted(frozenset().union(*(attributes_of(condition.root) for condition in conditions)))
-    attributes = users.c.attributes
+    in_memory = (
+        sa.select(*keys, whole(users.c.attributes).label("attributes")).where(where).offset(FENCE).subquery("in_memory")
+    )
+    attributes = in_memory.c.attributes
     looked_up = (
         sa.select(
-            *keys,
+            *(in_memory.c[key.key] for key in keys),
             *(
                 attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text)).label(f"j{n}")
                 for n, name in enumerate(names)
@@ -61,7 +64,6 @@ def clauses_over_columns(
                 for n, name in enumerate(names)
             ),
         )
-        .where(where)
         .offset(FENCE)
         .subquery("looked_up")
     )

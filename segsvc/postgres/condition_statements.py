@@ -20,10 +20,12 @@ from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
 from segsvc.postgres.condition_columns import clauses_over_columns
 from segsvc.postgres.condition_sql import condition_clause
+from segsvc.postgres.condition_values import whole
 from segsvc.postgres.copying import copy_rows
 
 _DIALECT: Final = psycopg2.dialect(paramstyle="format")  # type: ignore[no-untyped-call]
 _ATTRIBUTES: Final = sa.literal_column("u.attributes", JSONB)
+_WHOLE: Final = str(whole(sa.literal_column("attributes", JSONB)).compile(dialect=_DIALECT))
 
 STATEMENT_CONDITIONS_MAX: Final = 250
 STATEMENT_CHARACTERS_MAX: Final = 256 << 10
@@ -55,13 +57,14 @@ def slots_where(connection: sa.Connection, condition: str, first_block: int, blo
     text, parameters = _clause(condition)
     bounds: list[tuple[str, int]] = []
     if first:
-        bounds.append(("u.slot >= %s AND ", first))
+        bounds.append(("slot >= %s", first))
     if end is not None:
-        bounds.append(("u.slot < %s AND ", end))
+        bounds.append(("slot < %s", end))
+    where = f"WHERE {' AND '.join(bound for bound, _ in bounds)} " if bounds else ""
     # One value with four bytes a slot: a row each would take the driver as long as some conditions take the server.
     packed = connection.exec_driver_sql(
-        "SELECT string_agg(int4send((u.slot - %s)::int4), ''::bytea) FROM users u "  # noqa: S608  # no value is in it
-        f"WHERE {''.join(bound for bound, _ in bounds)}{text}",
+        "SELECT string_agg(int4send((u.slot - %s)::int4), ''::bytea) FROM ("  # noqa: S608  # no value is in it
+        f"SELECT slot, {_WHOLE} AS attributes FROM users {where}OFFSET 0) u WHERE {text}",
         (first, *(value for _, value in bounds), *parameters),
     ).scalar_one()
     return np.frombuffer(packed or b"", dtype=">i4").astype(np.int64) + first

@@ -22,6 +22,15 @@ def when(check: Sql, value: Sql) -> Sql:
     return sa.case((check, value))
 
 
+def whole(attributes: Sql) -> Sql:
+    """Attributes in one piece, for a column of a fenced subquery; the same value.
+
+    Beyond 2 KB a row's attributes are compressed and lie in another table, and every operator would fetch and unpack
+    them again. A concatenation with nothing does it once and gives what is in memory then.
+    """
+    return concatenated(attributes, sa.literal_column("'{}'::jsonb", JSONB))
+
+
 def concatenated(one: Sql, other: Sql) -> Sql:
     return one.op("||", return_type=JSONB())(other)
 
