@@ -53,7 +53,7 @@ def clauses_over_columns(
     attributes = in_memory.c.attributes
     looked_up = (
         sa.select(
-            *(in_memory.c[key.key] for key in keys),
+            *(column for column in in_memory.c if column is not attributes),
             *(
                 attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text)).label(f"j{n}")
                 for n, name in enumerate(names)
