@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from segsvc.cli.base import FAILED, Refusal, settings_of_process
+from segsvc.cli.local_stack import local_stack_at_hand
 
 USERS_MIN: Final = 2000
 USERS_MAX: Final = 10_000_000
@@ -25,16 +26,18 @@ def demo(
 ) -> None:
     """Start a stack, run the main job on it, check every claim, and write a report."""
     from segsvc.cli.front import is_serving  # noqa: PLC0415
-    from segsvc.demo.run import run_demo, run_on  # noqa: PLC0415
-    from segsvc.local.processes import LocalStackError  # noqa: PLC0415
+    from segsvc.demo.running import DemoRefused, run_on  # noqa: PLC0415
 
     settings = settings_of_process()
     try:
         if running:
             all_ok = run_on(settings, users, report=report)
         else:
-            all_ok = run_demo(users, keep=keep, stack_dir=settings.stack_dir, ready=is_serving, report=report)
-    except LocalStackError as error:
+            with local_stack_at_hand():
+                from segsvc.demo.run import run_demo  # noqa: PLC0415
+
+                all_ok = run_demo(users, keep=keep, stack_dir=settings.stack_dir, ready=is_serving, report=report)
+    except DemoRefused as error:
         raise Refusal(str(error)) from error
     if not all_ok:
         raise typer.Exit(FAILED)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from segsvc.cli.base import FAILED, Json, Refusal, bar, complain, console, print_json, settings_of_process, table
+from segsvc.cli.local_stack import local_stack_at_hand
 
 PANEL: Final = "Installation"
 
@@ -15,15 +16,13 @@ PANEL: Final = "Installation"
 def up(json_output: Json = False) -> None:
     """Start the whole stack on this machine: servers, migrations, all processes. Changes nothing if it is up."""
     from segsvc.cli.front import is_serving  # noqa: PLC0415
-    from segsvc.local.processes import LocalStackError  # noqa: PLC0415
-    from segsvc.local.stack import LocalStack  # noqa: PLC0415
-    from segsvc.local.stack_env import metrics_addresses  # noqa: PLC0415
 
     settings_of_process()
-    try:
+    with local_stack_at_hand():
+        from segsvc.local.stack import LocalStack  # noqa: PLC0415
+        from segsvc.local.stack_env import metrics_addresses  # noqa: PLC0415
+
         settings = LocalStack(say=complain, ready=is_serving).up()
-    except LocalStackError as error:
-        raise Refusal(str(error)) from error
     places = {
         "gRPC": settings.grpc_address,
         "Flower": f"http://{settings.flower_address}",
@@ -42,22 +41,20 @@ def up(json_output: Json = False) -> None:
 
 def down(purge: Annotated[bool, typer.Option("--purge", help="Delete its data as well.")] = False) -> None:
     """Stop the whole stack on this machine. The data stays, unless told otherwise."""
-    from segsvc.local.processes import LocalStackError  # noqa: PLC0415
-    from segsvc.local.stack import LocalStack  # noqa: PLC0415
-
     settings_of_process()
-    try:
+    with local_stack_at_hand():
+        from segsvc.local.stack import LocalStack  # noqa: PLC0415
+
         LocalStack(say=complain).down(purge=purge)
-    except LocalStackError as error:
-        raise Refusal(str(error)) from error
 
 
 def status(json_output: Json = False) -> None:
     """Show every server and process of the stack on this machine. Exit code 1 unless all of them run."""
-    from segsvc.local.stack import LocalStack  # noqa: PLC0415
-
     settings_of_process()
-    parts = LocalStack(say=complain).status()
+    with local_stack_at_hand():
+        from segsvc.local.stack import LocalStack  # noqa: PLC0415
+
+        parts = LocalStack(say=complain).status()
     if json_output:
         print_json([{"name": part.name, "state": part.state, "pid": part.pid, "log": str(part.log)} for part in parts])
     else:

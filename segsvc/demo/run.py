@@ -9,14 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
-
-from segsvc.bootstrap import Inspection
 from segsvc.config import Settings
-from segsvc.demo.client import OperationFailed
 from segsvc.demo.people import user_ids
-from segsvc.demo.screen import Screen, StepFailed
-from segsvc.demo.story import Story, commands, failpoint_dir
+from segsvc.demo.running import summarise, tell_story
+from segsvc.demo.screen import Screen
+from segsvc.demo.story import commands, failpoint_dir
 from segsvc.local.processes import LocalStackError, ended_as_interrupted, tail
 from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import metrics_addresses
@@ -58,40 +55,14 @@ def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settin
         (stack_dir / _MARKER).touch()
         failpoint_dir(stack_dir).mkdir(exist_ok=True)
         screen.note(f"[dim]{time.monotonic() - started:.1f} s[/dim]")
-        _tell(settings, users, screen, lambda: _show_log(screen, stack))
+        tell_story(settings, users, screen, lambda: _show_log(screen, stack))
         screen.write(report)
-        _summary(screen, time.monotonic() - started, report)
+        summarise(screen, time.monotonic() - started, report)
         if keep:
             undo.pop_all()
             _next_steps(screen, settings, users)
     if not keep:
         screen.note("the stack is stopped and its data deleted (KEEP=1 leaves it up)")
-    return screen.all_ok
-
-
-def run_on(settings: Settings, users: int, *, report: Path) -> bool:
-    """Run the demonstration on an installation that is there, empty and running, with its failpoints armed by a folder
-    that this process and its operations worker share. True if every step found what it expected.
-
-    Raises:
-        LocalStackError: it has no such folder, or it has users.
-        ServiceError: SHARD_UNAVAILABLE.
-    """
-    if settings.failpoint_dir is None:
-        raise LocalStackError("the demonstration holds a worker at a failpoint: set SEGSVC_FAILPOINT_DIR for both")
-    inspection = Inspection(settings)
-    try:
-        there = inspection.user_count()
-    finally:
-        inspection.close()
-    if there:
-        raise LocalStackError(f"the demonstration needs an installation without users; this one has {there:,}")
-    screen = Screen()
-    started = time.monotonic()
-    screen.console.print(f"[bold]segsvc[/bold]: {users:,} users, on the installation {settings.cluster!r}")
-    _tell(settings, users, screen, lambda: screen.note("look at the logs of the processes"))
-    screen.write(report)
-    _summary(screen, time.monotonic() - started, report)
     return screen.all_ok
 
 
@@ -113,20 +84,6 @@ def _take_folder(stack_dir: Path) -> None:
     )
 
 
-def _tell(settings: Settings, users: int, screen: Screen, explain: Callable[[], None]) -> None:
-    """Run the story; what goes wrong ends with an explanation."""
-    story = Story(settings, users, screen)
-    try:
-        story.tell()
-    except StepFailed:
-        explain()
-    except (grpc.RpcError, OperationFailed) as error:
-        screen.console.print(f"[red]{error}[/red]", markup=True)
-        explain()
-    finally:
-        story.close()
-
-
 def _show_log(screen: Screen, stack: LocalStack) -> None:
     """The newest warnings and errors of all processes; the end of the front's log if there are none."""
     found: list[tuple[str, str]] = []
@@ -139,18 +96,6 @@ def _show_log(screen: Screen, stack: LocalStack) -> None:
     front = stack.logs / "serve.log"
     lines = [text for _, text in sorted(found)[-_LOG_LINES:]] or [f"{front}:", *tail(front).splitlines()]
     screen.console.print("\nThe last lines of the logs that matter:", *lines, sep="\n  ", markup=False)
-
-
-def _summary(screen: Screen, seconds: float, written: Path) -> None:
-    failed = [report for report in screen.reports if not report.ok]
-    screen.chapter("Summary")
-    if failed:
-        screen.note(f"[red]{len(failed)} of {len(screen.reports)} steps failed[/red] in {seconds:.0f} s:")
-        for report in failed:
-            screen.note(f"  {report.step}: expected {report.expected}; {report.actual}")
-    else:
-        screen.note(f"[green]all {len(screen.reports)} steps as expected[/green] in {seconds:.0f} s")
-    screen.note(f"report: {written}")
 
 
 def _next_steps(screen: Screen, settings: Settings, users: int) -> None:

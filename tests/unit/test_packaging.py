@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
+import importlib.metadata
 import importlib.util
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+OURS = {"segsvc", "tasks", "grpc_api", "migrations", "segmentation"}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,56 @@ def test_the_lock_pins_what_is_declared_by_hash(declared: configparser.ConfigPar
     for line in lines("\n".join([declared["options"]["install_requires"], *extras.values()])):
         wanted = Requirement(line)
         assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), line
+
+
+def imported(roots: Iterable[str], *, without: str = "-") -> dict[str, str]:
+    """Top-level modules that the files below ``roots`` import, lazily or not → one of the files."""
+    found: dict[str, str] = {}
+    for root in roots:
+        for file in [REPOSITORY / root] if root.endswith(".py") else (REPOSITORY / root).rglob("*.py"):
+            place = str(file.relative_to(REPOSITORY))
+            if place.startswith(without):
+                continue
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    names = [node.module]
+                else:
+                    continue
+                found.update({name.partition(".")[0]: place for name in names})
+    return {name: file for name, file in found.items() if name not in sys.stdlib_module_names | OURS}
+
+
+@pytest.mark.parametrize(
+    ("roots", "without", "extras"),
+    [
+        (("segsvc", "tasks", "grpc_api", "migrations", "docker/health.py"), "segsvc/local/", ()),
+        (("segsvc/local",), "-", ("local",)),
+    ],
+    ids=["the service", "the local stack"],
+)
+def test_what_is_imported_is_declared(
+    declared: configparser.ConfigParser, roots: tuple[str, ...], without: str, extras: tuple[str, ...]
+) -> None:
+    # What setup.cfg declares, with all that it brings.
+    installed = re.findall(r"^(\S+)==", (REPOSITORY / "docker" / "requirements.lock").read_text(), re.MULTILINE)
+    more = [line for name in extras for line in lines(declared["options.extras_require"][name])]
+    allowed = {*map(canonicalize_name, installed), *(canonicalize_name(Requirement(line).name) for line in more)}
+    packages = importlib.metadata.packages_distributions()
+    modules = imported(roots, without=without)
+    assert len(modules) > 3
+    for module, file in modules.items():
+        assert allowed & {canonicalize_name(name) for name in packages[module]}, f"{file} imports {module}"
+
+
+def test_the_image_has_the_versions_that_are_tested() -> None:
+    pins = [
+        set(re.findall(r"^(\S+==\S+) ", (REPOSITORY / name).read_text(), re.MULTILINE))
+        for name in ("docker/requirements.lock", "requirements.lock")
+    ]
+    assert pins[0]
+    assert pins[0] < pins[1]
 
 
 def test_no_package_index_is_named() -> None:

