@@ -1,0 +1,250 @@
+"""What others install works with what it brings: the image's lock alone, and the built wheel alone.
+
+A developer's environment has much more, so an import of something that nobody declares is not noticed there. Every
+command is started with nothing to connect to, and must get as far as saying so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from segsvc.cli.app import app
+from segsvc.local.processes import free_ports, wait_until
+from tests.integration.installed.environments import Environment, build, copy_of_what_git_knows, make_environment
+from tests.local_servers import REPOSITORY
+
+TIMEOUT_S = 120.0
+
+# What each says when nothing answers.
+REFUSED = "(?i)refused|cannot be reached"
+NEEDS_EXTRA = r"the local stack needs packages .*confluent-kafka.*psutil.*pip install 'segsvc\[local\]'"
+END = {"migrate": REFUSED, "check": REFUSED, "doctor": REFUSED, "demo --running": REFUSED}
+# These run until they are told to stop.
+RUN = {
+    "serve": "listening",
+    "worker --queue operations": "(?i)cannot connect to redis.*refused",
+    "beat": "(?i)connection error.*refused",
+    "bridge": "(?i)refused",
+    "flower": "(?i)failed to capture events.*refused",
+}
+# These need no process of their own.
+LOCAL_STACK = ("up", "down", "status", "demo")
+SAMPLES = {
+    "slug": "a", "slugs": "a", "user_id": "1", "percent": "10", "name": "operations/create-1", "letter_id": "1-1",
+    "shard": "0", "to": "postgresql+psycopg2://u@127.0.0.1:1/x", "fence": "postgresql+psycopg2://u@127.0.0.1:1/x",
+}  # fmt: skip
+"""A value for each argument or option that a command demands."""
+ONE_OF = {"segments edit": ["--name", "x"], "events dead retry": ["--all"]}
+"""What a command demands one of."""
+
+MISHAP = re.compile(r"Traceback|ImportError|ModuleNotFoundError|No module named")
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command below this one that has no commands itself."""
+    if hasattr(command, "commands"):
+        for name, below in command.commands.items():
+            yield from leaves(below, (*path, name))
+    else:
+        yield path, command
+
+
+def administration() -> list[list[str]]:
+    """The commands in groups, each with a value for whatever it demands."""
+    made = []
+    for path, command in leaves(get_command(app)):
+        if len(path) > 1:
+            words = [*path, *ONE_OF.get(" ".join(path), [])]
+            for parameter in command.params:
+                if parameter.required:
+                    option = parameter.opts[0]
+                    words += [option] if option.startswith("--") else []
+                    words.append(SAMPLES[parameter.name])
+            made.append(words)
+    return made
+
+
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings that lead to servers of which none answers."""
+    folder = tmp_path_factory.mktemp("nothing")
+    # Nothing listens on port 1, and nothing is given that port.
+    nowhere = "127.0.0.1:1"
+    return {
+        "SEGSVC_CLUSTER": "nowhere",
+        "SEGSVC_CATALOG_DSN": f"postgresql+psycopg2://u@{nowhere}/catalog",
+        "SEGSVC_SHARD_DSNS": f"postgresql+psycopg2://u@{nowhere}/shard",
+        "SEGSVC_CACHE_URL": f"redis://{nowhere}/0",
+        "SEGSVC_BROKER_URL": f"redis://{nowhere}/0",
+        "SEGSVC_KAFKA_BOOTSTRAP_SERVERS": nowhere,
+        "SEGSVC_FLOWER_PASSWORD": "x",
+        "SEGSVC_STACK_DIR": str(folder / "stack"),
+        "SEGSVC_FAILPOINT_DIR": str(folder),
+        "SEGSVC_ENV_FILE": "",
+        "SEGSVC_LOG_LEVEL": "INFO",
+    }
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> Environment:
+    """What docker/Dockerfile makes: the packages of its lock, and the folders that it copies."""
+    folder = tmp_path_factory.mktemp("image")
+    lock = REPOSITORY / "docker" / "requirements.lock"
+    python = make_environment(folder / "venv", "--no-deps", "--require-hashes", "--requirement", str(lock))
+    dockerfile = (REPOSITORY / "docker" / "Dockerfile").read_text()
+    known = copy_of_what_git_knows(folder / "checkout")
+    copied = re.findall(r"^COPY (?!--)(\S+) (\S+)$", dockerfile, re.MULTILINE)
+    for source, target in copied:
+        if not target.startswith("/"):
+            (folder / "app" / target).parent.mkdir(parents=True, exist_ok=True)
+            (known / source).rename(folder / "app" / target)
+    [path] = re.findall(r"PYTHONPATH=(\S+)", dockerfile)
+    return Environment(python, folder / "app", {**variables, "PYTHONPATH": path.replace("/app", str(folder / "app"))})
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source distribution, and the wheel that is made of it."""
+    source = copy_of_what_git_knows(tmp_path_factory.mktemp("source"))
+    return build(tmp_path_factory.mktemp("distributions"), source)
+
+
+@pytest.fixture(scope="module")
+def installed(
+    tmp_path_factory: pytest.TempPathFactory, distributions: tuple[Path, Path], variables: dict[str, str]
+) -> Environment:
+    """The wheel with the packages that it asks for, in the versions that the lock has."""
+    folder = tmp_path_factory.mktemp("installed")
+    constraint = REPOSITORY / "docker" / "requirements.lock"
+    python = make_environment(folder / "venv", "--constraint", str(constraint), str(distributions[1]))
+    return Environment(python, folder, variables)
+
+
+def outcome(environment: Environment, command: str, folder: Path) -> str:
+    """Run a command until it has said what is expected, or has ended; what is wrong, empty if nothing is."""
+    place = folder / re.sub(r"\W+", "-", command)
+    place.mkdir()
+    output = place / "output"
+    ports = free_ports(2)
+    process = environment.start(
+        *("-m", "segsvc", *command.split()),
+        output=output,
+        SEGSVC_GRPC_ADDRESS=f"127.0.0.1:{ports[0]}",
+        SEGSVC_FLOWER_ADDRESS=f"127.0.0.1:{ports[1]}",
+        TMPDIR=str(place),
+    )
+
+    def said() -> str:
+        return output.read_text(errors="replace")
+
+    pattern = END.get(command) or RUN[command]
+    ends = command in END
+    try:
+        wait_until(
+            lambda: process.poll() is not None or (not ends and re.search(pattern, said()) is not None),
+            timeout_s=TIMEOUT_S,
+        )
+        code = process.poll()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    as_expected = (code in (0, 1)) if ends else code is None
+    if as_expected and re.search(pattern, said()) and not MISHAP.search(said()):
+        return ""
+    return f"segsvc {command}: exit code {code}, said:\n{said()[-3000:]}\n"
+
+
+def outcomes(environment: Environment, commands: Iterable[str], folder: Path) -> str:
+    """What is wrong with any of these commands, run side by side: most of them wait for one refusal after the other."""
+    with ThreadPoolExecutor(8) as threads:
+        return "".join(threads.map(lambda command: outcome(environment, command, folder), commands))
+
+
+def packages(environment: Environment) -> set[str]:
+    """Names of the packages that are installed there."""
+    found = next(environment.python.parent.parent.glob("lib/*/site-packages")).glob("*.dist-info")
+    return {folder.name.partition("-")[0].lower() for folder in found}
+
+
+def import_everything(environment: Environment, folder: Path) -> None:
+    """Import every module of ours that is not of the local stack. It also leaves compiled what the commands need."""
+    script = Path(__file__).with_name("every_import.py")
+    process = environment.start(str(script), output=folder / "imports")
+    code = process.wait(timeout=TIMEOUT_S)
+    assert (code, (folder / "imports").read_text()) == (0, "")
+
+
+def test_every_command_is_started_here() -> None:
+    named = {command.split()[0] for command in (*END, *RUN, *LOCAL_STACK, "config")}
+    assert named == {path[0] for path, _ in leaves(get_command(app)) if len(path) == 1}
+
+
+def test_the_image_runs_what_it_is_for(image: Environment, tmp_path: Path) -> None:
+    import_everything(image, tmp_path)
+    assert outcomes(image, ("demo --running", *RUN), tmp_path) == ""
+    # Nothing of them answers, so nothing is well.
+    checks = [image.start("docker/health.py", what, output=tmp_path / what) for what in ("front", "recovery", "1")]
+    assert [check.wait(timeout=TIMEOUT_S) for check in checks] == [1, 1, 1]
+    for what in ("front", "recovery", "1"):
+        assert not MISHAP.search((tmp_path / what).read_text())
+
+
+def test_the_image_has_what_the_wheel_brings(installed: Environment, image: Environment) -> None:
+    # The lock has a few more: for a Python that is older than this one.
+    assert packages(installed) - packages(image) == {"segsvc"}
+
+
+def test_the_wheel_runs_every_command(installed: Environment, tmp_path: Path) -> None:
+    import_everything(installed, tmp_path)
+    script = Path(__file__).with_name("administration.py")
+    commands = administration()
+    output = tmp_path / "administration"
+    grouped = installed.start(
+        *(str(script), json.dumps([*commands, *([word] for word in LOCAL_STACK), ["config"]])),
+        output=output,
+        SEGSVC_GRPC_ADDRESS="127.0.0.1:1",
+    )
+    # Of those that the image runs, too, as many as show that what the wheel itself holds is whole.
+    assert outcomes(installed, (*END, "serve", "worker --queue operations"), tmp_path) == ""
+
+    assert grouped.wait(timeout=TIMEOUT_S) == 0
+    said = output.read_text()
+    assert not MISHAP.search(said), said
+    for words in commands:
+        assert re.search(rf"^{re.escape(' '.join(words))}: exit 1$", said, re.MULTILINE), said
+    for word in LOCAL_STACK:
+        assert re.search(rf"^{NEEDS_EXTRA}.*\n{word}: exit 1$", said, re.MULTILINE), said
+    assert "\nconfig: exit 0\n" in said
+
+
+def test_the_distributions_hold_all_that_is_needed_at_run_time(distributions: tuple[Path, Path]) -> None:
+    sdist, wheel = distributions
+    files = set(zipfile.ZipFile(wheel).namelist())
+    for root in ("segsvc", "tasks", "grpc_api", "migrations"):
+        for path in (REPOSITORY / root).rglob("*"):
+            name = path.relative_to(REPOSITORY).as_posix().removeprefix("grpc_api/generated/")
+            if path.is_file() and path.suffix not in (".pyc", ".pyi"):
+                assert name in files, name
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive}
+    assert names >= {
+        "setup.cfg",
+        "pyproject.toml",
+        "README.md",
+        "segsvc/__main__.py",
+        "migrations/catalog/script.py.mako",
+    }
