@@ -29,6 +29,9 @@ RESULT_WAIT_S: Final = 15.0
 """Without a result for this long the batch is sent again: its message or its result may be lost. The earlier message
 expires in the queue then, so that a long outage of the workers does not heap up copies."""
 RESULT_WAIT_MAX_S: Final = 600.0
+QUICK_S: Final = 2.0
+"""After a batch that had to be halved, batches grow again while they are answered within this, so that a larger one is
+far from its bound."""
 GATHER_MAX_S: Final = 0.5
 """Longest wait for a batch to become full, while more events are at hand and the workers are busy with others."""
 
@@ -85,13 +88,16 @@ class _Batch:
     events: list[Taken]
     id: str | None = None
     wait_s: float = RESULT_WAIT_S
+    sent_at: float = 0.0
     lost_at: float = 0.0
 
 
 class _Lane:
-    def __init__(self, topic: str, shard: int) -> None:
+    def __init__(self, topic: str, shard: int, events_max: int) -> None:
         self.topic = topic
         self.shard = shard
+        self.events_max = events_max
+        """Events of its next batch at most: fewer after one that did not end in time."""
         self.waiting: deque[Taken] = deque()
         self.batch: _Batch | None = None
         self.backoff = Backoff(0.2, 10.0)
@@ -106,12 +112,22 @@ class _Lane:
     def in_flight(self) -> bool:
         return self.batch is not None and self.batch.id is not None
 
-    def next_batch(self, events_max: int) -> _Batch | None:
+    def halve(self) -> bool:
+        """Keep the first half of the batch that did not end in time, and let the rest wait its turn again, before all
+        that came later. False: it is a single event."""
+        if self.batch is None or len(self.batch.events) < 2:
+            return False
+        self.events_max = len(self.batch.events) // 2
+        self.waiting.extendleft(reversed(self.batch.events[self.events_max :]))
+        del self.batch.events[self.events_max :]
+        return True
+
+    def next_batch(self) -> _Batch | None:
         """The batch that was held back, or the next of those waiting; without events that are no longer ours."""
         if self.batch is None:
             events: list[Taken] = []
             size = 0
-            while self.waiting and len(events) < events_max and size < BATCH_BYTES_MAX:
+            while self.waiting and len(events) < self.events_max and size < BATCH_BYTES_MAX:
                 taken = self.waiting.popleft()
                 size += taken.size
                 events.append(taken)
@@ -160,7 +176,7 @@ class Lanes:
         key = (taken.partition.topic, shard)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(*key)
+            lane = self._lanes[key] = _Lane(*key, self._batch_max)
             self._turn.append(lane)
             self._shards.setdefault(shard, Backoff(0.2, 5.0))
         lane.waiting.append(taken)
@@ -206,7 +222,7 @@ class Lanes:
         for batch_id, outcome in self._batches.collect(list(self._in_flight)).items():
             lane = self._in_flight.pop(batch_id)
             if isinstance(outcome, BatchReport):
-                self._finish(lane, outcome)
+                self._finish(lane, outcome, now)
             else:
                 self._hold_back(lane, outcome.reason, now)
         for batch_id, lane in list(self._in_flight.items()):
@@ -217,11 +233,14 @@ class Lanes:
                 del self._in_flight[batch_id]
                 batch.id = None
                 batch.wait_s = min(batch.wait_s * 2, RESULT_WAIT_MAX_S)
+                lane.halve()
 
-    def _finish(self, lane: _Lane, report: BatchReport) -> None:
+    def _finish(self, lane: _Lane, report: BatchReport, now: float) -> None:
         batch, lane.batch = lane.batch, None
         if batch is None:
             raise AssertionError("a report belongs to a batch")
+        if now - batch.sent_at < QUICK_S:
+            lane.events_max = min(lane.events_max * 2, self._batch_max)
         lane.backoff.succeeded()
         self._shards[lane.shard].succeeded()
         self._waits.ends(lane.name)
@@ -238,6 +257,12 @@ class Lanes:
     def _hold_back(self, lane: _Lane, reason: str, now: float) -> None:
         if lane.batch is not None:
             lane.batch.id = None
+        if reason == Reason.DEADLINE_EXCEEDED.text and lane.halve():
+            # The database was at work and did not get through it: half of it is tried at once. A single event that
+            # takes longer than a statement may waits below: rules become cheaper and machines free, and the event is
+            # as good as any other.
+            log.warning("batch_halved", lane=lane.name, events=lane.events_max)
+            return
         if reason in _LANE_REASONS:
             lane.backoff.failed(now)
             self._waits.begins(lane.name, reason)
@@ -258,7 +283,7 @@ class Lanes:
 
     def _gathers(self, lane: _Lane, now: float) -> bool:
         """Whether the lane's next batch had better become larger first: nobody would work sooner for it now."""
-        if len(self._in_flight) < self._busy_from or lane.batch is not None or len(lane.waiting) >= self._batch_max:
+        if len(self._in_flight) < self._busy_from or lane.batch is not None or len(lane.waiting) >= lane.events_max:
             return False
         if lane.gathers_until is None:
             lane.gathers_until = now + GATHER_MAX_S
@@ -274,12 +299,13 @@ class Lanes:
         return not (shard.failing and any(other.shard == lane.shard for other in self._in_flight.values()))
 
     def _send(self, lane: _Lane, now: float) -> None:
-        batch = lane.next_batch(self._batch_max)
+        batch = lane.next_batch()
         lane.gathers_until = None
         if batch is None:
             return
         # Unreadable events have no shard, so they never come here.
         events = [taken.event for taken in batch.events if taken.event is not None]
         batch.id = self._batches.send(lane.topic, lane.shard, events, batch.wait_s)
+        batch.sent_at = now
         batch.lost_at = now + batch.wait_s
         self._in_flight[batch.id] = lane

@@ -5,16 +5,18 @@ Many rows go to the server as arrays of equal length, so that one statement serv
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import psycopg2
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from segsvc.domain.errors import LockTimeout
+from segsvc.domain.errors import LockTimeout, Reason, ServiceError
 from segsvc.domain.events import Unstorable
 from segsvc.domain.stored import Int64s
 from segsvc.domain.user_fold import StoredUser, UserRow
@@ -50,11 +52,12 @@ class PostgresUserStore:
         return self._databases.shard_count
 
     @contextmanager
-    def transaction(self, shard: int) -> Iterator[PostgresUserTransaction]:
+    def transaction(self, shard: int, *, timeout_s: float | None) -> Iterator[PostgresUserTransaction]:
         """See ``services.ingestion.UserStore.transaction``."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         try:
-            with self._databases.shard_tx(shard) as connection:
-                yield PostgresUserTransaction(connection)
+            with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
+                yield PostgresUserTransaction(connection, until)
         except (exc.DBAPIError, psycopg2.Error) as error:  # the latter from COPY, which goes past SQLAlchemy
             state = sqlstate(error)
             if state.startswith(_REFUSED_CLASSES):
@@ -65,7 +68,23 @@ class PostgresUserStore:
 
 
 class PostgresUserTransaction(PostgresShardBits):
-    """One transaction of a shard. Implements ``services.ingestion.UserTransaction``."""
+    """One transaction of a shard. Implements ``services.ingestion.UserTransaction``.
+
+    Args:
+        until: ``time.monotonic()`` after which no condition is asked any more; None: they are.
+    """
+
+    def __init__(self, connection: sa.Connection, until: float | None) -> None:
+        super().__init__(connection)
+        self._until = until
+
+    def matching(self, conditions: Sequence[str], slots: Int64s) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+        """See ``UserTransaction.matching``. Raises ServiceError DEADLINE_EXCEEDED."""
+        for answer in super().matching(conditions, slots):
+            # The statements are bounded one by one, and many conditions are several of them.
+            if self._until is not None and time.monotonic() > self._until:
+                raise ServiceError(Reason.DEADLINE_EXCEEDED, "the batch takes too long")
+            yield answer
 
     def lock(self) -> int:
         """The shard's lock, shared; then the row of shard_state; returns its next free slot."""

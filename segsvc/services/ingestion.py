@@ -25,6 +25,10 @@ from segsvc.services.user_bits import Int64s, ShardBits, clear_users, evaluate_a
 
 log = get_logger(__name__)
 
+BATCH_S = 6.0
+"""How long a statement of a batch may take, and a batch before its next statement begins: so the sender, who waits 15 s,
+hears that it was too much. One event has the session's bound."""
+
 
 class UserTransaction(ShardBits, Protocol):
     """One transaction of a shard that changes users. Data the database refuses raises ``Unstorable``."""
@@ -72,8 +76,12 @@ class UserStore(Protocol):
     @property
     def shard_count(self) -> int: ...
 
-    def transaction(self, shard: int) -> AbstractContextManager[UserTransaction]:
+    def transaction(self, shard: int, *, timeout_s: float | None) -> AbstractContextManager[UserTransaction]:
         """Open a transaction; the end of the block commits, an exception rolls back.
+
+        Args:
+            timeout_s: bound of each statement; and no condition is asked once this much time is gone. None: the
+                session's bound of a statement.
 
         Raises:
             Unstorable: the database refused the data.
@@ -123,7 +131,8 @@ class Ingestion:
         An event that the database refuses is found by halving the batch, so that it takes no other with it.
 
         Raises:
-            LockTimeout, ServiceError: it could not be done now. Some of it may have been; send the whole batch again.
+            LockTimeout, ServiceError: it could not be done now. Some of it may have been; send the whole batch again,
+                or, after DEADLINE_EXCEEDED, in smaller ones.
             ValueError: an event belongs to another shard.
         """
         shard_count = self._users.shard_count
@@ -158,7 +167,7 @@ class Ingestion:
 
     def _apply(self, shard: int, events: Sequence[UserEvent]) -> tuple[int, AbstractSet[int]]:
         """Apply events in one transaction: how many had an effect, and the users of whom the cache may be wrong now."""
-        with self._users.transaction(shard) as tx:
+        with self._users.transaction(shard, timeout_s=BATCH_S if len(events) > 1 else None) as tx:
             next_slot = tx.lock()
             if all(type(event) is CreateUser for event in events):
                 return _create(tx, next_slot, events), frozenset()

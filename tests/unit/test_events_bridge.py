@@ -274,3 +274,37 @@ def test_backoff_grows_to_its_bound_and_starts_over() -> None:
     assert backoff.ready_at == 0.0
     backoff.failed(10.0)
     assert backoff.ready_at == 11.0
+
+
+def test_a_batch_that_the_database_does_not_get_through_is_halved_down_to_one_event() -> None:
+    bench = Bench(batch_max=8)
+    events = bench.add(*range(9))
+    bench.step()
+    bench.step(b0=TryAgain("DEADLINE_EXCEEDED"))
+    bench.step(b1=TryAgain("DEADLINE_EXCEEDED"))
+    assert [sent[2] for sent in bench.batches.sent] == [list(range(8)), [0, 1, 2, 3], [0, 1]]
+    bench.step(1.0, b2=TryAgain("DEADLINE_EXCEEDED"))
+    assert bench.batches.sent[3:] == [("create-user", 0, [0])]
+    # One event cannot be halved: it waits as for any outage, and is no dead letter.
+    bench.step(b3=TryAgain("DEADLINE_EXCEEDED"))
+    assert bench.lanes.in_flight == 0
+    bench.step(1.0)
+    assert bench.batches.sent[4:] == [("create-user", 0, [0])]
+    # What passes slowly stays as small as it is; what passes quickly grows, and keeps its order.
+    bench.step(5.0, b4=BatchReport(1, 0))
+    assert bench.batches.sent[5:] == [("create-user", 0, [1])]
+    bench.step(0.1, b5=BatchReport(1, 0))
+    bench.step(0.1, b6=BatchReport(2, 0))
+    bench.step(0.1, b7=BatchReport(4, 0))
+    assert [sent[2] for sent in bench.batches.sent[6:]] == [[2, 3], [4, 5, 6, 7], [8]]
+    bench.step(b8=BatchReport(1, 0))
+    assert all(event.finished for event in events)
+    assert bench.dead == []
+
+
+def test_a_batch_without_a_result_is_halved() -> None:
+    bench = Bench()
+    bench.add(*range(4))
+    bench.step()
+    bench.step(RESULT_WAIT_S)
+    assert [sent[2] for sent in bench.batches.sent] == [[0, 1, 2, 3], [0, 1]]
