@@ -26,7 +26,7 @@ from segsvc.services.user_bits import Int64s, ShardBits, clear_users, evaluate_a
 log = get_logger(__name__)
 
 BATCH_S = 6.0
-"""How long a statement of a batch may take, and a batch before its next statement begins: so the sender, who waits 15 s,
+"""How long a statement of a batch may take, and a batch before its last statement begins: the sender waits 15 s, and so
 hears that it was too much. One event has the session's bound."""
 
 

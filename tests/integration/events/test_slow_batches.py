@@ -1,4 +1,4 @@
-"""A batch that the database does not get through in time becomes smaller until it passes; none of it is a dead letter."""
+"""A batch that the database does not get through becomes smaller until it passes; none of it is a dead letter."""
 
 from __future__ import annotations
 
