@@ -16,7 +16,7 @@ from segsvc.fan_out import ThreadFanOut
 from segsvc.log import get_logger
 from segsvc.metrics import in_doubt_seconds, operations_not_ended_seconds, recovery_alarms
 from segsvc.postgres import moving
-from segsvc.postgres.audit_reads import PostgresAuditReads
+from segsvc.postgres.audit_reads import PostgresCheckReads
 from segsvc.postgres.blocks import PostgresShardSnapshots, PostgresShardTransaction
 from segsvc.postgres.catalog import PostgresSegmentCatalog
 from segsvc.postgres.engine import Databases, Pool
@@ -267,7 +267,7 @@ class Inspection:
 
     def __init__(self, settings: Settings) -> None:
         self._databases = Databases(settings, "inspection", Pool(1))
-        self._reads = PostgresAuditReads(self._databases)
+        self._reads = PostgresCheckReads(self._databases)
         self._cache = make_cache(settings)
         self._reader = CacheReader(self._cache, settings.shard_count)
 
@@ -329,7 +329,7 @@ class Check:
         self.reader = CacheReader(self._cache, settings.shard_count)
         if with_cache:
             self.reader.connect()
-        self.reads = PostgresAuditReads(self._databases)
+        self.reads = PostgresCheckReads(self._databases)
         self.checker = Checker(
             self.reads,
             self.reader if with_cache else None,

@@ -25,9 +25,12 @@ class OverriddenSlots:
     excluded: npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BitRows:
-    """Bits of many segments in some blocks: block ``blocks[i]`` of segment ``segment_ids[i]`` is ``packed[i]``."""
+    """Bits of many segments in some blocks: block ``blocks[i]`` of segment ``segment_ids[i]`` is ``packed[i]``.
+
+    Two of the columns have one type, so they are given by name only.
+    """
 
     blocks: npt.NDArray[np.int64]
     segment_ids: npt.NDArray[np.int64]

@@ -86,15 +86,6 @@ class DirectoryRows:
 
 
 @dataclass(frozen=True, slots=True)
-class BitRows:
-    """Membership rows of the right size, in the order of segment and block; bits n × 128."""
-
-    segment_ids: Int64s
-    blocks: Int64s
-    packed: bits.Packed
-
-
-@dataclass(frozen=True, slots=True)
 class OverrideColumns:
     """Overrides that hold now: the user's slot, the segment, and whether it puts the user in (else out)."""
 

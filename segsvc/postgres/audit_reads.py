@@ -1,4 +1,4 @@
-"""What the checker reads. Implements ``services.check.AuditReads``."""
+"""What the checker reads. Implements ``services.check.CheckReads``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import sqlalchemy as sa
 from psycopg2 import sql
 
+from segsvc.domain import bits
 from segsvc.domain.operation import Failure, OperationPlan, OperationState, PreparedTransaction
 from segsvc.domain.override import Effect
 from segsvc.domain.segment import ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import (
-    BitRows,
     CatalogView,
     DirectoryRows,
     Int64s,
@@ -32,7 +32,7 @@ from segsvc.postgres.engine import Databases, translated
 from segsvc.postgres.participant import select_prepared
 
 
-class PostgresAuditReads:
+class PostgresCheckReads:
     """Reads of one process; its connections are bounded like everybody's, statement by statement."""
 
     def __init__(self, databases: Databases) -> None:
@@ -172,7 +172,7 @@ class PostgresShardSnapshot:
         )
         return DirectoryRows(rows["blocks"].astype(np.int64), rows["user_ids"].astype(np.int64))
 
-    def bit_rows(self, first: int, count: int) -> BitRows:
+    def bit_rows(self, first: int, count: int) -> bits.BitRows:
         """Membership rows of a range of blocks in the order of segment and block, those of a wrong size left out."""
         rows = self._copy(
             "SELECT segment_id, block, bits FROM memberships "
@@ -184,7 +184,11 @@ class PostgresShardSnapshot:
             blocks=">i8",
             packed=("u1", BLOCK_BYTES),
         )
-        return BitRows(rows["segment_ids"].astype(np.int64), rows["blocks"].astype(np.int64), rows["packed"])
+        return bits.BitRows(
+            segment_ids=rows["segment_ids"].astype(np.int64),
+            blocks=rows["blocks"].astype(np.int64),
+            packed=rows["packed"],
+        )
 
     def overrides(self, first: int, count: int) -> OverrideColumns:
         """Overrides of the users of a range of blocks that hold at the snapshot's moment, by the shard's clock."""

@@ -82,12 +82,12 @@ class PostgresShardBits:
             {"blocks": bigint_array(blocks)},
         ).all()
         return bits.BitRows(
-            np.repeat(
+            blocks=np.repeat(
                 np.array([row.block for row in rows], dtype=np.int64),
                 np.array([len(row.segment_ids) for row in rows], dtype=np.int64),
             ),
-            np.array([segment_id for row in rows for segment_id in row.segment_ids], dtype=np.int64),
-            np.frombuffer(b"".join(row.bits for row in rows), dtype=np.uint8).reshape(-1, BLOCK_BYTES),
+            segment_ids=np.array([segment_id for row in rows for segment_id in row.segment_ids], dtype=np.int64),
+            packed=np.frombuffer(b"".join(row.bits for row in rows), dtype=np.uint8).reshape(-1, BLOCK_BYTES),
         )
 
     def put_bit_rows(self, rows: bits.BitRows, *, stored: npt.NDArray[np.bool_]) -> None:

@@ -39,7 +39,7 @@ class AuditedShard(ShardSnapshot, Protocol):
         """Ids of deleted users above ``after``, ascending."""
 
 
-class AuditReads(Protocol):
+class CheckReads(Protocol):
     """Where the checker reads. All raise ServiceError UNAVAILABLE in an outage."""
 
     def catalog(self, *, fence_ttl_s: float, asked_for: Collection[UUID] = ()) -> CatalogView:
@@ -73,7 +73,7 @@ class Checker:
 
     def __init__(
         self,
-        reads: AuditReads,
+        reads: CheckReads,
         cache: CacheReader | None,
         *,
         cluster: str,

@@ -18,7 +18,7 @@ from segsvc.domain import bits
 from segsvc.domain.bucketing import buckets
 from segsvc.domain.segment import Policy, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS, shard_of
-from segsvc.domain.stored import BitRows, DirectoryRows, Int64s, OverrideColumns, StateRow, UserColumns
+from segsvc.domain.stored import DirectoryRows, Int64s, OverrideColumns, StateRow, UserColumns
 from segsvc.services.check_report import Difference, Kind, Report
 
 CHUNK_BLOCKS_MAX: Final = 128
@@ -38,7 +38,7 @@ class ShardSnapshot(Protocol):
 
     def directory(self, first: int, count: int) -> DirectoryRows: ...
 
-    def bit_rows(self, first: int, count: int) -> BitRows: ...
+    def bit_rows(self, first: int, count: int) -> bits.BitRows: ...
 
     def overrides(self, first: int, count: int) -> OverrideColumns: ...
 
@@ -84,7 +84,7 @@ class Chunk:
 
 def load_chunk(
     snapshot: ShardSnapshot, segments: Sequence[ShardSegment], first: int, count: int
-) -> tuple[Chunk, BitRows]:
+) -> tuple[Chunk, bits.BitRows]:
     """Recompute a range of blocks; with it the rows that are stored, which FROZEN rules are taken from."""
     users = snapshot.users(first, count)
     by_slot = np.zeros(count * BLOCK_SLOTS, dtype=np.int64)
@@ -98,7 +98,7 @@ def load_chunk(
 
 
 def _expected_bits(
-    snapshot: ShardSnapshot, segment: ShardSegment, first: int, user_ids: bits.UserIds, rows: BitRows
+    snapshot: ShardSnapshot, segment: ShardSegment, first: int, user_ids: bits.UserIds, rows: bits.BitRows
 ) -> bits.Packed:
     """The bits that a segment must have, overrides apart."""
     count = len(user_ids)
@@ -128,7 +128,7 @@ def slots_of(first: int, count: int) -> Int64s:
     return np.arange(start, start + count * BLOCK_SLOTS, dtype=np.int64).reshape(count, BLOCK_SLOTS)
 
 
-def stored_bits(rows: BitRows, segment_id: int, first: int, count: int) -> bits.Packed:
+def stored_bits(rows: bits.BitRows, segment_id: int, first: int, count: int) -> bits.Packed:
     """The bits that are stored for one segment."""
     packed = bits.empty(count)
     start, end = np.searchsorted(rows.segment_ids, [segment_id, segment_id + 1])
@@ -225,7 +225,7 @@ class ShardCheck:
             ),
         )
 
-    def _check_rows(self, rows: BitRows) -> None:
+    def _check_rows(self, rows: bits.BitRows) -> None:
         """Rows that should not exist at all: of unknown segments, or without a bit."""
         known = np.isin(rows.segment_ids, [segment.id for segment in self.segments])
         empty = ~rows.packed.any(axis=1)

@@ -84,9 +84,9 @@ def place_users(tx: ShardBits, first_slot: int, user_ids: Int64s) -> None:
     touched = packed.any(axis=2)
     which_segment, which_block = np.nonzero(touched)
     rows = bits.BitRows(
-        which_block + first_block,
-        np.array([segment.id for segment in open_rules], dtype=np.int64)[which_segment],
-        packed[which_segment, which_block],
+        blocks=which_block + first_block,
+        segment_ids=np.array([segment.id for segment in open_rules], dtype=np.int64)[which_segment],
+        packed=packed[which_segment, which_block],
     )
     stored = _merge(rows, tx.bit_rows(range(first_block, first_block + block_count)), first_block)
     tx.put_bit_rows(rows, stored=stored)
@@ -144,7 +144,7 @@ def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
             continue
         changed = new[which_segment, which_block]
         tx.put_bit_rows(
-            bits.BitRows(blocks[which_block], ids[which_segment], changed),
+            bits.BitRows(blocks=blocks[which_block], segment_ids=ids[which_segment], packed=changed),
             stored=stored[which_segment, which_block],
         )
         gained = np.bitwise_count(changed).sum(axis=1, dtype=np.int64)
@@ -198,7 +198,7 @@ def clear_users(tx: ShardBits, slots: Int64s) -> None:
         cleared = cleared[changed]
         segment_ids = rows.segment_ids[changed]
         tx.put_bit_rows(
-            bits.BitRows(rows.blocks[changed], segment_ids, rows.packed[changed] & ~cleared),
+            bits.BitRows(blocks=rows.blocks[changed], segment_ids=segment_ids, packed=rows.packed[changed] & ~cleared),
             stored=np.ones(segment_ids.size, dtype=np.bool_),
         )
         lost = np.bitwise_count(cleared).sum(axis=1, dtype=np.int64)
