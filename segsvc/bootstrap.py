@@ -33,6 +33,7 @@ from segsvc.postgres.statistics import PostgresShardCounter, PostgresUserReader
 from segsvc.postgres.users import PostgresUserStore
 from segsvc.services.check import Checker
 from segsvc.services.cold_reads import ColdReads, Limits
+from segsvc.services.deadlines import DeadlineKeeper
 from segsvc.services.end_watcher import OperationEndWatcher
 from segsvc.services.explain import ExplainService
 from segsvc.services.export import ExportService
@@ -240,8 +241,10 @@ class Front:
             shards=range(settings.shard_count),
             fan_out=for_creations,
         )
+        self._deadlines = DeadlineKeeper(parts.coordinator, interval_s=settings.recovery_interval_s)
 
     def close(self) -> None:
+        self._deadlines.close()
         self.watcher.close()
         for fan_out in self._fan_outs:
             fan_out.close()

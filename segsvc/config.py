@@ -80,9 +80,11 @@ class Settings(BaseSettings):
     cold_read_threads: int = Field(2, ge=1, le=16, description="Concurrent cold-read statements a shard and process.")
 
     # -- how long things may take -----------------------------------------------------------------------------------
-    operation_deadline_s: float = Field(120.0, gt=0, le=3600, description="PREPARING longer than this is aborted.")
+    operation_deadline_s: float = Field(
+        120.0, gt=0, le=3600, description="Not decided this long after its start: aborted."
+    )
     redispatch_quiet_s: float = Field(3.0, gt=0, description="PREPARING and quiet this long: a fresh chord.")
-    recovery_interval_s: float = Field(2.0, gt=0, description="How often beat runs recovery.")
+    recovery_interval_s: float = Field(2.0, gt=0, description="How often recovery and each front look.")
     warm_interval_s: float = Field(3.0, gt=0, description="How often beat runs the warmer.")
     statement_timeout_s: float = Field(30.0, gt=0, description="Bound of one SQL statement of an operation.")
     read_timeout_s: float = Field(2.0, gt=0, description="Bound of one SQL statement of a read.")

@@ -7,8 +7,8 @@ interfaces, ``Ledger`` and ``Participant``, so that a simulation and PostgreSQL 
     accept    insert QUEUED                                       (services.operations; only then answer or dispatch)
     start     QUEUED → PREPARING, one in flight, deadline starts  Ledger.start_oldest
     prepare   on each shard: lock, fence, work, PREPARE           Participant.prepare
-    vote      on the catalog, only while PREPARING                Ledger.vote
-    decide    all votes: PREPARING → COMMITTED with the segment   Ledger.commit         ← the commit point
+    vote      on the catalog, only while PREPARING and in time    Ledger.vote
+    decide    all votes, in time: → COMMITTED with the segment    Ledger.commit         ← the commit point
     commit    COMMIT PREPARED on each shard                       Participant.commit_prepared
     publish   drop the shards' cache generations                  Invalidation.drop_generations
     finish    COMMITTED → DONE; start the next                    Ledger.finish
@@ -25,6 +25,10 @@ What survives a crash, by the last step that took effect, and who goes on (recov
     publish                  dropping a generation twice is harmless
     finish                   recovery starts the oldest in the queue
     abort                    recovery rolls back whatever is prepared under an ABORTED operation, whenever it appears
+
+The deadline is compared by the catalog's clock, in the statement that votes, sends again or decides. So who sleeps
+through it, however long, commits nothing afterwards; and who finds an operation past it aborts it, whoever that is: a
+header task, a finalizer, recovery, or a front that somebody asks.
 
 Why no shard is ever alone: a transaction is committed only after COMMITTED is durable, which needs every vote; a vote
 is cast only after PREPARE answered (or its gid was seen), and never after ABORTED, because the vote locks the row that
@@ -53,6 +57,7 @@ from segsvc.twophase_ports import (
     STANDINGS,
     UNKNOWN,
     UNREAD,
+    Answer,
     Dispatcher,
     FanOut,
     Finish,
@@ -134,6 +139,10 @@ class Coordinator:
         operation = self._ledger.get(operation_id)
         if operation is None or operation.state is not OperationState.PREPARING:
             return  # A late twin. Whatever it could still do here, recovery does.
+        if operation.late:
+            # The message took too long, or its sender stood still: the shard's lock is not worth taking any more.
+            self.abort_late(operation)
+            return
         gid = self.gid(operation_id, shard)
         try:
             counts = self._prepare_or_recount(operation, participant, gid, on_progress)
@@ -144,7 +153,11 @@ class Coordinator:
         if counts is None:
             return
         self._crash.reach("prepared-not-voted", operation=operation_id, shard=shard)
-        if not self._ledger.vote(operation_id, counts):
+        answer = self._ledger.vote(operation_id, counts)
+        if answer is Answer.LATE:
+            self.abort_late(operation)
+            return
+        if answer is Answer.REFUSED:
             # Refused says only "not PREPARING now". COMMITTED is possible too (a twin voted for this shard and the
             # rest was quick): rolling back then would lose this shard. So read again, and roll back only what is
             # ABORTED, which is final.
@@ -181,21 +194,9 @@ class Coordinator:
         if operation is None:
             return True
         if operation.state is OperationState.PREPARING:
-            if len(operation.votes) < len(self.participants):
+            if len(operation.votes) < len(self.participants) and not operation.late:
                 return False
-            self._crash.reach("before-decision", operation=operation_id)
-            try:
-                # False covers "somebody else decided", either way: read again below.
-                self._ledger.commit(operation_id)
-            except WorkFailed as error:
-                # The commit point rolled back whole (it is one transaction), so deciding against is safe.
-                self._crash.reach("decision-refused", operation=operation_id)
-                if self.abort(operation_id, error.failure):
-                    return True
-                # The rollback also let go of the operation's row. So another decider may have come between, and have
-                # drawn a number that was free: that decision stands, and is carried out as any other.
-            else:
-                self._crash.reach("decided", operation=operation_id)
+            self._decide(operation)
             operation = self._ledger.get(operation_id)
             if operation is None:
                 return True
@@ -203,6 +204,27 @@ class Coordinator:
             self._complete(operation)
             return True
         return operation.state.final
+
+    def _decide(self, operation: Operation) -> None:
+        """Decide for a PREPARING operation with all votes, or against one that is late. Whatever another decider was
+        quicker with stands: read again what it is."""
+        if operation.late:
+            self.abort_late(operation)
+            return
+        self._crash.reach("before-decision", operation=operation.id)
+        try:
+            answer = self._ledger.commit(operation.id)
+        except WorkFailed as error:
+            # The commit point rolled back whole (it is one transaction), so deciding against is safe. The rollback
+            # also let go of the operation's row: another decider may have come between, and have drawn a number that
+            # was free. Then this abort finds it COMMITTED, and does nothing.
+            self._crash.reach("decision-refused", operation=operation.id)
+            self.abort(operation.id, error.failure)
+            return
+        if answer is Answer.LATE:
+            self.abort_late(operation)
+            return
+        self._crash.reach("decided", operation=operation.id)
 
     def _complete(self, operation: Operation) -> None:
         """COMMIT PREPARED everywhere, then drop the caches, then DONE: in this order, each idempotent.
@@ -270,13 +292,17 @@ class Coordinator:
         failure: Failure,
         *,
         from_states: Sequence[OperationState] = (OperationState.QUEUED, OperationState.PREPARING),
+        if_late: bool = False,
     ) -> bool:
         """Decide against an operation, then roll back what is prepared. False: it was decided already.
 
         The decision comes first: a rollback before it would leave a vote standing for work that is gone.
+
+        Args:
+            if_late: only if its deadline has passed.
         """
         self._crash.reach("before-abort", operation=operation_id)
-        if not self._ledger.abort(operation_id, failure, from_states=from_states):
+        if not self._ledger.abort(operation_id, failure, from_states=from_states, if_late=if_late):
             return False
         self._crash.reach("aborted-not-rolled-back", operation=operation_id)
         try:
@@ -291,6 +317,31 @@ class Coordinator:
             # It is decided, which is what the caller asked; recovery starts the next as well.
             log.warning("start_left_to_recovery", after=str(operation_id), reason=error.reason.text)
         return True
+
+    def abort_late_ones(self) -> None:
+        """Abort what is PREPARING past its deadline. A front does this too, lest the queue need a worker that lives.
+
+        Raises:
+            ServiceError: the catalog is out of reach.
+        """
+        for operation in self._ledger.late():
+            self.abort_late(operation)
+
+    def abort_late(self, operation: Operation) -> bool:
+        """Abort a PREPARING operation whose deadline has passed. False: it was decided already.
+
+        Anybody may who finds it so: neither a vote nor a decision can be made for it any more.
+        """
+        voted = {counts.shard for counts in operation.votes}
+        missing = [str(one.shard) for one in self.participants if one.shard not in voted]
+        if missing:
+            message = "the shards did not all prepare before the deadline"
+        else:
+            message = "all shards prepared, but nobody decided before the deadline"
+        failure = Failure(
+            Reason.OPERATION_ABORTED.text, message, {"why": "DEADLINE", "shards_missing": ",".join(missing)}
+        )
+        return self.abort(operation.id, failure, from_states=(OperationState.PREPARING,), if_late=True)
 
     def _rollback_shard(self, operation_id: UUID, participant: Participant) -> None:
         participant.rollback_prepared(self.gid(operation_id, participant.shard))
@@ -394,11 +445,9 @@ class Coordinator:
         elif operation.state is OperationState.PREPARING:
             voted = {counts.shard for counts in operation.votes}
             missing = [participant.shard for participant in self.participants if participant.shard not in voted]
-            if not missing:
+            if operation.late:
+                self.abort_late(operation)
+            elif not missing:
                 self.finalize(operation.id)
-            elif open_operation.expired:
-                message = "the shards did not all prepare before the deadline"
-                metadata = {"why": "DEADLINE", "shards_missing": ",".join(map(str, missing))}
-                self.abort(operation.id, Failure(Reason.OPERATION_ABORTED.text, message, metadata))
             elif open_operation.quiet and self._ledger.claim_dispatch(operation.id):
                 self.dispatch(operation, missing)

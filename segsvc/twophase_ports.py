@@ -35,6 +35,17 @@ class Finish(Enum):
     """Somebody else is at it, or its PREPARE is not through: try again."""
 
 
+class Answer(Enum):
+    """What the ledger says to a vote or a decision."""
+
+    TAKEN = "taken"
+    """It is durable: also a vote that a twin has cast before."""
+    REFUSED = "refused"
+    """The operation is not PREPARING, or a decision lacks a vote: read it again."""
+    LATE = "late"
+    """It is PREPARING and past its deadline: nothing can become of it but its abort."""
+
+
 class WorkFailed(Exception):
     """The work on a shard cannot succeed, now or later: the operation must be aborted. ``failure`` says why."""
 
@@ -54,13 +65,11 @@ class OpenOperation:
     """An operation that is not final, with what the catalog's clock says of it.
 
     Attributes:
-        expired: its deadline has passed.
         quiet: no dispatch, vote or progress for a while: nobody seems to work on it.
         age_s: for how long it has been in its state.
     """
 
     operation: Operation
-    expired: bool
     quiet: bool
     age_s: float
 
@@ -78,22 +87,29 @@ class Ledger(Protocol):
     def open_operations(self) -> Sequence[OpenOperation]:
         """All that are PREPARING or COMMITTED, and of those that are QUEUED the oldest, which may start next."""
 
+    def late(self) -> Sequence[Operation]:
+        """All that are PREPARING and past their deadline."""
+
     def start_oldest(self) -> Operation | None:
         """Move the oldest QUEUED operation to PREPARING, or to ABORTED if it is not valid any more (and go on with
         the next). None: the queue is empty, or another operation is in flight."""
 
     def claim_dispatch(self, operation_id: UUID) -> bool:
-        """Whether the caller is the one to send a fresh chord: PREPARING and quiet; resets the quiet time."""
+        """Whether the caller is the one to send a fresh chord: PREPARING, quiet, and not late; resets the quiet
+        time."""
 
-    def vote(self, operation_id: UUID, counts: ShardCounts) -> bool:
-        """Record a shard's vote while PREPARING; True also for a duplicate. False: refused, not PREPARING."""
+    def vote(self, operation_id: UUID, counts: ShardCounts) -> Answer:
+        """Record a shard's vote while PREPARING and not late."""
 
-    def commit(self, operation_id: UUID) -> bool:
-        """The decision: PREPARING with all votes → COMMITTED, in one transaction with the segment's change. False:
-        a vote is missing or somebody else decided. Raises WorkFailed if the change can never be made."""
+    def commit(self, operation_id: UUID) -> Answer:
+        """The decision: PREPARING with all votes and not late → COMMITTED, in one transaction with the segment's
+        change. Raises WorkFailed if the change can never be made."""
 
-    def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
-        """Decide against: one of ``from_states`` → ABORTED. False: it was in none of them."""
+    def abort(
+        self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
+    ) -> bool:
+        """Decide against: one of ``from_states`` → ABORTED. False: it was in none of them; or, with ``if_late``, its
+        deadline has not passed."""
 
     def all_shards_committed(self, operation_id: UUID) -> float:
         """Note that every shard of a COMMITTED operation has committed, unless it is noted already. Seconds since it

@@ -138,10 +138,11 @@ def _of_transaction(entry: LedgerEntry, catalog: CatalogView, shard_count: int, 
 
 def _preparing(entry: LedgerEntry, now: datetime, shard_count: int, silent: Collection[int]) -> _Doubt:
     missing = [shard for shard in range(shard_count) if shard not in entry.voted]
+    if entry.deadline is not None and entry.deadline <= now:
+        late = f"{_named(missing, silent)} did not vote" if missing else "all shards have voted for it, nobody decided"
+        return _Doubt(f"{late} in time", "a front or recovery aborts it and rolls it back")
     if not missing:
         return _Doubt("all shards have voted for it", "recovery decides it")
-    if entry.deadline is not None and entry.deadline <= now:
-        return _Doubt(f"{_named(missing, silent)} did not vote in time", "recovery aborts it and rolls it back")
     until = entry.deadline.isoformat(timespec="seconds") if entry.deadline else "its deadline"
     return _Doubt(
         f"it waits for the vote of {_named(missing, silent)}",

@@ -180,6 +180,8 @@ class Operation:
         failure: why it was aborted; None otherwise.
         votes: counts of the shards that voted, by shard.
         commit_seq: order of the commits; None until COMMITTED.
+        late: PREPARING when it was read, and past its deadline by the catalog's clock: it will be aborted, by whoever
+            comes first.
     """
 
     id: UUID
@@ -194,6 +196,7 @@ class Operation:
     failure: Failure | None
     votes: Sequence[ShardCounts]
     commit_seq: int | None
+    late: bool = False
 
     @property
     def name(self) -> str:

@@ -41,7 +41,7 @@ from segsvc.postgres.ledger_views import (
     select_progress,
     select_votes,
 )
-from segsvc.twophase_ports import OpenOperation, WorkFailed
+from segsvc.twophase_ports import Answer, OpenOperation, WorkFailed
 
 log = get_logger(__name__)
 
@@ -57,8 +57,23 @@ _progress = tables.progress.c
 _SELECT_STATE_SHARED: Final = (
     sa.select(_operations.state).where(_operations.id == sa.bindparam("operation_id")).with_for_update(read=True)
 )
-# A duplicate vote is no refusal: the twin's counts are the same, the work is deterministic.
-_INSERT_VOTE: Final = insert(tables.votes).on_conflict_do_nothing()
+_VOTE_NAMES: Final = ("shard", "matched", "added", "removed", "members")
+# A duplicate vote is no refusal: the twin's counts are the same, the work is deterministic. The deadline is compared
+# here and not with the state: what a locking SELECT computes is as old as its wait for the lock.
+_INSERT_VOTE: Final = (
+    insert(tables.votes)
+    .from_select(
+        ["operation_id", *_VOTE_NAMES],
+        sa.select(
+            _operations.id, *(sa.bindparam(name, type_=_votes[name].type).label(name) for name in _VOTE_NAMES)
+        ).where(_operations.id == sa.bindparam("operation_id"), ledger_steps.IN_TIME),
+        include_defaults=False,
+    )
+    .on_conflict_do_nothing()
+)
+_HAS_VOTED: Final = sa.select(
+    sa.exists().where(_votes.operation_id == sa.bindparam("operation_id"), _votes.shard == sa.bindparam("shard"))
+)
 _FINISH: Final = (
     sa.update(tables.operations)
     .where(_operations.id == sa.bindparam("operation_id"), _operations.state == OperationState.COMMITTED.name)
@@ -165,7 +180,6 @@ class PostgresLedger:
             judged = connection.execute(
                 sa.select(
                     _operations.id,
-                    sa.func.coalesce(_operations.deadline < now, False).label("expired"),
                     sa.func.coalesce(heard < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s), False).label(
                         "quiet"
                     ),
@@ -175,8 +189,14 @@ class PostgresLedger:
             loaded = select_operations(
                 connection, _operations.id.in_([row.id for row in judged]), order=_operations.seq.asc()
             )
-        flags = {row.id: (row.expired, row.quiet, row.age_s) for row in judged}
+        flags = {row.id: (row.quiet, row.age_s) for row in judged}
         return [OpenOperation(operation, *flags[operation.id]) for operation in loaded]
+
+    def late(self) -> Sequence[Operation]:
+        """All that are PREPARING and past their deadline, by the catalog's clock: one at most."""
+        preparing = _operations.state == OperationState.PREPARING.name
+        with self._databases.catalog_tx() as connection:
+            return select_operations(connection, preparing, sa.not_(ledger_steps.IN_TIME))
 
     def result(self, operation_id: UUID) -> OperationResult | None:
         """What a committed operation has to say; None: it is not committed."""
@@ -229,33 +249,28 @@ class PostgresLedger:
                 .where(
                     _operations.id == operation_id,
                     _operations.state == OperationState.PREPARING.name,
+                    ledger_steps.IN_TIME,
                     _operations.dispatch_time < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s),
                 )
                 .values(dispatch_time=now)
             )
         return bool(result.rowcount)
 
-    def vote(self, operation_id: UUID, counts: ShardCounts) -> bool:
+    def vote(self, operation_id: UUID, counts: ShardCounts) -> Answer:
         """Record a shard's vote. FOR SHARE keeps a decision out until the vote is in, or sees the decision."""
         with self._databases.catalog_tx() as connection:
             state = connection.execute(_SELECT_STATE_SHARED, {"operation_id": operation_id}).scalar_one_or_none()
             if state != OperationState.PREPARING.name:
-                return False
-            connection.execute(
-                _INSERT_VOTE,
-                {
-                    "operation_id": operation_id,
-                    "shard": counts.shard,
-                    "matched": counts.matched,
-                    "added": counts.added,
-                    "removed": counts.removed,
-                    "members": counts.members,
-                },
-            )
+                return Answer.REFUSED
+            vote = {name: getattr(counts, name) for name in _VOTE_NAMES}
+            inserted = connection.execute(_INSERT_VOTE, {"operation_id": operation_id, **vote}).rowcount
+            if not inserted:
+                twin = {"operation_id": operation_id, "shard": counts.shard}
+                return Answer.TAKEN if connection.execute(_HAS_VOTED, twin).scalar_one() else Answer.LATE
             self._crash.reach("vote-not-committed", operation=operation_id, shard=counts.shard)
-        return True
+        return Answer.TAKEN
 
-    def commit(self, operation_id: UUID) -> bool:
+    def commit(self, operation_id: UUID) -> Answer:
         """The commit point: all votes there → COMMITTED, the segment changed and the sequence number drawn, at once.
 
         Raises:
@@ -265,10 +280,12 @@ class PostgresLedger:
             with self._databases.catalog_tx() as connection:
                 operation = select_operation(connection, operation_id, lock=True)
                 if operation is None or operation.state is not OperationState.PREPARING:
-                    return False
+                    return Answer.REFUSED
                 if len(operation.votes) < self._shard_count:
-                    return False
-                ledger_steps.commit(connection, operation)
+                    return Answer.REFUSED
+                if not ledger_steps.commit(connection, operation):
+                    connection.rollback()  # what was changed for it is undone, and the number drawn for it stays unused
+                    return Answer.LATE
                 self._crash.reach("decision-not-committed", operation=operation_id)
         except exc.DBAPIError as error:
             if not sqlstate(error).startswith(_INTEGRITY_CLASS):
@@ -277,12 +294,14 @@ class PostgresLedger:
             raise WorkFailed(
                 Failure(Reason.INTERNAL.text, "the catalog refused the change", {"why": "INTEGRITY"})
             ) from error
-        return True
+        return Answer.TAKEN
 
-    def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
+    def abort(
+        self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
+    ) -> bool:
         """Decide against: one of ``from_states`` → ABORTED, what was reserved given back, in one transaction."""
         with self._databases.catalog_tx() as connection:
-            kind = ledger_steps.abort(connection, operation_id, failure, from_states)
+            kind = ledger_steps.abort(connection, operation_id, failure, from_states, if_late=if_late)
         if kind is None:
             return False
         _count_ended(kind, OperationState.ABORTED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -26,6 +26,10 @@ from segsvc.postgres.segment_rows import COLUMNS, segment_to_json, to_segment
 _operations = tables.operations.c
 _segments = tables.segments.c
 _requests = tables.requests.c
+
+
+IN_TIME: Final = _operations.deadline > sa.func.clock_timestamp()
+"""The deadline of an operation that is PREPARING has not passed: compared in the statement that decides something."""
 
 
 def find_request(connection: sa.Connection, method: str, request_id: UUID) -> tuple[UUID, bytes] | None:
@@ -159,12 +163,22 @@ def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
 
 
 def abort(
-    connection: sa.Connection, operation_id: UUID, failure: Failure, from_states: Sequence[OperationState]
+    connection: sa.Connection,
+    operation_id: UUID,
+    failure: Failure,
+    from_states: Sequence[OperationState],
+    *,
+    if_late: bool = False,
 ) -> OperationKind | None:
-    """Decide against an operation and give back what it had reserved. Its kind; None: it is in none of these states."""
+    """Decide against an operation and give back what it had reserved. Its kind; None: it is in none of these states,
+    or, with ``if_late``, not past its deadline."""
     row = connection.execute(
         sa.update(tables.operations)
-        .where(_operations.id == operation_id, _operations.state.in_([state.name for state in from_states]))
+        .where(
+            _operations.id == operation_id,
+            _operations.state.in_([state.name for state in from_states]),
+            sa.not_(IN_TIME) if if_late else sa.true(),
+        )
         .values(state=OperationState.ABORTED.name, failure=failure.to_json(), end_time=sa.func.clock_timestamp())
         .returning(_operations.kind, _operations.segment_id, TELL_END)
     ).one_or_none()
@@ -179,8 +193,12 @@ def abort(
     return OperationKind(row.kind)
 
 
-def commit(connection: sa.Connection, operation: Operation) -> None:
-    """Write the decision: the segment's change, its audit row and number, and COMMITTED."""
+def commit(connection: sa.Connection, operation: Operation) -> bool:
+    """Write the decision: the segment's change, its audit row and number, and COMMITTED. False: the operation's
+    deadline has passed, and the caller must roll everything back.
+
+    The caller has the operation's row and knows it to be PREPARING.
+    """
     segment = _change_segment(connection, operation)
     plan = operation.plan
     totals = {
@@ -202,7 +220,8 @@ def commit(connection: sa.Connection, operation: Operation) -> None:
     kept = segment_to_json(segment) if plan.kind is not OperationKind.DELETE else None
     result = connection.execute(
         sa.update(tables.operations)
-        .where(_operations.id == operation.id, _operations.state == OperationState.PREPARING.name)
+        # The last statement before the commit, so that whatever this waited for is over when it looks at the clock.
+        .where(_operations.id == operation.id, _operations.state == OperationState.PREPARING.name, IN_TIME)
         .values(
             state=OperationState.COMMITTED.name,
             commit_time=sa.func.clock_timestamp(),
@@ -210,8 +229,7 @@ def commit(connection: sa.Connection, operation: Operation) -> None:
             result={"segment": kept},
         )
     )
-    if result.rowcount != 1:
-        raise RuntimeError("the operation's row changed under its own lock")
+    return bool(result.rowcount)
 
 
 def _rule_details(plan: OperationPlan) -> dict[str, Any]:

@@ -40,6 +40,9 @@ _SELECT: Final = sa.select(
     _operations.end_time,
     _operations.failure,
     _operations.commit_seq,
+    sa.and_(
+        _operations.state == OperationState.PREPARING.name, _operations.deadline <= sa.func.clock_timestamp()
+    ).label("late"),
 )
 _SELECT_ONE: Final = _SELECT.where(_operations.id == sa.bindparam("operation_id"))
 _SELECT_ONE_LOCKED: Final = _SELECT_ONE.with_for_update()
@@ -83,6 +86,7 @@ def _with_votes(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> list[
             failure=Failure.from_json(row.failure) if row.failure else None,
             votes=votes.get(row.id, []),
             commit_seq=row.commit_seq,
+            late=bool(row.late),
         )
         for row in rows
     ]

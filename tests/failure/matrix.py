@@ -103,6 +103,8 @@ def sample(every: Sequence[Cell]) -> Iterator[Cell]:
         ("body-early", Fault.FREEZE, 0, Kind.DELETION),
         ("decision-reply-lost", Fault.FREEZE, None, Kind.CREATION),
         ("decision-contested", Fault.NONE, None, Kind.ROLLOUT),
+        ("late-vote", Fault.NONE, 2, Kind.ROLLOUT),
+        ("late-decision", Fault.FREEZE, None, Kind.CREATION),
         ("decided-1", Fault.KILL, 0, Kind.ROLLOUT),
         ("busy", Fault.NONE, 2, Kind.DELETION),
         ("gone-lost", Fault.CUT, 2, Kind.ROLLOUT),

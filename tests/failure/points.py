@@ -271,6 +271,58 @@ def decision_contested(scene: Scene) -> None:
     scene.strike(stop)
 
 
+# -- past the deadline ------------------------------------------------------------------------------------------------
+
+
+def _wakes_late(scene: Scene, stop: Stop) -> None:
+    """Make the call, and let the deadline pass while somebody is caught, which then goes on. Nobody has aborted the
+    operation yet: all who would, itself among them, are caught before they do. The fault falls on it there."""
+    aborting = scene.failpoint("before-abort")
+    scene.call()
+    pid = scene.caught(stop)
+    scene.let_deadline_pass()
+    stop.let_go()
+    scene.until(lambda: pid in aborting.pids, "it finds itself late")
+    if scene.state() != "PREPARING":
+        raise NotReached(f"it is {scene.state()} before anybody aborts it")
+    scene.expected = "ABORTED"
+    scene.strike(aborting, pid=pid)
+
+
+@point(
+    "late-task",
+    "the deadline passes before the chord is sent, and nobody has aborted the operation yet",
+    itself=True,
+    impossible={Kind.CREATION: "the front carries a creation out itself: there is no chord"},
+)
+def late_task(scene: Scene) -> None:
+    stop = scene.failpoint("started-not-dispatched")
+    working = scene.failpoint("locked-not-prepared")
+    aborting = scene.failpoint("before-abort")
+    scene.call()
+    pid = scene.caught(stop)
+    scene.let_deadline_pass()
+    stop.let_go()
+    # Its starter has sent the chord; the tasks abort, and so does whoever else looks.
+    scene.until(lambda: set(aborting.pids) - {pid}, "a task finds itself late")
+    if working.pids or scene.state() != "PREPARING":
+        raise NotReached("the work was begun after the deadline")
+    scene.expected = "ABORTED"
+    scene.strike(aborting)
+
+
+@point("late-vote", "the shard is prepared, and the deadline passes before its vote", on_shard=True, itself=True)
+def late_vote(scene: Scene) -> None:
+    _wakes_late(scene, scene.failpoint("prepared-not-voted", f"shard={scene.shard}"))
+    if scene.shard in scene.votes():
+        raise NotReached("its vote was counted")
+
+
+@point("late-decision", "all votes are in, and the deadline passes before the decision", itself=True)
+def late_decision(scene: Scene) -> None:
+    _wakes_late(scene, scene.failpoint("before-decision"))
+
+
 # -- after the decision ---------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from segsvc.domain.operation import (
     OperationState,
     ShardCounts,
 )
-from segsvc.twophase_ports import OpenOperation, WorkFailed
+from segsvc.twophase_ports import Answer, OpenOperation, WorkFailed
 from tests.simulation.database import Lock, Server, Transaction
 from tests.simulation.scheduler import Scheduler, Violation
 
@@ -87,7 +87,12 @@ class SimulatedLedger:
 
     def _view(self, row: Row) -> Operation:
         votes = tuple(row.votes[shard] for shard in sorted(row.votes))
-        return Operation(row.id, row.seq, row.plan, row.state, EPOCH, None, None, None, None, None, votes, None)
+        late = row.state is S.PREPARING and not self._in_time(row)
+        return Operation(row.id, row.seq, row.plan, row.state, EPOCH, None, None, None, None, None, votes, None, late)
+
+    def _in_time(self, row: Row) -> bool:
+        """By the catalog's clock, in the statement that asks."""
+        return self._scheduler.now < row.deadline
 
     def get(self, operation_id: UUID) -> Operation | None:
         def read() -> Operation | None:
@@ -109,7 +114,6 @@ class SimulatedLedger:
             return [
                 OpenOperation(
                     self._view(row),
-                    expired=row.state is S.PREPARING and row.deadline < now,
                     quiet=row.dispatched < now - QUIET_S,
                     age_s=0.0,  # for people
                 )
@@ -118,6 +122,12 @@ class SimulatedLedger:
             ]
 
         return self._server.ask("open operations", read)
+
+    def late(self) -> Sequence[Operation]:
+        def read() -> list[Operation]:
+            return [view for view in map(self._view, self._catalog.rows.values()) if view.late]
+
+        return self._server.ask("late?", read)
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
@@ -184,28 +194,55 @@ class SimulatedLedger:
         with self._server.transaction() as transaction:
             transaction.lock(row.lock, timeout_s=5)
             now = self._scheduler.now
-            claimed = row.state is S.PREPARING and row.dispatched < now - QUIET_S
+            claimed = row.state is S.PREPARING and self._may_dispatch(row) and row.dispatched < now - QUIET_S
             if claimed:
+                if not self._in_time(row):
+                    raise Violation("a chord is sent too late")
                 transaction.write(lambda: setattr(row, "dispatched", now))
         return claimed
 
-    def vote(self, operation_id: UUID, counts: ShardCounts) -> bool:
+    def _may_dispatch(self, row: Row) -> bool:
+        """In the statement that claims the dispatch."""
+        return self._in_time(row)
+
+    def vote(self, operation_id: UUID, counts: ShardCounts) -> Answer:
         row = self._catalog.rows[operation_id]
         with self._server.transaction() as transaction:
             transaction.lock(row.lock, exclusive=False, timeout_s=5)
             if row.state is not S.PREPARING:
-                return False
+                return Answer.REFUSED
+            self._server.ask("vote", lambda: None)
+            if counts.shard not in row.votes:
+                if not self._may_vote(row):
+                    return Answer.LATE
+                if not self._in_time(row):
+                    raise Violation("a vote is cast too late")
             transaction.write(lambda: row.votes.setdefault(counts.shard, counts))
             self._reach("vote-not-committed")
-        return True
+        return Answer.TAKEN
 
-    def commit(self, operation_id: UUID) -> bool:
+    def _may_vote(self, row: Row) -> bool:
+        """In the statement that inserts the vote."""
+        return self._in_time(row)
+
+    def commit(self, operation_id: UUID) -> Answer:
         row = self._catalog.rows[operation_id]
         with self._server.transaction() as transaction:
             transaction.lock(row.lock, timeout_s=5)
             if row.state is not S.PREPARING or len(row.votes) < self._shard_count:
-                return False
-            self._decide(transaction, row)
+                return Answer.REFUSED
+            self._scheduler.dawdle("change the segment")
+            if not self._decide_in_time(transaction, row):
+                transaction.end()
+                return Answer.LATE
+            self._reach("decision-not-committed")
+        return Answer.TAKEN
+
+    def _decide_in_time(self, transaction: Transaction, row: Row) -> bool:
+        """The decision's last statement."""
+        if not self._in_time(row):
+            return False
+        self._decide(transaction, row)
         return True
 
     def _decide(self, transaction: Transaction, row: Row) -> None:
@@ -216,6 +253,8 @@ class SimulatedLedger:
             transaction.end()  # at the error, not at the client's ROLLBACK: the row is free before the client knows
             self._scheduler.pause("integrity error")
             raise WorkFailed(Failure("INTERNAL", "refused", {"why": "INTEGRITY"}))
+        if not self._in_time(row):
+            raise Violation(f"{row.plan.kind.name} is decided {self._scheduler.now - row.deadline:.1f} s too late")
         plan, rules = row.plan, self._catalog.rules
 
         def decided() -> None:
@@ -228,13 +267,14 @@ class SimulatedLedger:
                 rules[plan.segment_id] = plan.rule.threshold if plan.rule else 0
 
         transaction.write(decided)
-        self._reach("decision-not-committed")
 
-    def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
+    def abort(
+        self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
+    ) -> bool:
         row = self._catalog.rows[operation_id]
         with self._server.transaction() as transaction:
             transaction.lock(row.lock, timeout_s=5)
-            if row.state not in from_states:
+            if row.state not in from_states or (if_late and self._in_time(row)):
                 return False
             transaction.write(lambda: row.become(S.ABORTED))
         return True

@@ -8,8 +8,8 @@ from uuid import UUID
 
 from segsvc.domain.operation import Failure, Gid, Operation, OperationState, ShardCounts, ShardProgress
 from segsvc.twophase import Coordinator
-from segsvc.twophase_ports import Finish, Participant
-from tests.simulation.commit_ledger import SimulatedLedger
+from segsvc.twophase_ports import Answer, Finish, Participant
+from tests.simulation.commit_ledger import Row, SimulatedLedger
 from tests.simulation.commit_shard import SimulatedShard
 from tests.simulation.commit_world import Parts
 from tests.simulation.database import Transaction
@@ -36,9 +36,10 @@ class RollbackBeforeTheAbortIsRecorded(Coordinator):
         failure: Failure,
         *,
         from_states: Sequence[OperationState] = (OperationState.QUEUED, OperationState.PREPARING),
+        if_late: bool = False,
     ) -> bool:
         self._fan_out(lambda participant: self._rollback_shard(operation_id, participant), self.participants)
-        return super().abort(operation_id, failure, from_states=from_states)
+        return super().abort(operation_id, failure, from_states=from_states, if_late=if_late)
 
 
 class RollbackAfterARefusedVote(Coordinator):
@@ -51,11 +52,11 @@ class RollbackAfterARefusedVote(Coordinator):
             def __getattr__(self, name: str) -> Any:
                 return getattr(ledger, name)
 
-            def vote(_, operation_id: UUID, counts: ShardCounts) -> bool:  # noqa: N805
-                voted = ledger.vote(operation_id, counts)
-                if not voted:
+            def vote(_, operation_id: UUID, counts: ShardCounts) -> Answer:  # noqa: N805
+                answer: Answer = ledger.vote(operation_id, counts)
+                if answer is Answer.REFUSED:
                     self.participants[shard].rollback_prepared(self.gid(operation_id, shard))
-                return voted
+                return answer
 
         hasty = Coordinator(
             cluster=self._cluster,
@@ -81,21 +82,52 @@ class OneInFlightByNotExists(SimulatedLedger):
 
 
 class DecisionWithoutCompareAndSet(SimulatedLedger):
-    def commit(self, operation_id: UUID) -> bool:
+    def commit(self, operation_id: UUID) -> Answer:
         operation = self.get(operation_id)
         if operation is None or operation.state is not OperationState.PREPARING:
-            return False
+            return Answer.REFUSED
         if len(operation.votes) < self._shard_count:
-            return False
+            return Answer.REFUSED
         with self._server.transaction() as transaction:
             self._decide(transaction, self._catalog.rows[operation_id])
+        return Answer.TAKEN
+
+
+class DeadlineReadBeforeTheDecision(SimulatedLedger):
+    """With the operation, as a statement of its own: whoever sleeps after it, or waits for a lock, decides too late."""
+
+    def _decide_in_time(self, transaction: Transaction, row: Row) -> bool:
+        in_time = self._in_time(row)
+        self._scheduler.pause("decide")
+        if in_time:
+            self._decide(transaction, row)
+        return in_time
+
+
+class DecisionWithoutTheDeadline(SimulatedLedger):
+    """Only recovery looks at it: whoever wakes with all votes in decides, however late."""
+
+    def _decide_in_time(self, transaction: Transaction, row: Row) -> bool:
+        self._decide(transaction, row)
+        return True
+
+
+class VoteWithoutTheDeadline(SimulatedLedger):
+    def _may_vote(self, row: Row) -> bool:
+        return True
+
+
+class DispatchWithoutTheDeadline(SimulatedLedger):
+    def _may_dispatch(self, row: Row) -> bool:
         return True
 
 
 class AbortWithoutCompareAndSet(SimulatedLedger):
     """Whoever aborts has read the state a statement ago, or was refused a decision that another one has made since."""
 
-    def abort(self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState]) -> bool:
+    def abort(
+        self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
+    ) -> bool:
         row = self._catalog.rows[operation_id]
         with self._server.transaction() as transaction:
             transaction.lock(row.lock, timeout_s=5)
@@ -162,6 +194,10 @@ MUTANTS = {
     "a vote without the command tag": Parts(shard=VoteWithoutTheCommandTag),
     "one in flight by NOT EXISTS": Parts(ledger=OneInFlightByNotExists),
     "a decision that is no compare-and-set": Parts(ledger=DecisionWithoutCompareAndSet),
+    "a decision without the deadline": Parts(ledger=DecisionWithoutTheDeadline),
+    "the deadline read before the decision": Parts(ledger=DeadlineReadBeforeTheDecision),
+    "a vote without the deadline": Parts(ledger=VoteWithoutTheDeadline),
+    "a dispatch without the deadline": Parts(ledger=DispatchWithoutTheDeadline),
     "an abort that is no compare-and-set": Parts(ledger=AbortWithoutCompareAndSet),
     "the ledger read before what is prepared": Parts(coordinator=LedgerReadBeforeWhatIsPrepared),
     "ABORTED visited once": Parts(coordinator=AbortedVisitedOnce),

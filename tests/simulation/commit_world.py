@@ -22,6 +22,7 @@ CLUSTER = "sim"
 SHARDS = 2
 SEGMENTS = (1, 2)
 RECOVERY_S = 0.3
+KEEPER_S = 0.8
 FAULT_STEPS = 500
 DRAIN_STEPS = 6000
 UNAVAILABLE = (ServiceError, LockTimeout)
@@ -173,6 +174,14 @@ class World:
         with contextlib.suppress(*UNAVAILABLE):  # the next one is near
             coordinator.recover()
 
+    def keeper(self) -> None:
+        """A front that keeps deadlines."""
+        coordinator = self.coordinator()
+        while True:
+            with contextlib.suppress(*UNAVAILABLE):
+                coordinator.abort_late_ones()
+            self.scheduler.sleep(KEEPER_S)
+
     def bridge(self) -> None:
         """Send user events until each is applied."""
         while self._events:
@@ -298,6 +307,7 @@ class World:
         scheduler.add_process("worker 1", self.worker)
         scheduler.add_process("worker 2", self.worker)
         scheduler.add_process("beat", self.beat)
+        scheduler.add_process("keeper", self.keeper)
         scheduler.add_process("bridge", self.bridge)
         scheduler.add_process("reader", self.reader)
         if scheduler.random.random() < 0.7:

@@ -48,7 +48,14 @@ PAST = 1000.0
             OperationState.PREPARING,
             PAST,
             (),
-            "shards 0, 1 did not vote in time; recovery aborts it and rolls it back",
+            "shards 0, 1 did not vote in time; a front or recovery aborts it and rolls it back",
+            True,
+        ),
+        (
+            OperationState.PREPARING,
+            PAST,
+            (0, 1),
+            "all shards have voted for it, nobody decided in time; a front or recovery aborts it and rolls it back",
             True,
         ),
         (

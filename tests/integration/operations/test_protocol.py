@@ -22,7 +22,7 @@ from segsvc.domain.segment import Rule
 from segsvc.failpoints import NoFailpoints
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.participant import PostgresParticipant
-from segsvc.twophase_ports import Finish
+from segsvc.twophase_ports import Answer, Finish
 from tests.integration.operations.conftest import SHARDS, USERS, Rig, roll_out
 
 CANCELLED = Failure(Reason.OPERATION_ABORTED.text, "cancelled", {"why": "CANCELLED"})
@@ -165,14 +165,14 @@ def test_a_refused_vote_rolls_back_only_what_is_aborted(rig: Rig) -> None:
     counts = rig.coordinator.participants[0].prepare(aborted, gid, lambda _: None)
     assert counts is not None
     rig.ledger.abort(aborted.id, CANCELLED, from_states=[OperationState.PREPARING])
-    assert not rig.ledger.vote(aborted.id, counts)
+    assert rig.ledger.vote(aborted.id, counts) is Answer.REFUSED
     rig.messages.sent.clear()
     rig.coordinator.recover()  # finds the zombie under an ABORTED operation
     assert rig.installation.prepared(0) == []
     committed = roll_out(rig, 20_000)
     rig.deliver()
     rig.prepare(committed, 1)  # a late twin of a DONE operation
-    assert not rig.ledger.vote(committed.id, counts)
+    assert rig.ledger.vote(committed.id, counts) is Answer.REFUSED
     assert rig.installation.members(segment_id) == rig.expected("checkout", 20_000)
     rig.check_invariants()
 
@@ -184,7 +184,7 @@ def test_a_duplicate_vote_is_no_refusal(rig: Rig) -> None:
     rig.prepare(operation, 0)  # finds its gid, counts again, votes again
     votes = rig.service.get(operation.id).votes
     assert [vote.shard for vote in votes] == [0]
-    assert rig.ledger.vote(operation.id, votes[0])
+    assert rig.ledger.vote(operation.id, votes[0]) is Answer.TAKEN
     rig.deliver()
     assert rig.state(operation) is OperationState.DONE
 
@@ -219,7 +219,7 @@ def test_a_prepared_transaction_that_is_gone_after_the_decision_is_done_again(ri
     rig.messages.sent.clear()
     for shard in range(SHARDS):
         rig.prepare(operation, shard)
-    assert rig.ledger.commit(operation.id)
+    assert rig.ledger.commit(operation.id) is Answer.TAKEN
     assert rig.coordinator.participants[2].rollback_prepared(rig.coordinator.gid(operation.id, 2)) is Finish.DONE
     rig.coordinator.recover()
     assert rig.state(operation) is OperationState.DONE

@@ -1,0 +1,129 @@
+"""The deadline is compared where something is decided: who sleeps through it commits nothing, whoever that is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+
+from segsvc.domain.operation import Operation, OperationState, ShardCounts
+from segsvc.postgres.locks import COMMIT_ORDER_LOCK
+from segsvc.services.deadlines import DeadlineKeeper
+from segsvc.twophase_ports import Answer
+from tests.eventually import eventually
+from tests.integration.operations.conftest import SHARDS, Rig, roll_out
+
+
+def pass_deadline(rig: Rig, operation: Operation) -> None:
+    rig.installation.execute(None, "UPDATE operations SET deadline = clock_timestamp() WHERE id = :id", id=operation.id)
+
+
+def assert_aborted_late(rig: Rig, operation: Operation, *, missing: str = "") -> None:
+    ended = rig.service.get(operation.id)
+    assert ended.state is OperationState.ABORTED
+    assert ended.failure is not None
+    assert ended.failure.reason == "OPERATION_ABORTED"
+    assert ended.failure.metadata == {"why": "DEADLINE", "shards_missing": missing}
+    rig.check_invariants()
+
+
+@pytest.fixture
+def started(rig: Rig) -> Operation:
+    """A rollout that is PREPARING; its chord is lost."""
+    rig.create()
+    operation = roll_out(rig, 10_000)
+    rig.messages.sent.clear()
+    return operation
+
+
+def test_a_decider_that_wakes_after_the_deadline_aborts(rig: Rig, started: Operation) -> None:
+    for shard in range(SHARDS):
+        rig.prepare(started, shard)
+    pass_deadline(rig, started)
+    assert rig.ledger.commit(started.id) is Answer.LATE
+    assert rig.coordinator.finalize(started.id)
+    assert_aborted_late(rig, started)
+    assert rig.cache.dropped == []
+
+
+def test_a_decision_that_waits_beyond_the_deadline_is_not_made(rig: Rig, started: Operation) -> None:
+    for shard in range(SHARDS):
+        rig.prepare(started, shard)
+    answers: list[Answer] = []
+    decider = threading.Thread(target=lambda: answers.append(rig.ledger.commit(started.id)))
+    engine = sa.create_engine(rig.installation.settings.catalog_dsn, poolclass=sa.NullPool)
+    with engine.begin() as editor:  # any other change of a segment, which is at its end
+        editor.execute(sa.select(sa.func.pg_advisory_xact_lock(COMMIT_ORDER_LOCK)))
+        # Its row is the decider's from then on: its deadline is as near as the wait is long.
+        rig.installation.execute(
+            None,
+            "UPDATE operations SET deadline = clock_timestamp() + interval '300 ms' WHERE id = :id",
+            id=started.id,
+        )
+        decider.start()
+        waits = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = :lock"
+        eventually(lambda: rig.installation.execute(None, waits, lock=COMMIT_ORDER_LOCK))
+        assert rig.service.get(started.id).state is OperationState.PREPARING
+        eventually(lambda: rig.service.get(started.id).late)
+    decider.join()
+    assert answers == [Answer.LATE]
+    assert rig.ledger.late()[0].id == started.id
+    rig.coordinator.abort_late_ones()
+    assert_aborted_late(rig, started)
+
+
+def test_a_late_vote_is_refused_and_aborts(rig: Rig, started: Operation, arm: Callable[[str, str], None]) -> None:
+    rig.prepare(started, 0)
+    arm("prepared-not-voted", "hold shard=1")
+    voter = threading.Thread(target=lambda: rig.prepare(started, 1))
+    voter.start()
+    eventually(lambda: rig.installation.prepared(1))
+    pass_deadline(rig, started)
+    assert rig.ledger.vote(started.id, ShardCounts(2)) is Answer.LATE
+    assert rig.ledger.vote(started.id, ShardCounts(0)) is Answer.TAKEN, "it has voted already"
+    arm("prepared-not-voted", "")
+    voter.join()
+    assert_aborted_late(rig, started, missing=",".join(map(str, range(1, SHARDS))))
+
+
+def test_a_late_message_prepares_nothing(rig: Rig, started: Operation) -> None:
+    pass_deadline(rig, started)
+    assert not rig.ledger.claim_dispatch(started.id)
+    rig.prepare(started, 0)
+    assert_aborted_late(rig, started, missing=",".join(map(str, range(SHARDS))))
+
+
+def test_a_late_body_aborts_also_with_votes_missing(rig: Rig, started: Operation) -> None:
+    rig.prepare(started, 0)
+    assert not rig.coordinator.finalize(started.id)
+    pass_deadline(rig, started)
+    assert rig.coordinator.finalize(started.id)
+    assert_aborted_late(rig, started, missing=",".join(map(str, range(1, SHARDS))))
+
+
+def test_before_the_deadline_nobody_aborts_for_it(rig: Rig, started: Operation) -> None:
+    assert not rig.coordinator.abort_late(started)
+    assert rig.state(started) is OperationState.PREPARING
+    rig.settle()
+    assert rig.state(started) is OperationState.DONE
+
+
+def test_without_any_worker_a_front_keeps_deadlines_and_the_queue_goes_on(rig: Rig, started: Operation) -> None:
+    following, last = roll_out(rig, 20_000), roll_out(rig, 30_000)
+    rig.prepare(started, 0)
+    ended = rig.service.watch_end(started.id)
+    keeper = DeadlineKeeper(rig.coordinator, interval_s=0.02)
+    try:
+        pass_deadline(rig, started)
+        assert ended.result(20).state is OperationState.ABORTED
+        eventually(lambda: rig.installation.prepared(0) == [])
+        eventually(lambda: rig.state(following) is OperationState.PREPARING)
+        pass_deadline(rig, following)
+        eventually(lambda: rig.state(last) is OperationState.PREPARING)
+    finally:
+        keeper.close()
+    assert_aborted_late(rig, following, missing=",".join(map(str, range(SHARDS))))
+    rig.settle()
+    assert rig.state(last) is OperationState.DONE
