@@ -79,7 +79,7 @@ bench-check: $(VENV) ## The same; fails where a goal is missed
 	@$(BIN)/python -m benchmarks.run --check $(ONLY) $(ARGS)
 
 ##@ Keep it sound
-.PHONY: sure fmt fmt-check lint types imports proto proto-check lock
+.PHONY: sure fmt fmt-check lint types imports proto proto-check client-protos lock
 sure: fmt-check lint types imports proto-check test ## All that must hold before a commit
 
 fmt: $(VENV) ## Format the code, mend what can be mended
@@ -103,6 +103,9 @@ proto: $(VENV) ## Generate grpc_api/generated from protos/
 
 proto-check: $(VENV) ## Lint and format of protos/, and that the generated code is current
 	@$(BIN)/python tools/protos.py check
+
+client-protos: $(VENV) ## Write build/client-protos: all that a client in any language is generated from
+	@$(BIN)/python tools/protos.py clients
 
 lock: $(VENV) ## Make the locks (all of it; the image's) from setup.cfg (UPGRADE=1: the newest versions that it allows)
 	@$(BIN)/uv pip compile $(LOCK) --all-extras --output-file requirements.lock setup.cfg

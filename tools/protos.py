@@ -2,6 +2,8 @@
 
     python tools/protos.py generate    write grpc_api/generated/ anew (make proto)
     python tools/protos.py check       lint, formatting, currency, compatibility (make proto-check); changes nothing
+    python tools/protos.py clients     write build/client-protos/: ours and all that they import, for plain protoc
+                                       (make client-protos)
 
 The generated package is importable as ``segmentation.v1`` (setup.cfg maps it to grpc_api/generated/segmentation).
 The descriptors are thus registered as ``segmentation/v1/….proto``, the name by which other people's clients import
@@ -23,12 +25,14 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = ROOT / "protos"
 GENERATED = ROOT / "grpc_api" / "generated"
 BUILD = ROOT / "build" / "protos"
+CLIENT_PROTOS = ROOT / "build" / "client-protos"
 PUBLISHED = ROOT / "tests" / "contract" / "protos_published"
 
 INIT_DOC = {
@@ -81,6 +85,28 @@ def run_protoc(protos: Path, *outputs: str) -> None:
     files = [str(path.relative_to(protos)) for path in sorted(protos.rglob("*.proto"))]
     if protoc.main(["protoc", f"-I{protos}", f"-I{google}", f"-I{well_known}", *outputs, *files]) != 0:
         raise SystemExit("protoc failed (see above)")
+
+
+def write_client_protos(target: Path) -> None:
+    """Write into ``target`` our protos and the Google ones that they import, each by the name of its import, replacing
+    what was there. protoc's own (google/protobuf) are left out: every protoc brings them.
+
+    Raises:
+        SystemExit: protoc refused; its messages are on stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image.binpb"
+        run_protoc(PROTOS, "--include_imports", f"--descriptor_set_out={image}")
+        files = descriptor_pb2.FileDescriptorSet.FromString(image.read_bytes()).file
+    fresh = BUILD / "client-protos"
+    shutil.rmtree(fresh, ignore_errors=True)
+    for name in (file.name for file in files if not file.name.startswith("google/protobuf/")):
+        [source] = [root / name for root in (PROTOS, BUILD / "google-protos") if (root / name).exists()]
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, fresh / name)
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(fresh, target)
 
 
 def generate(target: Path) -> None:
@@ -164,11 +190,16 @@ def check() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("generate", "check"))
-    if parser.parse_args().command == "generate":
+    parser.add_argument("command", choices=("generate", "check", "clients"))
+    command = parser.parse_args().command
+    if command == "check":
+        return check()
+    if command == "clients":
+        write_client_protos(CLIENT_PROTOS)
+        print(f"{CLIENT_PROTOS.relative_to(ROOT)}: what protoc and buf need (docs/clients.md says how to run them)")
+    else:
         generate(GENERATED)
-        return 0
-    return check()
+    return 0
 
 
 if __name__ == "__main__":

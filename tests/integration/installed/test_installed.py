@@ -23,7 +23,7 @@ from typer.main import get_command
 
 from segsvc.cli.app import app
 from segsvc.local.processes import free_ports, wait_until
-from tests.integration.installed.environments import Environment, build, copy_of_what_git_knows, make_environment
+from tests.environments import Environment, build, copy_of_what_git_knows, make_environment
 from tests.local_servers import REPOSITORY
 
 TIMEOUT_S = 120.0
