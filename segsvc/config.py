@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import parse_qs, urlsplit
 
+from dotenv import dotenv_values
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 DEFAULT_ENV_FILE = Path("build/stack/stack.env")
 
@@ -25,12 +28,28 @@ BESIDE_THE_SETTINGS: Final = {
 }
 """Variables that are read before there are settings, or without them: name -> what it is."""
 
+TTL_MAX_S: Final = 100 * 365 * 86_400
+"""A hundred years. What is longer than all servers can count with is a mistake."""
+
+Seconds = Annotated[float, Field(ge=0.001, le=2_000_000)]
+"""A time to wait: at most what PostgreSQL takes for one, in milliseconds of 32 bits."""
+
+LOCAL_STACK_MARKER: Final = "SEGSVC_LOCAL_STACK"
+"""Variable of every process of a local stack, with its folder: no setting, but a mark to know them by."""
+
 _CLUSTER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 # Up to the last @, since a password may hold one: rather too much is hidden than too little.
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):(.*)@", re.DOTALL)
 # What stands before the database's name and the options, up to the port.
 _DSN_HOST = re.compile(r"[^:]+://(?:.*@)?(?:\[[^\]]*\]|[^:/?@]*)(?::[0-9]*)?(?:[/?]|$)", re.DOTALL)
 _KEYWORD_PASSWORD = re.compile(r"(?i)(password=)[^&\s]+")
+
+
+# What container platforms put into the environment for a service of our name, as …_PORT_50051_TCP_ADDR.
+_OF_A_PLATFORM = re.compile(
+    r"SEGSVC_(?:.+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_.+)?|PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_.+)?)"
+)
+_PLATFORM_URL = re.compile(r"(?:tcp|udp|sctp)://")
 
 
 def mask(value: str) -> str:
@@ -41,7 +60,7 @@ def mask(value: str) -> str:
 class Settings(BaseSettings):
     """Everything that can be set. Names of quantities end in their unit."""
 
-    model_config = SettingsConfigDict(env_prefix="SEGSVC_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SEGSVC_", extra="ignore", frozen=True, allow_inf_nan=False)
 
     # -- where things are -------------------------------------------------------------------------------------------
     cluster: str = Field(
@@ -79,27 +98,54 @@ class Settings(BaseSettings):
     )
     cold_read_threads: int = Field(2, ge=1, le=16, description="Concurrent cold-read statements a shard and process.")
 
+    # -- calling the front: the command line ------------------------------------------------------------------------
+    client_timeout_s: Seconds = Field(
+        30.0, description="How long the command line waits for an answer of the front; also its option --timeout."
+    )
+    client_tls: bool | None = Field(
+        None, description="Call the front with TLS; absent: if SEGSVC_GRPC_TLS_CERT is set. For a proxy that ends TLS."
+    )
+    client_tls_ca: Path | None = Field(
+        None, description="PEM of the authorities to trust; absent: SEGSVC_GRPC_TLS_CERT, else those that gRPC knows."
+    )
+    client_tls_cert: Path | None = Field(
+        None, description="PEM certificate chain of the client, where one is asked for."
+    )
+    client_tls_key: Path | None = Field(None, description="PEM private key of the client, without a password.")
+    client_tls_name: str = Field("", description="Name in the front's certificate; empty: the host of its address.")
+    client_http_proxy: bool = Field(False, description="Call the front by the proxy that http_proxy names.")
+
     # -- how long things may take -----------------------------------------------------------------------------------
     operation_deadline_s: float = Field(
         120.0, gt=0, le=3600, description="Not decided this long after its start: aborted."
     )
-    redispatch_quiet_s: float = Field(3.0, gt=0, description="PREPARING and quiet this long: a fresh chord.")
-    recovery_interval_s: float = Field(2.0, gt=0, description="How often recovery and each front look.")
-    warm_interval_s: float = Field(3.0, gt=0, description="How often beat runs the warmer.")
-    statement_timeout_s: float = Field(30.0, gt=0, description="Bound of one SQL statement of an operation.")
-    read_timeout_s: float = Field(2.0, gt=0, description="Bound of one SQL statement of a read.")
-    connect_timeout_s: int = Field(2, ge=1, description="Bound of connecting to PostgreSQL.")
-    lock_timeout_s: float = Field(2.0, gt=0, le=2, description="Longest wait for a shard's lock before a requeue.")
-    cache_timeout_s: float = Field(0.5, gt=0, description="Bound of one exchange with the cache.")
-    cache_ttl_s: int = Field(86_400, ge=60, description="Life of a cache entry (with jitter).")
+    redispatch_quiet_s: Seconds = Field(3.0, description="PREPARING and quiet this long: a fresh chord.")
+    recovery_interval_s: Seconds = Field(2.0, description="How often recovery and each front look.")
+    warm_interval_s: Seconds = Field(3.0, description="How often beat runs the warmer.")
+    statement_timeout_s: Seconds = Field(30.0, description="Bound of one SQL statement of an operation.")
+    read_timeout_s: Seconds = Field(2.0, description="Bound of one SQL statement of a read.")
+    connect_timeout_s: int = Field(2, ge=1, le=3600, description="Bound of connecting to PostgreSQL.")
+    lock_timeout_s: float = Field(2.0, ge=0.001, le=2, description="Longest wait for a shard's lock before a requeue.")
+    cache_timeout_s: Seconds = Field(0.5, description="Bound of one exchange with the cache.")
+    cache_ttl_s: int = Field(86_400, ge=60, le=TTL_MAX_S, description="Life of a cache entry (with jitter).")
     cache_warm_budget_bytes: int = Field(
-        8 << 30, ge=0, description="The warmer stops when the cache uses more memory than this. 0 = never warm."
+        8 << 30,
+        ge=0,
+        le=1 << 62,
+        description="The warmer stops when the cache uses more memory than this. 0 = never warm.",
     )
-    request_id_ttl_s: int = Field(7 * 86_400, ge=60, description="How long an answer is kept for its request_id.")
+    request_id_ttl_s: int = Field(
+        7 * 86_400, ge=60, le=TTL_MAX_S, description="How long an answer is kept for its request_id."
+    )
     tombstone_ttl_s: int = Field(
-        30 * 86_400, ge=60, description="How long deleted users are remembered; longer than the topics' retention."
+        30 * 86_400,
+        ge=60,
+        le=TTL_MAX_S,
+        description="How long deleted users are remembered; longer than the topics' retention.",
     )
-    fence_ttl_s: int = Field(30 * 86_400, ge=3600, description="How long applied operations are remembered.")
+    fence_ttl_s: int = Field(
+        30 * 86_400, ge=3600, le=TTL_MAX_S, description="How long applied operations are remembered."
+    )
 
     # -- events -----------------------------------------------------------------------------------------------------
     event_batch_max: int = Field(5000, ge=1, le=10_000, description="Events in one batch task.")
@@ -128,6 +174,23 @@ class Settings(BaseSettings):
     stack_dir: Path = Field(Path("build/stack"), description="Where the local launcher keeps servers' data and logs.")
     flower_db: Path | None = Field(None, description="File where Flower keeps its history; absent: in memory.")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _utf_8(cls, value: Any) -> Any:
+        """Bytes of another encoding could be sent to no server."""
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("must be UTF-8")
+        return value
+
+    @field_validator("kafka_bootstrap_servers")
+    @classmethod
+    def _brokers(cls, value: str) -> str:
+        for broker in value.split(","):
+            host, colon, port = broker.strip().rpartition(":")
+            if colon and not (host and _is_port(port)):
+                raise ValueError("brokers are host:port, separated by commas")
+        return value
+
     @field_validator("shard_dsns", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -146,21 +209,26 @@ class Settings(BaseSettings):
         for dsn in (value,) if isinstance(value, str) else value:
             if not dsn.startswith("postgresql+psycopg2://"):
                 raise ValueError("a DSN must start with postgresql+psycopg2://")
-            if not _DSN_HOST.match(dsn):
+            ports = parse_qs(urlsplit(dsn).query).get("port", []) if "[" not in dsn else []
+            if not _DSN_HOST.match(dsn) or not all(map(_is_port, ports)):
                 raise ValueError("the port of a DSN must be a number")
         return value
 
-    @field_validator("cache_url")
+    @field_validator("cache_url", "broker_url")
     @classmethod
-    def _cache_url(cls, value: str) -> str:
+    def _redis_url(cls, value: str) -> str:
         if not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("a cache's URL must start with redis://, rediss:// or unix://")
+            raise ValueError("a URL of Redis must start with redis://, rediss:// or unix://")
+        try:
+            urlsplit(value).port  # noqa: B018  # read for its check
+        except ValueError:
+            raise ValueError("the port of a URL must be a number from 0 to 65535") from None
         return value
 
     @field_validator("grpc_address")
     @classmethod
     def _grpc_address(cls, value: str) -> str:
-        if not value.rpartition(":")[2].isdecimal():
+        if not _is_port(value.rpartition(":")[2]):
             raise ValueError("the address of the front is host:port")
         return value
 
@@ -174,9 +242,18 @@ class Settings(BaseSettings):
     @classmethod
     def _address(cls, value: str) -> str:
         host, _, port = value.rpartition(":")
-        if value and not (host and port.isdecimal()):
+        if value and not (host and _is_port(port)):
             raise ValueError("an address of metrics is host:port, or empty for none")
         return value
+
+    @field_validator(
+        "client_tls", "client_tls_ca", "client_tls_cert", "client_tls_key", "grpc_tls_cert", "grpc_tls_key",
+        "failpoint_dir", "flower_db", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _absent(cls, value: Any) -> Any:
+        """Where a file or a choice may be absent, an empty variable is: a path of no letters would be a folder."""
+        return None if value == "" else value
 
     @model_validator(mode="after")
     def _tls(self) -> Self:
@@ -184,6 +261,8 @@ class Settings(BaseSettings):
             raise ValueError("SEGSVC_GRPC_TLS_CERT and SEGSVC_GRPC_TLS_KEY are set together or not at all")
         if self.grpc_tls_cert and self.grpc_front == "native":
             raise ValueError("TLS needs SEGSVC_GRPC_FRONT=grpcio (or end it in a sidecar)")
+        if (self.client_tls_cert is None) != (self.client_tls_key is None):
+            raise ValueError("SEGSVC_CLIENT_TLS_CERT and SEGSVC_CLIENT_TLS_KEY are set together or not at all")
         return self
 
     @property
@@ -212,6 +291,42 @@ def descriptions() -> dict[str, str]:
     return {f"SEGSVC_{name.upper()}": field.description or "" for name, field in fields} | BESIDE_THE_SETTINGS
 
 
+def unknown_settings() -> dict[str, str | None]:
+    """What is named like a setting and is none, in the environment, the file or the secrets -> the nearest setting.
+
+    To be called when the settings could be loaded.
+    """
+    names = {secret.name for secret in _secrets()}
+    names |= {name for name, value in os.environ.items() if not _PLATFORM_URL.match(value)}
+    env_file = _env_file()
+    if env_file and Path(env_file).is_file():
+        names |= dotenv_values(env_file).keys()
+    known = descriptions()
+    unknown = {
+        name
+        for name in map(str.upper, names)
+        if name.startswith("SEGSVC_")
+        and name not in {*known, LOCAL_STACK_MARKER}
+        and not _OF_A_PLATFORM.fullmatch(name)
+    }
+    bare = {name.removeprefix("SEGSVC_"): name for name in known}
+    nearest = {name: get_close_matches(name.removeprefix("SEGSVC_"), bare, n=1) for name in sorted(unknown)}
+    return {name: bare[found[0]] if found else None for name, found in nearest.items()}
+
+
+def _env_file() -> str:
+    return os.environ.get("SEGSVC_ENV_FILE", str(DEFAULT_ENV_FILE))
+
+
+def _secrets() -> list[Path]:
+    folder = os.environ.get("SEGSVC_SECRETS_DIR")
+    return [path for path in Path(folder).iterdir() if path.is_file()] if folder and Path(folder).is_dir() else []
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) <= 65535  # the largest there is
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Read the settings of this process.
 
@@ -220,7 +335,10 @@ def load_settings(**overrides: Any) -> Settings:
 
     Raises:
         pydantic.ValidationError: a value is missing or out of range; the message names the setting.
+        SettingsError: there is no folder of secrets.
+        OSError, UnicodeDecodeError: a file of settings cannot be read.
     """
-    env_file = os.environ.get("SEGSVC_ENV_FILE", str(DEFAULT_ENV_FILE))
     secrets_dir = os.environ.get("SEGSVC_SECRETS_DIR")
-    return Settings(_env_file=env_file or None, _secrets_dir=secrets_dir, **overrides)
+    if secrets_dir and not Path(secrets_dir).is_dir():
+        raise SettingsError("SEGSVC_SECRETS_DIR names no folder")
+    return Settings(_env_file=_env_file() or None, _secrets_dir=secrets_dir or None, **overrides)

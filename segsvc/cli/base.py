@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
 import json
 import os
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
+from segsvc.cli.streams import forget, is_unicode, nobody_reads
 from segsvc.domain.errors import LockTimeout, ServiceError
 
 if TYPE_CHECKING:
@@ -27,9 +32,10 @@ if TYPE_CHECKING:
 
 FAILED: Final = 1
 USAGE: Final = 2
-"""Exit codes beside 0, done."""
+CLOSED_PIPE: Final = 141
+"""Exit codes beside 0, done. The last one is what shells know of a program whose reader has left, as ``head`` does."""
 
-_CANNOT_WRITE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_CANNOT_WRITE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 BAR_AFTER_S: Final = 1.0
 """What takes longer gets a progress bar; what is quicker only flickers with one."""
@@ -37,12 +43,24 @@ BAR_AFTER_S: Final = 1.0
 Json = Annotated[bool, typer.Option("--json", help="JSON for programs instead of a table for people.")]
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
 class Refusal(Exception):
     """A command was refused or failed. The text goes to standard error as it is, and the exit code is 1."""
 
 
 class Commands(TyperGroup):
-    """The tree of commands; turns the errors that are meant for people into a line and an exit code."""
+    """The tree of commands; turns what goes wrong into a line and an exit code."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run the command line."""
+        try:
+            return super().main(*args, **more)
+        except OSError as error:
+            # From help, a wrong argument, or the shell's completion: `invoke` sees only what a command does.
+            _tell(error)
+            sys.exit(FAILED)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments, of all commands: the tree's root has them first."""
@@ -58,46 +76,136 @@ class Commands(TyperGroup):
         """Run the command that the arguments name."""
         try:
             return self._run(ctx)
-        except (Refusal, ServiceError) as error:
-            complain(str(error))
-        except LockTimeout:
-            complain("LOCK_TIMEOUT: a shard is locked by an operation; try again in a moment")
-        except OSError as error:
-            # A closed pipe is left to the library, which ends without a word.
-            if error.errno not in _CANNOT_WRITE:
+        except BrokenPipeError as error:
+            if nobody_reads(sys.stdout) or nobody_reads(sys.stderr):
+                # The reader has what it wants. That not all was written is in the exit code, as with other programs.
+                forget(sys.stdout)
+                raise typer.Exit(CLOSED_PIPE) from None
+            _tell(error)
+        except Exception as error:
+            if _is_usage(error):
                 raise
-            complain(f"cannot write: {error.strerror}")
-            _forget_output()
+            _tell(error)
         raise typer.Exit(FAILED)
 
     def _run(self, ctx: Any) -> Any:
-        done = super().invoke(ctx)
-        # What cannot be written is noticed here, and not by the interpreter on its way out.
-        sys.stdout.flush()
-        return done
+        try:
+            return super().invoke(ctx)
+        finally:
+            # What cannot be written is noticed here, and not by the interpreter on its way out.
+            sys.stdout.flush()
 
 
-def _forget_output() -> None:
-    """Drop what standard output still holds, for the interpreter would try to write it once more."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+def _is_usage(error: Exception) -> bool:
+    """Whether the library turns it into a message, or an exit code, by itself."""
+    return isinstance(error, typer.Exit | typer.Abort | EOFError) or hasattr(error, "exit_code")
+
+
+def _tell(error: Exception) -> None:
+    """Say in a line what ended a command."""
+    if isinstance(error, Refusal | ServiceError):
+        complain(str(error))
+    elif isinstance(error, LockTimeout):
+        complain("LOCK_TIMEOUT: a shard is locked by an operation; try again in a moment")
+    elif isinstance(error, OSError) and error.errno in _CANNOT_WRITE and error.filename is None:
+        complain(f"cannot write: {error.strerror}")
+        forget(sys.stdout)
+    elif isinstance(error, OSError) and error.filename is not None:
+        complain(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    elif isinstance(error, FileNotFoundError):
+        # The only one that has no name is the folder in which we are.
+        complain("the working folder is not there any more")
+    else:
+        _tell_fault(error)
+
+
+def _tell_fault(error: Exception) -> None:
+    """A fault of ours, or a case that nobody thought of. Its traceback is for a report, so only who asks gets it."""
+    from segsvc.config import mask  # noqa: PLC0415
+
+    said = mask(plain(str(error).partition("\n")[0]))
+    if os.environ.get("SEGSVC_LOG_LEVEL", "").upper() == "DEBUG":
+        complain("".join(traceback.format_exception(error)).rstrip())
+    complain(f"failed: {type(error).__name__}: {said} (SEGSVC_LOG_LEVEL=DEBUG shows where)")
+
+
+class _Voice:
+    """How this process speaks to who started it."""
+
+    as_events: Callable[[str], None] | None = None
+
+
+def speak_in_events(write: Callable[[str], None]) -> None:
+    """From now on complaints go to the log of this process, whose lines may have to be JSON."""
+    _Voice.as_events = write
 
 
 def complain(text: str) -> None:
     """One line, or a few, on standard error."""
-    typer.echo(text, err=True)
+    if _Voice.as_events is not None:
+        _Voice.as_events(text)
+        return
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        # Nobody can be told. The exit code still says that it failed.
+        forget(sys.stderr)
+
+
+_timeout_s: ContextVar[float | None] = ContextVar("timeout_s", default=None)
+
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout",
+        min=0.001,
+        max=86_400,
+        help="Seconds that one call to the front may take; waiting for an operation is not bounded by it.",
+        show_default="SEGSVC_CLIENT_TIMEOUT_S",
+    ),
+]
+
+
+class FrontCommands(typer.Typer):
+    """Commands that talk to the front: each of them gets the option ``--timeout``."""
+
+    def command(self, *args: Any, **more: Any) -> Callable[[Function], Function]:
+        """Register a command."""
+        register = super().command(*args, **more)
+
+        def with_timeout(function: Function) -> Function:
+            @functools.wraps(function)
+            def run(*given: Any, timeout: float | None = None, **named: Any) -> Any:
+                token = _timeout_s.set(timeout)
+                try:
+                    return function(*given, **named)
+                finally:
+                    _timeout_s.reset(token)
+
+            signature = inspect.signature(function, eval_str=True)
+            option = inspect.Parameter("timeout", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Timeout)
+            run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+                parameters=[*signature.parameters.values(), option]
+            )
+            run.__annotations__ = {**get_type_hints(function, include_extras=True), "timeout": Timeout}
+            register(run)
+            return function
+
+        return with_timeout
 
 
 def settings_of_process() -> Settings:
-    """The settings; a bad one ends the command with exit code 2 and a line that names it."""
+    """The settings; a bad one ends the command with exit code 2 and a line that names it, an unknown one is told."""
     from pydantic import ValidationError  # noqa: PLC0415
     from pydantic_settings import SettingsError  # noqa: PLC0415
 
-    from segsvc.config import load_settings  # noqa: PLC0415
+    from segsvc.config import load_settings, unknown_settings  # noqa: PLC0415
 
+    timeout_s = _timeout_s.get()
     try:
-        return load_settings()
+        settings = load_settings(**({} if timeout_s is None else {"client_timeout_s": timeout_s}))
+        for name, nearest in unknown_settings().items():
+            complain(f"{name} is not a setting" + (f"; do you mean {nearest}?" if nearest else ", and does nothing"))
     except ValidationError as error:
         for item in error.errors(include_input=False, include_url=False):
             # A value may be a secret, so it is not repeated.
@@ -105,28 +213,40 @@ def settings_of_process() -> Settings:
             complain(f"{name}: {item['msg'].removeprefix('Value error, ')}")
     except SettingsError as error:
         complain(f"settings: {error}")
+    except UnicodeDecodeError:
+        complain("settings: the file of SEGSVC_ENV_FILE, or one of SEGSVC_SECRETS_DIR, is not UTF-8")
+    except OSError as error:
+        complain(f"settings: {error.filename}: {error.strerror}")
+    else:
+        return settings
     raise typer.Exit(USAGE)
 
 
 def console(*, err: bool = False) -> Console:
     """The terminal; into a pipe or a file, lines are not wrapped and cells not cut."""
-    from rich.console import Console  # noqa: PLC0415
+    from segsvc.cli.tables import Terminal  # noqa: PLC0415
 
     stream = sys.stderr if err else sys.stdout
-    # Texts come from users: what looks like markup in them is not.
-    return Console(stderr=err, markup=False, highlight=False, emoji=False, width=None if stream.isatty() else 10_000)
+    return Terminal(
+        stderr=err,
+        # Texts come from users: what looks like markup in them is not.
+        markup=False,
+        highlight=False,
+        emoji=False,
+        # Lines are wrapped by the terminal itself: then a name that stands across two of them can be copied whole.
+        soft_wrap=not err,
+        width=None if stream.isatty() else 10_000,
+    )
 
 
 def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:
-    """An empty table. ``right``: columns of numbers. ``whole``: columns of names to copy, never broken into lines."""
-    from rich.table import Table  # noqa: PLC0415
+    """An empty table. ``right``: columns of numbers. ``whole``: columns of names to copy, never broken into lines.
 
-    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for column in columns:
-        made.add_column(
-            column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in whole
-        )
-    return made
+    Where a terminal is too narrow for its names, each row becomes a few lines.
+    """
+    from segsvc.cli.tables import Listing  # noqa: PLC0415
+
+    return Listing(columns, right=right, whole=whole)
 
 
 def wrapped(text: str, width: int, *, lead: str) -> str:
@@ -144,12 +264,17 @@ def plain(text: str) -> str:
 
 def short_time(when: datetime) -> str:
     """A moment in a table, to the second: 2030-01-31 12:00:00Z."""
-    return when.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return when.astimezone(UTC).isoformat(" ", "seconds").replace("+00:00", "Z")
 
 
 def print_json(value: object) -> None:
     """One JSON document on standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    print(to_json_text(value, indent=2))
+
+
+def to_json_text(value: object, *, indent: int | None = None) -> str:
+    """JSON that standard output can take, whatever its encoding."""
+    return json.dumps(value, indent=indent, ensure_ascii=not is_unicode(sys.stdout))
 
 
 class Bar:

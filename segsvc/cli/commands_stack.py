@@ -33,7 +33,7 @@ def up(json_output: Json = False) -> None:
         print_json(places)
         return
     places["Flower"] += f" ({settings.flower_user}, {settings.flower_password})"
-    shown = table("what", "where")
+    shown = table("what", "where", whole=("where",))
     for what, where in places.items():
         shown.add_row(what, where)
     console().print(shown)
@@ -58,7 +58,7 @@ def status(json_output: Json = False) -> None:
     if json_output:
         print_json([{"name": part.name, "state": part.state, "pid": part.pid, "log": str(part.log)} for part in parts])
     else:
-        shown = table("name", "state", "pid", "log", right=("pid",))
+        shown = table("name", "state", "pid", "log", right=("pid",), whole=("name", "log"))
         for part in parts:
             shown.add_row(part.name, part.state, str(part.pid or ""), _short(part.log))
         console().print(shown)

@@ -19,7 +19,8 @@ from segsvc.bootstrap import Check
 from segsvc.cache.connection import CacheConnection
 from segsvc.cli.base import Refusal
 from segsvc.cli.doctor_items import Item
-from segsvc.cli.front import connected, reachable
+from segsvc.cli.front import connected
+from segsvc.cli.front_tls import reachable
 from segsvc.config import Settings, mask
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import SEGMENT_EVENTS_TOPIC, TOPICS
@@ -179,7 +180,9 @@ def flower(settings: Settings) -> Sequence[Item]:
         return [Item("not looked at: SEGSVC_FLOWER_PASSWORD is empty")]
     address = reachable(settings.flower_address)
     try:
-        with urllib.request.urlopen(f"http://{address}/healthcheck", timeout=_PING_S):  # always http
+        # Not by the proxy of the environment, which is for the world outside.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://{address}/healthcheck", timeout=_PING_S):
             return []
     except (OSError, HTTPException) as error:
         text = f"it does not answer at {address} ({type(error).__name__})"

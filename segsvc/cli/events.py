@@ -64,7 +64,7 @@ def list_dead(
     if json_output:
         print_json([_to_json(letter) for letter in found])
         return
-    shown = table("id", "time", "reason", "event", whole=("id",))
+    shown = table("id", "time", "reason", "event", whole=("id", "time"))
     for letter in found:
         shown.add_row(letter.id, short_time(letter.time), plain(letter.reason), _excerpt(letter))
     console().print(shown)
@@ -79,7 +79,7 @@ def show(letter_id: LetterId, json_output: Json = False) -> None:
     if json_output:
         print_json(_to_json(letter))
         return
-    shown = table("field", "value")
+    shown = table("field", "value", whole=("value",))
     shown.add_row("id", letter.id)
     shown.add_row("topic", letter.topic)
     shown.add_row("partition/offset there", letter.origin or "not said")

@@ -16,7 +16,7 @@ import grpc
 from segmentation.v1 import segments_pb2
 
 from segsvc.cli.base import Refusal, bar, complain
-from segsvc.cli.front import TIMEOUT_S, Front, connected
+from segsvc.cli.front import Front, connected
 from segsvc.config import Settings
 
 _CUTS_MAX: Final = 3
@@ -51,7 +51,7 @@ class Export:
         with connected(settings) as front:
             # Before the file is opened: a segment that does not exist must not empty one.
             request = segments_pb2.GetSegmentStatisticsRequest(slug=self.slug)
-            members = front.segments.GetSegmentStatistics(request, timeout=TIMEOUT_S).member_count
+            members = front.segments.GetSegmentStatistics(request, timeout=front.timeout_s).member_count
             with self._opened() as file:
                 try:
                     self._write_all(front, file, members)

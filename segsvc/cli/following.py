@@ -9,7 +9,7 @@ from segmentation.v1 import operations_pb2 as watch_pb2
 from segmentation.v1 import segments_pb2
 
 from segsvc.cli.base import bar, complain
-from segsvc.cli.front import TIMEOUT_S, Front, describe
+from segsvc.cli.front import Front, describe
 
 Metadata = watch_pb2.OperationMetadata
 
@@ -62,7 +62,7 @@ def _watch(front: Front, operation: operations_pb2.Operation) -> None:
 def get(front: Front, name: str) -> operations_pb2.Operation:
     """The operation as it is now."""
     request = operations_pb2.GetOperationRequest(name=name)
-    operation: operations_pb2.Operation = front.operations.GetOperation(request, timeout=TIMEOUT_S)
+    operation: operations_pb2.Operation = front.operations.GetOperation(request, timeout=front.timeout_s)
     return operation
 
 
@@ -70,7 +70,7 @@ def wait(front: Front, name: str) -> operations_pb2.Operation:
     """Wait until an operation has ended, without showing anything."""
     request = operations_pb2.WaitOperationRequest(name=name, timeout=Duration(seconds=_WAIT_S))
     while True:
-        operation: operations_pb2.Operation = front.operations.WaitOperation(request, timeout=_WAIT_S + TIMEOUT_S)
+        operation: operations_pb2.Operation = front.operations.WaitOperation(request, timeout=_WAIT_S + front.timeout_s)
         if operation.done:
             return operation
 

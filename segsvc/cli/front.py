@@ -17,17 +17,22 @@ from grpc_status import rpc_status
 from segmentation.v1 import membership_pb2_grpc, operations_pb2_grpc, segments_pb2_grpc
 
 from segsvc.cli.base import Refusal
+from segsvc.cli.front_tls import reachable, tls_files, uses_tls, why_no_answer
 from segsvc.config import Settings
 
-TIMEOUT_S: Final = 30.0
-"""Bound of a call that does not wait for an operation."""
-_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104  # listened on, not called
+ANSWER_BYTES_MAX: Final = 64 << 20
+"""A page of a thousand segments with long conditions is larger than what a client takes unless told."""
 
 
 class Front:
-    """Stubs of all services on one channel."""
+    """Stubs of all services on one channel.
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    Args:
+        timeout_s: bound of a call that does not wait for an operation.
+    """
+
+    def __init__(self, channel: grpc.Channel, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
         self.segments = segments_pb2_grpc.SegmentServiceStub(channel)
         self.memberships = membership_pb2_grpc.MembershipServiceStub(channel)
         self.watching = operations_pb2_grpc.OperationServiceStub(channel)
@@ -45,9 +50,9 @@ def connected(settings: Settings) -> Iterator[Front]:
     """
     channel = _channel(settings)
     try:
-        yield Front(channel)
+        yield Front(channel, settings.client_timeout_s)
     except grpc.RpcError as error:
-        raise Refusal(_line(error, settings.grpc_address)) from None
+        raise Refusal(_line(error, settings)) from None
     finally:
         channel.close()
 
@@ -56,7 +61,7 @@ def is_serving(settings: Settings) -> bool:
     """Whether the front can answer now."""
     channel = _channel(settings)
     try:
-        answer = Front(channel).health.Check(health_pb2.HealthCheckRequest(), timeout=2)
+        answer = Front(channel, settings.client_timeout_s).health.Check(health_pb2.HealthCheckRequest(), timeout=2)
     except grpc.RpcError:
         return False
     finally:
@@ -64,29 +69,30 @@ def is_serving(settings: Settings) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def reachable(address: str) -> str:
-    """Where a process that listens on this address can be reached from the same machine."""
-    host, _, port = address.rpartition(":")
-    return f"{_ANYWHERE.get(host, host)}:{port}"
-
-
 def _channel(settings: Settings) -> grpc.Channel:
+    """Raises Refusal if a file of the client's TLS cannot be used."""
     address = reachable(settings.grpc_address)
-    if settings.grpc_tls_cert is None:
-        return grpc.insecure_channel(address)
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(settings.grpc_tls_cert.read_bytes()))
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", ANSWER_BYTES_MAX),
+        # The library takes what `http_proxy` names for servers inside, too, and tells nobody.
+        ("grpc.enable_http_proxy", int(settings.client_http_proxy)),
+    ]
+    if not uses_tls(settings):
+        return grpc.insecure_channel(address, options)
+    if settings.client_tls_name:
+        options.append(("grpc.ssl_target_name_override", settings.client_tls_name))
+    files = tls_files(settings)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(files.ca, files.key, files.cert), options)
 
 
-def _line(error: Any, address: str) -> str:
+def _line(error: Any, settings: Settings) -> str:
     """Why a call failed. What a stub raises is also its ``grpc.Call``, which the declared type does not say."""
     status = rpc_status.from_call(error)
     if status is not None:
         return describe(status)
     code: grpc.StatusCode = error.code()
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return f"UNAVAILABLE: the front at {address} cannot be reached; is it running? (segsvc up, or segsvc serve)"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"DEADLINE_EXCEEDED: the front at {address} did not answer in time"
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return f"{code.name}: {why_no_answer(settings, timed_out=code is grpc.StatusCode.DEADLINE_EXCEEDED)}"
     return f"{code.name}: {error.details()}"
 
 

@@ -7,13 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segsvc.cli.base import Json, Refusal, console, plain, print_json, settings_of_process, short_time, table
+from segsvc.cli.base import (
+    FrontCommands,
+    Json,
+    Refusal,
+    console,
+    plain,
+    print_json,
+    settings_of_process,
+    short_time,
+    table,
+)
 from segsvc.cli.completing import operation_names
 
 if TYPE_CHECKING:
     from google.longrunning.operations_pb2 import Operation
 
-app = typer.Typer(no_args_is_help=True, help="Watch and cancel what changes segments.", rich_markup_mode=None)
+app = FrontCommands(no_args_is_help=True, help="Watch and cancel what changes segments.", rich_markup_mode=None)
 
 Name = Annotated[
     str,
@@ -34,14 +44,14 @@ def list_operations(
     from google.longrunning import operations_pb2  # noqa: PLC0415
 
     from segsvc.cli.following import Metadata, metadata_of, title_of  # noqa: PLC0415
-    from segsvc.cli.front import TIMEOUT_S, connected, describe, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, describe, to_json  # noqa: PLC0415
 
     found: list[Operation] = []
     request = operations_pb2.ListOperationsRequest(name="operations", filter=wanted)
     with connected(settings_of_process()) as front:
         while len(found) < limit:
             request.page_size = min(1000, limit - len(found))
-            page = front.operations.ListOperations(request, timeout=TIMEOUT_S)
+            page = front.operations.ListOperations(request, timeout=front.timeout_s)
             found.extend(page.operations)
             if not page.next_page_token:
                 break
@@ -49,7 +59,7 @@ def list_operations(
     if json_output:
         print_json([to_json(operation) for operation in found])
         return
-    shown = table("operation", "what", "state", "accepted", whole=("operation", "state"))
+    shown = table("operation", "what", "state", "accepted", whole=("operation", "state", "accepted"))
     for operation in found:
         metadata = metadata_of(operation)
         state = Metadata.State.Name(metadata.state)
@@ -94,10 +104,12 @@ def cancel(name: Name, json_output: Json = False) -> None:
     from google.longrunning import operations_pb2  # noqa: PLC0415
 
     from segsvc.cli.following import get  # noqa: PLC0415
-    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, to_json  # noqa: PLC0415
 
     with connected(settings_of_process()) as front:
-        front.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=_full(name)), timeout=TIMEOUT_S)
+        front.operations.CancelOperation(
+            operations_pb2.CancelOperationRequest(name=_full(name)), timeout=front.timeout_s
+        )
         operation = get(front, _full(name)) if json_output else None
     if operation is not None:
         print_json(to_json(operation))
@@ -119,7 +131,7 @@ def _show(operation: Operation, *, json_output: bool) -> None:
         print_json(to_json(operation))
         return
     metadata = metadata_of(operation)
-    about = table("field", "value")
+    about = table("field", "value", whole=("value",))
     about.add_row("name", operation.name)
     about.add_row("what", title_of(metadata))
     about.add_row("state", Metadata.State.Name(metadata.state))

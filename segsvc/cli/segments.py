@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import typer
 
-from segsvc.cli.base import Json, Refusal, bar, console, plain, print_json, settings_of_process, table
+from segsvc.cli.base import FrontCommands, Json, Refusal, bar, console, plain, print_json, settings_of_process, table
 from segsvc.cli.completing import segment_slugs
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from segsvc.cli.front import Front
 
-app = typer.Typer(no_args_is_help=True, help="Create, roll out, change and delete segments.", rich_markup_mode=None)
+app = FrontCommands(no_args_is_help=True, help="Create, roll out, change and delete segments.", rich_markup_mode=None)
 
 Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False, autocompletion=segment_slugs)]
 Etag = Annotated[str, typer.Option(help="Refuse if the segment has changed since it had this etag.")]
@@ -50,13 +50,13 @@ def list_segments(
     """List all segments with their rules and sizes."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, to_json  # noqa: PLC0415
 
     found: list[segments_pb2.Segment] = []
     request = segments_pb2.ListSegmentsRequest(page_size=1000, order_by=order_by, labels=_labels(label))
     with connected(settings_of_process()) as front:
         while True:
-            page = front.segments.ListSegments(request, timeout=TIMEOUT_S)
+            page = front.segments.ListSegments(request, timeout=front.timeout_s)
             found.extend(page.segments)
             if not page.next_page_token:
                 break
@@ -64,7 +64,7 @@ def list_segments(
     if json_output:
         print_json([to_json(segment) for segment in found])
         return
-    shown = table("slug", "rule", "members", "state", "name", right=("members",))
+    shown = table("slug", "rule", "members", "state", "name", right=("members",), whole=("slug", "state"))
     for segment in found:
         state = segments_pb2.Segment.State.Name(segment.state).lower()
         shown.add_row(
@@ -78,10 +78,10 @@ def show(slug: Slug, json_output: Json = False) -> None:
     """Show one segment."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+    from segsvc.cli.front import connected  # noqa: PLC0415
 
     with connected(settings_of_process()) as front:
-        segment = front.segments.GetSegment(segments_pb2.GetSegmentRequest(slug=slug), timeout=TIMEOUT_S)
+        segment = front.segments.GetSegment(segments_pb2.GetSegmentRequest(slug=slug), timeout=front.timeout_s)
     _show_segment(segment, json_output)
 
 
@@ -96,12 +96,12 @@ def create(
     """Create a segment. Nobody is in it until it is rolled out."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+    from segsvc.cli.front import connected  # noqa: PLC0415
 
     segment = segments_pb2.Segment(slug=slug, display_name=name, description=description, labels=_labels(label))
     request = segments_pb2.CreateSegmentRequest(segment=segment, request_id=str(uuid4()))
     with connected(settings_of_process()) as front:
-        _show_segment(front.segments.CreateSegment(request, timeout=TIMEOUT_S), json_output)
+        _show_segment(front.segments.CreateSegment(request, timeout=front.timeout_s), json_output)
 
 
 @app.command(epilog="Example: segsvc segments edit checkout --name 'Checkout 2' --label team=pay")
@@ -118,7 +118,7 @@ def edit(
     from google.protobuf.field_mask_pb2 import FieldMask  # noqa: PLC0415
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+    from segsvc.cli.front import connected  # noqa: PLC0415
 
     changes = {
         "display_name": name is not None,
@@ -135,7 +135,7 @@ def edit(
     )
     request = segments_pb2.UpdateSegmentRequest(segment=segment, update_mask=FieldMask(paths=paths))
     with connected(settings_of_process()) as front:
-        _show_segment(front.segments.UpdateSegment(request, timeout=TIMEOUT_S), json_output)
+        _show_segment(front.segments.UpdateSegment(request, timeout=front.timeout_s), json_output)
 
 
 @app.command(epilog="Example: segsvc segments preview sale --percent 5 --condition 'user.age >= 18'")
@@ -149,11 +149,11 @@ def preview(
     """Count what a rollout would change now, exactly; change nothing."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, to_json  # noqa: PLC0415
 
     request = segments_pb2.PreviewRollOutRequest(slug=slug, rule=_rule(percent, condition, policy))
     with connected(settings_of_process()) as front, bar("counting", hidden=json_output):
-        counts = front.segments.PreviewRollOut(request, timeout=TIMEOUT_S)
+        counts = front.segments.PreviewRollOut(request, timeout=front.timeout_s)
     if json_output:
         print_json(to_json(counts))
         return
@@ -182,13 +182,13 @@ def rollout(
     """Put a rule in force for all users, replacing the earlier one: on every shard, or on none."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+    from segsvc.cli.front import connected  # noqa: PLC0415
 
     request = segments_pb2.RollOutSegmentRequest(
         slug=slug, rule=_rule(percent, condition, policy), etag=etag, request_id=str(uuid4()), return_immediately=True
     )
     with connected(settings_of_process()) as front:
-        operation = front.segments.RollOutSegment(request, timeout=TIMEOUT_S)
+        operation = front.segments.RollOutSegment(request, timeout=front.timeout_s)
         _show_end(front, operation, no_wait=no_wait, json_output=json_output)
 
 
@@ -203,14 +203,14 @@ def delete(
     """Cancel a segment for all its users and remove it: on every shard, or on none. Asks first, on a terminal."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected  # noqa: PLC0415
+    from segsvc.cli.front import connected  # noqa: PLC0415
 
     # A script has nobody to ask, and means what it says.
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Delete {slug} for all its users?", abort=True, err=True)
     request = segments_pb2.DeleteSegmentRequest(slug=slug, etag=etag, request_id=str(uuid4()), return_immediately=True)
     with connected(settings_of_process()) as front:
-        operation = front.segments.DeleteSegment(request, timeout=TIMEOUT_S)
+        operation = front.segments.DeleteSegment(request, timeout=front.timeout_s)
         _show_end(front, operation, no_wait=no_wait, json_output=json_output)
 
 
@@ -219,11 +219,11 @@ def stats(slug: Slug, json_output: Json = False) -> None:
     """Count a segment's members now."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, to_json  # noqa: PLC0415
 
     with connected(settings_of_process()) as front:
         found = front.segments.GetSegmentStatistics(
-            segments_pb2.GetSegmentStatisticsRequest(slug=slug), timeout=TIMEOUT_S
+            segments_pb2.GetSegmentStatisticsRequest(slug=slug), timeout=front.timeout_s
         )
     if json_output:
         print_json(to_json(found))
@@ -295,7 +295,7 @@ def _show_segment(segment: segments_pb2.Segment, json_output: bool) -> None:
     if json_output:
         print_json(to_json(segment))
         return
-    shown = table("field", "value")
+    shown = table("field", "value", whole=("value",))
     for field, value in (
         ("slug", segment.slug),
         ("name", plain(segment.display_name)),

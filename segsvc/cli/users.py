@@ -10,14 +10,14 @@ from uuid import uuid4
 
 import typer
 
-from segsvc.cli.base import Json, console, plain, print_json, settings_of_process, table
+from segsvc.cli.base import FrontCommands, Json, console, plain, print_json, settings_of_process, table
 from segsvc.cli.completing import segment_slugs
 from segsvc.domain.sharding import USER_ID_MAX
 
 if TYPE_CHECKING:
     from segmentation.v1 import membership_pb2
 
-app = typer.Typer(
+app = FrontCommands(
     no_args_is_help=True, help="Look at one user; put one in or out of segments by hand.", rich_markup_mode=None
 )
 
@@ -42,14 +42,14 @@ def show(user_id: UserId, json_output: Json = False) -> None:
     from google.protobuf.json_format import MessageToDict  # noqa: PLC0415
     from segmentation.v1 import membership_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, to_json  # noqa: PLC0415
 
     overrides: list[membership_pb2.Override] = []
     request = membership_pb2.ListUserOverridesRequest(user_id=user_id, page_size=1000)
     with connected(settings_of_process()) as front:
-        user = front.memberships.GetUser(membership_pb2.GetUserRequest(user_id=user_id), timeout=TIMEOUT_S)
+        user = front.memberships.GetUser(membership_pb2.GetUserRequest(user_id=user_id), timeout=front.timeout_s)
         while True:
-            page = front.memberships.ListUserOverrides(request, timeout=TIMEOUT_S)
+            page = front.memberships.ListUserOverrides(request, timeout=front.timeout_s)
             overrides.extend(page.overrides)
             if not page.next_page_token:
                 break
@@ -57,7 +57,7 @@ def show(user_id: UserId, json_output: Json = False) -> None:
     if json_output:
         print_json({**to_json(user), "overrides": [to_json(override) for override in overrides]})
         return
-    shown = table("field", "value")
+    shown = table("field", "value", whole=("value",))
     shown.add_row("user", str(user.user_id))
     shown.add_row("shard", str(user.shard))
     shown.add_row("version", str(user.version))
@@ -75,15 +75,15 @@ def segments(user_id: UserId, json_output: Json = False) -> None:
     """List the segments a user is in, as the gateway gets them."""
     from segmentation.v1 import membership_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, to_json  # noqa: PLC0415
 
     with connected(settings_of_process()) as front:
         request = membership_pb2.GetUserSegmentsRequest(user_id=user_id)
-        found = front.memberships.GetUserSegments(request, timeout=TIMEOUT_S)
+        found = front.memberships.GetUserSegments(request, timeout=front.timeout_s)
     if json_output:
         print_json(to_json(found))
         return
-    shown = table("slug")
+    shown = table("slug", whole=("slug",))
     for slug in found.slugs:
         shown.add_row(slug)
     console().print(shown)
@@ -95,15 +95,15 @@ def explain(user_id: UserId, slug: Slug, json_output: Json = False) -> None:
     """Say why a user is, or is not, in a segment."""
     from segmentation.v1 import membership_pb2  # noqa: PLC0415
 
-    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, to_json  # noqa: PLC0415
 
     with connected(settings_of_process()) as front:
         request = membership_pb2.CheckMembershipRequest(user_id=user_id, slug=slug)
-        answer = front.memberships.CheckMembership(request, timeout=TIMEOUT_S)
+        answer = front.memberships.CheckMembership(request, timeout=front.timeout_s)
     if json_output:
         print_json(to_json(answer))
         return
-    shown = table("field", "value")
+    shown = table("field", "value", whole=("value",))
     shown.add_row("member", "yes" if answer.member else "no")
     shown.add_row("reason", membership_pb2.CheckMembershipResponse.Reason.Name(answer.reason))
     shown.add_row("because", plain(answer.explanation))
@@ -145,11 +145,11 @@ def _put(user_id: int, slugs: list[str], effect: str, expires: datetime | None, 
 
 
 def _modify(request: membership_pb2.ModifyUserOverridesRequest, *, json_output: bool) -> None:
-    from segsvc.cli.front import TIMEOUT_S, connected, to_json  # noqa: PLC0415
+    from segsvc.cli.front import connected, to_json  # noqa: PLC0415
 
     request.request_id = str(uuid4())
     with connected(settings_of_process()) as front:
-        changed = front.memberships.ModifyUserOverrides(request, timeout=TIMEOUT_S)
+        changed = front.memberships.ModifyUserOverrides(request, timeout=front.timeout_s)
     if json_output:
         print_json(to_json(changed))
         return
@@ -160,7 +160,7 @@ def _modify(request: membership_pb2.ModifyUserOverridesRequest, *, json_output: 
 def _show_overrides(overrides: Iterable[membership_pb2.Override]) -> None:
     from segmentation.v1 import membership_pb2  # noqa: PLC0415
 
-    shown = table("override", "effect", "until")
+    shown = table("override", "effect", "until", whole=("override", "effect"))
     for override in overrides:
         until = override.expire_time.ToJsonString() if override.HasField("expire_time") else "for ever"
         shown.add_row(override.slug, membership_pb2.Override.Effect.Name(override.effect), until)
@@ -182,11 +182,10 @@ def _expiry(hold: str | None, until: str | None) -> datetime | None:
     if until is None:
         return None
     try:
-        end = datetime.fromisoformat(until)
-    except ValueError:
-        raise typer.BadParameter("--until is a time as 2030-01-31T12:00:00Z") from None
-    # A time without a zone is the reader's own.
-    return end.astimezone(UTC)
+        # A time without a zone is the reader's own.
+        return datetime.fromisoformat(until).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter("--until is a time as 2030-01-31T12:00:00Z, from year 1 to year 9999") from None
 
 
 def _text(value: object) -> str:

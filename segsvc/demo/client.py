@@ -20,7 +20,9 @@ class OperationFailed(Exception):
 
 class Client:
     def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", 64 << 20)])
+        # The proxy of the environment is for the world outside.
+        options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.enable_http_proxy", 0)]
+        self._channel = grpc.insecure_channel(address, options=options)
         self.segments = segments_pb2_grpc.SegmentServiceStub(self._channel)
         self.memberships = membership_pb2_grpc.MembershipServiceStub(self._channel)
         self.operations = operations_pb2_grpc.OperationServiceStub(self._channel)

@@ -22,7 +22,9 @@ from typing import IO
 
 import psutil
 
-MARKER = "SEGSVC_LOCAL_STACK"
+from segsvc.config import LOCAL_STACK_MARKER
+
+MARKER = LOCAL_STACK_MARKER
 POLL_S = 0.05
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 

@@ -137,6 +137,76 @@ def test_a_bad_setting_is_named_without_its_value(runner: CliRunner) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("STATEMENT_TIMEOUT_S", "inf"), ("READ_TIMEOUT_S", "nan"), ("READ_TIMEOUT_S", "1e300"),
+        ("READ_TIMEOUT_S", "1e-9"),
+        ("CACHE_TTL_S", "9" * 30), ("CACHE_TTL_S", "9" * 5000), ("CONNECT_TIMEOUT_S", "99999999999"),
+        ("CACHE_WARM_BUDGET_BYTES", "9" * 30), ("GRPC_ADDRESS", "here:99999"), ("GRPC_ADDRESS", "here:٥"),
+        ("METRICS_ADDRESS", "here:99999"), ("CACHE_URL", "redis://here:port/0"), ("BROKER_URL", "amqp://here"),
+        ("BROKER_URL", "redis://here:99999/0"), ("CLUSTER", "\udcff"), ("CLIENT_TLS", "perhaps"),
+        ("CLIENT_TIMEOUT_S", "-77"), ("GRPC_ADDRESS", "\udcff:1"), ("KAFKA_GROUP", "\udcff"), ("CATALOG_DSN", "\udcff"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "::::"), ("KAFKA_BOOTSTRAP_SERVERS", "there:99999"),
+        ("CATALOG_DSN", "postgresql+psycopg2://here/x?port=zz"),
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_odd_values_are_refused_by_name(runner: CliRunner, name: str, value: str) -> None:
+    result = runner.invoke(app, ["config"], env={f"SEGSVC_{name}": value})
+    assert (result.exit_code, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"SEGSVC_{name}: ")
+    assert value not in line
+
+
+def test_an_empty_variable_is_an_absent_file(runner: CliRunner) -> None:
+    names = ("GRPC_TLS_CERT", "GRPC_TLS_KEY", "CLIENT_TLS", "CLIENT_TLS_CA", "FAILPOINT_DIR", "FLOWER_DB")
+    result = runner.invoke(app, ["config", "--json"], env={f"SEGSVC_{name}": "" for name in names})
+    shown = json.loads(result.stdout)
+    assert [shown[f"SEGSVC_{name}"] for name in names] == [None] * len(names)
+
+
+def test_settings_that_cannot_be_read_are_said(runner: CliRunner, tmp_path: Path) -> None:
+    file = tmp_path / "settings"
+    file.write_bytes(b"SEGSVC_CLUSTER=\xff\n")
+    for env, said in (
+        (
+            {"SEGSVC_ENV_FILE": str(file)},
+            "settings: the file of SEGSVC_ENV_FILE, or one of SEGSVC_SECRETS_DIR, is not UTF-8",
+        ),
+        ({"SEGSVC_SECRETS_DIR": str(file)}, "settings: SEGSVC_SECRETS_DIR names no folder"),
+    ):
+        result = runner.invoke(app, ["config"], env=env)
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", said + "\n")
+
+
+def test_an_unknown_setting_is_told_with_the_nearest_one(runner: CliRunner, tmp_path: Path) -> None:
+    file = tmp_path / "settings"
+    file.write_text("SEGSVC_LOG_LEVL=DEBUG\nOTHER=1\n")
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "segsvc_catalog_dns").write_text("postgresql+psycopg2://here/x")
+    env = {
+        "SEGSVC_ENV_FILE": str(file), "SEGSVC_SECRETS_DIR": str(secrets),
+        "SEGSVC_GRPC_ADRESS": "here:1", "segsvc_cluster": "known", "SEGSVC_XYZZY": "1",
+        # What Kubernetes and Docker put there for services named segsvc and segsvc-front.
+        "SEGSVC_SERVICE_HOST": "10.0.0.1", "SEGSVC_SERVICE_PORT": "50051", "SEGSVC_SERVICE_PORT_GRPC": "50051",
+        "SEGSVC_PORT": "tcp://10.0.0.1:50051", "SEGSVC_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+        "SEGSVC_FRONT_PORT_50051_TCP_ADDR": "10.0.0.1", "SEGSVC_FRONT_SERVICE_HOST": "10.0.0.1",
+        "SEGSVC_LOCAL_STACK": "/there",
+    }  # fmt: skip
+    result = runner.invoke(app, ["config", "--json"], env=env)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["SEGSVC_CLUSTER"] == "known"
+    assert result.stderr.splitlines() == [
+        "SEGSVC_CATALOG_DNS is not a setting; do you mean SEGSVC_CATALOG_DSN?",
+        "SEGSVC_GRPC_ADRESS is not a setting; do you mean SEGSVC_GRPC_ADDRESS?",
+        "SEGSVC_LOG_LEVL is not a setting; do you mean SEGSVC_LOG_LEVEL?",
+        "SEGSVC_XYZZY is not a setting, and does nothing",
+    ]
+
+
 def test_config_masks_secrets(runner: CliRunner) -> None:
     env = {
         "SEGSVC_CATALOG_DSN": "postgresql+psycopg2://me:hush:hush/hush hush@host/x",

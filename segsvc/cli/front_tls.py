@@ -1,0 +1,185 @@
+"""How the front is reached, with TLS or without, and why it is not: what a failed call's own text leaves open."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from segsvc.cli.base import Refusal
+from segsvc.config import Settings
+
+_LOOK_S: Final = 2.0
+"""Bound of each exchange with a front that did not answer."""
+_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104  # listened on, not called
+
+_REFUSED: Final = (
+    "refused the TLS connection; if it asks for a client's certificate, name one that it knows with "
+    "SEGSVC_CLIENT_TLS_CERT and SEGSVC_CLIENT_TLS_KEY"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """What the files hold, in PEM; None: there is none.
+
+    Attributes:
+        ca: whom to trust; None: the authorities that gRPC knows.
+        cert: the client's certificate chain, with its ``key``.
+    """
+
+    ca: bytes | None
+    cert: bytes | None
+    key: bytes | None
+
+
+def reachable(address: str) -> str:
+    """Where a process that listens on this address can be reached from the same machine."""
+    host, _, port = address.rpartition(":")
+    return f"{_ANYWHERE.get(host, host)}:{port}"
+
+
+def uses_tls(settings: Settings) -> bool:
+    """Whether calls are made with TLS: as the settings say, else if this installation's front has a certificate."""
+    return settings.grpc_tls_cert is not None if settings.client_tls is None else settings.client_tls
+
+
+def tls_files(settings: Settings) -> TlsFiles:
+    """The files of the client's TLS.
+
+    Raises:
+        Refusal: one cannot be read, or is not what it should be; the text names its setting.
+    """
+    ca = _read("SEGSVC_CLIENT_TLS_CA", settings.client_tls_ca)
+    if settings.client_tls_ca is None:
+        # A front with a certificate of its own is trusted by that.
+        ca = _read("SEGSVC_GRPC_TLS_CERT", settings.grpc_tls_cert)
+    cert = _read("SEGSVC_CLIENT_TLS_CERT", settings.client_tls_cert)
+    key = _read("SEGSVC_CLIENT_TLS_KEY", settings.client_tls_key)
+    # gRPC says nothing of bad files but that the handshake failed.
+    _context(settings, trusting=True)
+    return TlsFiles(ca, cert, key)
+
+
+def why_no_answer(settings: Settings, *, timed_out: bool) -> str:
+    """What keeps the front from answering, as far as connecting once more shows it, and what to do."""
+    address = settings.grpc_address
+    if settings.client_http_proxy:
+        return f"the front at {address} did not answer; SEGSVC_CLIENT_HTTP_PROXY is set: is it to be called by a proxy?"
+    try:
+        with _connect(settings):
+            pass
+    except OSError:
+        return f"the front at {address} cannot be reached; is it running? (segsvc up, or segsvc serve)"
+    found = _wrong_tls(settings) if uses_tls(settings) else _unexpected_tls(settings)
+    if found:
+        return f"the front at {address} {found}"
+    if timed_out:
+        return f"the front at {address} did not answer in time"
+    return f"what listens at {address} closed the connection; is it the front? It may be stopping: try again"
+
+
+def _unexpected_tls(settings: Settings) -> str:
+    """Why a call without TLS gets no answer; empty: not because of that."""
+    try:
+        with _handshake(settings, trusting=False):
+            pass
+    except ssl.SSLError as error:
+        if _is_plain(error):
+            return ""
+    except OSError:
+        return ""
+    return "speaks TLS; set SEGSVC_CLIENT_TLS=1, and SEGSVC_CLIENT_TLS_CA if its authority is your own"
+
+
+def _wrong_tls(settings: Settings) -> str:
+    """Why a call with TLS gets no answer; empty: not because of that."""
+    try:
+        with _handshake(settings, trusting=True) as connection:
+            connection.settimeout(_LOOK_S)
+            # In TLS 1.3 a missing certificate is refused after the handshake, in place of the first answer.
+            if not connection.recv(1):
+                return _REFUSED
+    except ssl.SSLCertVerificationError as error:
+        return (
+            f"has a certificate that is not accepted: {error.verify_message}; SEGSVC_CLIENT_TLS_CA names whom to "
+            "trust, SEGSVC_CLIENT_TLS_NAME the name in the certificate"
+        )
+    except ssl.SSLError as error:
+        if _is_plain(error):
+            return "does not speak TLS; set SEGSVC_CLIENT_TLS=0"
+        return _REFUSED
+    except TimeoutError:
+        return ""
+    except OSError:
+        return "does not speak TLS; set SEGSVC_CLIENT_TLS=0"
+    return ""
+
+
+def _is_plain(error: ssl.SSLError) -> bool:
+    """Whether the other side answered, or left, in the middle of the handshake as a server without TLS does."""
+    return isinstance(error, ssl.SSLEOFError) or error.reason in (
+        "WRONG_VERSION_NUMBER",
+        "UNEXPECTED_EOF_WHILE_READING",
+    )
+
+
+def _connect(settings: Settings) -> socket.socket:
+    host, _, port = reachable(settings.grpc_address).rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=_LOOK_S)
+
+
+def _handshake(settings: Settings, *, trusting: bool) -> ssl.SSLSocket:
+    """Raises OSError, and SSLError, which is one."""
+    host = reachable(settings.grpc_address).rpartition(":")[0].strip("[]")
+    plain = _connect(settings)
+    try:
+        return _context(settings, trusting=trusting).wrap_socket(
+            plain, server_hostname=settings.client_tls_name or host
+        )
+    except BaseException:
+        plain.close()
+        raise
+
+
+def _context(settings: Settings, *, trusting: bool) -> ssl.SSLContext:
+    """The client's side of TLS. ``trusting`` False: any certificate will do, since nothing is sent."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["h2"])
+    if not trusting:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context
+
+    ca = settings.client_tls_ca or settings.grpc_tls_cert
+    if ca is not None:
+        name = "SEGSVC_CLIENT_TLS_CA" if settings.client_tls_ca else "SEGSVC_GRPC_TLS_CERT"
+        try:
+            context.load_verify_locations(cafile=ca)
+        except ssl.SSLError:
+            raise Refusal(f"{name}: {ca} holds no certificate in PEM") from None
+    if settings.client_tls_cert and settings.client_tls_key:
+        try:
+            context.load_cert_chain(settings.client_tls_cert, settings.client_tls_key, password=_no_password)
+        except (ssl.SSLError, ValueError):
+            raise Refusal(
+                "SEGSVC_CLIENT_TLS_CERT and SEGSVC_CLIENT_TLS_KEY must be a certificate in PEM and its key, which must "
+                "not have a password"
+            ) from None
+    return context
+
+
+def _no_password() -> str:
+    """Instead of a question on the terminal."""
+    return ""
+
+
+def _read(setting: str, path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Refusal(f"{setting}: {path}: {error.strerror}") from None
