@@ -12,15 +12,24 @@ from typing import Final, Protocol
 
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
+from grpc_api import connections
 from grpc_api.call_scope import REQUEST_ID_CHARACTERS_MAX, REQUEST_ID_KEY
 from grpc_api.errors import status_of, trailing_metadata
-from segsvc.domain.errors import ServiceError
+from segsvc.domain.errors import Reason, ServiceError
+from segsvc.log import get_logger
+
+log = get_logger(__name__)
 
 GET_USER_SEGMENTS: Final = "/segmentation.v1.MembershipService/GetUserSegments"
 BATCH_GET_USER_SEGMENTS: Final = "/segmentation.v1.MembershipService/BatchGetUserSegments"
 METHODS: Final = (GET_USER_SEGMENTS, BATCH_GET_USER_SEGMENTS)
 """The methods of the lane. Their order gives the native front's numbers."""
 _BATCH: Final = METHODS.index(BATCH_GET_USER_SEGMENTS)
+
+ENCODING_KEY: Final = "grpc-encoding"
+MESSAGE_BYTES_MAX: Final = 4 << 20
+"""Larger requests are refused (RESOURCE_EXHAUSTED, by gRPC itself); no request of ours is near it. A connection that
+brings one to a hot method is cut off: the native front has taken it in whole, and would take the next one, too."""
 
 
 class Call(Protocol):
@@ -72,8 +81,9 @@ def native_front(target: str, *, reuse_port: bool) -> NativeGrpcFront:
     return NativeGrpcFront(
         target,
         [(method, False) for method in METHODS],
-        client_key_metadata=REQUEST_ID_KEY,
-        call_details=True,  # the deadlines
+        # The one header of those that gRPC keeps to itself that it lets us see.
+        client_key_metadata=ENCODING_KEY,
+        call_details=True,  # deadlines and request ids
         metrics=True,
         reuse_port=reuse_port,
     )
@@ -109,6 +119,7 @@ class NativeCalls:
 
     def __init__(self, front: NativeGrpcFront) -> None:
         self._front = front
+        self._port = front.bound_port
         # Drawn here, not at import: processes forked later would share it.
         self._ids = secrets.token_hex(8)
         # Sixteen digits, for ever: written in half the time of a number padded with zeros.
@@ -121,35 +132,42 @@ class NativeCalls:
             return None
         now = time.monotonic()
         calls: list[Call] = []
-        for kind, call_id, method, payload, key, details in events:
+        for kind, call_id, method, payload, encoding, details in events:
             # A call that is cancelled while its user is read is answered in vain: there is nothing to stop.
-            if kind != EVENT_CALL or payload is None:
+            if kind != EVENT_CALL or payload is None or details is None:
                 continue
-            # Text is the peer's address: the call came without an id.
-            sent = _fit_request_id(key) if isinstance(key, bytes) else None
-            remaining_s = details[2] if details else None
-            calls.append(
-                NativeCall(
-                    front,
-                    call_id,
-                    method == _BATCH,
-                    payload,
-                    sent or f"{ids}{next(made)}",
-                    None if remaining_s is None else now + remaining_s,
-                )
-            )
+            metadata, peer, remaining_s = details
+            request_id = (metadata and _request_id(metadata)) or f"{ids}{next(made)}"
+            deadline = None if remaining_s is None else now + remaining_s
+            call = NativeCall(front, call_id, method == _BATCH, payload, request_id, deadline)
+            # Text is the peer's address: the call came without an encoding.
+            if encoding.__class__ is bytes or len(payload) > MESSAGE_BYTES_MAX:
+                if self._refuse(call, encoding, peer):
+                    continue
+            calls.append(call)
         return calls
+
+    def _refuse(self, call: NativeCall, encoding: bytes | str | None, peer: str) -> bool:
+        """Refuse a call that is compressed or far too large; False: it is neither."""
+        if len(call.payload) > MESSAGE_BYTES_MAX:
+            # Not refused alone: what else the connection has sent is inflated meanwhile.
+            cut = connections.cut(self._port, peer)
+            log.error("connection_cut", peer=peer, why="its message was too large", bytes=len(call.payload), found=cut)
+        elif not isinstance(encoding, bytes) or encoding == b"identity":
+            return False
+        call.fail(ServiceError(Reason.NOT_IMPLEMENTED, "a request must not be compressed"))
+        return True
 
     def close(self) -> None:
         self._front.close()
 
 
-def _fit_request_id(key: bytes) -> str | None:
-    """A client's request id if it is fit for logs."""
-    if 0 < len(key) <= REQUEST_ID_CHARACTERS_MAX and key.isascii():
-        text = key.decode("ascii")
-        if text.isprintable():
-            return text
+def _request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
+    """The client's request id if there is one fit for logs."""
+    for key, value in metadata:
+        if key == REQUEST_ID_KEY and isinstance(value, str):
+            fit = 0 < len(value) <= REQUEST_ID_CHARACTERS_MAX and value.isascii() and value.isprintable()
+            return value if fit else None
     return None
 
 

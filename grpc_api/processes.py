@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from grpc_api import memory_watch
 from segsvc.log import get_logger
 
 STOP_BOUND_S = 20
@@ -93,7 +94,7 @@ class Supervisor:
         if self._stopping:
             return
         _log.error("front_process_ended", index=index, pid=pid, exit_code=code)
-        if time.monotonic() - begun < YOUNG_S:
+        if code != memory_watch.EXIT_CODE and time.monotonic() - begun < YOUNG_S:
             self._exit_code = code if code > 0 else 1
             self._stop()
             return

@@ -1,7 +1,7 @@
 """The gRPC front: one process, or several behind one port.
 
     native front    clients → NativeGrpcFront ─ hot methods → hot lane
-                                              └ all others → grpcio on a Unix socket in a private folder
+                                              └ all others → grpcio on a Unix socket without a name
     grpcio front    clients → grpcio (TLS if configured): all methods, the hot ones handed to the same lane
 
 Nothing here needs PostgreSQL or Redis to start: while they are out of reach calls are answered UNAVAILABLE.
@@ -13,9 +13,12 @@ import asyncio
 import contextlib
 import functools
 import gc
+import os
+import resource
 import signal
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import uvloop
@@ -38,8 +41,9 @@ from grpc_api.call_scope import BlockingCalls
 from grpc_api.health import HealthMonitor
 from grpc_api.interceptors import interceptors
 from grpc_api.lane import HotLane
-from grpc_api.lane_calls import native_front
+from grpc_api.lane_calls import MESSAGE_BYTES_MAX, native_front
 from grpc_api.membership_wire import encode_slug
+from grpc_api.memory_watch import MemoryWatch
 from grpc_api.processes import Supervisor
 from grpc_api.servicers.membership import MembershipServicer, Submit
 from grpc_api.servicers.operations import OperationsServicer, WatchServicer
@@ -53,9 +57,10 @@ DRAIN_S = 10.0
 """Longest time that calls in progress get to end after SIGTERM; those that wait for an operation answer at once."""
 LANE_DRAIN_S = 3.0
 """Longest time that reads of shards get to end after that."""
-MESSAGE_BYTES_MAX = 4 << 20
-"""Larger requests are refused (RESOURCE_EXHAUSTED, by gRPC itself); no request of ours is near it."""
 METADATA_BYTES_MAX = 16 << 10
+IDENTITY_ONLY = 1
+"""Bits of the compression algorithms that grpcio takes: none. It inflates a message whole before it looks at its size,
+four megabytes to four gigabytes; of an algorithm that is not allowed it inflates nothing."""
 BLOCKING_THREADS, BLOCKING_WAITING_MAX = 16, 1024
 CREATION_THREADS, CREATION_WAITING_MAX = 64, 256
 PREVIEW_THREADS, PREVIEW_WAITING_MAX = 4, 64
@@ -76,9 +81,19 @@ def serve(settings: Settings, *, make_sender: MakeSender) -> int:
     Returns:
         The exit code: 0 after a signal, 1 if an address cannot be listened on (the log says which).
     """
+    _raise_open_files()
     if settings.front_processes == 1:
         return _serve_one(settings, make_sender)
     return Supervisor(settings.front_processes, functools.partial(_serve_one, settings, make_sender)).run()
+
+
+def _raise_open_files() -> None:
+    """Allow as many connections as the machine does: the usual soft limit, 1024, is meant for programs that use
+    select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _log.info("open_files", limit=hard)
 
 
 def _serve_one(settings: Settings, make_sender: MakeSender, index: int = 0, parent_gone: int | None = None) -> int:
@@ -160,10 +175,11 @@ class FrontProcess:
         if native is None:
             self._listen(server)
         else:
-            # In a folder that only this user can enter: whoever reaches the socket goes past the front.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="segsvc-front-"))
-            server.add_insecure_port(f"unix:{folder}/grpcio.sock")
-            native.set_fallback(f"{folder}/grpcio.sock")
+            native.set_fallback(_listen_without_name(server, stack))
+        port = native.bound_port if native is not None else int(self._settings.grpc_address.rpartition(":")[2])
+        watch = MemoryWatch(port, self._settings.front_memory_max_bytes)
+        watch.start()
+        stack.push_async_callback(asyncio.to_thread, watch.close)
         monitor = self._make_monitor()
         await monitor.start()
         await server.start()
@@ -211,12 +227,7 @@ class FrontProcess:
         services = self._services
         server = aio.server(
             interceptors=interceptors(_methods()),
-            options=[
-                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-                ("grpc.max_metadata_size", METADATA_BYTES_MAX),
-                # Off unless it is meant: a second server on the port would share its calls instead of failing.
-                ("grpc.so_reuseport", int(self._settings.front_processes > 1)),
-            ],
+            options=self._options(),
         )
         segments_pb2_grpc.add_SegmentServiceServicer_to_server(
             SegmentServicer(
@@ -253,6 +264,20 @@ class FrontProcess:
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
         return server
 
+    def _options(self) -> list[tuple[str, Any]]:
+        return [
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+            ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
+            # Clients that ask often whether their connection lives are answered, as by the native front; grpcio's
+            # default ends the connection, and all calls on it, after three pings within five minutes.
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+            ("grpc.http2.max_ping_strikes", 0),
+            # Off unless it is meant: a second server on the port would share its calls instead of failing.
+            ("grpc.so_reuseport", int(self._settings.front_processes > 1)),
+        ]
+
     def _listen(self, server: aio.Server) -> None:
         address = self._settings.grpc_address
         try:
@@ -284,6 +309,20 @@ class FrontProcess:
         self._creations.close()
         self._previews.close()
         self._services.close()
+
+
+def _listen_without_name(server: aio.Server, stack: contextlib.AsyncExitStack) -> str:
+    """Let grpcio listen on a Unix socket that only this process can find. Returns a path to connect to.
+
+    Whoever reaches the socket goes past the front, and a front that is killed removes nothing. So the name is removed
+    as soon as there is a socket, and the socket is reached through a descriptor of its file.
+    """
+    with tempfile.TemporaryDirectory(prefix="segsvc-front-") as folder:
+        path = f"{folder}/grpcio.sock"
+        server.add_insecure_port(f"unix:{path}")
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    return f"/proc/self/fd/{descriptor}"
 
 
 def _services() -> list[ServiceDescriptor]:

@@ -93,6 +93,11 @@ class Settings(BaseSettings):
     metrics_address: str = Field(
         "127.0.0.1:9464", description="host:port of the front's Prometheus metrics (process n: port + n); '' = off."
     )
+    front_memory_max_bytes: int = Field(
+        512 << 20,
+        ge=256 << 20,
+        description="Memory of a front process beyond which it cuts off whoever sends much; at twice this it ends.",
+    )
     cold_reads_max: int = Field(
         4096, ge=1, le=65536, description="Users that may wait for one shard's cold read at once; more: OVERLOADED."
     )

@@ -1,0 +1,113 @@
+"""Clients' connections as the kernel knows them: cut one off, or find those that send most.
+
+The native front takes a message in whole, and inflates it, before it hands the call over; it has no bound for either
+and no way to end a connection. But its sockets are this process's, and a socket that is shut down ends the connection
+with everything that was still to be received and inflated for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+_BYTES_RECEIVED_OFFSET: Final = 128
+"""Of ``tcpi_bytes_received`` in Linux's ``struct tcp_info``; 8 bytes."""
+
+
+@contextlib.contextmanager
+def _socket_of(descriptor: int) -> Iterator[socket.socket | None]:
+    """A second descriptor of a TCP socket, closed at the end. None: it is no TCP socket, or gone.
+
+    What is asked of the socket is asked of the second descriptor: the first may be closed and given to another file at
+    any time, by the threads of the front.
+    """
+    try:
+        duplicate = os.dup(descriptor)
+    except OSError:
+        yield None
+        return
+    try:
+        taken = socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        yield None
+        return
+    with taken:
+        internet = taken.family in (socket.AF_INET, socket.AF_INET6) and taken.type == socket.SOCK_STREAM
+        yield taken if internet else None
+
+
+def _connections(port: int) -> Iterator[tuple[tuple[str, int], socket.socket]]:
+    """This process's connections that were accepted on a port: the peer's address and port, and the socket."""
+    for name in os.listdir("/proc/self/fd"):
+        with _socket_of(int(name)) as found:
+            if found is None:
+                continue
+            try:
+                if found.getsockname()[1] == port:
+                    host, number = found.getpeername()[:2]
+                    yield (_plain(host), number), found
+            except OSError:  # it listens, or the peer has gone
+                continue
+
+
+def _plain(host: str) -> str:
+    """An address without what a socket for both protocols puts before one of the older."""
+    return host.removeprefix("::ffff:")
+
+
+def cut(port: int, peer: str) -> bool:
+    """End a client's connection.
+
+    Args:
+        port: that the front listens on.
+        peer: as gRPC writes it, ``ipv4:127.0.0.1:5000`` or ``ipv6:[::1]:5000``.
+
+    Returns:
+        whether there was such a connection.
+    """
+    host, _, number = peer.partition(":")[2].rpartition(":")
+    wanted = (_plain(host.strip("[]")), int(number)) if number.isdecimal() else None
+    ended = False
+    for address, connection in _connections(port):
+        if address == wanted:
+            ended = _shut(connection) or ended
+    return ended
+
+
+def cut_above(port: int, bytes_max: int, before: dict[tuple[str, int], int]) -> list[str]:
+    """End the connections that have sent more than ``bytes_max`` since ``before``, as ``received`` gave it.
+
+    Returns:
+        the peers, as ``address:port``.
+    """
+    ended: list[str] = []
+    for address, connection in _connections(port):
+        if _bytes_received(connection) - before.get(address, 0) > bytes_max and _shut(connection):
+            ended.append(f"{address[0]}:{address[1]}")
+    return ended
+
+
+def received(port: int) -> dict[tuple[str, int], int]:
+    """Bytes that each connection has sent since it began."""
+    return {address: _bytes_received(connection) for address, connection in _connections(port)}
+
+
+def _bytes_received(connection: socket.socket) -> int:
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED_OFFSET + 8)
+    if len(info) < _BYTES_RECEIVED_OFFSET + 8:  # a kernel older than 4.1
+        return 0
+    count: int = struct.unpack_from("=Q", info, _BYTES_RECEIVED_OFFSET)[0]
+    return count
+
+
+def _shut(connection: socket.socket) -> bool:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it has just ended
+        return False
+    return True

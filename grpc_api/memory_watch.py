@@ -1,0 +1,114 @@
+"""Watches the memory of a front process, and ends what fills it.
+
+The native front takes each message of a hot method in whole, and inflates it, before anybody can look at its size
+(docs/adr/0021-what-a-request-may-cost-in-memory.md). So the memory itself is looked at, often: a connection that sends
+without an end is cut off, and a process that cannot be helped ends before its machine suffers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import threading
+import time
+from typing import Final
+
+from grpc_api import connections
+from segsvc.log import get_logger
+
+LOOK_S: Final = 0.05
+"""Time between two looks; the loopback device carries some 50 MB meanwhile."""
+LEAP_BYTES: Final = 32 << 20
+"""Memory that grows by more than this between two looks grows by messages: who sends most is looked for."""
+SENT_BYTES_MAX: Final = 4 << 20
+"""A connection that sent more than this since the look before, or in a second, is cut off while memory is short or
+leaps: 500 times what the busiest gateway's connection sends in single reads."""
+SECOND_S: Final = 1.0
+LAST_RESORT: Final = 2
+"""At so many times the bound the process ends itself."""
+TRIM_EVERY_S: Final = 10.0
+EXIT_CODE: Final = 75
+"""Of a process that ended itself for its memory (EX_TEMPFAIL): start it again."""
+
+_log = get_logger(__name__)
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in the machine's."""
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * _PAGE_BYTES
+
+
+def give_back() -> None:
+    """Return what the allocator keeps to the machine: after a storm it would keep it for ever."""
+    gc.collect()  # refusals and their tracebacks hold each other, and the requests
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc's own
+        trim(0)
+
+
+class MemoryWatch:
+    """A thread that looks at this process's memory.
+
+    Args:
+        port: that clients connect to.
+        bytes_max: beyond this, connections that send much are cut off; at LAST_RESORT times this the process ends.
+    """
+
+    def __init__(self, port: int, bytes_max: int) -> None:
+        self._port = port
+        self._bytes_max = bytes_max
+        self._closing = threading.Event()
+        self._before = self._trimmed_at = resident_bytes()
+        self._trim_again = 0.0
+        self._received: dict[tuple[str, int], int] | None = None
+        self._received_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(LOOK_S):
+            try:
+                self._look()
+            except Exception:  # it must go on looking
+                _log.exception("memory_watch_failed")
+
+    def _look(self) -> None:
+        resident, now = resident_bytes(), time.monotonic()
+        leap, self._before = resident - self._before, resident
+        if resident > LAST_RESORT * self._bytes_max:
+            # A message that is being inflated cannot be stopped: not by its connection's end, nor by anything else.
+            _log.critical("memory_exhausted", resident_bytes=resident, bytes_max=self._bytes_max)
+            os._exit(EXIT_CODE)
+        if resident > self._bytes_max or leap > LEAP_BYTES:
+            self._find_senders(resident, now)
+        else:
+            self._received = None
+        self._give_back(resident, now)
+
+    def _find_senders(self, resident: int, now: float) -> None:
+        """Cut off connections by what they have sent since the first look of the last second that found memory short
+        or leaping."""
+        if self._received is None:
+            self._received, self._received_at = connections.received(self._port), now
+            return
+        for peer in connections.cut_above(self._port, SENT_BYTES_MAX, self._received):
+            _log.error("connection_cut", peer=peer, why="it sent too much", resident_bytes=resident)
+        if now - self._received_at >= SECOND_S:
+            self._received, self._received_at = connections.received(self._port), now
+
+    def _give_back(self, resident: int, now: float) -> None:
+        """Every so often, if memory has grown since it was last given back."""
+        if now < self._trim_again or resident - self._trimmed_at < LEAP_BYTES:
+            return
+        self._trim_again = now + TRIM_EVERY_S
+        give_back()
+        self._trimmed_at = self._before = resident_bytes()
