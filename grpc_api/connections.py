@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 _BYTES_RECEIVED_OFFSET: Final = 128
@@ -43,8 +44,8 @@ def _socket_of(descriptor: int) -> Iterator[socket.socket | None]:
 
 def _connections(port: int) -> Iterator[tuple[tuple[str, int], socket.socket]]:
     """This process's connections that were accepted on a port: the peer's address and port, and the socket."""
-    for name in os.listdir("/proc/self/fd"):
-        with _socket_of(int(name)) as found:
+    for entry in Path("/proc/self/fd").iterdir():
+        with _socket_of(int(entry.name)) as found:
             if found is None:
                 continue
             try:

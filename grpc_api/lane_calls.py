@@ -141,10 +141,9 @@ class NativeCalls:
             deadline = None if remaining_s is None else now + remaining_s
             call = NativeCall(front, call_id, method == _BATCH, payload, request_id, deadline)
             # Text is the peer's address: the call came without an encoding.
-            if encoding.__class__ is bytes or len(payload) > MESSAGE_BYTES_MAX:
-                if self._refuse(call, encoding, peer):
-                    continue
-            calls.append(call)
+            suspect = encoding.__class__ is bytes or len(payload) > MESSAGE_BYTES_MAX
+            if not (suspect and self._refuse(call, encoding, peer)):
+                calls.append(call)
         return calls
 
     def _refuse(self, call: NativeCall, encoding: bytes | str | None, peer: str) -> bool:

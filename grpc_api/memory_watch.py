@@ -12,6 +12,7 @@ import gc
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Final
 
 from grpc_api import connections
@@ -32,13 +33,13 @@ EXIT_CODE: Final = 75
 """Of a process that ended itself for its memory (EX_TEMPFAIL): start it again."""
 
 _log = get_logger(__name__)
+_STATM: Final = Path("/proc/self/statm")
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident_bytes() -> int:
     """Memory of this process that is in the machine's."""
-    with open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[1]) * _PAGE_BYTES
+    return int(_STATM.read_bytes().split()[1]) * _PAGE_BYTES
 
 
 def give_back() -> None:
@@ -78,7 +79,7 @@ class MemoryWatch:
         while not self._closing.wait(LOOK_S):
             try:
                 self._look()
-            except Exception:  # it must go on looking
+            except Exception:  # noqa: BLE001  # it must go on looking
                 _log.exception("memory_watch_failed")
 
     def _look(self) -> None:

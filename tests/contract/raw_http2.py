@@ -66,7 +66,7 @@ class Connection:
         return stream
 
     def send(self, stream: int, content: bytes, *, end: bool = True) -> None:
-        """Send DATA, as fast as the server's windows let it. Raises OSError or EOFError if the server has had enough."""
+        """Send DATA, as fast as the server's windows let it. Raises OSError, EOFError: the server has had enough."""
         if not content:
             self._socket.sendall(_frame(_DATA, _END_STREAM, stream, b""))
         sent = 0

@@ -57,11 +57,9 @@ def test_a_compressed_request_is_refused_by_every_method(
     front: FrontUnderTest, method: str, compression: grpc.Compression
 ) -> None:
     payload = b"\x08" * 1000  # what is not worth it is sent as it is
+    # A client does not mind whether a method that it calls for a stream is one.
     with pytest.raises(grpc.RpcError) as caught:
-        if method == STREAM:
-            list(front.channel.unary_stream(method)(payload, timeout=10, compression=compression))
-        else:
-            front.channel.unary_unary(method)(payload, timeout=10, compression=compression)
+        list(front.channel.unary_stream(method)(payload, timeout=10, compression=compression))
     assert caught.value.code() == StatusCode.UNIMPLEMENTED
 
 
@@ -85,12 +83,11 @@ def test_bombs_are_not_inflated_all(front: FrontUnderTest, method: str) -> None:
 def test_a_message_without_an_end_is_not_taken_in_whole(front: FrontUnderTest) -> None:
     size = 1 << 30
     with memory_of(front) as grown:
-        with connected(front.address) as client, pytest.raises((OSError, EOFError)):
+        with connected(front.address) as client:
             call = client.call(HOT)
             client.send(call, message(b"")[:1] + size.to_bytes(4, "big"), end=False)
-            for _ in range(size >> 20):
-                client.send(call, bytes(1 << 20), end=False)
-            client.await_end(call)
+            with pytest.raises((OSError, EOFError)):
+                client.send(call, bytes(size))
         assert reads_well(front)
         assert grown() < Settings.model_fields["front_memory_max_bytes"].default, f"{grown() >> 20} MiB"
 
