@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from grpc_api import membership_wire as wire
 from grpc_api.errors import status_of
 from grpc_api.lane_calls import Call
-from segsvc.domain.errors import ServiceError
+from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import Entry
 from segsvc.services.cold_reads import Outcome
 
@@ -28,6 +29,40 @@ class Single:
         else:
             encoded_user_id = wire.encode_user_id(user_id)
             self._call.answer(wire.encode_user_segments(encoded_user_id, outcome, self._slugs))
+
+
+ANSWER_BYTES_MAX: Final = 3 << 20
+"""Of a batch: clients refuse messages of more than 4 MiB unless they are told otherwise."""
+
+_TOO_LARGE: Final = wire.encode_error_result(
+    status_of(
+        ServiceError(
+            Reason.ANSWER_TOO_LARGE,
+            f"the answer would be larger than {ANSWER_BYTES_MAX >> 20} MiB; ask for this user with fewer others",
+            {"bytes_max": str(ANSWER_BYTES_MAX)},
+        )
+    )
+)
+
+
+def _joined(results: Sequence[bytes]) -> bytes:
+    """A BatchGetUserSegmentsResponse of at most ANSWER_BYTES_MAX: users for whom there is no room get an error."""
+    answer = b"".join(results)
+    return answer if len(answer) <= ANSWER_BYTES_MAX else b"".join(_fit(results))
+
+
+def _fit(results: Sequence[bytes]) -> list[bytes]:
+    """As many of the results, from the first one on, as leave room for an error for each of the others."""
+    room = ANSWER_BYTES_MAX - len(_TOO_LARGE) * len(results)
+    fit: list[bytes] = []
+    for result in results:
+        more = len(result) - len(_TOO_LARGE)
+        if more > 0 and more > room:
+            fit.append(_TOO_LARGE)
+            continue
+        room -= max(0, more)
+        fit.append(result)
+    return fit
 
 
 class Batch:
@@ -72,7 +107,7 @@ class Batch:
         """Take in what the cache has of all users. Returns the places that are still to be read."""
         results = wire.encode_results(self.user_ids, entries, self._slugs)
         if None not in results and len(results) == len(self._results):
-            self._call.answer(b"".join(results))  # type: ignore[arg-type]  # nothing is missing, and nothing else is to come
+            self._call.answer(_joined(results))  # type: ignore[arg-type]  # nothing is missing, and nothing else is to come
             return []
         found = {index: result for index, result in zip(self._indexes, results, strict=True) if result is not None}
         self._put(found)
@@ -96,7 +131,7 @@ class Batch:
             self._left -= len(results)
             complete = not self._left
         if complete:
-            self._call.answer(b"".join(self._results))
+            self._call.answer(_joined(self._results))
 
 
 class BatchPlace:

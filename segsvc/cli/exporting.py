@@ -124,5 +124,6 @@ def _worth_going_on(error: BaseException) -> bool:
 
 def _text(page: segments_pb2.ExportSegmentUsersResponse, *, json_output: bool) -> str:
     if json_output:
-        return json.dumps({"user_ids": list(page.user_ids), "resume_token": page.resume_token}) + "\n"
+        # As every other --json: 64-bit integers are strings (``front.to_json``).
+        return json.dumps({"user_ids": [str(user) for user in page.user_ids], "resume_token": page.resume_token}) + "\n"
     return "".join(f"{user_id}\n" for user_id in page.user_ids)

@@ -106,5 +106,9 @@ def describe(status: Status) -> str:
 
 
 def to_json(message: Message) -> dict[str, Any]:
-    """A message as JSON with the names of the protos; fields that are not set are shown with their default."""
+    """A message as JSON with the names of the protos; fields that are not set are shown with their default.
+
+    64-bit integers are strings, as protobuf's own JSON has them: user ids go up to 2^63 - 1, and programs that read
+    numbers as doubles (JavaScript, jq) know them to 2^53 only.
+    """
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

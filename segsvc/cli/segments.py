@@ -248,7 +248,7 @@ def export(
     output: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
     resume_token: Annotated[str, typer.Option(help="Go on after an export that was cut off.")] = "",
     json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON object a page: user_ids and resume_token.")
+        bool, typer.Option("--json", help="One JSON object a page: user_ids (strings) and resume_token.")
     ] = False,
 ) -> None:
     """Write the ids of all members, one a line."""

@@ -11,7 +11,7 @@ from segmentation.v1 import membership_pb2 as pb
 from segmentation.v1 import segments_pb2
 
 from segsvc.domain.sharding import USER_ID_MAX
-from tests.contract.conftest import FrontUnderTest
+from tests.contract.conftest import FrontUnderTest, new_slug
 from tests.contract.refusals import read_status, refused
 
 NOBODY = 9_999_999
@@ -102,6 +102,35 @@ def test_a_deleted_user_is_gone(front: FrontUnderTest) -> None:
 def batch(front: FrontUnderTest, user_ids: list[int]) -> list[pb.BatchGetUserSegmentsResponse.Result]:
     request = pb.BatchGetUserSegmentsRequest(user_ids=user_ids)
     return list(front.memberships.BatchGetUserSegments(request, timeout=10).results)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_batch_is_bounded_in_bytes(front: FrontUnderTest, warm: bool) -> None:
+    """By a client with gRPC's own bound; from the shard, then from the cache."""
+    user_id = FIRST + 2000
+    front.installation.create_users({user_id: {}})
+    slugs = [front.create(new_slug("long").ljust(64, "x")).slug for _ in range(50)]
+    request = pb.ModifyUserOverridesRequest(user_id=user_id)
+    for slug in slugs:
+        request.set.add(slug=slug, effect="INCLUDE")
+    front.memberships.ModifyUserOverrides(request, timeout=10)
+    if warm:
+        segments_of(front, user_id)
+    asked = pb.BatchGetUserSegmentsRequest(user_ids=[user_id] * 1000)
+
+    response = front.memberships.BatchGetUserSegments(asked, timeout=20)
+
+    assert response.ByteSize() <= 3 << 20
+    outcomes = [result.WhichOneof("outcome") for result in response.results]
+    assert len(outcomes) == 1000
+    found = outcomes.count("user_segments")
+    assert 500 < found < 1000
+    assert outcomes[:found] == ["user_segments"] * found
+    refusals = [read_status(result.error) for result in response.results[found:]]
+    assert {(refusal.code, refusal.reason) for refusal in refusals} == {
+        (StatusCode.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE")
+    }
+    assert set(slugs) <= set(response.results[0].user_segments.slugs)
 
 
 def test_a_batch_answers_in_its_order_each_for_itself(front: FrontUnderTest, users: range) -> None:

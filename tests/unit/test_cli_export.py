@@ -44,7 +44,7 @@ def test_an_export_goes_on_after_a_cut(front: CannedFront, tmp_path: Path) -> No
     assert run("segments", "export", "checkout", "--output", str(file)).exit_code == 0
     assert file.read_text() == "1\n2\n3\n4\n5\n"
     lines = run("segments", "export", "checkout", "--json").stdout.splitlines()
-    assert json.loads(lines[1]) == {"user_ids": [3, 4], "resume_token": "2"}
+    assert json.loads(lines[1]) == {"user_ids": ["3", "4"], "resume_token": "2"}
 
 
 def test_an_export_that_is_cut_for_good_says_how_to_go_on(front: CannedFront, tmp_path: Path) -> None:

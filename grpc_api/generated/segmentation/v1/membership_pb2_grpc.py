@@ -77,7 +77,8 @@ class MembershipServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BatchGetUserSegments(self, request, context):
-        """One answer a user, in the order asked, each its own success or error.
+        """One answer a user, in the order asked, each its own success or error. At most 3 MiB in all: users for whom there is
+        no room get RESOURCE_EXHAUSTED ANSWER_TOO_LARGE, and may be asked for with fewer others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class MembershipServiceStub:
     GetUserSegments: _grpc.UnaryUnaryMultiCallable[_membership_pb2.GetUserSegmentsRequest, _membership_pb2.UserSegments]
     """The hot path, asked at every login. NOT_FOUND for a user whom no event created, or whom one deleted."""
     BatchGetUserSegments: _grpc.UnaryUnaryMultiCallable[_membership_pb2.BatchGetUserSegmentsRequest, _membership_pb2.BatchGetUserSegmentsResponse]
-    """One answer a user, in the order asked, each its own success or error."""
+    """One answer a user, in the order asked, each its own success or error. At most 3 MiB in all: users for whom there is
+    no room get RESOURCE_EXHAUSTED ANSWER_TOO_LARGE, and may be asked for with fewer others.
+    """
     CheckMembership: _grpc.UnaryUnaryMultiCallable[_membership_pb2.CheckMembershipRequest, _membership_pb2.CheckMembershipResponse]
     """Why is, or isn't, this user in this segment?"""
     ModifyUserOverrides: _grpc.UnaryUnaryMultiCallable[_membership_pb2.ModifyUserOverridesRequest, _membership_pb2.ModifyUserOverridesResponse]
@@ -49,7 +51,9 @@ class MembershipServiceAsyncStub(MembershipServiceStub):
     GetUserSegments: _aio.UnaryUnaryMultiCallable[_membership_pb2.GetUserSegmentsRequest, _membership_pb2.UserSegments]  # type: ignore[assignment]
     """The hot path, asked at every login. NOT_FOUND for a user whom no event created, or whom one deleted."""
     BatchGetUserSegments: _aio.UnaryUnaryMultiCallable[_membership_pb2.BatchGetUserSegmentsRequest, _membership_pb2.BatchGetUserSegmentsResponse]  # type: ignore[assignment]
-    """One answer a user, in the order asked, each its own success or error."""
+    """One answer a user, in the order asked, each its own success or error. At most 3 MiB in all: users for whom there is
+    no room get RESOURCE_EXHAUSTED ANSWER_TOO_LARGE, and may be asked for with fewer others.
+    """
     CheckMembership: _aio.UnaryUnaryMultiCallable[_membership_pb2.CheckMembershipRequest, _membership_pb2.CheckMembershipResponse]  # type: ignore[assignment]
     """Why is, or isn't, this user in this segment?"""
     ModifyUserOverrides: _aio.UnaryUnaryMultiCallable[_membership_pb2.ModifyUserOverridesRequest, _membership_pb2.ModifyUserOverridesResponse]  # type: ignore[assignment]
@@ -73,7 +77,9 @@ class MembershipServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _membership_pb2.BatchGetUserSegmentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_membership_pb2.BatchGetUserSegmentsResponse, _abc.Awaitable[_membership_pb2.BatchGetUserSegmentsResponse]]:
-        """One answer a user, in the order asked, each its own success or error."""
+        """One answer a user, in the order asked, each its own success or error. At most 3 MiB in all: users for whom there is
+        no room get RESOURCE_EXHAUSTED ANSWER_TOO_LARGE, and may be asked for with fewer others.
+        """
 
     @_abc_1.abstractmethod
     def CheckMembership(
