@@ -107,7 +107,7 @@ def batch(front: FrontUnderTest, user_ids: list[int]) -> list[pb.BatchGetUserSeg
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_batch_is_bounded_in_bytes(front: FrontUnderTest, warm: bool) -> None:
     """By a client with gRPC's own bound; from the shard, then from the cache."""
-    user_id = FIRST + 2000
+    user_id = FIRST + 2000 + warm
     front.installation.create_users({user_id: {}})
     slugs = [front.create(new_slug("long").ljust(63, "x")).slug for _ in range(50)]
     request = pb.ModifyUserOverridesRequest(user_id=user_id)
