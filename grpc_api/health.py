@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from grpc_health.v1 import health, health_pb2
 
@@ -39,6 +40,15 @@ _log = get_logger(__name__)
 
 Probe = Callable[[float], None]
 """Asks a database for a sign of life, bounded by seconds. Raises ServiceError if there is none."""
+
+
+class HealthServicer(health.aio.HealthServicer):
+    """grpc.health.v1.Health. ``List`` is missing in grpcio's own, which would fail as an internal error."""
+
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802  # the method's name
+        serving: Mapping[str, int] = self._server_status  # type: ignore[attr-defined]  # the stubs lag behind
+        statuses = {service: health_pb2.HealthCheckResponse(status=status) for service, status in serving.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
 
 
 class HealthMonitor:

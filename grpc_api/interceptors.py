@@ -126,8 +126,12 @@ class EnterCall(Around):
         call_scope.enter(call_scope.Call(method, request_id, start, deadline))
         # Bound for the life of the task, which serves this call alone.
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
-        yield
+        try:
+            await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+            yield
+        except aio.InternalError:
+            # gRPC cannot send to a client that has gone, before the call's task is cancelled for that.
+            raise asyncio.CancelledError from None
 
 
 class Observe(Around):
@@ -143,7 +147,7 @@ class Observe(Around):
         code = grpc.StatusCode.OK
         try:
             yield
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, aio.InternalError):  # the client has gone, or its time is up
             remaining_s = call.remaining_s()
             expired = remaining_s is not None and remaining_s <= 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED

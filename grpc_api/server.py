@@ -25,7 +25,7 @@ import uvloop
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pygrpc_native import NativeGrpcFront
 from segmentation.v1 import (
@@ -38,7 +38,7 @@ from segmentation.v1 import operations_pb2 as watch_pb2
 from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
 
 from grpc_api.call_scope import BlockingCalls
-from grpc_api.health import HealthMonitor
+from grpc_api.health import HealthMonitor, HealthServicer
 from grpc_api.interceptors import interceptors
 from grpc_api.lane import HotLane
 from grpc_api.lane_calls import MESSAGE_BYTES_MAX, native_front
@@ -159,7 +159,7 @@ class FrontProcess:
             waiting_max=PREVIEW_WAITING_MAX,
             bound_s=settings.statement_timeout_s,
         )
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
         """Start serving; what was started is stopped, in the reverse order, when the stack unwinds.

@@ -24,6 +24,12 @@ cold_reads_waiting = Gauge(
 rpcs = Counter("segsvc_rpcs_total", "Finished calls outside the hot lane.", ["method", "code"])
 rpc_seconds = Histogram("segsvc_rpc_seconds", "Duration of calls outside the hot lane.", ["method"])
 
+# -- databases (every process) --------------------------------------------------------------------------------------
+connections_thrown_away = Counter(
+    "segsvc_connections_thrown_away_total",
+    "Connections to PostgreSQL that came back to their pool inside a transaction, and were closed.",
+)
+
 # -- operations (workers; those that a front creates, aborts or cancels are counted there) --------------------------
 operations_finished = Counter("segsvc_operations_finished_total", "Operations that ended.", ["kind", "state"])
 """kind and state: names of the enumerations of the domain. Whoever made the operation final counts it."""

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import select
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import psycopg2
 import sqlalchemy as sa
-from sqlalchemy import exc
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS
+from sqlalchemy import event, exc
 
+from segsvc import metrics
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError, catalog_unavailable, shard_unavailable
+from segsvc.log import get_logger
+
+log = get_logger(__name__)
 
 LOCK_NOT_AVAILABLE = "55P03"
 QUERY_CANCELED = "57014"
@@ -111,7 +116,29 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
         },
     )
     engine.dialect.do_ping = _still_open  # type: ignore[method-assign]  # a hook of dialects
+    event.listen(engine, "checkin", _keep_if_idle)
     return engine
+
+
+def _keep_if_idle(dbapi_connection: Any, record: Any) -> None:
+    """Throw a connection away that comes back to its pool inside a transaction, by what the server last said.
+
+    The driver's own view is not enough. When a COMMIT fails, be it that a timeout cancelled it, the driver holds the
+    transaction for ended, and sends no ROLLBACK; the server may not have ended it. Each later user of the connection
+    would be refused for a transaction that failed before. The look costs no exchange.
+
+    Args:
+        dbapi_connection: the driver's; None: the pool has thrown it away before.
+    """
+    if dbapi_connection is None:
+        return
+    status = dbapi_connection.info.transaction_status
+    if status == TRANSACTION_STATUS_IDLE:
+        return
+    if not dbapi_connection.closed:
+        log.warning("connection_thrown_away", transaction_status=status)
+        metrics.connections_thrown_away.inc()
+    record.invalidate()
 
 
 def _still_open(dbapi_connection: Any) -> bool:
@@ -155,16 +182,19 @@ class Databases:
         """One transaction on the catalog, committed at the end of the block.
 
         Args:
-            timeout_s: bound of each statement in it; None: the session's.
+            timeout_s: bound of each statement in it, its end apart; None: the session's.
 
         Raises:
-            ServiceError: CATALOG_UNAVAILABLE (whether a commit took effect is then unknown), DEADLINE_EXCEEDED,
-                OVERLOADED (a lock was not to be had in time: this transaction did nothing).
+            ServiceError: CATALOG_UNAVAILABLE, DEADLINE_EXCEEDED (with both it is unknown whether a commit took effect),
+                OVERLOADED (a lock was not acquired in time: this transaction did nothing).
             sqlalchemy.exc.DBAPIError: anything else, such as an integrity error.
         """
         try:
-            with translated("catalog"), self.catalog.begin() as connection:
-                _bound(connection, timeout_s)
+            with (
+                translated("catalog"),
+                self.catalog.begin() as connection,
+                _bounded(connection, timeout_s),
+            ):
                 yield connection
         except LockTimeout as error:
             # Somebody stands still with a row of the ledger. To all who decide this is one more thing to be tried
@@ -177,13 +207,15 @@ class Databases:
     def shard_tx(self, shard: int, *, timeout_s: float | None = None) -> Iterator[sa.Connection]:
         """One transaction on a shard, committed at the end of the block.
 
+        Args:
+            timeout_s: bound of each statement in it, its end apart; None: the session's.
+
         Raises:
-            ServiceError: SHARD_UNAVAILABLE (whether a commit took effect is then unknown), DEADLINE_EXCEEDED.
-            LockTimeout: a lock was not to be had in time.
+            ServiceError: SHARD_UNAVAILABLE, DEADLINE_EXCEEDED (with both it is unknown whether a commit took effect).
+            LockTimeout: a lock was not acquired in time.
             sqlalchemy.exc.DBAPIError: anything else.
         """
-        with translated(shard), self.shards[shard].begin() as connection:
-            _bound(connection, timeout_s)
+        with translated(shard), self.shards[shard].begin() as connection, _bounded(connection, timeout_s):
             yield connection
 
     @contextmanager
@@ -193,8 +225,8 @@ class Databases:
             translated(shard),
             self.shards[shard].connect() as pooled,
             pooled.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True) as connection,
+            _bounded(connection, timeout_s),
         ):
-            _bound(connection, timeout_s)
             yield connection
 
     @contextmanager
@@ -216,10 +248,45 @@ class Databases:
             yield connection
 
 
-def _bound(connection: sa.Connection, timeout_s: float | None) -> None:
-    if timeout_s is not None:
-        # At least a millisecond: 0 would mean "no bound".
-        connection.execute(sa.select(sa.func.set_config("statement_timeout", str(max(1, int(timeout_s * 1000))), True)))
+@contextmanager
+def _bounded(connection: sa.Connection, timeout_s: float | None) -> Iterator[None]:
+    """Bound each statement of the block, in the transaction that goes on after it; None: as the session bounds them.
+
+    The bound is lifted before the transaction ends, whichever way it does. It would bound COMMIT and ROLLBACK as well,
+    and one of these that is cancelled leaves the server inside the transaction.
+    """
+    if timeout_s is None:
+        yield
+        return
+    connection.execute(sa.select(sa.func.set_config("statement_timeout", bound_ms(timeout_s), True)))
+    try:
+        yield
+    except BaseException:
+        _lift_before_rollback(connection)
+        raise
+    # May itself be cut short by the bound. Then nothing is committed, and that is what the caller is told.
+    connection.exec_driver_sql(_LIFT)
+
+
+_LIFT = "SET LOCAL statement_timeout TO DEFAULT"
+"""What the session was opened with holds again."""
+
+
+def _lift_before_rollback(connection: sa.Connection) -> None:
+    """Lift the bound in a transaction that is still whole; one that failed has lost it with its other settings."""
+    if connection.closed or connection.invalidated:
+        return
+    driver: Any = connection.connection.driver_connection
+    if driver.info.transaction_status != TRANSACTION_STATUS_INTRANS:
+        return
+    # If this fails, then by the bound (and so it is gone), or the connection is lost. The block's error tells more.
+    with suppress(exc.DBAPIError):
+        connection.exec_driver_sql(_LIFT)
+
+
+def bound_ms(timeout_s: float) -> str:
+    """A statement's bound as PostgreSQL takes it: at least a millisecond, for 0 would mean "no bound"."""
+    return str(max(1, int(timeout_s * 1000)))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from segsvc.domain.membership import NEVER_US, LoadedUser, UserBlock
 from segsvc.domain.override import Effect
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.postgres import tables
-from segsvc.postgres.engine import Databases
+from segsvc.postgres.engine import Databases, bound_ms
 from segsvc.postgres.locks import WARM_LOCK
 from segsvc.postgres.override_terms import holds_now
 
@@ -132,7 +132,9 @@ def _blocks_statement() -> sa.Select[Any]:
 
 
 # Prepared on each connection: to plan it takes about as long as to run it for one user.
-_PREPARE_USERS = "PREPARE segsvc_users (bigint[]) AS " + str(
+# The only one of its session. If the message that prepared it was cut short, it may be there all the same, and to
+# prepare it a second time would be refused for as long as the connection lives. So whatever is there is dropped first.
+_PREPARE_USERS = "DEALLOCATE ALL; PREPARE segsvc_users (bigint[]) AS " + str(
     _users_statement().compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})  # type: ignore[no-untyped-call]
 )
 _SELECT_USERS = "EXECUTE segsvc_users (%s)"
@@ -152,8 +154,7 @@ def select_users(
     Args:
         timeout_s: bound of the statement; None: the session's.
     """
-    # At least a millisecond: 0 would mean "no bound".
-    bound = () if timeout_s is None else (str(max(1, int(timeout_s * 1000))),)
+    bound = () if timeout_s is None else (bound_ms(timeout_s),)
     before = _BOUND if bound else ""
     # With the driver's own cursor: SQLAlchemy's result for one row costs as much as the rest of the exchange.
     driver: Any = connection.connection.driver_connection

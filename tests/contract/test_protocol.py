@@ -194,6 +194,12 @@ def test_health_of_each_service(front: FrontUnderTest) -> None:
     assert caught.value.code() == StatusCode.NOT_FOUND
 
 
+def test_health_of_all_services_at_once(front: FrontUnderTest) -> None:
+    statuses = front.health.List(health_pb2.HealthListRequest(), timeout=10).statuses
+    serving = health_pb2.HealthCheckResponse.SERVING
+    assert {name: answer.status for name, answer in statuses.items()} == dict.fromkeys(("", *SERVICES), serving)
+
+
 def test_health_can_be_watched(front: FrontUnderTest) -> None:
     watch = front.health.Watch(health_pb2.HealthCheckRequest(service=SERVICES[0]), timeout=10)
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
