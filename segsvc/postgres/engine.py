@@ -16,7 +16,6 @@ import sqlalchemy as sa
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS
 from sqlalchemy import event, exc
 
-from segsvc import metrics
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError, catalog_unavailable, shard_unavailable
 from segsvc.log import get_logger
@@ -136,8 +135,12 @@ def _keep_if_idle(dbapi_connection: Any, record: Any) -> None:
     if status == TRANSACTION_STATUS_IDLE:
         return
     if not dbapi_connection.closed:
+        # Here, because commands that connect before they start a worker must not load the metrics yet: the library
+        # finds out when it is loaded whether several processes share them.
+        from segsvc.metrics import connections_thrown_away  # noqa: PLC0415
+
+        connections_thrown_away.inc()
         log.warning("connection_thrown_away", transaction_status=status)
-        metrics.connections_thrown_away.inc()
     record.invalidate()
 
 
