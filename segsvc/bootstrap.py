@@ -10,7 +10,7 @@ from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.config import Settings
 from segsvc.domain.membership import Entry
-from segsvc.domain.operation import Operation, OperationState, ShardCounts
+from segsvc.domain.operation import Operation, OperationState, QueueLimits, ShardCounts
 from segsvc.failpoints import failpoints
 from segsvc.fan_out import ThreadFanOut
 from segsvc.log import get_logger
@@ -109,6 +109,7 @@ class OperationParts:
             shard_count=settings.shard_count,
             deadline_s=settings.operation_deadline_s,
             quiet_s=settings.redispatch_quiet_s,
+            queue=QueueLimits(settings.queued_operations_max, settings.queued_per_segment_max),
             crash_points=crash_points,
         )
         # A visit holds one connection of its shard: as many threads as shards let all be visited at once.

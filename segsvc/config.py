@@ -120,6 +120,14 @@ class Settings(BaseSettings):
     client_tls_name: str = Field("", description="Name in the front's certificate; empty: the host of its address.")
     client_http_proxy: bool = Field(False, description="Call the front by the proxy that http_proxy names.")
 
+    # -- the queue of operations ------------------------------------------------------------------------------------
+    queued_operations_max: int = Field(
+        1000, ge=1, le=10_000, description="Operations that may wait in the queue; more: OVERLOADED."
+    )
+    queued_per_segment_max: int = Field(
+        10, ge=1, le=10_000, description="Operations of one segment that may wait in the queue; more: OVERLOADED."
+    )
+
     # -- how long things may take -----------------------------------------------------------------------------------
     operation_deadline_s: float = Field(
         120.0, gt=0, le=3600, description="Not decided this long after its start: aborted."

@@ -5,7 +5,7 @@ process may be lost at any moment; whoever comes next reads the ledger and goes 
 interfaces, ``Ledger`` and ``Participant``, so that a simulation and PostgreSQL run the same code.
 
     accept    insert QUEUED                                       (services.operations; only then answer or dispatch)
-    start     QUEUED → PREPARING, one in flight, deadline starts  Ledger.start_oldest
+    start     QUEUED → PREPARING, one in flight, deadline starts  Ledger.start_next
     prepare   on each shard: lock, fence, work, PREPARE           Participant.prepare
     vote      on the catalog, only while PREPARING and in time    Ledger.vote
     decide    all votes, in time: → COMMITTED with the segment    Ledger.commit         ← the commit point
@@ -15,7 +15,7 @@ interfaces, ``Ledger`` and ``Participant``, so that a simulation and PostgreSQL 
 
 What survives a crash, by the last step that took effect, and who goes on (recovery runs every two seconds):
 
-    accept                   the queue holds it; recovery starts the oldest
+    accept                   the queue holds it; recovery starts the next
     start                    quiet for 3 s: recovery sends a fresh chord to the shards without a vote
     prepare on k of n        the prepared transactions stay, locks and all; a fresh header task finds its gid and votes
     vote of k of n           as above; the votes stand
@@ -23,7 +23,7 @@ What survives a crash, by the last step that took effect, and who goes on (recov
     decide                   recovery (or a late finalizer) commits what is prepared: it has all n prepared
     commit on k of n         recovery commits the others; the fence tells who is done
     publish                  dropping a generation twice is harmless
-    finish                   recovery starts the oldest in the queue
+    finish                   recovery starts the next in the queue
     abort                    recovery rolls back whatever is prepared under an ABORTED operation, whenever it appears
 
 The deadline is compared by the catalog's clock, in the statement that votes, sends again or decides. So who sleeps
@@ -107,11 +107,11 @@ class Coordinator:
     # -- start ------------------------------------------------------------------------------------------------------
 
     def start_next(self) -> Operation | None:
-        """Start the oldest operation in the queue and send its chord; the one started, or None.
+        """Start the operation whose turn it is and send its chord; the one started, or None.
 
         A broker that is out of reach is no error here: the operation is PREPARING, and recovery sends it again.
         """
-        operation = self._ledger.start_oldest()
+        operation = self._ledger.start_next()
         if operation is not None:
             self._crash.reach("started-not-dispatched", operation=operation.id)
             self.dispatch(operation, range(len(self.participants)))

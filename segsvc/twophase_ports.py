@@ -90,9 +90,10 @@ class Ledger(Protocol):
     def late(self) -> Sequence[Operation]:
         """All that are PREPARING and past their deadline."""
 
-    def start_oldest(self) -> Operation | None:
-        """Move the oldest QUEUED operation to PREPARING, or to ABORTED if it is not valid any more (and go on with
-        the next). None: the queue is empty, or another operation is in flight."""
+    def start_next(self) -> Operation | None:
+        """Move the QUEUED operation whose turn it is to PREPARING, or to ABORTED if it is not valid any more (and go on
+        with the next). The turn is that of the segment that was served least recently; within it, of the oldest. None:
+        the queue is empty, or another operation is in flight."""
 
     def claim_dispatch(self, operation_id: UUID) -> bool:
         """Whether the caller is the one to send a fresh chord: PREPARING, quiet, and not late; resets the quiet

@@ -114,7 +114,11 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         slug, rule = check_slug(request.slug), convert.rule_of(request)
         etag = convert.etag_of(request.etag, "etag")
         key = convert.request_key_of(call_scope.current().method, request)
-        accepted = await self._blocking.run(lambda _: self._operations.roll_out(slug, rule, etag=etag, request=key))
+        accepted = await self._blocking.run(
+            lambda _: self._operations.roll_out(
+                slug, rule, etag=etag, request=key, replace_queued=request.replace_queued
+            )
+        )
         patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()
         return convert.operation_message(await self._views.answer(accepted, patience_s))
 

@@ -176,6 +176,9 @@ def rollout(
     condition: ConditionText = "",
     policy: Policy = PolicyName.LIVE,
     etag: Etag = "",
+    replace_queued: Annotated[
+        bool, typer.Option("--replace-queued", help="Abort this segment's rollouts that still wait in the queue.")
+    ] = False,
     no_wait: NoWait = False,
     json_output: Json = False,
 ) -> None:

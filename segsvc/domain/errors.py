@@ -65,6 +65,10 @@ class Reason(Enum):
         return self.value[1]
 
 
+QUEUE_RETRY_S = 2.0
+"""An operation takes a tenth of a second to some seconds: by then the queue is shorter, or will not be for long."""
+
+
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
     """One field of a request and what is wrong with it. ``field`` is a path such as ``rule.percent``."""
@@ -131,6 +135,27 @@ def segment_exists(slug: str) -> ServiceError:
 def too_many_segments(limit: int) -> ServiceError:
     return ServiceError(
         Reason.TOO_MANY_SEGMENTS, f"there are {limit} segments, which is the limit", {"limit": str(limit)}
+    )
+
+
+def queue_full(limit: int) -> ServiceError:
+    """As many operations wait as may; those that wait go on."""
+    return ServiceError(
+        Reason.OVERLOADED,
+        f"{limit} operations wait in the queue, which is the limit; nothing was accepted",
+        {"limit": str(limit)},
+        retry_after_s=QUEUE_RETRY_S,
+    )
+
+
+def queue_of_segment_full(slug: str, limit: int) -> ServiceError:
+    """As many operations of this segment wait as may; those that wait go on."""
+    return ServiceError(
+        Reason.OVERLOADED,
+        f"{limit} operations of segment {slug!r} wait in the queue, which is the limit for one; nothing was accepted. "
+        "A rollout with replace_queued takes the place of those that wait",
+        {"limit": str(limit), "slug": slug},
+        retry_after_s=QUEUE_RETRY_S,
     )
 
 

@@ -175,7 +175,7 @@ class Operation:
     """A row of the ledger with its votes.
 
     Attributes:
-        seq: order of acceptance; the oldest starts first.
+        seq: order of acceptance; of one segment's, the oldest starts first.
         deadline: on the catalog's clock; None until it started.
         failure: why it was aborted; None otherwise.
         votes: counts of the shards that voted, by shard.
@@ -226,6 +226,27 @@ class RequestKey:
     method: str
     request_id: UUID
     content_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """How many operations may be QUEUED: in all, and of one segment (by its slug)."""
+
+    all: int
+    per_segment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What came of an operation that was to be accepted.
+
+    Attributes:
+        operation: as it is now; None: a twin of its request was first, and nothing was accepted.
+        replaced: rollouts whose place in the queue it has taken: they are ABORTED.
+    """
+
+    operation: Operation | None
+    replaced: Sequence[UUID] = ()
 
 
 @dataclass(frozen=True, slots=True)

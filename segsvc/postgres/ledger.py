@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import Insert, insert
 
 from segsvc.domain.errors import Reason
 from segsvc.domain.operation import (
+    Accepted,
     Failure,
     Operation,
     OperationDetails,
@@ -24,6 +25,7 @@ from segsvc.domain.operation import (
     OperationPlan,
     OperationResult,
     OperationState,
+    QueueLimits,
     ShardCounts,
     ShardProgress,
 )
@@ -41,6 +43,7 @@ from segsvc.postgres.ledger_views import (
     select_progress,
     select_votes,
 )
+from segsvc.postgres.locks import ACCEPT_LOCK
 from segsvc.twophase_ports import Answer, OpenOperation, WorkFailed
 
 log = get_logger(__name__)
@@ -101,6 +104,7 @@ class PostgresLedger:
         shard_count: votes that a decision needs.
         deadline_s: how long an operation may be PREPARING.
         quiet_s: how long nothing may be heard of a PREPARING operation before it is sent again.
+        queue: how many operations may wait.
     """
 
     def __init__(
@@ -110,12 +114,14 @@ class PostgresLedger:
         shard_count: int,
         deadline_s: float,
         quiet_s: float,
+        queue: QueueLimits,
         crash_points: CrashPoints,
     ) -> None:
         self._databases = databases
         self._shard_count = shard_count
         self._deadline_s = deadline_s
         self._quiet_s = quiet_s
+        self._queue = queue
         self._crash = crash_points
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -219,15 +225,16 @@ class PostgresLedger:
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
-    def start_oldest(self) -> Operation | None:
-        """Move the oldest QUEUED operation to PREPARING; those that are not valid any more become ABORTED on the way.
+    def start_next(self) -> Operation | None:
+        """Move the operation whose turn it is to PREPARING; those that are not valid any more become ABORTED on the
+        way.
 
         None: the queue is empty, or an operation is in flight.
         """
         while True:
             try:
                 with self._databases.catalog_tx() as connection:
-                    dequeued = ledger_steps.start_oldest(connection, self._deadline_s)
+                    dequeued = ledger_steps.start_next(connection, self._deadline_s)
             except exc.IntegrityError as error:
                 if sqlstate(error) != UNIQUE_VIOLATION:
                     raise
@@ -378,11 +385,29 @@ class PostgresLedger:
             return int(connection.execute(sa.select(tables.segment_id_seq.next_value())).scalar_one())
 
     def insert(
-        self, operation_id: UUID, plan: OperationPlan, request: tuple[str, UUID, bytes] | None
-    ) -> Operation | None:
-        """Insert an operation as QUEUED, with its request (method, request_id, content hash). None: a twin of the
-        request was first, and nothing was inserted."""
+        self,
+        operation_id: UUID,
+        plan: OperationPlan,
+        request: tuple[str, UUID, bytes] | None,
+        *,
+        replace_queued: bool = False,
+    ) -> Accepted:
+        """Insert an operation as QUEUED, with its request (method, request_id, content hash).
+
+        Args:
+            replace_queued: abort the rollouts of this segment that are QUEUED.
+
+        Raises:
+            ServiceError: OVERLOADED: as many wait as may; nothing changed.
+        """
         with self._databases.catalog_tx() as connection:
+            # A statement of its own: the next ones see what the one before has accepted. So fronts that accept at the
+            # same time cannot pass the bounds together.
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ACCEPT_LOCK)))
+            if request is not None and ledger_steps.find_request(connection, request[0], request[1]) is not None:
+                return Accepted(None)
+            replaced = ledger_steps.replace_queued(connection, operation_id, plan) if replace_queued else ()
+            ledger_steps.check_queue(connection, plan.slug, self._queue)
             connection.execute(
                 sa.insert(tables.operations).values(
                     id=operation_id,
@@ -393,11 +418,12 @@ class PostgresLedger:
                     state=OperationState.QUEUED.name,
                 )
             )
-            if request is not None and not ledger_steps.insert_request(connection, request, operation_id):
-                connection.rollback()
-                return None
+            if request is not None:
+                ledger_steps.insert_request(connection, request, operation_id)
+        for _ in replaced:
+            _count_ended(OperationKind.ROLL_OUT, OperationState.ABORTED)
         self._crash.reach("accepted-not-answered", operation=operation_id)
-        return self.get(operation_id)
+        return Accepted(self.get(operation_id), replaced)
 
 
 def _count_ended(kind: OperationKind, state: OperationState) -> None:

@@ -11,13 +11,16 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from segsvc.domain.errors import (
+    Reason,
     etag_mismatch,
+    queue_full,
+    queue_of_segment_full,
     segment_deleting,
     segment_exists,
     segment_not_found,
     too_many_segments,
 )
-from segsvc.domain.operation import Failure, Operation, OperationKind, OperationPlan, OperationState
+from segsvc.domain.operation import Failure, Operation, OperationKind, OperationPlan, OperationState, QueueLimits
 from segsvc.domain.segment import SEGMENTS_MAX, Segment, SegmentState, SegmentText, new_etag
 from segsvc.postgres import audit, tables
 from segsvc.postgres.ledger_ends import TELL_END
@@ -42,15 +45,52 @@ def find_request(connection: sa.Connection, method: str, request_id: UUID) -> tu
     return (row.operation_id, bytes(row.content_hash)) if row else None
 
 
-def insert_request(connection: sa.Connection, request: tuple[str, UUID, bytes], operation_id: UUID) -> bool:
-    """Remember what a request made. False: a twin was first (this waits for a twin that is not committed yet)."""
+def insert_request(connection: sa.Connection, request: tuple[str, UUID, bytes], operation_id: UUID) -> None:
+    """Remember what a request made. The caller has the lock of acceptance and knows that it is new."""
     method, request_id, content_hash = request
-    result = connection.execute(
-        insert(tables.requests)
-        .values(method=method, request_id=request_id, content_hash=content_hash, operation_id=operation_id)
-        .on_conflict_do_nothing()
+    connection.execute(
+        sa.insert(tables.requests).values(
+            method=method, request_id=request_id, content_hash=content_hash, operation_id=operation_id
+        )
     )
-    return bool(result.rowcount)
+
+
+def check_queue(connection: sa.Connection, slug: str, limits: QueueLimits) -> None:
+    """Whether one more operation of this segment may wait. The caller has the lock of acceptance.
+
+    Raises:
+        ServiceError: OVERLOADED.
+    """
+    queued = connection.execute(
+        sa.select(sa.func.count(), sa.func.count().filter(_operations.slug == slug)).where(
+            _operations.state == OperationState.QUEUED.name
+        )
+    ).one()
+    if queued[1] >= limits.per_segment:
+        raise queue_of_segment_full(slug, limits.per_segment)
+    if queued[0] >= limits.all:
+        raise queue_full(limits.all)
+
+
+def replace_queued(connection: sa.Connection, new: UUID, plan: OperationPlan) -> Sequence[UUID]:
+    """Abort the rollouts of a plan's segment that have not started, for a new operation. Those that were aborted."""
+    name = f"operations/{new}"
+    failure = Failure(
+        Reason.OPERATION_ABORTED.text,
+        f"another rollout of the segment, {name}, has taken its place in the queue",
+        {"why": "REPLACED", "operation": name},
+    )
+    queued = connection.execute(
+        sa.select(_operations.id)
+        .where(
+            _operations.segment_id == plan.segment_id,
+            _operations.kind == OperationKind.ROLL_OUT,
+            _operations.state == OperationState.QUEUED.name,
+        )
+        .order_by(_operations.seq)
+    ).scalars()
+    # One that is just being started has its row locked: the compare-and-set waits for it, and leaves it alone.
+    return [one for one in queued.all() if abort(connection, one, failure, [OperationState.QUEUED]) is not None]
 
 
 def find_segment(connection: sa.Connection, slug: str) -> Segment | None:
@@ -75,8 +115,47 @@ class Dequeued:
     valid: bool
 
 
-def start_oldest(connection: sa.Connection, deadline_s: float) -> Dequeued | None:
-    """Move the oldest QUEUED operation on. None: there was nothing to start.
+def _select_next() -> sa.Select[tuple[Any, Any]]:
+    """The operation whose turn it is: of the segment that was served least recently, the oldest.
+
+    One that was never served, as one that is yet to be created, counts as served when its oldest operation was
+    accepted: a flood of new segments passes nobody by. A segment is its slug here: its deletion and the creation of the
+    next one of this slug keep their order.
+    """
+    heads = (
+        sa.select(_operations.id, _operations.slug, _operations.seq, _operations.create_time)
+        .distinct(_operations.slug)
+        .where(_operations.state == OperationState.QUEUED.name)
+        .order_by(_operations.slug, _operations.seq)
+        .subquery("heads")
+    )
+    served = tables.operations.alias("served").c
+    # Of one slug they start in their order: the newest that has started was served last.
+    last_start = (
+        sa.select(served.start_time)
+        .where(served.slug == heads.c.slug, served.start_time.is_not(None))
+        .order_by(served.seq.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    turn = (
+        sa.select(heads.c.id)
+        .order_by(sa.func.coalesce(last_start, heads.c.create_time), heads.c.seq)
+        .limit(1)
+        .scalar_subquery()
+    )
+    return (
+        sa.select(_operations.id, _operations.plan)
+        .where(_operations.id == turn, _operations.state == OperationState.QUEUED.name)
+        .with_for_update()
+    )
+
+
+_SELECT_NEXT: Final = _select_next()
+
+
+def start_next(connection: sa.Connection, deadline_s: float) -> Dequeued | None:
+    """Move the operation whose turn it is on. None: there was nothing to start.
 
     Raises:
         sqlalchemy.exc.IntegrityError: another one is in flight since this looked; nothing changed.
@@ -85,13 +164,7 @@ def start_oldest(connection: sa.Connection, deadline_s: float) -> Dequeued | Non
     in_flight = sa.exists().where(_operations.state.in_([OperationState.PREPARING.name, OperationState.COMMITTED.name]))
     if connection.execute(sa.select(in_flight)).scalar_one():
         return None
-    row = connection.execute(
-        sa.select(_operations.id, _operations.plan)
-        .where(_operations.state == OperationState.QUEUED.name)
-        .order_by(_operations.seq)
-        .limit(1)
-        .with_for_update()
-    ).one_or_none()
+    row = connection.execute(_SELECT_NEXT).one_or_none()
     if row is None:  # also when another process moved it while this waited for the row
         return None
     plan = OperationPlan.from_json(row.plan)

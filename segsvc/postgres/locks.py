@@ -21,3 +21,6 @@ WARM_LOCK: Final = 0x5E65_0004
 
 MIGRATION_LOCK: Final = 0x5E65_0005
 """Of every database: one migrator holds it at a time."""
+
+ACCEPT_LOCK: Final = 0x5E65_0006
+"""Of the catalog: under it, operations enter the queue, so that their bound holds and they appear in their order."""

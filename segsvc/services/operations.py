@@ -24,6 +24,7 @@ from segsvc.domain.errors import (
     too_many_segments,
 )
 from segsvc.domain.operation import (
+    Accepted,
     Failure,
     Operation,
     OperationDetails,
@@ -68,10 +69,15 @@ class OperationStore(Protocol):
     def accepted_before(self, method: str, request_id: UUID) -> tuple[UUID, bytes] | None: ...
 
     def insert(
-        self, operation_id: UUID, plan: OperationPlan, request: tuple[str, UUID, bytes] | None
-    ) -> Operation | None: ...
+        self,
+        operation_id: UUID,
+        plan: OperationPlan,
+        request: tuple[str, UUID, bytes] | None,
+        *,
+        replace_queued: bool = False,
+    ) -> Accepted: ...
 
-    def start_oldest(self) -> Operation | None: ...
+    def start_next(self) -> Operation | None: ...
 
 
 class Broker(Protocol):
@@ -124,16 +130,21 @@ class OperationService:
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
-    def roll_out(self, slug: str, rule: Rule, *, etag: str, request: RequestKey | None) -> Operation:
+    def roll_out(
+        self, slug: str, rule: Rule, *, etag: str, request: RequestKey | None, replace_queued: bool = False
+    ) -> Operation:
         """Accept a rule for a segment and all its users; the operation is durable when this returns.
+
+        Args:
+            replace_queued: abort the rollouts of this segment that wait in the queue.
 
         Raises:
             ServiceError: CONDITION_INVALID, SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH,
-                REQUEST_ID_REUSED, BROKER_UNAVAILABLE, CATALOG_UNAVAILABLE.
+                REQUEST_ID_REUSED, OVERLOADED (the queue is full), BROKER_UNAVAILABLE, CATALOG_UNAVAILABLE.
         """
         if rule.condition:
             parse_condition(rule.condition)
-        return self._accept_change(OperationKind.ROLL_OUT, slug, rule, etag, request)
+        return self._accept_change(OperationKind.ROLL_OUT, slug, rule, etag, request, replace_queued=replace_queued)
 
     def delete(self, slug: str, *, etag: str, request: RequestKey | None) -> Operation:
         """Accept a segment's deletion for all its users. Raises as ``roll_out``."""
@@ -148,7 +159,8 @@ class OperationService:
             deadline_s: how long the caller waits; None: as long as it takes.
 
         Raises:
-            ServiceError: SEGMENT_EXISTS, TOO_MANY_SEGMENTS, REQUEST_ID_REUSED, OPERATION_QUEUE_BUSY (it was aborted:
+            ServiceError: SEGMENT_EXISTS, TOO_MANY_SEGMENTS, REQUEST_ID_REUSED, OVERLOADED (the queue is full),
+                OPERATION_QUEUE_BUSY (it was aborted:
                 nothing was created), DEADLINE_EXCEEDED (it may yet be created; the same request_id finds out),
                 OPERATION_ABORTED, CATALOG_UNAVAILABLE.
         """
@@ -249,7 +261,14 @@ class OperationService:
     # -- acceptance -------------------------------------------------------------------------------------------------
 
     def _accept_change(
-        self, kind: OperationKind, slug: str, rule: Rule | None, etag: str, request: RequestKey | None
+        self,
+        kind: OperationKind,
+        slug: str,
+        rule: Rule | None,
+        etag: str,
+        request: RequestKey | None,
+        *,
+        replace_queued: bool = False,
     ) -> Operation:
         known = self._accepted(request)
         if known is not None:
@@ -264,7 +283,7 @@ class OperationService:
         if etag and etag != segment.etag:
             raise etag_mismatch(slug, segment.etag)
         plan = OperationPlan(kind, slug, segment.id, segment.uid, segment.salt, rule=rule, etag=etag)
-        operation = self._insert(plan, request)
+        operation = self._insert(plan, request, replace_queued=replace_queued)
         self._start_next()
         return operation
 
@@ -292,9 +311,12 @@ class OperationService:
             OperationKind.CREATE, slug, self._store.draw_segment_id(), uuid4(), secrets.randbits(64), text=text
         )
 
-    def _insert(self, plan: OperationPlan, request: RequestKey | None) -> Operation:
+    def _insert(self, plan: OperationPlan, request: RequestKey | None, *, replace_queued: bool = False) -> Operation:
         key = (request.method, request.request_id, request.content_hash) if request else None
-        operation = self._store.insert(uuid4(), plan, key)
+        accepted = self._store.insert(uuid4(), plan, key, replace_queued=replace_queued)
+        for replaced in accepted.replaced:
+            log.info("operation_replaced", operation=str(replaced), slug=plan.slug)
+        operation = accepted.operation
         if operation is None:
             # A twin of the request was quicker, so its operation is there now; or it has failed since and left none.
             operation = self._accepted(request)
@@ -320,7 +342,7 @@ class OperationService:
         """
         pause_s = self._POLL_S
         while True:
-            started = self._start_oldest()
+            started = self._start_one()
             if started is not None and started.id == operation_id:
                 self._run_until(started, give_up)
                 return
@@ -345,10 +367,10 @@ class OperationService:
             time.sleep(pause_s if give_up is None else min(pause_s, max(0.0, give_up - time.monotonic())))
             pause_s = min(self._POLL_MAX_S, pause_s * 1.5)
 
-    def _start_oldest(self) -> Operation | None:
+    def _start_one(self) -> Operation | None:
         """The operation that was started just now; None: no turn has come, or somebody stands still with the queue."""
         try:
-            return self._store.start_oldest()
+            return self._store.start_next()
         except ServiceError as error:
             if error.reason is not Reason.OVERLOADED:
                 raise

@@ -232,6 +232,25 @@ def test_an_etag_that_becomes_stale_in_the_queue(front: FrontUnderTest) -> None:
     assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug)).rule.percent == 10
 
 
+def test_a_full_queue_refuses_with_a_delay_unless_asked_to_replace(front: FrontUnderTest) -> None:
+    slug, other = front.create().slug, front.create().slug
+    with held(front):
+        running, *queued = [roll_out(front, slug, percent, return_immediately=True) for percent in range(1, 12)]
+        refusal = refused(lambda: roll_out(front, slug, 50))
+        assert (refusal.code, refusal.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert refusal.metadata == {"limit": "10", "slug": slug}
+        assert refusal.retry_after_s
+        roll_out(front, other, 10, return_immediately=True)
+        newest = roll_out(front, slug, 50, return_immediately=True, replace_queued=True)
+        for operation in queued:
+            error = read_status(wait(front, operation.name).error)
+            assert (error.code, error.reason) == (StatusCode.ABORTED, "OPERATION_ABORTED")
+            assert error.metadata == {"why": "REPLACED", "operation": newest.name}
+    assert not wait(front, running.name).HasField("error")
+    assert wait(front, newest.name).HasField("response")
+    assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug)).rule.percent == 50
+
+
 def test_a_segment_that_is_being_deleted(front: FrontUnderTest) -> None:
     slug = front.create().slug
     with held(front, "before-commit-prepared"):

@@ -116,7 +116,7 @@ def voting(scene: Scene) -> None:
 
 @point("vote-reply-lost", "the vote is committed, the reply does not arrive", on_shard=True)
 def vote_reply_lost(scene: Scene) -> None:
-    mine = f"::UUID, {scene.shard}, "
+    mine = f"{scene.shard} AS shard"
     stop = scene.reply(
         "COMMIT",
         database="catalog",

@@ -43,7 +43,9 @@ class Row:
     id: UUID
     seq: int
     plan: OperationPlan
+    accepted: float
     state: OperationState = S.QUEUED
+    started: float | None = None
     votes: dict[int, ShardCounts] = field(default_factory=dict)
     deadline: float = 0.0
     dispatched: float = 0.0
@@ -135,10 +137,11 @@ class SimulatedLedger:
         """Accept an operation. Raises CATALOG_UNAVAILABLE: whether it was accepted is unknown."""
         with self._server.transaction() as transaction:
             seq = len(self._catalog.rows) + 1
-            transaction.write(lambda: self._catalog.rows.setdefault(operation_id, Row(operation_id, seq, plan)))
+            row = Row(operation_id, seq, plan, self._scheduler.now)
+            transaction.write(lambda: self._catalog.rows.setdefault(operation_id, row))
         self._reach("accepted-not-answered")
 
-    def start_oldest(self) -> Operation | None:
+    def start_next(self) -> Operation | None:
         while True:
             with self._server.transaction() as transaction:
                 row, valid = self._start(transaction)
@@ -152,14 +155,7 @@ class SimulatedLedger:
     def _start(self, transaction: Transaction) -> tuple[Row | None, bool]:
         if self._server.ask("in flight?", self._catalog.in_flight):
             return None, False
-        queued = self._server.ask(
-            "oldest",
-            lambda: min(
-                (row for row in self._catalog.rows.values() if row.state is S.QUEUED),
-                key=lambda row: row.seq,
-                default=None,
-            ),
-        )
+        queued = self._server.ask("whose turn?", self._whose_turn)
         if queued is None:
             return None, False
         transaction.lock(queued.lock, timeout_s=5)
@@ -177,12 +173,28 @@ class SimulatedLedger:
 
         def started() -> None:
             queued.become(S.PREPARING)
-            queued.deadline, queued.dispatched = queued_deadline, now
+            queued.deadline, queued.dispatched, queued.started = queued_deadline, now, now
+            if any(
+                row.state is S.QUEUED and row.plan.slug == queued.plan.slug and row.seq < queued.seq
+                for row in self._catalog.rows.values()
+            ):
+                raise Violation(f"an older operation of {queued.plan.slug} still waits")
             if len(self._catalog.in_flight()) > 1:
                 raise Violation("two operations are in flight")
 
         transaction.write(started)
         return queued, True
+
+    def _whose_turn(self) -> Row | None:
+        """Of the segment that was served least recently, the oldest."""
+        heads: dict[str, Row] = {}
+        served: dict[str, float] = {}
+        for row in sorted(self._catalog.rows.values(), key=lambda row: row.seq):
+            if row.state is S.QUEUED:
+                heads.setdefault(row.plan.slug, row)
+            elif row.started is not None:
+                served[row.plan.slug] = row.started
+        return min(heads.values(), key=lambda row: (served.get(row.plan.slug, row.accepted), row.seq), default=None)
 
     def _enter(self, transaction: Transaction) -> bool:
         """The unique index over what is in flight: waits for whoever is about to enter it, and fails if it is taken."""

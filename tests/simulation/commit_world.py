@@ -117,7 +117,7 @@ class World:
             try:
                 ledger.insert(operation_id, plan)  # type: ignore[attr-defined]
                 self.accepted.add(operation_id)
-                started = coordinator.start_next() if plan.kind is not OperationKind.CREATE else ledger.start_oldest()
+                started = coordinator.start_next() if plan.kind is not OperationKind.CREATE else ledger.start_next()
                 if started is None or plan.kind is not OperationKind.CREATE:
                     continue
                 if started.id != operation_id:

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from segsvc.domain.errors import Reason, ServiceError, catalog_unavailable
-from segsvc.domain.operation import Failure, Operation, OperationState
+from segsvc.domain.operation import Accepted, Failure, Operation, OperationState
 from segsvc.domain.segment import SegmentText
 from segsvc.services.operations import EndWatcher, OperationService, OperationStore
 from segsvc.twophase import Coordinator
@@ -24,8 +24,9 @@ def store() -> Mock:
     store.segment.return_value = None
     store.live_segments.return_value = 0
     store.draw_segment_id.return_value = 1
-    store.start_oldest.return_value = None  # another operation is in flight, all the time
-    store.insert.return_value = store.get.return_value = Mock(spec=Operation, state=OperationState.QUEUED, failure=None)
+    store.start_next.return_value = None  # another operation is in flight, all the time
+    store.get.return_value = Mock(spec=Operation, state=OperationState.QUEUED, failure=None)
+    store.insert.return_value = Accepted(store.get.return_value)
     return store
 
 
@@ -61,17 +62,17 @@ def test_a_creation_gives_up_when_its_time_is_up_and_not_at_its_next_look(servic
 
 
 def test_who_stands_still_with_the_queue_does_not_end_the_wait(service: OperationService, store: Mock) -> None:
-    store.start_oldest.side_effect = chain(
+    store.start_next.side_effect = chain(
         [ServiceError(Reason.OVERLOADED, "held up"), ServiceError(Reason.OVERLOADED, "held up")], repeat(None)
     )
     with pytest.raises(ServiceError) as refused:
         service.create_segment("late", SegmentText(), request=None, deadline_s=0.2)
     assert refused.value.reason is Reason.OPERATION_QUEUE_BUSY
-    assert store.start_oldest.call_count > 3
+    assert store.start_next.call_count > 3
 
 
 def test_a_catalog_that_is_away_ends_it(service: OperationService, store: Mock) -> None:
-    store.start_oldest.side_effect = catalog_unavailable()
+    store.start_next.side_effect = catalog_unavailable()
     with pytest.raises(ServiceError) as refused:
         service.create_segment("late", SegmentText(), request=None, deadline_s=5.0)
     assert refused.value.reason is Reason.CATALOG_UNAVAILABLE

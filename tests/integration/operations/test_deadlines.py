@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-import sqlalchemy as sa
 
 from segsvc.domain.operation import Operation, OperationState, ShardCounts
-from segsvc.postgres.locks import COMMIT_ORDER_LOCK
+from segsvc.postgres import audit
 from segsvc.services.deadlines import DeadlineKeeper
 from segsvc.twophase_ports import Answer
 from tests.eventually import eventually
@@ -48,28 +48,23 @@ def test_a_decider_that_wakes_after_the_deadline_aborts(rig: Rig, started: Opera
     assert rig.cache.dropped == []
 
 
-def test_a_decision_that_waits_beyond_the_deadline_is_not_made(rig: Rig, started: Operation) -> None:
+def test_a_decision_that_waits_beyond_the_deadline_is_not_made(
+    rig: Rig, started: Operation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for the lock of another change of a segment; it has the operation's row meanwhile."""
     for shard in range(SHARDS):
         rig.prepare(started, shard)
-    answers: list[Answer] = []
-    decider = threading.Thread(target=lambda: answers.append(rig.ledger.commit(started.id)))
-    engine = sa.create_engine(rig.installation.settings.catalog_dsn, poolclass=sa.NullPool)
-    with engine.begin() as editor:  # any other change of a segment, which is at its end
-        editor.execute(sa.select(sa.func.pg_advisory_xact_lock(COMMIT_ORDER_LOCK)))
-        # Its row is the decider's from then on: its deadline is as near as the wait is long.
-        rig.installation.execute(
-            None,
-            "UPDATE operations SET deadline = clock_timestamp() + interval '300 ms' WHERE id = :id",
-            id=started.id,
-        )
-        decider.start()
-        waits = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = :lock"
-        eventually(lambda: rig.installation.execute(None, waits, lock=COMMIT_ORDER_LOCK))
-        assert rig.service.get(started.id).state is OperationState.PREPARING
-        eventually(lambda: rig.service.get(started.id).late)
-    decider.join()
-    assert answers == [Answer.LATE]
-    assert rig.ledger.late()[0].id == started.id
+    record = audit.record
+
+    def record_late(*args: Any, **kwargs: Any) -> int:
+        eventually(rig.ledger.late, within_s=4)
+        return record(*args, **kwargs)
+
+    monkeypatch.setattr(audit, "record", record_late)
+    rig.installation.execute(
+        None, "UPDATE operations SET deadline = clock_timestamp() + interval '200 ms' WHERE id = :id", id=started.id
+    )
+    assert rig.ledger.commit(started.id) is Answer.LATE
     rig.coordinator.abort_late_ones()
     assert_aborted_late(rig, started)
 

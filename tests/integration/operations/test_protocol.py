@@ -129,7 +129,7 @@ def test_two_who_start_at_once_start_one(rig: Rig) -> None:
 
             def start(barrier: threading.Barrier = barrier) -> Operation | None:
                 barrier.wait()
-                return rig.ledger.start_oldest()
+                return rig.ledger.start_next()
 
             started = [op for op in (f.result() for f in [pool.submit(start) for _ in range(4)]) if op]
             assert len(started) == 1

@@ -484,6 +484,7 @@ class RollOutSegmentRequest(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RETURN_IMMEDIATELY_FIELD_NUMBER: _builtins.int
+    REPLACE_QUEUED_FIELD_NUMBER: _builtins.int
     slug: _builtins.str
     etag: _builtins.str
     request_id: _builtins.str
@@ -491,6 +492,12 @@ class RollOutSegmentRequest(_message.Message):
     """Answer with the accepted Operation instead of waiting for its end. Without it the call waits until the end or, when
     less than the larger of a tenth of its deadline and 200 ms is left, answers with the unfinished Operation, which goes
     on.
+    """
+    replace_queued: _builtins.bool
+    """Take the place of this segment's rollouts that are still QUEUED: each of them is ABORTED, in the moment in which this
+    one is accepted, with OPERATION_ABORTED, metadata why: REPLACED and operation: the name of this one. What has started
+    goes on; deletions and creations stay. Without it, they wait for each other, and a segment with as many operations
+    in the queue as may wait refuses more: RESOURCE_EXHAUSTED OVERLOADED.
     """
     @_builtins.property
     def rule(self) -> Global___RollOutRule: ...
@@ -502,10 +509,11 @@ class RollOutSegmentRequest(_message.Message):
         etag: _builtins.str = ...,
         request_id: _builtins.str = ...,
         return_immediately: _builtins.bool = ...,
+        replace_queued: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rule", b"rule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "request_id", b"request_id", "return_immediately", b"return_immediately", "rule", b"rule", "slug", b"slug"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "replace_queued", b"replace_queued", "request_id", b"request_id", "return_immediately", b"return_immediately", "rule", b"rule", "slug", b"slug"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
