@@ -9,7 +9,7 @@ import select
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import psycopg2
 import sqlalchemy as sa
@@ -51,6 +51,17 @@ def is_lost(error: exc.DBAPIError | psycopg2.Error) -> bool:
     return isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
 
 
+SESSION_SETTINGS: Final = {
+    "default_transaction_isolation": r"read\ committed",
+    "timezone": "UTC",
+    "client_encoding": "UTF8",
+    "standard_conforming_strings": "on",
+    "transform_null_equals": "off",
+    "extra_float_digits": "1",
+}
+"""What our SQL relies on, whatever the database, its role or its server is set to (``segsvc.postgres.demands``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """How a process uses its connections: one for each thread that may hold one at a time."""
@@ -79,7 +90,7 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
     # The isolation level is said once: set on the driver, it would cost an exchange whenever autocommit ends.
     # Times come in UTC, whatever the server's zone is: in one that is ahead, the last hours of 9999 lie in a year that
     # Python does not know.
-    options = ["-c jit=off", r"-c default_transaction_isolation=read\ committed", "-c timezone=UTC"]
+    options = ["-c jit=off", *(f"-c {name}={value}" for name, value in SESSION_SETTINGS.items())]
     if pool.by_key:
         options += ["-c enable_seqscan=off", "-c plan_cache_mode=force_generic_plan"]
     bounds_ms = {

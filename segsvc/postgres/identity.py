@@ -16,6 +16,7 @@ from sqlalchemy import exc
 
 from segsvc.config import Settings, mask
 from segsvc.postgres import tables
+from segsvc.postgres.demands import Nature, read_nature, unmet
 from segsvc.postgres.engine import Pool, make_engine
 
 Kind = Literal["catalog", "shard"]
@@ -110,6 +111,7 @@ class Seen:
         retired: the shard goes on in another database since then, and here are old data; None: it does not.
         closed: writes are refused, because it is being moved.
         prepared_max: ``max_prepared_transactions`` of the server.
+        nature: encoding, version and settings.
     """
 
     server: str
@@ -121,6 +123,7 @@ class Seen:
     retired: str | None
     closed: bool
     prepared_max: int
+    nature: Nature
 
 
 @contextmanager
@@ -179,6 +182,7 @@ def read(connection: sa.Connection) -> Seen:
         retired=about.retired,
         closed=server.closed,
         prepared_max=server.prepared_max,
+        nature=read_nature(connection),
     )
 
 
@@ -312,6 +316,13 @@ def _replaced(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
                 "correct SEGSVC_CATALOG_DSN, or restore the data",
             )
             return
+
+
+def unfit(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Databases on which our SQL would not mean what it says."""
+    for database, what in seen.items():
+        for problem, remedy in unmet(what.database, what.nature):
+            yield Finding(database.name, problem, remedy)
 
 
 def closed(seen: Mapping[Database, Seen]) -> Iterator[Finding]:

@@ -124,7 +124,7 @@ def _refuse_unless_right(settings: Settings, databases: tuple[Database, ...]) ->
             [Finding("the shards", "SEGSVC_SHARD_DSNS names none", "name at least one: their number is fixed for ever")]
         )
     seen, unreachable = _look_at(databases)
-    found = [*unreachable, *_wrong(settings, seen), *identity.closed(seen)]
+    found = [*unreachable, *_wrong(settings, seen), *identity.unfit(seen), *identity.closed(seen)]
     if found:
         raise MigrationError(found)
 
@@ -262,6 +262,7 @@ def inspect(settings: Settings) -> list[Finding]:
         elif what.revision != head(database.kind):
             problem = f"its schema is at {what.revision}, this release wants {head(database.kind)}"
             found.append(Finding(database.name, problem, "run `segsvc migrate`"))
+    found += identity.unfit(seen)
     found += identity.closed({database: what for database, what in seen.items() if database.name not in named})
     found += identity.scarce_prepared_transactions(seen)
     return found
@@ -275,7 +276,8 @@ def verify(settings: Settings) -> list[Finding]:
         be served.
 
     Raises:
-        StartupError: a database is the wrong one, its schema is not this release's, or its server cannot prepare.
+        StartupError: a database is the wrong one, its schema is not this release's, our SQL would mean something else
+            there, or its server cannot prepare.
     """
     found = inspect(settings)
     fatal = [finding for finding in found if not finding.outage]

@@ -133,6 +133,8 @@ def _refuse_unless_movable(settings: Settings, shard: int, source: Database, tar
         raise MoveRefused(source.name, "it is closed to writes: a move was begun", _SETTLE_FIRST)
     if not _is_empty(target):
         raise MoveRefused("the new database", "it is not empty", "give an empty one")
+    for finding in identity.unfit({target: _seen(target, "the new database")}):
+        raise MoveRefused("the new database", finding.problem, finding.remedy)
     dsns = [*settings.shard_dsns]
     dsns[shard] = target_dsn
     with identity.open_databases(settings.model_copy(update={"shard_dsns": tuple(dsns)})) as databases:

@@ -14,7 +14,8 @@ from alembic.migration import MigrationContext
 
 from segsvc.config import Settings
 from segsvc.local.postgres import PostgresServer
-from segsvc.postgres import tables
+from segsvc.postgres import engine, identity, tables
+from segsvc.postgres.demands import Nature, unmet
 from segsvc.postgres.identity import Kind, StartupError
 from segsvc.postgres.locks import MIGRATION_LOCK
 from segsvc.postgres.migrate import Migrated, MigrationError, head, inspect, migrate, verify
@@ -359,3 +360,93 @@ def test_too_few_prepared_transactions_are_found(settings: Settings) -> None:
         "max_prepared_transactions is 64, and 70 is the least for its shards" in finding.problem
         for finding in inspect(many)
     )
+
+
+# -- what our SQL relies on -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+@pytest.mark.parametrize("kind", ["the catalog", "shard 1"])
+def test_a_database_that_is_not_utf8_is_refused_with_the_mend(
+    pg_server: PostgresServer, settings: Settings, encoding: str, kind: str
+) -> None:
+    name = f"encoded_{next(_numbers)}"
+    pg_server.psql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE_PROVIDER libc LOCALE 'C'")
+    dsns = list(settings.shard_dsns)
+    dsns[1] = pg_server.dsn(name)
+    wrong = {"catalog_dsn": pg_server.dsn(name)} if kind == "the catalog" else {"shard_dsns": tuple(dsns)}
+    with pytest.raises(MigrationError) as refused:
+        migrate(changed(settings, **wrong))
+    text = str(refused.value)
+    assert text.startswith(f"{kind}: the encoding of the database '{name}' is {encoding}, and must be UTF8"), text
+    assert "TEMPLATE template0 ENCODING 'UTF8'" in text
+    assert is_empty(settings.catalog_dsn), "nothing was changed anywhere"
+    assert is_empty(pg_server.dsn(name))
+
+
+def test_an_installation_that_was_founded_on_another_encoding_does_not_start(
+    pg_server: PostgresServer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a release that did not look."""
+    name = f"encoded_{next(_numbers)}"
+    pg_server.psql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C'")
+    given = changed(settings, shard_dsns=(*settings.shard_dsns[:2], pg_server.dsn(name)))
+    with monkeypatch.context() as before:
+        before.setattr(identity, "unfit", lambda _: iter(()))
+        migrate(given)
+        verify(given)
+    with pytest.raises(StartupError, match=f"shard 2: the encoding of the database '{name}' is LATIN1"):
+        verify(given)
+    assert [finding.where for finding in inspect(given)] == ["shard 2"], "doctor says it, too"
+
+
+def test_a_session_overrules_what_the_database_is_set_to(settings: Settings) -> None:
+    migrate(settings)
+    shard = settings.shard_dsns[0]
+    name = sa.make_url(shard).database
+    for setting in (
+        "client_encoding = 'LATIN1'",
+        "standard_conforming_strings = off",
+        "TimeZone = 'Pacific/Kiritimati'",
+        "transform_null_equals = on",
+        "default_transaction_isolation = 'serializable'",
+    ):
+        execute(shard, f"ALTER DATABASE {name} SET {setting}")
+    assert inspect(settings) == []
+    with identity.open_databases(settings) as databases, databases[1].engine.connect() as connection:
+        assert connection.execute(sa.text(r"SELECT 'ж\', 'x'")).one() == ("ж\\", "x")
+        assert connection.execute(sa.text("SELECT show FROM current_setting('TimeZone') AS show")).scalar_one() == "UTC"
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("synchronous_commit = off", "synchronous_commit is 'off'"),
+        ("session_replication_role = replica", "session_replication_role is 'replica'"),
+    ],
+)
+def test_a_setting_that_breaks_a_promise_is_refused(settings: Settings, setting: str, problem: str) -> None:
+    migrate(settings)
+    name = sa.make_url(settings.catalog_dsn).database
+    execute(settings.catalog_dsn, f"ALTER DATABASE {name} SET {setting}")
+    with pytest.raises(StartupError, match=f"the catalog: {problem}") as refused:
+        verify(settings)
+    assert f"ALTER DATABASE {name} RESET" in str(refused.value)
+    with pytest.raises(MigrationError, match=problem):
+        migrate(settings)
+
+
+def test_what_a_pooler_drops_is_noticed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    migrate(settings)
+    name = sa.make_url(settings.shard_dsns[2]).database
+    execute(settings.shard_dsns[2], f"ALTER DATABASE {name} SET standard_conforming_strings = off")
+    monkeypatch.setattr(engine, "SESSION_SETTINGS", {})
+    with pytest.raises(StartupError, match="standard_conforming_strings is 'off' in our sessions") as refused:
+        verify(settings)
+    assert "pooler" in str(refused.value)
+
+
+def test_an_old_server_is_refused() -> None:
+    problem, remedy = next(unmet("any", Nature("UTF8", 14, {})))
+    assert "PostgreSQL 14, and 15 is the oldest" in problem
+    assert "15 or later" in remedy
