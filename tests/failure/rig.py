@@ -224,6 +224,19 @@ class Rig:
         assert pid is not None, f"{name} does not run"
         return pid
 
+    @contextlib.contextmanager
+    def workers_frozen(self) -> Iterator[None]:
+        """SIGSTOP of all operations workers with all their processes, for as long as the block lasts."""
+        mains = [psutil.Process(self.pid_of(f"worker-{n}")) for n in range(2)]
+        processes = [each for main in mains for each in (main, *main.children(recursive=True))]
+        try:
+            for process in processes:
+                process.suspend()
+            yield
+        finally:
+            for process in processes:
+                process.resume()
+
     # -- looking ----------------------------------------------------------------------------------------------------
 
     def rows(self, shard: int | None, statement: str, **parameters: object) -> list[Any]:

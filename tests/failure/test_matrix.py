@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.eventually import eventually
 from tests.failure.cell import Cell, Fault, Kind, Outcome
 from tests.failure.matrix import FAULTS, Player, cells, left_out, sample
 from tests.failure.points import POINTS
-from tests.failure.rig import SHARDS, Rig
+from tests.failure.rig import SECOND, SHARDS, STEADY, Rig
+from tests.failure.scene import Call
 from tests.local_servers import REPOSITORY
 
 CELLS = cells()
@@ -51,14 +53,45 @@ def test_a_fault_that_did_not_fall_is_no_success() -> None:
 
 
 @pytest.fixture(scope="module")
-def player(servers_folder: Path) -> Iterator[Player]:
+def rig(servers_folder: Path) -> Iterator[Rig]:
     rig = Rig(servers_folder / "matrix")
     rig.start()
-    yield Player(rig)
+    yield rig
     rig.stop()
+
+
+@pytest.fixture(scope="module")
+def player(rig: Rig) -> Player:
+    return Player(rig)
 
 
 @pytest.mark.parametrize("cell", list(sample(CELLS)), ids=str)
 def test_a_cell(player: Player, cell: Cell) -> None:
     outcome = player.play(cell)
     assert outcome.passed, outcome.to_json()
+
+
+def test_with_all_operations_workers_frozen_deadlines_hold_and_the_queue_goes_on(rig: Rig) -> None:
+    pass_deadline = "UPDATE operations SET deadline = clock_timestamp() WHERE state = 'PREPARING' AND slug = :slug"
+    state_of = "SELECT state FROM operations WHERE slug = :slug ORDER BY seq DESC LIMIT 1"
+
+    def state(slug: str) -> str:
+        return str(rig.rows(None, state_of, slug=slug)[0].state)
+
+    with rig.workers_frozen():
+        calls = []
+        for slug, before in ((STEADY, "PREPARING"), (SECOND, "QUEUED")):
+            calls.append(Call(rig.serving(), lambda client, slug=slug: client.roll_out(slug, 12.5)))  # type: ignore[misc]
+            eventually(lambda: state(slug) == before)  # noqa: B023
+        for slug, call in zip((STEADY, SECOND), calls, strict=True):
+            eventually(lambda: state(slug) == "PREPARING")  # noqa: B023
+            rig.rows(None, pass_deadline, slug=slug)
+            eventually(lambda: call.ended)  # noqa: B023
+            assert call.answer.startswith("failed: the shards did not all prepare before the deadline")
+            assert state(slug) == "ABORTED"
+    # What they were sent meanwhile, they do now: nothing.
+    last = Call(rig.serving(), lambda client: client.roll_out(SECOND, 12.5))
+    eventually(lambda: last.ended)
+    assert last.answer == "done"
+    assert state(STEADY) == "ABORTED"
+    assert rig.check() == []
