@@ -12,6 +12,7 @@ from segsvc.bootstrap import WorkerServices
 from segsvc.config import Settings, load_settings
 from segsvc.log import configure_logging
 from tasks.dispatcher import CeleryDispatcher
+from tasks.logs import be_quiet_about_periodic_tasks
 from tasks.schedule import beat_schedule
 
 OPERATIONS_QUEUE = "operations"
@@ -123,3 +124,4 @@ def _close(**_: Any) -> None:
 def _logging(**_: Any) -> None:
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
+    be_quiet_about_periodic_tasks()

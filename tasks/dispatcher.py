@@ -11,6 +11,7 @@ from redis.exceptions import RedisError
 
 from segsvc.domain.errors import broker_unavailable
 from segsvc.domain.operation import Operation
+from tasks.logs import caused_by
 
 PREPARE_SHARD = "segsvc.prepare_shard"
 FINALIZE = "segsvc.finalize"
@@ -52,7 +53,7 @@ class CeleryDispatcher:
     def _signature(self, task: str, kwargs: dict[str, Any], root_id: str, shown: str) -> Signature[Any]:
         """A task with what Flower shows of it: the arguments as ``shown``, all of an operation under one root id."""
         signature = self._app.signature(task, kwargs=kwargs)
-        signature.options.update(root_id=root_id, kwargsrepr=shown)
+        signature.options.update(root_id=root_id, kwargsrepr=shown, headers=caused_by())
         return signature
 
     def check(self) -> None:

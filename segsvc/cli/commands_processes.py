@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -176,7 +177,21 @@ def _celery(*arguments: str) -> None:
     """Run a command of Celery in this process, on our application."""
     from tasks.app import app  # noqa: PLC0415
 
-    app.start(argv=[*arguments])
+    # Without its banner, which is for people and no line of a log.
+    app.start(argv=["--quiet", *arguments])
+
+
+def _as_a_process(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with all that it says in the form of its log."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        from segsvc.cli.startup import speak_as_a_process  # noqa: PLC0415
+
+        speak_as_a_process()
+        command(**given)
+
+    return run
 
 
 def add_to(app: typer.Typer) -> None:
@@ -188,4 +203,4 @@ def add_to(app: typer.Typer) -> None:
         (bridge, "segsvc bridge"),
         (flower, "SEGSVC_FLOWER_PASSWORD=… segsvc flower"),
     ):
-        app.command(epilog=f"Example: {example}", rich_help_panel=PANEL)(command)
+        app.command(epilog=f"Example: {example}", rich_help_panel=PANEL)(_as_a_process(command))

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
 from segsvc.cache.server_check import cache_findings
-from segsvc.cli.base import Refusal
-from segsvc.config import Settings
-from segsvc.log import configure_logging, get_logger
+from segsvc.cli import streams
+from segsvc.cli.base import Refusal, speak_in_events
+from segsvc.config import Settings, load_settings
+from segsvc.log import configure_logging, get_logger, take_over_output
 from segsvc.postgres.identity import Finding, StartupError
 from segsvc.postgres.migrate import verify
 
 log = get_logger(__name__)
+
+
+def speak_as_a_process() -> None:
+    """Let all that this process says be what its log is, from here on: JSON, one object a line, unless for people.
+
+    Before anything else of it: also that it cannot start, and why, belongs there.
+    """
+    try:
+        settings = load_settings()
+        level, form = settings.log_level, settings.log_format
+    except (ValidationError, SettingsError, UnicodeDecodeError, OSError):
+        # The command itself says what is wrong with them.
+        level = "INFO"
+        form = "console" if os.environ.get("SEGSVC_LOG_FORMAT") == "console" else "json"
+    if form == "console" or not streams.Process.ours:
+        return
+    configure_logging(level, "json")
+    take_over_output()
+    speak_in_events(lambda text: log.warning("complaint", text=text))
 
 
 def start_process(settings: Settings) -> None:

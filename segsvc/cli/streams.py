@@ -19,6 +19,16 @@ _ASCII: Final = {
 }  # fmt: skip
 
 
+class Process:
+    """What is known of this process.
+
+    Attributes:
+        ours: it runs one command and nothing else, so its streams may be replaced.
+    """
+
+    ours = False
+
+
 def prepare() -> None:
     """Open the streams that are closed, and let the others take every text. Called once, before anything else.
 
@@ -38,6 +48,7 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=SPELT)
+    Process.ours = True
 
 
 def is_unicode(stream: TextIO) -> bool:
