@@ -21,7 +21,7 @@ from grpc_api.call_scope import REQUEST_ID_CHARACTERS_MAX, REQUEST_ID_KEY
 from grpc_api.errors import status_of_exception, trailing_metadata
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.log import get_logger
-from segsvc.metrics import rpc_seconds, rpcs
+from segsvc.metrics import CODES, rpc_seconds, rpcs
 
 UNKNOWN_METHOD = "unknown"
 """Label of calls to methods that do not exist."""
@@ -139,6 +139,10 @@ class Observe(Around):
 
     def __init__(self, methods: Collection[str]) -> None:
         self._methods = frozenset(methods)
+        for method in (*methods, UNKNOWN_METHOD):
+            rpc_seconds.labels(method)
+            for code in CODES:
+                rpcs.labels(method, code)
 
     @asynccontextmanager
     async def around(self, method: str, context: Context) -> AsyncIterator[None]:

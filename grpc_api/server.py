@@ -39,6 +39,7 @@ from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
 
 from grpc_api.call_scope import BlockingCalls
 from grpc_api.health import HealthMonitor, HealthServicer
+from grpc_api.hot_metrics import hot_calls
 from grpc_api.interceptors import interceptors
 from grpc_api.lane import HotLane
 from grpc_api.lane_calls import MESSAGE_BYTES_MAX, native_front
@@ -51,7 +52,7 @@ from grpc_api.servicers.segments import SegmentServicer
 from segsvc.bootstrap import Front, HotReads, TaskSender
 from segsvc.config import Settings
 from segsvc.log import get_logger
-from segsvc.metrics_http import MetricsAddressError, serving
+from segsvc.metrics_http import MetricsAddressError, of_role, serving
 
 DRAIN_S = 10.0
 """Longest time that calls in progress get to end after SIGTERM; those that wait for an operation answer at once."""
@@ -168,8 +169,8 @@ class FrontProcess:
             ListenError: an address is in use, or not this machine's.
         """
         stack.callback(self._close_services)
-        self._serve_metrics(stack)
         native = self._make_native_front()
+        self._serve_metrics(stack, native)
         lane = await self._start_lane(stack, native)
         server = self._make_server(lane.submit if native is None else None)
         if native is None:
@@ -289,13 +290,14 @@ class FrontProcess:
         except (OSError, RuntimeError) as error:
             raise ListenError(f"{address}: {error}") from error
 
-    def _serve_metrics(self, stack: contextlib.AsyncExitStack) -> None:
+    def _serve_metrics(self, stack: contextlib.AsyncExitStack, native: NativeGrpcFront | None) -> None:
         """Prometheus metrics by HTTP; each process has its own numbers, so each has its own port."""
         if not self._settings.metrics_address:
             return
         host, _, port = self._settings.metrics_address.rpartition(":")
+        served = of_role("front") if native is None else of_role("front", complete=hot_calls(native))
         try:
-            stack.enter_context(serving(f"{host}:{int(port) + self._index}"))
+            stack.enter_context(serving(f"{host}:{int(port) + self._index}", served))
         except MetricsAddressError as error:
             raise ListenError(str(error)) from error
 

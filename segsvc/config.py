@@ -24,6 +24,7 @@ DEFAULT_ENV_FILE = Path("build/stack/stack.env")
 BESIDE_THE_SETTINGS: Final = {
     "SEGSVC_ENV_FILE": "File with settings, weaker than the environment; empty: none. Absent: the local stack's.",
     "SEGSVC_SECRETS_DIR": "Folder with a file for each secret, named like its variable in lower case; absent: none.",
+    "SEGSVC_COMMIT": "Commit that this was built from, for the metric segsvc_build_info; absent: not known.",
     "SEGSVC_REQUIRE_REAL_KAFKA": "1: the local stack refuses to start on the stand-in for Kafka. Also for the tests.",
 }
 """Variables that are read before there are settings, or without them: name -> what it is."""

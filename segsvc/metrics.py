@@ -12,6 +12,18 @@ from segsvc.domain.events import TOPICS
 
 _FAST_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
+RPC_BOUNDS_S = (0.0003, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10)
+"""Each is a bound of the native front's own histograms, too, so that its calls can be counted in the same buckets."""
+
+# -- every process --------------------------------------------------------------------------------------------------
+build_info = Gauge(
+    "segsvc_build_info",
+    "1 for each address that serves metrics: what runs there.",
+    ["role", "version", "commit"],
+    multiprocess_mode="max",
+)
+"""role: front, operations, events, warming (workers of that queue), beat, bridge. commit: '' if it is not known."""
+
 # -- reads (front) --------------------------------------------------------------------------------------------------
 reads = Counter("segsvc_reads_total", "Users looked up, by where the answer came from.", ["source"])
 """source: hit (cache), miss (shard, then filled), bypass (shard, not filled), unknown (no such user), error."""
@@ -21,8 +33,10 @@ cold_reads_waiting = Gauge(
 )
 
 # -- RPCs (front) ---------------------------------------------------------------------------------------------------
-rpcs = Counter("segsvc_rpcs_total", "Finished calls outside the hot lane.", ["method", "code"])
-rpc_seconds = Histogram("segsvc_rpc_seconds", "Duration of calls outside the hot lane.", ["method"])
+rpcs = Counter("segsvc_rpcs_total", "Finished calls.", ["method", "code"])
+rpc_seconds = Histogram("segsvc_rpc_seconds", "Duration of calls.", ["method"], buckets=RPC_BOUNDS_S)
+CODES = ("OK", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN")
+"""Codes that each method has from the start, at 0, for the same reason as the alarms below."""
 
 # -- databases (every process) --------------------------------------------------------------------------------------
 connections_thrown_away = Counter(
@@ -69,3 +83,36 @@ event_batches_in_flight = Gauge(
 
 # -- warming (workers) ----------------------------------------------------------------------------------------------
 warmed = Counter("segsvc_warmed_entries_total", "Cache entries written by the warmer.", ["shard"])
+cache_memory_bytes = Gauge(
+    "segsvc_cache_memory_bytes",
+    "Memory of the cache's server, as the warmer last saw it.",
+    ["what"],
+    multiprocess_mode="mostrecent",
+)
+"""what: used; limit (the lesser of the warmer's budget and most of the server's maxmemory)."""
+
+# -- which process serves what --------------------------------------------------------------------------------------
+ROLES = ("front", "operations", "events", "warming", "beat", "bridge")
+SERVED_BY: dict[str, tuple[str, ...]] = {
+    "segsvc_reads": ("front",),
+    "segsvc_cold_read_seconds": ("front",),
+    "segsvc_cold_reads_waiting": ("front",),
+    "segsvc_rpcs": ("front",),
+    "segsvc_rpc_seconds": ("front",),
+    "segsvc_operations_finished": ("front", "operations", "beat"),
+    "segsvc_in_doubt_seconds": ("operations", "beat"),
+    "segsvc_operations_not_ended_seconds": ("operations", "beat"),
+    "segsvc_recovery_timestamp_seconds": ("operations", "beat"),
+    "segsvc_recovery_alarms": ("operations", "beat"),
+    "segsvc_events": ("bridge",),
+    "segsvc_event_batches_in_flight": ("bridge",),
+    "segsvc_warmed_entries": ("warming",),
+    "segsvc_cache_memory_bytes": ("warming",),
+}
+"""Family → roles of the processes that measure it. Others know its name and would serve it as 0, which says that all is
+well where nobody looks. What is not here is served by all."""
+
+
+def is_served(family: str, role: str) -> bool:
+    """Whether a process of this role serves what is measured under this name, without the ending of a series."""
+    return role in SERVED_BY.get(family, ROLES)

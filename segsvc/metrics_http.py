@@ -10,12 +10,16 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry, Metric, start_http_server, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+
+import segsvc
+from segsvc import metrics
 
 _LIVE_GAUGES = re.compile(r"gauge_live[a-z]*_(\d+)\.db")
 
@@ -55,6 +59,42 @@ def serving(address: str, registry: CollectorRegistry | None = None) -> Iterator
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def of_role(
+    role: str, registry: CollectorRegistry | None = None, complete: Callable[[Metric], None] = lambda family: None
+) -> CollectorRegistry:
+    """What a process of this role serves, of what is known to it.
+
+    Args:
+        role: one of ``metrics.ROLES``.
+        registry: where values are; None: those of this process.
+        complete: adds to a family what is counted elsewhere.
+    """
+    metrics.build_info.labels(role, segsvc.__version__, os.environ.get("SEGSVC_COMMIT", "")).set(1)
+    served = CollectorRegistry()
+    served.register(_OfRole(role, registry or REGISTRY, complete))
+    return served
+
+
+class _OfRole(Collector):
+    """Leaves out what other processes measure."""
+
+    def __init__(self, role: str, registry: CollectorRegistry, complete: Callable[[Metric], None]) -> None:
+        self._role = role
+        self._registry = registry
+        self._complete = complete
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: a registry would ask for all values to learn the names."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """What is served."""
+        for family in self._registry.collect():
+            if metrics.is_served(family.name, self._role):
+                self._complete(family)
+                yield family
 
 
 def all_processes(folder: Path) -> CollectorRegistry:

@@ -132,18 +132,18 @@ def _tell_fault(error: Exception) -> None:
 class _Voice:
     """How this process speaks to who started it."""
 
-    as_events: Callable[[str], None] | None = None
+    as_events: Callable[[str, str], None] | None = None
 
 
-def speak_in_events(write: Callable[[str], None]) -> None:
-    """From now on complaints go to the log of this process, whose lines may have to be JSON."""
+def speak_in_events(write: Callable[[str, str], None]) -> None:
+    """From now on complaints go, with their level, to the log of this process, whose lines may have to be JSON."""
     _Voice.as_events = write
 
 
-def complain(text: str) -> None:
-    """One line, or a few, on standard error."""
+def complain(text: str, level: str = "error") -> None:
+    """One line, or a few, on standard error. ``level``: of the event, where the process speaks in events."""
     if _Voice.as_events is not None:
-        _Voice.as_events(text)
+        _Voice.as_events(text, level)
         return
     try:
         print(text, file=sys.stderr, flush=True)
@@ -205,7 +205,8 @@ def settings_of_process() -> Settings:
     try:
         settings = load_settings(**({} if timeout_s is None else {"client_timeout_s": timeout_s}))
         for name, nearest in unknown_settings().items():
-            complain(f"{name} is not a setting" + (f"; do you mean {nearest}?" if nearest else ", and does nothing"))
+            advice = f"; do you mean {nearest}?" if nearest else ", and does nothing"
+            complain(f"{name} is not a setting{advice}", "warning")
     except ValidationError as error:
         for item in error.errors(include_input=False, include_url=False):
             # A value may be a secret, so it is not repeated.

@@ -68,7 +68,7 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")])
     }[queue]
     if queue is Queue.WARMING:
         os.nice(WARMING_NICENESS)
-    with _worker_metrics(metrics_address, settings.stack_dir):
+    with _worker_metrics(metrics_address, queue, settings.stack_dir):
         start_process(settings)
         _celery(
             "worker",
@@ -85,7 +85,7 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")])
 
 
 @contextmanager
-def _worker_metrics(address: str, stack_dir: Path) -> Iterator[None]:
+def _worker_metrics(address: str, queue: Queue, stack_dir: Path) -> Iterator[None]:
     """Serve the metrics of a worker and its children, added up, while the block runs.
 
     They keep them in files of a fresh folder, in a local stack below its own. Nothing may have imported
@@ -102,18 +102,18 @@ def _worker_metrics(address: str, stack_dir: Path) -> Iterator[None]:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         from segsvc.metrics_http import all_processes  # noqa: PLC0415
 
-        with _serving(address, all_processes(Path(folder))):
+        with _serving(address, queue.value, all_processes(Path(folder))):
             yield
 
 
 @contextmanager
-def _serving(address: str, registry: CollectorRegistry | None = None) -> Iterator[None]:
-    """Serve metrics; ``registry`` None: those of this process. Raises Refusal if nothing can listen there."""
-    from segsvc.metrics_http import MetricsAddressError, serving  # noqa: PLC0415
+def _serving(address: str, role: str, registry: CollectorRegistry | None = None) -> Iterator[None]:
+    """Serve a role's metrics; ``registry`` None: those of this process. Raises Refusal if nothing can listen there."""
+    from segsvc.metrics_http import MetricsAddressError, of_role, serving  # noqa: PLC0415
 
     with ExitStack() as stack:
         try:
-            stack.enter_context(serving(address, registry))
+            stack.enter_context(serving(address, of_role(role, registry)))
         except MetricsAddressError as error:
             raise Refusal(str(error)) from error
         yield
@@ -135,7 +135,7 @@ def bridge() -> None:
     from tasks.kafka_bridge import run_bridge  # noqa: PLC0415
 
     settings = settings_of_process()
-    with _serving(settings.bridge_metrics_address):
+    with _serving(settings.bridge_metrics_address, "bridge"):
         start_process(settings)
         run_bridge(settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ def speak_as_a_process() -> None:
         return
     configure_logging(level, "json")
     take_over_output()
-    speak_in_events(lambda text: log.warning("complaint", text=text))
+    speak_in_events(lambda text, at: log.log(getattr(logging, at.upper()), "complaint", text=text))
 
 
 def start_process(settings: Settings) -> None:

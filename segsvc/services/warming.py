@@ -252,13 +252,19 @@ class Warmer:
         if gone:
             self._cache.release(run.shard, grant, list(gone))  # deleted since their block was listed
 
-    def _worth_warming(self, run: _Run, users: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
-        """Leave out blocks that have all their keys already, and those for which there is no memory."""
+    def _is_full(self) -> bool:
+        """Whether the cache uses as much memory as warming may fill."""
         memory = self._notes.memory()
         limit = self._budget_bytes
         if memory.max_bytes is not None:
             limit = min(limit, int(memory.max_bytes * MAXMEMORY_SHARE))
-        full = memory.used_bytes > limit
+        metrics.cache_memory_bytes.labels("used").set(memory.used_bytes)
+        metrics.cache_memory_bytes.labels("limit").set(limit)
+        return memory.used_bytes > limit
+
+    def _worth_warming(self, run: _Run, users: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
+        """Leave out blocks that have all their keys already, and those for which there is no memory."""
+        full = self._is_full()
         if not full and not run.looking_over:
             return dict(users)
         worth = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+from segmentation.v1 import membership_pb2, membership_pb2_grpc, operations_pb2, segments_pb2
 from segmentation.v1 import segments_pb2 as pb
 
 from segsvc.local.processes import free_ports
@@ -135,6 +137,10 @@ def test_metrics(kind: str, installation: Installation, tmp_path: Path) -> None:
         get(front, slug)
         with pytest.raises(grpc.RpcError):
             front.channel.unary_unary("/made.up/Name")(b"")
+        memberships = membership_pb2_grpc.MembershipServiceStub(front.channel)
+        for user_id in (-1, 2**62):
+            with pytest.raises(grpc.RpcError):
+                memberships.GetUserSegments(membership_pb2.GetUserSegmentsRequest(user_id=user_id), timeout=5)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
             text = response.read().decode()
     method = 'method="/segmentation.v1.SegmentService/GetSegment"'
@@ -143,6 +149,23 @@ def test_metrics(kind: str, installation: Installation, tmp_path: Path) -> None:
     assert 'segsvc_rpcs_total{code="UNIMPLEMENTED",method="unknown"} 1.0' in text
     assert f"segsvc_rpc_seconds_count{{{method}}} 2.0" in text
     assert "made.up" not in text
+    # The hot methods like all others, whoever counts them.
+    hot = 'method="/segmentation.v1.MembershipService/GetUserSegments"'
+    assert f'segsvc_rpcs_total{{code="INVALID_ARGUMENT",{hot}}} 1.0' in text
+    assert f'segsvc_rpcs_total{{code="NOT_FOUND",{hot}}} 1.0' in text
+    assert f"segsvc_rpc_seconds_count{{{hot}}} 2.0" in text
+    assert f'segsvc_rpc_seconds_bucket{{le="10.0",{hot}}} 2.0' in text
+    assert text.count(f'segsvc_rpcs_total{{code="OK",{hot}}}') == 1
+    # Each method's first failure is a rise from 0, which rules can see.
+    for file in (membership_pb2, segments_pb2, operations_pb2):
+        for service in file.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                name = f"/{service.full_name}/{method.name}"
+                assert f'segsvc_rpcs_total{{code="INTERNAL",method="{name}"}} 0.0' in text
+    # What other processes measure is not there as 0.
+    assert "segsvc_events_total" not in text
+    assert "segsvc_recovery_alarms_total" not in text
+    assert re.search(r'segsvc_build_info\{commit="[^"]*",role="front",version="[^"]+"\} 1.0', text)
 
 
 def test_it_starts_while_everything_is_down(

@@ -28,6 +28,7 @@ ALERTS = DOCS / "alerts.yml"
 ENVIRONMENT_ONLY = {
     "SEGSVC_ENV_FILE",  # where the settings come from
     "SEGSVC_SECRETS_DIR",
+    "SEGSVC_COMMIT",  # of the metric that says what runs
     "SEGSVC_REQUIRE_REAL_KAFKA",  # of the local stack and the tests
 }
 SOURCES = ("segsvc", "tasks", "grpc_api")
