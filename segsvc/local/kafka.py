@@ -32,7 +32,7 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from segsvc.domain import events
 from segsvc.local.kafka_jars import KAFKA_ARTIFACT, fetch_jars
-from segsvc.local.processes import MARKER, Daemon, LocalStackError, free_ports, start, tail
+from segsvc.local.processes import MARKER, Daemon, LocalStackError, free_ports, log_size, start, tail, wait_patiently
 
 JAVA_VERSION_MIN = 17
 START_TIMEOUT_S = 90.0
@@ -117,13 +117,20 @@ def why_no_real_kafka() -> str | None:
 
 
 def start_kafka(
-    folder: Path, *, jars: Path, mark: Path | None = None, say: Say = print, environ: Mapping[str, str] = os.environ
+    folder: Path,
+    *,
+    jars: Path,
+    ports: tuple[int, int] | None = None,
+    mark: Path | None = None,
+    say: Say = print,
+    environ: Mapping[str, str] = os.environ,
 ) -> KafkaServer:
     """Start the best Kafka that can be had here, or find the user's. Topics are made by ``create_topics``.
 
     Args:
         folder: place of its data and log; made if absent.
         jars: folder where the broker's jars are kept between runs; made if absent.
+        ports: those of a real broker of our own; free ones unless given.
         mark: the stack's folder for ``processes.find_marked``.
         say: told in a sentence what was chosen, and what takes long.
 
@@ -148,7 +155,7 @@ def start_kafka(
         )
     server: RealKafka | StandInKafka
     if missing is None:
-        server = RealKafka(folder, jars, mark=mark)
+        server = RealKafka(folder, jars, ports=ports, mark=mark)
     else:
         say(
             "ATTENTION: NO REAL KAFKA. librdkafka's in-memory broker stands in: nothing is kept on disk, and it does "
@@ -185,19 +192,27 @@ class RealKafka:
 
     stand_in = False
 
-    def __init__(self, folder: Path, jars: Path, *, mark: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, jars: Path, *, ports: tuple[int, int] | None = None, mark: Path | None = None
+    ) -> None:
+        """``ports``: those of the broker and of its controller; free ones unless given."""
         self.folder = folder.resolve()
-        self.bootstrap_servers = ""
+        self.bootstrap_servers = f"127.0.0.1:{ports[0]}" if ports else ""
         self.description = f"Kafka {KAFKA_ARTIFACT[2]} (a broker of our own)"
         self.log = self.folder / "kafka.log"
         self._classpath = f"{jars.resolve()}/*"
         self._daemon = Daemon("kafka", self.folder, log=self.log, mark=mark)
         self._mark = (mark or folder).resolve()
-        self._ports: tuple[int, int] | None = None
+        self.ports = ports
 
     @property
     def running(self) -> bool:
         return self._daemon.running
+
+    @property
+    def died(self) -> bool:
+        """Whether it has ended without being told to."""
+        return self._daemon.died
 
     @property
     def pid(self) -> int | None:
@@ -209,11 +224,11 @@ class RealKafka:
         Raises:
             LocalStackError: it did not start; with the last lines of its log.
         """
-        if self._ports and self.running:
+        if self.ports and self.running:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._ports = self._ports or _two(free_ports(2))
-        self.bootstrap_servers = f"127.0.0.1:{self._ports[0]}"
+        self.ports = self.ports or _two(free_ports(2))
+        self.bootstrap_servers = f"127.0.0.1:{self.ports[0]}"
         data = self.folder / "data"
         if not data.exists():
             unfinished = self.folder / "data.unfinished"
@@ -225,7 +240,7 @@ class RealKafka:
         options = ["-Xmx512m", "-Xms128m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
         self._daemon.spawn(self._java(*options, "kafka.Kafka", str(config)), cwd=self.folder)
         # First that it listens: kafka-python would wait longer and longer between its attempts.
-        listening = partial(_listens, self._ports[0])
+        listening = partial(_listens, self.ports[0])
         self._daemon.await_ready(listening, timeout_s=START_TIMEOUT_S)
         self._daemon.await_ready(lambda: _answers(self.bootstrap_servers), timeout_s=START_TIMEOUT_S)
 
@@ -247,9 +262,9 @@ class RealKafka:
         create_topics(self.bootstrap_servers, topics)
 
     def _write_config(self, name: str, data: Path) -> Path:
-        assert self._ports is not None
+        assert self.ports is not None
         config = self.folder / name
-        config.write_text(_BROKER.format(port=self._ports[0], controller_port=self._ports[1], data=data))
+        config.write_text(_BROKER.format(port=self.ports[0], controller_port=self.ports[1], data=data))
         return config
 
     def _java(self, *arguments: str) -> list[str]:
@@ -265,16 +280,18 @@ class RealKafka:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         # One word: the id may begin with a hyphen, and would be taken for an option.
         command = self._java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(config))
+        before = log_size(self.log)
         with self.log.open("ab") as log:
             child = start(command, env={MARKER: str(self._mark)}, output=log, cwd=self.folder)
             try:
-                code = child.wait(timeout=START_TIMEOUT_S)
+                wait_patiently(lambda: child.poll() is not None, timeout_s=START_TIMEOUT_S)
             finally:
                 if child.poll() is None:
                     child.kill()
                     child.wait()
-        if code != 0:
-            raise LocalStackError(f"Kafka's storage could not be made. The last lines of {self.log}:\n{tail(self.log)}")
+        if child.returncode != 0:
+            said = tail(self.log, since=before)
+            raise LocalStackError(f"Kafka's storage could not be made. The last lines of {self.log}:\n{said}")
 
 
 class StandInKafka:
@@ -304,7 +321,8 @@ class StandInKafka:
         Raises:
             LocalStackError: it did not start; with the last lines of its log.
         """
-        if self.bootstrap_servers and self.running:
+        if self.running and self._address_file.exists():
+            self.bootstrap_servers = json.loads(self._address_file.read_text())["bootstrap_servers"]
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._address_file.unlink(missing_ok=True)

@@ -24,7 +24,17 @@ from urllib.parse import quote
 import psutil
 
 from segsvc.local.folders import digest, make_private, socket_folder
-from segsvc.local.processes import MARKER, POLL_S, Daemon, LocalStackError, as_user, start, tail
+from segsvc.local.processes import (
+    MARKER,
+    POLL_S,
+    Daemon,
+    LocalStackError,
+    as_user,
+    log_size,
+    start,
+    tail,
+    wait_patiently,
+)
 
 SYSTEM_USER = "pgserver"
 START_TIMEOUT_S = 60.0
@@ -185,6 +195,11 @@ class PostgresServer:
         return self._daemon.running
 
     @property
+    def died(self) -> bool:
+        """Whether it has ended without being told to."""
+        return self._daemon.died
+
+    @property
     def pid(self) -> int | None:
         """Process id of the postmaster; None when it is not running."""
         return self._daemon.pid
@@ -261,7 +276,7 @@ class PostgresServer:
             try:
                 return self._daemon.await_ready(self._accepts, timeout_s=START_TIMEOUT_S)
             except LocalStackError:
-                held = "pre-existing shared memory block" in tail(self.log, 3)
+                held = "pre-existing shared memory block" in self._daemon.last_lines(3)
                 if self.running or not held or time.monotonic() > deadline:
                     raise
                 time.sleep(POLL_S)
@@ -289,21 +304,23 @@ class PostgresServer:
             "--encoding=UTF8", "--locale-provider=builtin", "--locale=C", "--builtin-locale=C.UTF-8",
             "--no-instructions",
         ]  # fmt: skip
+        before = log_size(self.log)
         with self.log.open("ab") as log:
             child = start(
                 [*command, *(["--no-sync"] if self.fast else [])],
                 env={MARKER: str(self._mark)}, output=log, cwd=self.location, user=self._user,
             )  # fmt: skip
             try:
-                code = child.wait(timeout=START_TIMEOUT_S)
-            except BaseException:
-                child.kill()
-                child.wait()
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise
-        if code != 0:
+                wait_patiently(lambda: child.poll() is not None, timeout_s=START_TIMEOUT_S)
+            finally:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+                    shutil.rmtree(unfinished, ignore_errors=True)
+        if child.returncode != 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise LocalStackError(f"initdb failed. The last lines of {self.log}:\n{tail(self.log)}")
+            said = tail(self.log, since=before)
+            raise LocalStackError(f"initdb failed. The last lines of {self.log}:\n{said}")
         unfinished.rename(self.data)
 
     def _make_folders(self) -> None:

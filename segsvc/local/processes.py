@@ -33,11 +33,22 @@ class LocalStackError(Exception):
     """Something of the local stack could not be started or stopped; the message says what, why and what mends it."""
 
 
-def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log file, indented, for an error message; says so if there are none."""
+def log_size(log: Path) -> int:
+    """Bytes of a log file now, to tell later what was written after; 0 if there is none."""
+    return log.stat().st_size if log.exists() else 0
+
+
+def tail(log: Path, lines: int = 15, *, since: int = 0) -> str:
+    """The last lines of a log file, indented, for an error message; says so if there are none.
+
+    Args:
+        since: leave out the bytes before: those of an earlier life of the process.
+    """
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 65536))
+            size = log.stat().st_size
+            # Smaller than before: it was begun again, so all of it is new.
+            file.seek(max(since if since <= size else 0, size - 65536))
             last = file.read().decode("utf-8", "replace").splitlines()[-lines:]
     except FileNotFoundError:
         last = []
@@ -51,6 +62,31 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, poll_s: float
         if time.monotonic() >= deadline:
             return False
         time.sleep(poll_s)
+    return True
+
+
+BUSY_FACTOR = 10
+"""A machine without an idle moment is waited for this many times as long as an idle one."""
+
+
+def wait_patiently(condition: Callable[[], bool], *, timeout_s: float, poll_s: float = POLL_S) -> bool:
+    """Poll ``condition`` until it holds; False when it did not within ``timeout_s`` of a machine with nothing to do.
+
+    Time in which all processors were busy does not count: what we wait for may have been waiting for its turn. Nor does
+    time in which they waited for a disk. At most ``BUSY_FACTOR`` times as long in all.
+    """
+    began = last = time.monotonic()
+    times = psutil.cpu_times()
+    spent = 0.0
+    while not condition():
+        time.sleep(poll_s)
+        now, before, times = time.monotonic(), times, psutil.cpu_times()
+        passed = sum(times) - sum(before)
+        # Too short a time to have been counted in: as if idle.
+        spent += (now - last) * (min(1.0, max(0.0, times.idle - before.idle) / passed) if passed > 0 else 1.0)
+        last = now
+        if spent >= timeout_s or now - began >= timeout_s * BUSY_FACTOR:
+            return False
     return True
 
 
@@ -182,6 +218,7 @@ class Daemon:
         self.mark = (mark or folder).resolve()
         self._record = folder / f"{name}.pid"
         self._child: subprocess.Popen[bytes] | None = None
+        self._log_before = 0
 
     def process(self) -> psutil.Process | None:
         """The running process, whoever started it; None if there is none."""
@@ -206,6 +243,15 @@ class Daemon:
         process = self.process()
         return process.pid if process else None
 
+    @property
+    def died(self) -> bool:
+        """Whether it has ended without being told to: it was started, nobody has stopped it, and it does not run."""
+        return self._record.exists() and not self.running
+
+    def last_lines(self, lines: int = 15) -> str:
+        """The end of what it has logged since this object started it; of all its log, if another one did."""
+        return tail(self.log, lines, since=self._log_before)
+
     def spawn(
         self,
         argv: Sequence[str],
@@ -225,6 +271,7 @@ class Daemon:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_before = log_size(self.log)
         with self.log.open("ab") as log:
             self._child = start(argv, env={**(env or {}), MARKER: str(self.mark)}, output=log, cwd=cwd, user=user)
         created = psutil.Process(self._child.pid).create_time()
@@ -236,7 +283,7 @@ class Daemon:
         """Wait until ``ready`` holds.
 
         Raises:
-            LocalStackError: the process ended, or the time is up; with the last lines of its log.
+            LocalStackError: the process ended, or the time is up (``wait_patiently``); with the last lines of its log.
         """
         ended = False
 
@@ -245,9 +292,9 @@ class Daemon:
             ended = not self.running
             return ended or ready()
 
-        if not wait_until(settled, timeout_s=timeout_s) or ended:
+        if not wait_patiently(settled, timeout_s=timeout_s) or ended:
             what = "ended at once" if ended else f"was not ready within {timeout_s:g} s"
-            raise LocalStackError(f"{self.name} {what}. The last lines of {self.log}:\n{tail(self.log)}")
+            raise LocalStackError(f"{self.name} {what}. The last lines of {self.log}:\n{self.last_lines()}")
 
     def stop(self, *, signals: Sequence[tuple[signal.Signals, float]]) -> None:
         """Send each signal in turn, waiting so many seconds after each, until it is gone. Fine if it is not running.
@@ -256,15 +303,23 @@ class Daemon:
             LocalStackError: it outlived them all.
         """
         process = self.process()
+        record = self._record.read_text() if process else ""
+        # First of all, so that nobody takes this for a crash and starts it again.
+        self._record.unlink(missing_ok=True)
+        if process is None:
+            return
         for number, timeout_s in signals:
-            if process is None or not is_running(process):
-                break
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-            wait_until(lambda: not self.running, timeout_s=timeout_s)
-        if self.running:
-            raise LocalStackError(f"{self.name} (process {self.pid}) does not end")
-        self._record.unlink(missing_ok=True)
+            if wait_until(lambda: not self._runs_still(process), timeout_s=timeout_s):
+                return
+        self._record.write_text(record)
+        raise LocalStackError(f"{self.name} (process {process.pid}) does not end")
+
+    def _runs_still(self, process: psutil.Process) -> bool:
+        if self._child is not None:
+            self._child.poll()  # reaps it if it has ended
+        return is_running(process)
 
 
 def as_user(user: str | None, argv: Sequence[str]) -> list[str]:

@@ -97,6 +97,15 @@ class RedisServer:
         return self._daemon.running
 
     @property
+    def died(self) -> bool:
+        """Whether it has ended without being told to."""
+        return self._daemon.died
+
+    @property
+    def password(self) -> str:
+        return self._password
+
+    @property
     def pid(self) -> int | None:
         return self._daemon.pid
 

@@ -1,8 +1,9 @@
 """The whole of segsvc on this machine: servers, migrations, and our own processes, started and stopped as one.
 
 Order of life: PostgreSQL, broker, cache, Kafka and its topics; ``stack.env`` with all settings; migrations; then our
-processes under supervisord. ``down`` goes the other way. Whatever goes wrong on the way up, or whoever interrupts it,
-leaves no process behind; data folders appear whole or not at all.
+processes under supervisord, and with them the keeper, which starts a server again that has ended by itself. ``down``
+goes the other way. Whatever goes wrong on the way up from nothing, or interrupts it, leaves no process behind; data
+folders appear whole or not at all. Where parts of the stack run already, ``up`` starts the others and stops nothing.
 """
 
 from __future__ import annotations
@@ -20,24 +21,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
+
 from segsvc.config import Settings
 from segsvc.local import preflight
-from segsvc.local.kafka import TOPICS, KafkaServer, start_kafka
-from segsvc.local.postgres import PostgresServer
+from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import (
     MARKER,
-    Daemon,
     LocalStackError,
     ended_as_interrupted,
     find_marked,
+    is_running,
     kill_marked,
     start,
     tail,
     uninterrupted,
+    wait_patiently,
     wait_until,
 )
-from segsvc.local.redis import BROKER_CONFIG, CACHE_CONFIG, RedisServer
-from segsvc.local.stack_env import choose_ports, read_env, write_env
+from segsvc.local.servers import Servers
+from segsvc.local.stack_env import Kept, choose_ports, read_env, usual_ports, write_env
 from segsvc.local.supervision import ProcessSpec, Supervisor
 
 RUNNING_TIMEOUT_S = 90.0
@@ -135,24 +138,27 @@ class LocalStack:
         return self._settings
 
     def up(self) -> Settings:
-        """Start everything and return its settings. Already up: says so and changes nothing. Left over from a crash:
-        cleaned up first, data kept.
+        """Start what does not run, and return the settings. Ports, passwords and data stay as they were. Where all of
+        it runs, say so and change nothing.
 
         Raises:
-            LocalStackError: something did not start: what, why, and the last lines of the log that matters. All that
-                had been started is stopped again; the logs stay.
+            LocalStackError: something did not start: what, why, and the last lines of the log that matters. What ran
+                before this call goes on; if nothing did, all that had been started is stopped again. The logs stay.
             KeyboardInterrupt, SystemExit: interrupted; likewise. A folder that this call made is removed.
         """
         with ended_as_interrupted(), self._locked() as fresh:
             if self._is_up():
                 self._say(f"already up ({self.home})")
                 return self.settings
+            ran_before = self._kill_strays()
+            if ran_before:
+                self._say("parts of the stack run; starting what is missing")
             try:
-                if find_marked(self.home):
-                    self._say("cleaning up what an earlier run left")
-                    self._stop_all()
-                self._start_all()
+                self._start_missing()
             except BaseException as error:
+                if ran_before:
+                    self._say("what ran before goes on (segsvc status shows it, segsvc down stops it)")
+                    raise
                 with uninterrupted():
                     self._say("stopping what was started")
                     self._stop_all()
@@ -181,7 +187,7 @@ class LocalStack:
         """Every server and process with its state, in the order of starting."""
         parts = [
             Part(daemon.name, "RUNNING" if daemon.running else "STOPPED", daemon.pid, daemon.log)
-            for daemon in self._server_daemons()
+            for daemon in self._servers().daemons()
         ]
         if self.supervisor.running:
             parts += [
@@ -189,7 +195,8 @@ class LocalStack:
                 for state in self.supervisor.states()
             ]
         else:
-            parts += [Part(spec.name, "STOPPED", None, self.supervisor.log_of(spec.name)) for spec in self._processes]
+            specs = (*self._processes, self._keeper())
+            parts += [Part(spec.name, "STOPPED", None, self.supervisor.log_of(spec.name)) for spec in specs]
         return parts
 
     def __enter__(self) -> Self:
@@ -207,65 +214,68 @@ class LocalStack:
 
     # -- up ---------------------------------------------------------------------------------------------------------
 
-    def _start_all(self) -> None:
+    def _start_missing(self) -> None:
+        """Start whatever does not run; nothing that runs is touched, unless an address that it uses has changed."""
         for finding in preflight.require(self.home):
             self._say(f"ATTENTION: {finding}")
         self.logs.mkdir(parents=True, exist_ok=True)
-
-        self._say("starting PostgreSQL")
-        postgres = self._postgres()
-        if not postgres.location.is_relative_to(self.home):
-            self._say(f"PostgreSQL does not run as root and its user cannot enter {self.home}: {postgres.location}")
-        postgres.start()
         databases = ["segsvc_catalog", *(f"segsvc_shard_{shard}" for shard in range(self._shards))]
-        for database in databases:
-            postgres.create_database(database)
-
-        self._say("starting Redis (broker, cache)")
-        broker, cache = self._redis("broker"), self._redis("cache")
-        broker.start()
-        cache.start()
-
-        self._say("starting Kafka")
-        kafka = start_kafka(self.home / "kafka", jars=self._jars, mark=self.home, say=self._say)
-        kafka.create_topics(TOPICS)
 
         with contextlib.ExitStack() as reserved:
-            ports = choose_ports(reserved)
-            self._settings = self._choose_settings(postgres, databases, broker, cache, kafka, ports)
-            write_env(self.env_file, self._settings)
-            self._run_migrations()
+            servers = self._servers()
+            kafka = servers.start(databases, reserved, say=self._say)
+            addresses = self._addresses(servers, databases, kafka)
+            if self._runs_with(addresses):
+                self._say(f"starting {', '.join(self.supervisor.start_missing()) or 'nothing else'}")
+            else:
+                # They run with settings that hold no longer, or not at all.
+                self.supervisor.stop()
+                kept = Kept(self.home / "kept.json")
+                kept.ports |= choose_ports(reserved, usual_ports(kept))
+                kept.write()
+                self._settings = self._choose_settings(addresses, kept)
+                write_env(self.env_file, self._settings)
+                self._run_migrations()
 
-            self._say(f"starting {', '.join(spec.name for spec in self._processes)}")
-            self.supervisor.start(self._processes, env=self._child_env())
+                self._say(f"starting {', '.join(spec.name for spec in self._processes)}")
+                self.supervisor.start([*self._processes, self._keeper()], env=self._child_env())
             self.supervisor.await_running(timeout_s=RUNNING_TIMEOUT_S)
-            self._await_ready(self._settings)
+            self._await_ready(self.settings)
         self._say("the stack is up")
 
-    def _choose_settings(
-        self,
-        postgres: PostgresServer,
-        databases: Sequence[str],
-        broker: RedisServer,
-        cache: RedisServer,
-        kafka: KafkaServer,
-        ports: Mapping[str, int],
-    ) -> Settings:
-        """All settings: ours for the servers, the environment's where people may choose, the overrides above all."""
+    def _runs_with(self, addresses: Mapping[str, Any]) -> bool:
+        """Whether our processes are under supervision, all that are wanted, with these settings."""
+        if not self.supervisor.running or not self.env_file.exists():
+            return False
+        names = {spec.name for spec in (*self._processes, self._keeper())}
+        same = all(getattr(self.settings, name) == value for name, value in {**addresses, **self._overrides}.items())
+        return same and {state.name for state in self.supervisor.states()} == names
+
+    def _keeper(self) -> ProcessSpec:
+        """The process that starts a server again which has ended by itself."""
+        arguments = (str(self.home), str(self._jars.resolve()), *(["--fast"] if self._fast else []))
+        return ProcessSpec("servers", (sys.executable, "-m", "segsvc.local.keeper", *arguments))
+
+    def _addresses(self, servers: Servers, databases: Sequence[str], kafka: KafkaServer) -> dict[str, Any]:
+        """The settings that lead to the servers, and to this folder."""
+        postgres = servers.postgres()
         catalog, *shards = databases
-        servers: dict[str, Any] = {
+        return {
             "catalog_dsn": postgres.dsn(catalog),
             "shard_dsns": tuple(postgres.dsn(shard) for shard in shards),
-            "broker_url": broker.url,
-            "cache_url": cache.url,
+            "broker_url": servers.redis("broker").url,
+            "cache_url": servers.redis("cache").url,
             "kafka_bootstrap_servers": kafka.bootstrap_servers,
             "kafka_stand_in": kafka.stand_in,
             "stack_dir": self.home,
         }
+
+    def _choose_settings(self, addresses: Mapping[str, Any], kept: Kept) -> Settings:
+        """All settings: ours for the servers, the environment's where people may choose, the overrides above all."""
         choices: dict[str, Any] = {
-            **{name: f"127.0.0.1:{port}" for name, port in ports.items()},
+            **{name: f"127.0.0.1:{kept.ports[name]}" for name in usual_ports(kept)},
             "grpc_reflection": True,
-            "flower_password": secrets.token_urlsafe(12),
+            "flower_password": kept.secret("flower_password", lambda: secrets.token_urlsafe(12)),
             "flower_db": self.home / "flower.db",
             # Below the cache's maxmemory: the warmer must not make it evict.
             "cache_warm_budget_bytes": 3 << 29,
@@ -273,7 +283,7 @@ class LocalStack:
         given = self._base_settings().model_fields_set
         free = {name: value for name, value in choices.items() if name not in given}
         base = self._base_settings().model_dump(include=given)
-        return Settings(_env_file=None, **{**base, **free, **servers, **self._overrides})
+        return Settings(_env_file=None, **{**base, **free, **addresses, **self._overrides})
 
     def _base_settings(self) -> Settings:
         """The environment (and a file named by SEGSVC_ENV_FILE, unless that is this stack's own), without defaults."""
@@ -289,21 +299,23 @@ class LocalStack:
         with log.open("wb") as output:
             child = start(self._migrate, env={**self._child_env(), MARKER: str(self.home)}, output=output)
             try:
-                code = child.wait(timeout=MIGRATE_TIMEOUT_S)
+                wait_patiently(lambda: child.poll() is not None, timeout_s=MIGRATE_TIMEOUT_S)
             finally:
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
-        if code != 0:
-            raise LocalStackError(f"migrating failed (exit code {code}). The last lines of {log}:\n{tail(log)}")
+        if child.returncode != 0:
+            raise LocalStackError(
+                f"migrating failed (exit code {child.returncode}). The last lines of {log}:\n{tail(log)}"
+            )
 
     def _await_ready(self, settings: Settings) -> None:
         ready = self._ready
-        if ready is not None and not wait_until(lambda: ready(settings), timeout_s=READY_TIMEOUT_S, poll_s=0.1):
-            log = self.supervisor.log_of(self._processes[0].name)
+        if ready is not None and not wait_patiently(lambda: ready(settings), timeout_s=READY_TIMEOUT_S, poll_s=0.1):
+            name = self._processes[0].name
             raise LocalStackError(
-                f"{self._processes[0].name} runs but did not become ready within {READY_TIMEOUT_S:g} s. "
-                f"The last lines of {log}:\n{tail(log)}"
+                f"{name} runs but did not become ready within {READY_TIMEOUT_S:g} s. "
+                f"The last lines of {self.supervisor.log_of(name)}:\n{self.supervisor.last_lines(name)}"
             )
 
     def _child_env(self) -> dict[str, str]:
@@ -316,10 +328,8 @@ class LocalStack:
         if self.supervisor.running:
             self._say("stopping our processes")
         failures: list[str] = []
-        stops: list[Callable[[], None]] = [self.supervisor.stop]
-        for daemon in reversed(self._server_daemons()):
-            gentle = signal.SIGINT if daemon.name == "postgres" else signal.SIGTERM  # fast, not smart, shutdown
-            stops.append(lambda d=daemon, g=gentle: d.stop(signals=((g, 30.0), (signal.SIGKILL, 5.0))))  # type: ignore[misc]
+        # First our processes: the keeper among them would start the servers again.
+        stops = [self.supervisor.stop, *self._servers().stops()]
         for stop in stops:
             try:
                 stop()
@@ -336,33 +346,33 @@ class LocalStack:
 
     def _remove(self) -> None:
         """Delete the folder and what lies elsewhere because of it."""
-        self._postgres().purge()
+        self._servers().postgres().purge()
         shutil.rmtree(self.home, ignore_errors=True)
         if self.supervisor.socket.parent != self.supervisor.folder:
             shutil.rmtree(self.supervisor.socket.parent, ignore_errors=True)
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
-    def _postgres(self) -> PostgresServer:
-        return PostgresServer(self.home / "postgres", mark=self.home, fast=self._fast)
+    def _servers(self) -> Servers:
+        return Servers(self.home, jars=self._jars, fast=self._fast)
 
-    def _redis(self, name: str) -> RedisServer:
-        config = BROKER_CONFIG if name == "broker" else CACHE_CONFIG
-        return RedisServer(name, self.home / name, config, mark=self.home)
-
-    def _server_daemons(self) -> list[Daemon]:
-        """The servers by the records that they left, whoever started them; of the two Kafkas only one that is there."""
-
-        def daemon(name: str, folder: str, log: str) -> Daemon:
-            return Daemon(name, self.home / folder, log=self.home / folder / log, mark=self.home)
-
-        kafkas = [daemon("kafka", "kafka", "kafka.log"), daemon("kafka-stand-in", "kafka", "kafka-stand-in.log")]
-        return [
-            daemon("postgres", "postgres", "postgres.log"),
-            daemon("broker", "broker", "broker.log"),
-            daemon("cache", "cache", "cache.log"),
-            *([kafka for kafka in kafkas if kafka.running] or kafkas[:1]),
-        ]
+    def _kill_strays(self) -> bool:
+        """Kill what carries this stack's mark and belongs to no server and no supervisord of it: left-overs of a killed
+        launcher, or of a killed parent. Whether anything of the stack runs then.
+        """
+        # In this order: what a server forks meanwhile is not among those that were found.
+        found = find_marked(self.home)
+        daemons = [*self._servers().daemons(), self.supervisor.daemon]
+        roots = [process for daemon in daemons if (process := daemon.process())]
+        belonging = {child.pid for root in roots for child in (root, *root.children(recursive=True))}
+        strays = [process for process in found if process.pid not in belonging]
+        for process in strays:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._say(f"killing what an earlier run left: {process.name()} ({process.pid})")
+                process.kill()
+        if not wait_until(lambda: not any(map(is_running, strays)), timeout_s=10):
+            raise LocalStackError(f"these processes could not be killed: {', '.join(str(p.pid) for p in strays)}")
+        return bool(roots)
 
     def _is_up(self) -> bool:
         """Whether all of it runs (the user's own Kafka apart): anything less is a left-over."""

@@ -1,7 +1,9 @@
-"""Ports of a local stack, and ``stack.env``: all its settings, as the file that every process of it reads."""
+"""What a local stack has chosen for itself, and ``stack.env``: all its settings, as every process of it reads them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,49 @@ _PORTS = {
 }
 
 
-def choose_ports(reserved: ExitStack) -> dict[str, int]:
-    """A port for each setting of an address: the one that people expect if it is free, another one otherwise.
+def choose_ports(reserved: ExitStack, wanted: Mapping[str, int] | None = None) -> dict[str, int]:
+    """A port for each name: the one that is wanted if it is free, another one otherwise.
 
     No other stack that starts meanwhile chooses one of them, until ``reserved`` is closed: by then they are in use.
+
+    Args:
+        wanted: name → port, 0: any. Unless given: the settings of addresses, with the ports that people expect.
     """
-    free = free_ports(2 * len(_PORTS), preferred=list(_PORTS.values()), reserved=reserved)
-    others = [port for port in free if port not in _PORTS.values()]
-    return {name: port if port in free else others.pop() for name, port in _PORTS.items()}
+    wanted = _PORTS if wanted is None else wanted
+    preferred = [port for port in wanted.values() if port]
+    free = free_ports(2 * len(wanted), preferred=preferred, reserved=reserved)
+    others = [port for port in free if port not in preferred]
+    return {name: port if port in free else others.pop() for name, port in wanted.items()}
+
+
+def usual_ports(kept: Kept) -> dict[str, int]:
+    """Setting of an address → the port that it had before, or that people expect."""
+    return {name: kept.ports.get(name, port) for name, port in _PORTS.items()}
+
+
+class Kept:
+    """What a stack chooses once and keeps for its life: ports and passwords. In a file for its owner's eyes only.
+
+    Args:
+        path: the file; absent: nothing was chosen yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.ports: dict[str, int] = found.get("ports", {})
+        self._secrets: dict[str, str] = found.get("secrets", {})
+
+    def secret(self, name: str, draw: Callable[[], str]) -> str:
+        """The password of this name, drawn and written down if there is none yet."""
+        if name not in self._secrets:
+            self._secrets[name] = draw()
+            self.write()
+        return self._secrets[name]
+
+    def write(self) -> None:
+        """Write all of it, whole or not at all."""
+        _write_private(self._path, json.dumps({"ports": self.ports, "secrets": self._secrets}, indent=2) + "\n")
 
 
 def metrics_addresses(settings: Settings) -> dict[str, str]:
@@ -48,16 +85,20 @@ def metrics_addresses(settings: Settings) -> dict[str, str]:
 
 def write_env(path: Path, settings: Settings) -> None:
     """Write all settings as ``SEGSVC_NAME='value'`` for its owner's eyes only, whole or not at all."""
-    unfinished = path.with_suffix(".new")
-    unfinished.unlink(missing_ok=True)
-    unfinished.touch(mode=0o600)
     lines = []
     for name, value in settings.model_dump(mode="json").items():
         if value is not None:
             text = " ".join(value) if isinstance(value, list) else str(value)
             quoted = text.replace("\\", "\\\\").replace("'", "\\'")
             lines.append(f"SEGSVC_{name.upper()}='{quoted}'\n")
-    unfinished.write_text("".join(lines))
+    _write_private(path, "".join(lines))
+
+
+def _write_private(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".new")
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch(mode=0o600)
+    unfinished.write_text(text)
     unfinished.replace(path)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from supervisor.xmlrpc import SupervisorTransport
 
 from segsvc.local.folders import make_private, socket_folder
-from segsvc.local.processes import Daemon, LocalStackError, tail, wait_until
+from segsvc.local.processes import Daemon, LocalStackError, log_size, tail, wait_patiently
 
 START_TIMEOUT_S = 30.0
 # Longer than any process is given to end (they are stopped side by side).
@@ -114,13 +114,14 @@ class Supervisor:
     def __init__(self, folder: Path, *, logs: Path, mark: Path | None = None) -> None:
         self.folder = folder.resolve()
         self.logs = logs.resolve()
-        self._daemon = Daemon("supervisord", self.folder, log=self.logs / "supervisord.out", mark=mark)
+        self.daemon = Daemon("supervisord", self.folder, log=self.logs / "supervisord.out", mark=mark)
+        self._logs_before: dict[str, int] = {}
         # supervisord first makes it with its process id appended.
         self.socket = socket_folder(self.folder, longest_name="control.0123456789") / "control"
 
     @property
     def running(self) -> bool:
-        return self._daemon.running
+        return self.daemon.running
 
     @property
     def config(self) -> Path:
@@ -136,14 +137,28 @@ class Supervisor:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.logs.mkdir(parents=True, exist_ok=True)
         make_private(self.socket.parent)
+        self._logs_before = {process.name: log_size(self.log_of(process.name)) for process in processes}
         self.config.touch(mode=0o600)
         self.config.write_text(self._render(processes))
         argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.config)]
-        self._daemon.spawn(argv, env={"PYTHONUNBUFFERED": "1", **env})
-        self._daemon.await_ready(self._answers, timeout_s=START_TIMEOUT_S)
+        self.daemon.spawn(argv, env={"PYTHONUNBUFFERED": "1", **env})
+        self.daemon.await_ready(self._answers, timeout_s=START_TIMEOUT_S)
+
+    def start_missing(self) -> list[str]:
+        """Start the processes that are down and that supervisord has given up; their names.
+
+        Raises:
+            LocalStackError: supervisord does not answer.
+        """
+        missing = [state.name for state in self.states() if state.state in ("STOPPED", "EXITED", "FATAL", "UNKNOWN")]
+        for name in missing:
+            self._logs_before[name] = log_size(self.log_of(name))
+            # Not waited for: that is await_running's.
+            self._call("startProcess", name, False)
+        return missing
 
     def await_running(self, *, timeout_s: float) -> None:
-        """Wait until all processes run and have stayed up for a moment.
+        """Wait (``wait_patiently``) until all processes run and have stayed up for a moment.
 
         Raises:
             LocalStackError: one did not; with the last lines of its log.
@@ -160,12 +175,12 @@ class Supervisor:
             states = {info["statename"] for info in infos}
             return looping or "FATAL" in states or states <= {"RUNNING"}
 
-        wait_until(settled, timeout_s=timeout_s)
+        wait_patiently(settled, timeout_s=timeout_s)
         for process in self.states():
             if process.state != "RUNNING":
-                log = self.log_of(process.name)
                 raise LocalStackError(
-                    f"{process.name} does not stay up ({process.state}). The last lines of {log}:\n{tail(log)}"
+                    f"{process.name} does not stay up ({process.state}). "
+                    f"The last lines of {self.log_of(process.name)}:\n{self.last_lines(process.name)}"
                 )
 
     def states(self) -> list[ProcessState]:
@@ -191,6 +206,10 @@ class Supervisor:
         """Log of one process (older ones beside it: ``.1``, ``.2``)."""
         return self.logs / f"{name}.log"
 
+    def last_lines(self, name: str) -> str:
+        """The end of what a process has logged since this object started it; of all its log, if another one did."""
+        return tail(self.log_of(name), since=self._logs_before.get(name, 0))
+
     def stop_process(self, name: str) -> None:
         """Stop one process and wait for its end; it stays down until ``start_process``."""
         self._call("stopProcess", name)
@@ -201,7 +220,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop all processes in order, then supervisord. Returns when they are gone."""
-        self._daemon.stop(signals=((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5.0)))
+        self.daemon.stop(signals=((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5.0)))
 
     def _render(self, processes: Sequence[ProcessSpec]) -> str:
         def escaped(value: object) -> str:

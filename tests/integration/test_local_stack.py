@@ -19,6 +19,7 @@ import pytest
 from segsvc.config import Settings
 from segsvc.local.kafka import StandInKafka, start_kafka
 from segsvc.local.processes import LocalStackError, find_marked, kill_marked, wait_until
+from segsvc.local.redis import RedisServer
 from segsvc.local.stack import LocalStack
 from segsvc.local.supervision import ProcessSpec
 from tests.local_servers import REPOSITORY
@@ -45,6 +46,19 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in instead of Kafka, which takes most of the time of every start."""
     monkeypatch.delenv("SEGSVC_REQUIRE_REAL_KAFKA", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
+
+
+def pids(stack: LocalStack, *names: str) -> dict[str, int | None]:
+    """Process ids of these parts."""
+    return {part.name: part.pid for part in stack.status() if part.name in names}
+
+
+def can_query(dsn: str) -> bool:
+    try:
+        query(dsn, "SELECT 1")
+    except psycopg2.OperationalError:
+        return False
+    return True
 
 
 def dummy_stack(home: Path, code: str = WAIT_FOR_EVER, **arguments: object) -> LocalStack:
@@ -126,18 +140,77 @@ def test_up_status_restart_and_down(home: Path) -> None:
     with pytest.raises(LocalStackError, match="is not up"):
         _ = dummy_stack(home).settings
 
-    # A crash of everything at once, launcher included, is cleaned up by the next up.
+    # Up again: on the same ports, with the same passwords and data.
     again = dummy_stack(home, say=said.append)
-    query(again.up().shard_dsns[0], "INSERT INTO kept VALUES (1)")
-    postgres = next(part.pid for part in again.status() if part.name == "postgres")
-    assert postgres is not None
-    psutil.Process(postgres).kill()
-    assert wait_until(lambda: again.status()[0].state == "STOPPED", timeout_s=10)
-    query(dummy_stack(home, say=said.append).up().shard_dsns[0], "SELECT i FROM kept")
-    assert "cleaning up what an earlier run left" in said
+    before = settings.model_dump()
+    after = again.up().model_dump()
+    assert after | {"kafka_bootstrap_servers": ""} == before | {"kafka_bootstrap_servers": ""}
+    query(after["shard_dsns"][0], "SELECT i FROM kept")
 
     dummy_stack(home, say=said.append).down(purge=True)
     assert not home.exists()
+
+
+@pytest.mark.usefixtures("no_java")
+def test_what_has_died_comes_back_and_nothing_else_is_touched(home: Path) -> None:
+    said: list[str] = []
+    stack = dummy_stack(home, say=said.append)
+    settings = stack.up()
+    before = {part.name: part.pid for part in stack.status()}
+
+    # The keeper starts a server that was killed, where it was.
+    for name in ("postgres", "cache"):
+        psutil.Process(before[name]).kill()
+    assert wait_until(
+        lambda: all(pid not in (None, before[name]) for name, pid in pids(stack, "postgres", "cache").items()),
+        timeout_s=60,
+    )
+    assert wait_until(lambda: can_query(settings.shard_dsns[0]), timeout_s=60)
+    assert pids(stack, "broker", "kafka-stand-in", "serve") == {
+        name: before[name] for name in ("broker", "kafka-stand-in", "serve")
+    }
+
+    # One that was stopped on purpose stays down, until ``up`` starts it; the others go on as they were.
+    RedisServer("broker", home / "broker", {}, mark=home).kill()
+    stack.supervisor.stop_process("serve")
+    after = dummy_stack(home, say=said.append).up()
+    assert after == settings
+    assert said[-1] == "the stack is up"
+    assert "starting serve" in said
+    assert {part.state for part in stack.status()} == {"RUNNING"}
+
+    # The supervisor is killed, and its children with nobody to look after them.
+    postgres = pids(stack, "postgres")
+    orphan = stack.supervisor.pid_of("serve")
+    supervisor = stack.supervisor.daemon.process()
+    assert supervisor is not None
+    supervisor.kill()
+    assert wait_until(lambda: not stack.supervisor.running, timeout_s=10)
+    assert dummy_stack(home, say=said.append).up() == settings
+    assert pids(stack, "postgres") == postgres
+    assert any(line.startswith("killing what an earlier run left") for line in said)
+    assert orphan is not None
+    assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
+    dummy_stack(home, say=said.append).down(purge=True)
+    assert find_marked(home) == []
+
+
+@pytest.mark.usefixtures("no_java")
+def test_a_repair_that_fails_stops_nothing_and_shows_this_lifes_log_only(home: Path) -> None:
+    broken = home.with_name("broken")
+    code = f"import os; os.path.exists({str(broken)!r}) and exit('the reason'); print('the life before', flush=True)"
+    stack = dummy_stack(home, f"{code}; {WAIT_FOR_EVER}")
+    stack.up()
+    servers = pids(stack, "postgres", "broker", "cache")
+    stack.supervisor.stop_process("serve")
+    broken.touch()
+    with pytest.raises(LocalStackError, match="serve does not stay up") as caught:
+        stack.up()
+    assert "the reason" in str(caught.value)
+    assert "the life before" not in str(caught.value)
+    assert "the life before" in stack.supervisor.log_of("serve").read_text()
+    assert pids(stack, "postgres", "broker", "cache") == servers
+    stack.down(purge=True)
 
 
 @pytest.mark.usefixtures("no_java")

@@ -1,0 +1,45 @@
+"""Keeps the servers of a stack alive: one that ends without being told to is started again, where it was.
+
+    python -m segsvc.local.keeper HOME JARS [--fast]
+
+supervisord runs it beside our own processes. They are not supervisord's own children because they are started in order,
+with steps between (initdb, Kafka's storage, stale locks), and because tests stop and restart them one by one. A server
+whose record was taken away is down on purpose, and stays down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from segsvc.local.processes import LocalStackError
+from segsvc.local.servers import Servers
+
+LOOK_EVERY_S = 1.0
+AFTER_FAILURE_S = 10.0
+"""A server that does not start is tried again after this: its disk may be full for a while."""
+
+
+def keep(home: Path, jars: Path, *, fast: bool) -> None:
+    """Look after the servers of a stack until this process ends."""
+    while True:
+        pause_s = LOOK_EVERY_S
+        try:
+            # A fresh object each time: ``up`` may have given a server another port.
+            for name in Servers(home, jars=jars, fast=fast).revive():
+                print(f"{name} had ended and was started again", flush=True)
+        except LocalStackError as error:
+            print(error, file=sys.stderr, flush=True)
+            pause_s = AFTER_FAILURE_S
+        time.sleep(pause_s)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("home", type=Path)
+    parser.add_argument("jars", type=Path)
+    parser.add_argument("--fast", action="store_true")
+    given = parser.parse_args()
+    keep(given.home, given.jars, fast=given.fast)
