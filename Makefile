@@ -17,9 +17,9 @@ help: ## This list
 	    /^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 ##@ Run
-# USERS and KEEP reach the demo through the environment.
+# USERS, KEEP and REPLACE reach the demo through the environment.
 .PHONY: demo up down check
-demo: $(VENV) ## The main job from beginning to end (USERS=200000; KEEP=1 leaves the stack up)
+demo: $(VENV) ## The main job from beginning to end (USERS=200000; KEEP=1 leaves the stack up, REPLACE=1 deletes one that was kept)
 	@$(BIN)/segsvc demo $(ARGS)
 
 up: $(VENV) ## Start the whole stack on this machine

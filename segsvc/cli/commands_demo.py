@@ -19,6 +19,9 @@ def demo(
         int, typer.Option(min=USERS_MIN, max=USERS_MAX, envvar="USERS", help="How many users arrive.")
     ] = 200_000,
     keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the stack up afterwards.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", envvar="REPLACE", help="Delete the stack that is there, with its data.")
+    ] = False,
     running: Annotated[
         bool, typer.Option("--running", help="No stack of its own: the empty installation that the settings lead to.")
     ] = False,
@@ -36,7 +39,14 @@ def demo(
             with local_stack_at_hand():
                 from segsvc.demo.run import run_demo  # noqa: PLC0415
 
-                all_ok = run_demo(users, keep=keep, stack_dir=settings.stack_dir, ready=is_serving, report=report)
+                all_ok = run_demo(
+                    users,
+                    keep=keep,
+                    replace=replace,
+                    stack_dir=settings.stack_dir,
+                    ready=is_serving,
+                    report=report,
+                )
     except DemoRefused as error:
         raise Refusal(str(error)) from error
     if not all_ok:

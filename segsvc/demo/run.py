@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from segsvc.config import Settings
@@ -19,17 +20,21 @@ from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import metrics_addresses
 
 _MARKER = "made-by-demo"
+"""A file in the stack's folder: the demonstration made it and may delete it. Held locked by the one that runs."""
 _LOG_LINES = 15
 OPERATION_DEADLINE_S = 10.0
 """Shorter than in production, so that what happens after a crash can be watched."""
 
 
-def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settings], bool], report: Path) -> bool:
+def run_demo(
+    users: int, *, keep: bool, replace: bool, stack_dir: Path, ready: Callable[[Settings], bool], report: Path
+) -> bool:
     """Run the demonstration; True if every step found what it expected.
 
     Args:
         users: how many arrive.
         keep: leave the stack up afterwards.
+        replace: delete the stack that is in the folder, whoever made it.
         stack_dir: folder of the stack; deleted afterwards unless kept.
         report: where the report is written.
 
@@ -40,7 +45,7 @@ def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settin
     screen = Screen()
     started = time.monotonic()
     screen.console.print(f"[bold]segsvc[/bold]: {users:,} users, on a stack of its own")
-    _take_folder(stack_dir)
+    _take_folder(stack_dir, replace=replace)
     stack = LocalStack(
         {"failpoint_dir": failpoint_dir(stack_dir.resolve()), "operation_deadline_s": OPERATION_DEADLINE_S},
         home=stack_dir,
@@ -52,7 +57,7 @@ def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settin
         undo.enter_context(ended_as_interrupted())
         undo.callback(lambda: stack.down(purge=True))
         settings = stack.up()
-        (stack_dir / _MARKER).touch()
+        undo.enter_context(_marked(stack_dir))
         failpoint_dir(stack_dir).mkdir(exist_ok=True)
         screen.note(f"[dim]{time.monotonic() - started:.1f} s[/dim]")
         tell_story(settings, users, screen, lambda: _show_log(screen, stack))
@@ -60,28 +65,48 @@ def run_demo(users: int, *, keep: bool, stack_dir: Path, ready: Callable[[Settin
         summarise(screen, time.monotonic() - started, report)
         if keep:
             undo.pop_all()
+            # From now on it is somebody's, and only deleted if somebody says so.
+            (stack_dir / _MARKER).unlink()
             _next_steps(screen, settings, users)
     if not keep:
         screen.note("the stack is stopped and its data deleted (KEEP=1 leaves it up)")
     return screen.all_ok
 
 
-def _take_folder(stack_dir: Path) -> None:
-    """Make room for the stack; only what an earlier demonstration left is deleted.
+def _take_folder(stack_dir: Path, *, replace: bool) -> None:
+    """Make room for the stack. Unless told to ``replace`` whatever is there, only what a demonstration left that was
+    killed is deleted.
 
     Raises:
-        LocalStackError: the folder holds another stack.
+        LocalStackError: the folder holds a stack, or another demonstration runs in it.
     """
-    if not stack_dir.exists():
+    if not stack_dir.exists() or not any(stack_dir.iterdir()):
         return
-    if (stack_dir / _MARKER).exists() or not any(stack_dir.iterdir()):
-        LocalStack(home=stack_dir, say=lambda _: None).down(purge=True)
-        shutil.rmtree(stack_dir, ignore_errors=True)
-        return
-    raise LocalStackError(
-        f"{stack_dir} holds a stack with data. Delete it with 'segsvc down --purge', "
-        "or give the demonstration a folder of its own: SEGSVC_STACK_DIR=build/demo make demo"
-    )
+    marker = stack_dir / _MARKER
+    if marker.exists():
+        with marker.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LocalStackError(f"another demonstration runs in {stack_dir}: {_OWN_FOLDER}") from None
+    elif not replace:
+        raise LocalStackError(
+            f"{stack_dir} holds a stack with data. Delete it with 'segsvc down --purge' or REPLACE=1 make demo "
+            f"(segsvc demo --replace), or {_OWN_FOLDER}"
+        )
+    LocalStack(home=stack_dir, say=lambda _: None).down(purge=True)
+    shutil.rmtree(stack_dir, ignore_errors=True)
+
+
+_OWN_FOLDER = "give the demonstration a folder of its own: SEGSVC_STACK_DIR=build/demo make demo"
+
+
+@contextlib.contextmanager
+def _marked(stack_dir: Path) -> Iterator[None]:
+    """Inside the block the folder is a running demonstration's, which another one leaves alone."""
+    with (stack_dir / _MARKER).open("w") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        yield
 
 
 def _show_log(screen: Screen, stack: LocalStack) -> None:

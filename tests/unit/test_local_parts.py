@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -19,7 +20,7 @@ from segsvc.local import kafka, packages, preflight, processes, stack
 from segsvc.local.folders import make_private, socket_folder
 from segsvc.local.kafka_jars import fetch_jars
 from segsvc.local.processes import Daemon, LocalStackError, free_ports, kill_marked, tail, wait_until
-from segsvc.local.stack_env import read_env, write_env
+from segsvc.local.stack_env import Kept, read_env, write_env
 from segsvc.local.supervision import ProcessSpec, Supervisor
 
 PYTHON = sys.executable
@@ -87,6 +88,73 @@ def test_wait_until_is_bounded() -> None:
     before = time.monotonic()
     assert not wait_until(lambda: False, timeout_s=0.1)
     assert time.monotonic() - before < 5
+
+
+class Times(NamedTuple):
+    """Seconds, as psutil counts them."""
+
+    user: float
+    idle: float
+
+
+class Clock:
+    """A machine whose processors are idle for a share of the time, which passes by sleeping."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, idle_share: float) -> None:
+        self.now = 100.0
+        self.idle_share = idle_share
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+        monkeypatch.setattr(processes.psutil, "cpu_times", self.times)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def times(self) -> Times:
+        idle = self.now * self.idle_share
+        return Times(self.now - idle, idle)
+
+
+@pytest.mark.parametrize(("idle_share", "waited"), [(1.0, 10.0), (0.5, 20.0), (0.0, 100.0)])
+def test_a_busy_machine_is_waited_for(monkeypatch: pytest.MonkeyPatch, idle_share: float, waited: float) -> None:
+    clock = Clock(monkeypatch, idle_share)
+    assert not processes.wait_patiently(lambda: False, timeout_s=10, poll_s=0.1)
+    assert clock.now - 100 == pytest.approx(waited, abs=1)
+
+
+def test_what_was_logged_before_is_not_shown(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("the life before\n")
+    daemon = Daemon("d", tmp_path, log=log)
+    daemon.spawn([PYTHON, "-c", "raise SystemExit('this is why')"])
+    with pytest.raises(LocalStackError) as caught:
+        daemon.await_ready(lambda: False, timeout_s=10)
+    assert "this is why" in str(caught.value)
+    assert "the life before" not in str(caught.value)
+
+
+def test_ended_by_itself_and_stopped_are_told_apart(tmp_path: Path) -> None:
+    daemon = Daemon("d", tmp_path, log=tmp_path / "log")
+    assert not daemon.died
+    daemon.spawn([PYTHON, "-c", "import signal; signal.pause()"])
+    assert not daemon.died
+    assert daemon.pid is not None
+    os.kill(daemon.pid, signal.SIGKILL)
+    assert wait_until(lambda: daemon.died, timeout_s=10)
+    daemon.spawn([PYTHON, "-c", "import signal; signal.pause()"])
+    Daemon("d", tmp_path, log=tmp_path / "log").stop(signals=((signal.SIGKILL, 5.0),))
+    assert not daemon.running
+    assert not daemon.died
+
+
+def test_what_a_stack_chose_it_keeps(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept.json")
+    kept.ports["cache"] = 4711
+    assert kept.secret("flower", lambda: "drawn") == "drawn"
+    again = Kept(tmp_path / "kept.json")
+    assert again.ports == {"cache": 4711}
+    assert again.secret("flower", lambda: "another") == "drawn"
+    assert stat.S_IMODE((tmp_path / "kept.json").stat().st_mode) == 0o600
 
 
 def test_free_ports_differ_and_avoid_what_is_taken() -> None:
