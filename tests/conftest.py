@@ -9,9 +9,13 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from segsvc.log import configure_logging
+from tests import run_folder
 from tests.local_servers import REPOSITORY, broker_server, cache_server, kafka_server, pg_server, servers_folder
 
 __all__ = ["broker_server", "cache_server", "kafka_server", "pg_server", "servers_folder"]
+
+# First of all: whatever is started or written from here on is cleared up after this run, however it ends.
+run_folder.begin()
 
 # As our processes log, less: structlog's own default renders every exception for seconds.
 configure_logging("WARNING", "console")

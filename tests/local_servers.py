@@ -1,18 +1,15 @@
 """Real servers for the tests: session fixtures, each started on first use and gone with the session.
 
-tests/conftest.py imports them. What an earlier session left behind because it was killed is removed first.
+tests/conftest.py imports them. They lie in the folder of the run (tests/run_folder.py), which ends what they leave.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from segsvc.local.kafka import KafkaServer, start_kafka
@@ -21,13 +18,6 @@ from segsvc.local.processes import kill_marked
 from segsvc.local.redis import BROKER_CONFIG, CACHE_CONFIG, RedisServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_PREFIX = "segsvc-test-"
-
-
-def owner_lives(folder: Path) -> bool:
-    """Whether the session that made ``folder`` still runs (its name ends in that process's id)."""
-    pid = folder.name.removeprefix(_PREFIX).split("-", 1)[0]
-    return not pid.isdigit() or psutil.pid_exists(int(pid))
 
 
 @pytest.fixture(scope="session")
@@ -36,12 +26,7 @@ def servers_folder() -> Iterator[Path]:
 
     Everything that was started for it is killed at the end, whatever the fixtures below managed to stop.
     """
-    for left_over in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        if not owner_lives(left_over):
-            with contextlib.suppress(PermissionError):
-                kill_marked(left_over)
-                shutil.rmtree(left_over, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    folder = Path(tempfile.mkdtemp(prefix="servers-"))
     folder.chmod(0o755)
     try:
         yield folder

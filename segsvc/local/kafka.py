@@ -274,7 +274,9 @@ class RealKafka:
             f"{prefix}.dateTimeFormat=HH:mm:ss.SSS",
             f"{prefix}.defaultLogLevel=info",
         ]
-        return ["java", *logging, "-cp", self._classpath, *arguments]
+        # Else it leaves files of its own in the machine's temporary folder when it is killed.
+        places = [f"-Djava.io.tmpdir={self.folder}", "-XX:-UsePerfData"]
+        return ["java", *places, *logging, "-cp", self._classpath, *arguments]
 
     def _format(self, config: Path) -> None:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")

@@ -11,7 +11,6 @@ import pytest
 
 from tests.eventually import eventually
 from tests.infrastructure.system import DRAIN_S, System
-from tests.local_servers import owner_lives
 
 SMALL_DISK_MB = 512
 
@@ -19,10 +18,6 @@ SMALL_DISK_MB = 512
 @pytest.fixture(scope="session")
 def small_disk(servers_folder: Path) -> Iterator[Path | None]:
     """A small file system in memory; None: this machine does not let us mount one."""
-    for left_over in servers_folder.parent.glob("segsvc-test-*/small-disk"):
-        if not owner_lives(left_over.parent):  # of a session that was killed
-            subprocess.run(["umount", "--lazy", str(left_over)], capture_output=True, check=False)
-            shutil.rmtree(left_over.parent, ignore_errors=True)
     folder = servers_folder / "small-disk"
     folder.mkdir()
     mount = shutil.which("mount")

@@ -1,0 +1,26 @@
+"""Run by test_run_folder.py as a test run of its own, to be killed: starts every kind of server, says so, and waits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from segsvc.local.postgres import PostgresServer
+from segsvc.local.redis import RedisServer
+
+
+def test_that_never_ends(pg_server: PostgresServer, cache_server: RedisServer) -> None:
+    pg_server.create_database("one")
+    # A child in a session of its own, which no fixture knows.
+    subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
+    Path(tempfile.mkdtemp(prefix="left-")).joinpath("file").touch()
+    mount = Path(tempfile.mkdtemp(prefix="mounted-"))
+    if shutil.which("mount"):
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(mount)], capture_output=True, check=False)
+    Path(os.environ["SAY_HERE"]).write_text(tempfile.gettempdir())
+    signal.pause()
