@@ -364,7 +364,10 @@ class LocalStack:
         found = find_marked(self.home)
         daemons = [*self._servers().daemons(), self.supervisor.daemon]
         roots = [process for daemon in daemons if (process := daemon.process())]
-        belonging = {child.pid for root in roots for child in (root, *root.children(recursive=True))}
+        belonging: set[int] = set()
+        for root in roots:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended: its children are nobody's
+                belonging |= {root.pid, *(child.pid for child in root.children(recursive=True))}
         strays = [process for process in found if process.pid not in belonging]
         for process in strays:
             with contextlib.suppress(psutil.NoSuchProcess):
