@@ -34,6 +34,8 @@ GENERATED = ROOT / "grpc_api" / "generated"
 BUILD = ROOT / "build" / "protos"
 CLIENT_PROTOS = ROOT / "build" / "client-protos"
 PUBLISHED = ROOT / "tests" / "contract" / "protos_published"
+ERROR_DETAILS = "google/rpc/error_details.proto"
+"""No message of ours has it as a field: errors carry it packed."""
 
 INIT_DOC = {
     "segmentation": '"""Generated from protos/ by `make proto`: do not edit."""\n',
@@ -88,8 +90,8 @@ def run_protoc(protos: Path, *outputs: str) -> None:
 
 
 def write_client_protos(target: Path) -> None:
-    """Write into ``target`` our protos and the Google ones that they import, each by the name of its import, replacing
-    what was there. protoc's own (google/protobuf) are left out: every protoc brings them.
+    """Write into ``target`` our protos, the Google ones that they import and those of errors' details, each by the name
+    of its import, replacing what was there. protoc's own (google/protobuf) are left out: every protoc brings them.
 
     Raises:
         SystemExit: protoc refused; its messages are on stderr.
@@ -100,7 +102,8 @@ def write_client_protos(target: Path) -> None:
         files = descriptor_pb2.FileDescriptorSet.FromString(image.read_bytes()).file
     fresh = BUILD / "client-protos"
     shutil.rmtree(fresh, ignore_errors=True)
-    for name in (file.name for file in files if not file.name.startswith("google/protobuf/")):
+    imported = [file.name for file in files if not file.name.startswith("google/protobuf/")]
+    for name in (*imported, ERROR_DETAILS):
         [source] = [root / name for root in (PROTOS, BUILD / "google-protos") if (root / name).exists()]
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, fresh / name)

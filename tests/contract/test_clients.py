@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from google.longrunning import operations_pb2
 from segmentation.v1 import membership_pb2, segments_pb2
 
 from segsvc.domain.errors import Reason
+from tests.clients.tools import kept, make_go, make_node, make_project, run
 from tests.contract.conftest import FrontUnderTest
 from tests.contract.test_memberships import NOBODY
 
@@ -22,6 +24,7 @@ PAGE = REPOSITORY / "docs" / "clients.md"
 CLIENTS = REPOSITORY / "docs" / "clients"
 FIRST = 7_700_000
 PATIENCE_S = 60.0
+[GRPCURL] = re.findall(r"`go install (\S*grpcurl\S*)`", PAGE.read_text())
 
 
 @pytest.fixture
@@ -72,6 +75,45 @@ def test_python_with_asyncio(front: FrontUnderTest, user_id: int) -> None:
     assert re.fullmatch(rf"user {user_id}: \d+ segments", lines[0])
     assert lines[1] == lines[0]
     assert lines[3] == f"user {NOBODY}: NOT_FOUND"
+
+
+@pytest.fixture(scope="module")
+def go_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The client in Go, compiled."""
+    module = make_go(make_project(tmp_path_factory.mktemp("go")))
+    for file in (CLIENTS / "go" / "main.go", CLIENTS / "service_config.json"):
+        shutil.copy(file, module)
+    run(["go", "build", "-C", str(module), "-o", "client", "."], module)
+    return module / "client"
+
+
+def test_go(front: FrontUnderTest, user_id: int, go_client: Path) -> None:
+    output = output_of(go_client, front.address, str(user_id))
+    assert rolled_out_read_and_deleted(output.replace("NotFound", "NOT_FOUND"), user_id), output
+
+
+@pytest.fixture(scope="module")
+def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = make_node(make_project(tmp_path_factory.mktemp("node")))
+    shutil.copy(CLIENTS / "service_config.json", project)
+    (project / "node").mkdir()
+    shutil.copy(CLIENTS / "node" / "client.js", project / "node")
+    return project
+
+
+def test_node(front: FrontUnderTest, user_id: int, node_project: Path) -> None:
+    output = run(["node", "node/client.js", front.address, str(user_id)], node_project)
+    assert rolled_out_read_and_deleted(output, user_id), output
+
+
+def test_grpcurl(front: FrontUnderTest, user_id: int, tmp_path: Path) -> None:
+    tools = kept("grpcurl", "go", made_of=GRPCURL)
+    if not (tools / "grpcurl").exists():
+        run(["env", f"GOBIN={tools}", "go", "install", GRPCURL], tmp_path)
+    [command] = re.findall(r"^grpcurl .*$", PAGE.read_text(), re.MULTILINE)
+    command = command.replace("42", str(user_id)).replace("127.0.0.1:50051", front.address)
+    answer = json.loads(run(["sh", "-ec", command], tmp_path, tools))
+    assert answer["user_id"] == str(user_id)
 
 
 # -- what the page says ---------------------------------------------------------------------------------------------
