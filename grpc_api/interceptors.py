@@ -151,7 +151,8 @@ class Observe(Around):
         code = grpc.StatusCode.OK
         try:
             yield
-        except (asyncio.CancelledError, aio.InternalError):  # the client has gone, or its time is up
+        except (asyncio.CancelledError, aio.InternalError, GeneratorExit):
+            # The client has gone, or its time is up; the last is how a stream learns that there is nobody to send to.
             remaining_s = call.remaining_s()
             expired = remaining_s is not None and remaining_s <= 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED

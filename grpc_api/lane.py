@@ -32,7 +32,7 @@ from pygrpc_native import NativeGrpcFront
 from grpc_api import call_scope
 from grpc_api import membership_wire as wire
 from grpc_api.lane_answers import Batch, BatchPlace, Single
-from grpc_api.lane_calls import Call, Calls, NativeCalls, QueuedCalls
+from grpc_api.lane_calls import Call, Calls, NativeCalls, QueuedCalls, Streams
 from segsvc import metrics
 from segsvc.domain.errors import ServiceError, internal_error
 from segsvc.domain.membership import BLOCK, Entry
@@ -86,6 +86,7 @@ class HotLane:
     Args:
         front: from ``lane_calls.native_front``; None: calls come by ``submit``.
         entries: used by the lane's thread alone.
+        streams: takes calls of streams that come by the same front; None: there are none.
         slugs: made with ``encode=membership_wire.encode_slug``.
     """
 
@@ -98,13 +99,14 @@ class HotLane:
         cold: ColdReads,
         slugs: SlugMap,
         shard_count: int,
+        streams: Streams | None = None,
     ) -> None:
         self._queued: QueuedCalls | None = None
         self._calls: Calls
         if front is None:
             self._calls = self._queued = QueuedCalls()
         else:
-            self._calls = NativeCalls(front)
+            self._calls = NativeCalls(front, streams)
         self._entries = entries
         self._counts = counts
         self._cold = cold

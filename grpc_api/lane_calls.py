@@ -26,6 +26,11 @@ METHODS: Final = (GET_USER_SEGMENTS, BATCH_GET_USER_SEGMENTS)
 """The methods of the lane. Their order gives the native front's numbers."""
 _BATCH: Final = METHODS.index(BATCH_GET_USER_SEGMENTS)
 
+EXPORT_SEGMENT_USERS: Final = "/segmentation.v1.SegmentService/ExportSegmentUsers"
+WATCH_OPERATION: Final = "/segmentation.v1.OperationService/WatchOperation"
+STREAMS: Final = (EXPORT_SEGMENT_USERS, WATCH_OPERATION)
+"""Methods of the native front that are not the lane's; numbered after those."""
+
 ENCODING_KEY: Final = "grpc-encoding"
 MESSAGE_BYTES_MAX: Final = 4 << 20
 """Larger requests are refused (RESOURCE_EXHAUSTED, by gRPC itself); no request of ours is near it. A connection that
@@ -80,10 +85,11 @@ def native_front(target: str, *, reuse_port: bool) -> NativeGrpcFront:
     """
     return NativeGrpcFront(
         target,
-        [(method, False) for method in METHODS],
+        [*((method, False) for method in METHODS), *((method, True) for method in STREAMS)],
         # The one header of those that gRPC keeps to itself that it lets us see.
         client_key_metadata=ENCODING_KEY,
         call_details=True,  # deadlines and request ids
+        delay_stream_headers=True,  # they carry the request id
         metrics=True,
         reuse_port=reuse_port,
     )
@@ -114,11 +120,34 @@ class NativeCall:
         self._front.fail(self._id, status.code, status.message, metadata)
 
 
-class NativeCalls:
-    """Calls of a NativeGrpcFront that ``native_front`` made."""
+class Streams(Protocol):
+    """Where calls of STREAMS go. Both are called by the thread that takes the calls."""
 
-    def __init__(self, front: NativeGrpcFront) -> None:
+    def begin(
+        self,
+        call_id: int,
+        method: int,
+        payload: bytes,
+        metadata: Sequence[tuple[str, str | bytes]],
+        peer: str,
+        left_s: float | None,
+    ) -> None:
+        """Serve a call; ``method`` is its place in STREAMS."""
+
+    def end(self, call_id: int) -> None:
+        """A call has ended without us; most are no streams."""
+
+
+class NativeCalls:
+    """Calls of a NativeGrpcFront that ``native_front`` made.
+
+    Args:
+        streams: takes the calls of STREAMS; None: they are refused.
+    """
+
+    def __init__(self, front: NativeGrpcFront, streams: Streams | None = None) -> None:
         self._front = front
+        self._streams = streams
         self._port = front.bound_port
         # Drawn here, not at import: processes forked later would share it.
         self._ids = secrets.token_hex(8)
@@ -135,6 +164,8 @@ class NativeCalls:
         for kind, call_id, method, payload, encoding, details in events:
             # A call that is cancelled while its user is read is answered in vain: there is nothing to stop.
             if kind != EVENT_CALL or payload is None or details is None:
+                if self._streams is not None:
+                    self._streams.end(call_id)
                 continue
             metadata, peer, remaining_s = details
             request_id = (metadata and _request_id(metadata)) or f"{ids}{next(made)}"
@@ -142,8 +173,14 @@ class NativeCalls:
             call = NativeCall(front, call_id, method == _BATCH, payload, request_id, deadline)
             # Text is the peer's address: the call came without an encoding.
             suspect = encoding.__class__ is bytes or len(payload) > MESSAGE_BYTES_MAX
-            if not (suspect and self._refuse(call, encoding, peer)):
+            if suspect and self._refuse(call, encoding, peer):
+                continue
+            if method <= _BATCH:
                 calls.append(call)
+            elif self._streams is not None:
+                self._streams.begin(call_id, method - len(METHODS), payload, metadata, peer, remaining_s)
+            else:
+                call.fail(ServiceError(Reason.NOT_IMPLEMENTED, "there is no such method"))
         return calls
 
     def _refuse(self, call: NativeCall, encoding: bytes | str | None, peer: str) -> bool:

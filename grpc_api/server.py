@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import logging
 import os
 import resource
 import signal
@@ -42,13 +43,16 @@ from grpc_api.health import HealthMonitor, HealthServicer
 from grpc_api.hot_metrics import hot_calls
 from grpc_api.interceptors import interceptors
 from grpc_api.lane import HotLane
-from grpc_api.lane_calls import MESSAGE_BYTES_MAX, native_front
+from grpc_api.lane_calls import EXPORT_SEGMENT_USERS, MESSAGE_BYTES_MAX, STREAMS, WATCH_OPERATION, native_front
 from grpc_api.membership_wire import encode_slug
 from grpc_api.memory_watch import MemoryWatch
+from grpc_api.native_streams import NativeStreams, with_interceptors
+from grpc_api.places import Places
 from grpc_api.processes import Supervisor
 from grpc_api.servicers.membership import MembershipServicer, Submit
 from grpc_api.servicers.operations import OperationsServicer, WatchServicer
 from grpc_api.servicers.segments import SegmentServicer
+from grpc_api.watching import OperationWatch
 from segsvc.bootstrap import Front, HotReads, TaskSender
 from segsvc.config import Settings
 from segsvc.log import get_logger
@@ -65,6 +69,11 @@ four megabytes to four gigabytes; of an algorithm that is not allowed it inflate
 BLOCKING_THREADS, BLOCKING_WAITING_MAX = 16, 1024
 CREATION_THREADS, CREATION_WAITING_MAX = 64, 256
 PREVIEW_THREADS, PREVIEW_WAITING_MAX = 4, 64
+EXPORTS_MAX, EXPORTS_PER_CALLER_MAX = 32, 16
+"""Exports that may be open at once, and of one address. Each costs a batch of memory, and one on its way."""
+EXPORT_THREADS, EXPORT_WAITING_MAX = 4, EXPORTS_MAX
+WATCHES_MAX, WATCHES_PER_CALLER_MAX = 2048, 1024
+"""Watches of operations, as exports. All of them are one look at the ledger."""
 
 _log = get_logger(__name__)
 
@@ -83,6 +92,7 @@ def serve(settings: Settings, *, make_sender: MakeSender) -> int:
         The exit code: 0 after a signal, 1 if an address cannot be listened on (the log says which).
     """
     _raise_open_files()
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departure)
     if settings.front_processes == 1:
         return _serve_one(settings, make_sender)
     return Supervisor(settings.front_processes, functools.partial(_serve_one, settings, make_sender)).run()
@@ -95,6 +105,14 @@ def _raise_open_files() -> None:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     _log.info("open_files", limit=hard)
+
+
+def _is_no_departure(record: logging.LogRecord) -> bool:
+    """Whether a line of grpcio's tells of anything but a client that left before its message could be sent.
+
+    That is no fault, and is counted as CANCELLED; grpcio makes an error with a traceback of it.
+    """
+    return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
 
 
 def _serve_one(settings: Settings, make_sender: MakeSender, index: int = 0, parent_gone: int | None = None) -> int:
@@ -160,6 +178,12 @@ class FrontProcess:
             waiting_max=PREVIEW_WAITING_MAX,
             bound_s=settings.statement_timeout_s,
         )
+        self._exports = BlockingCalls(
+            "exports",
+            threads=EXPORT_THREADS,
+            waiting_max=EXPORT_WAITING_MAX,
+            bound_s=settings.statement_timeout_s,
+        )
         self._health = HealthServicer()
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
@@ -171,8 +195,10 @@ class FrontProcess:
         stack.callback(self._close_services)
         native = self._make_native_front()
         self._serve_metrics(stack, native)
-        lane = await self._start_lane(stack, native)
-        server = self._make_server(lane.submit if native is None else None)
+        segments, watches = self._make_segment_servicer(), self._make_watch_servicer()
+        streams = await _native_streams(native, segments, watches) if native is not None else None
+        lane = await self._start_lane(stack, native, streams)
+        server = self._make_server(segments, watches, lane.submit if native is None else None)
         if native is None:
             self._listen(server)
         else:
@@ -184,7 +210,7 @@ class FrontProcess:
         monitor = self._make_monitor()
         await monitor.start()
         await server.start()
-        stack.push_async_callback(server.stop, DRAIN_S)
+        stack.push_async_callback(_drain, server, streams)
         # Unwound before the server stops: calls that wait for an operation answer now, so draining is short.
         stack.push_async_callback(asyncio.to_thread, self._services.watcher.close)
         stack.callback(self._services.operations.close)
@@ -208,7 +234,9 @@ class FrontProcess:
         except OSError as error:
             raise ListenError(f"{address}: {error}") from error
 
-    async def _start_lane(self, stack: contextlib.AsyncExitStack, native: NativeGrpcFront | None) -> HotLane:
+    async def _start_lane(
+        self, stack: contextlib.AsyncExitStack, native: NativeGrpcFront | None, streams: NativeStreams | None
+    ) -> HotLane:
         hot = HotReads(self._settings, encode=encode_slug)
         stack.push_async_callback(asyncio.to_thread, hot.close, LANE_DRAIN_S)
         lane = HotLane(
@@ -218,31 +246,39 @@ class FrontProcess:
             cold=hot.cold,
             slugs=hot.slugs,
             shard_count=self._settings.shard_count,
+            streams=streams,
         )
         # It connects to the cache, which may take a moment while that is down.
         await asyncio.to_thread(lane.start)
         stack.push_async_callback(asyncio.to_thread, lane.close, LANE_DRAIN_S)
         return lane
 
-    def _make_server(self, submit: Submit | None) -> aio.Server:
+    def _make_segment_servicer(self) -> SegmentServicer:
+        services = self._services
+        return SegmentServicer(
+            segments=services.segments,
+            statistics=services.statistics,
+            preview=services.preview,
+            export=services.export,
+            operations=services.operations,
+            blocking=self._blocking,
+            creations=self._creations,
+            previews=self._previews,
+            exports=self._exports,
+            export_places=Places("exports", total=EXPORTS_MAX, per_caller=EXPORTS_PER_CALLER_MAX),
+        )
+
+    def _make_watch_servicer(self) -> WatchServicer:
+        places = Places("watches", total=WATCHES_MAX, per_caller=WATCHES_PER_CALLER_MAX)
+        return WatchServicer(OperationWatch(self._services.operations, self._blocking), places)
+
+    def _make_server(self, segments: SegmentServicer, watches: WatchServicer, submit: Submit | None) -> aio.Server:
         services = self._services
         server = aio.server(
             interceptors=interceptors(_methods()),
             options=self._options(),
         )
-        segments_pb2_grpc.add_SegmentServiceServicer_to_server(
-            SegmentServicer(
-                segments=services.segments,
-                statistics=services.statistics,
-                preview=services.preview,
-                export=services.export,
-                operations=services.operations,
-                blocking=self._blocking,
-                creations=self._creations,
-                previews=self._previews,
-            ),
-            server,
-        )
+        segments_pb2_grpc.add_SegmentServiceServicer_to_server(segments, server)
         membership_pb2_grpc.add_MembershipServiceServicer_to_server(
             MembershipServicer(
                 users=services.users,
@@ -253,9 +289,7 @@ class FrontProcess:
             ),
             server,
         )
-        watch_pb2_grpc.add_OperationServiceServicer_to_server(
-            WatchServicer(services.operations, self._blocking), server
-        )
+        watch_pb2_grpc.add_OperationServiceServicer_to_server(watches, server)
         operations_pb2_grpc.add_OperationsServicer_to_server(  # type: ignore[no-untyped-call]
             OperationsServicer(services.operations, self._blocking), server
         )
@@ -310,7 +344,33 @@ class FrontProcess:
         self._blocking.close()
         self._creations.close()
         self._previews.close()
+        self._exports.close()
         self._services.close()
+
+
+async def _drain(server: aio.Server, streams: NativeStreams | None) -> None:
+    """Let calls end by themselves, all within the same time."""
+    async with asyncio.TaskGroup() as both:
+        both.create_task(server.stop(DRAIN_S))
+        if streams is not None:
+            both.create_task(streams.close(DRAIN_S))
+
+
+async def _native_streams(front: NativeGrpcFront, segments: SegmentServicer, watches: WatchServicer) -> NativeStreams:
+    """The streams that the native front has itself, served by the servicers behind the same interceptors."""
+    export = grpc.unary_stream_rpc_method_handler(
+        segments.ExportSegmentUsers,
+        segments_pb2.ExportSegmentUsersRequest.FromString,
+        segments_pb2.ExportSegmentUsersResponse.SerializeToString,
+    )
+    watch = grpc.unary_stream_rpc_method_handler(
+        watches.WatchOperation,
+        watch_pb2.WatchOperationRequest.FromString,
+        watch_pb2.WatchOperationResponse.SerializeToString,
+    )
+    around = interceptors(_methods())
+    handlers = {EXPORT_SEGMENT_USERS: export, WATCH_OPERATION: watch}
+    return NativeStreams(front, [await with_interceptors(handlers[method], method, around) for method in STREAMS])
 
 
 def _listen_without_name(server: aio.Server, stack: contextlib.AsyncExitStack) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.longrunning.operations_pb2 import Operation as OperationMessage
@@ -16,8 +15,10 @@ from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
 from grpc_api import call_scope, convert
 from grpc_api.call_scope import BlockingCalls
 from grpc_api.interceptors import Context
+from grpc_api.places import Places
 from grpc_api.servicers.views import OperationViews
-from segsvc.domain.errors import Reason, ServiceError, invalid_field
+from grpc_api.watching import OperationWatch, View
+from segsvc.domain.errors import Reason, ServiceError, invalid_field, operation_not_found
 from segsvc.domain.operation import OperationFilter
 from segsvc.domain.paging import decode_token, encode_token, page_size_of
 from segsvc.services.operations import OperationService
@@ -25,11 +26,6 @@ from segsvc.services.operations import OperationService
 COLLECTION = "operations"
 PAGE_BYTES_MAX = 2 << 20
 """A page is cut once it is larger: responses hold segments, and clients refuse messages over 4 MiB by default."""
-
-WATCH_INTERVAL_S = 0.1
-"""Least time between two messages of a watch."""
-WATCH_PAUSE_MAX_S = 0.4
-"""Longest time between two looks at an operation of which nothing changes; its end is noticed at once."""
 
 
 class OperationsServicer(operations_pb2_grpc.OperationsServicer):
@@ -88,37 +84,37 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):
 
 
 class WatchServicer(watch_pb2_grpc.OperationServiceServicer):
-    """segmentation.v1.OperationService."""
+    """segmentation.v1.OperationService.
 
-    def __init__(self, operations: OperationService, blocking: BlockingCalls) -> None:
-        self._operations = operations
-        self._blocking = blocking
+    Args:
+        places: of watches; beyond, they are refused.
+    """
+
+    def __init__(self, watch: OperationWatch, places: Places) -> None:
+        self._watch = watch
+        self._places = places
+        # A message is built once for all who watch its operation.
+        self._built: tuple[View, watch_pb2.WatchOperationResponse] | None = None
 
     async def WatchOperation(
         self, request: watch_pb2.WatchOperationRequest, context: Context
     ) -> AsyncIterator[watch_pb2.WatchOperationResponse]:
         operation_id = convert.operation_id_of(request.name)
-        end = asyncio.wrap_future(self._operations.watch_end(operation_id))
-        shown: watch_pb2.WatchOperationResponse | None = None
-        pause_s = WATCH_INTERVAL_S
-        try:
-            while True:
-                looked = time.monotonic()
-                operation, shards = await self._blocking.run(lambda _: self._operations.progress(operation_id))
-                message = watch_pb2.WatchOperationResponse(
-                    name=operation.name, metadata=convert.metadata_message(operation, shards)
-                )
-                pause_s = WATCH_INTERVAL_S if message != shown else min(2 * pause_s, WATCH_PAUSE_MAX_S)
-                if message != shown:
-                    yield message
-                    shown = message
-                if operation.state.final:
-                    return
-                # The end interrupts a long pause, but never makes two messages follow faster than they may.
-                await asyncio.wait([end], timeout=pause_s)
-                await asyncio.sleep(max(0.0, looked + WATCH_INTERVAL_S - time.monotonic()))
-        finally:
-            end.cancel()
+        with self._places.taken(context.peer()):
+            async with aclosing(self._watch.follow(operation_id)) as views:
+                async for view in views:
+                    if view is None:
+                        raise operation_not_found(f"operations/{operation_id}")
+                    yield self._message(view)
+
+    def _message(self, view: View) -> watch_pb2.WatchOperationResponse:
+        if self._built is None or self._built[0] is not view:
+            operation, shards = view
+            message = watch_pb2.WatchOperationResponse(
+                name=operation.name, metadata=convert.metadata_message(operation, shards)
+            )
+            self._built = view, message
+        return self._built[1]
 
 
 def _scope(wanted: OperationFilter) -> str:

@@ -10,6 +10,7 @@ from segmentation.v1 import segments_pb2, segments_pb2_grpc
 from grpc_api import call_scope, convert
 from grpc_api.call_scope import BlockingCalls
 from grpc_api.interceptors import Context
+from grpc_api.places import Places
 from grpc_api.servicers.views import OperationViews
 from segsvc.domain.errors import required_field
 from segsvc.domain.paging import page_size_of
@@ -28,6 +29,8 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         blocking: threads for everything that ends soon.
         creations: threads of their own for CreateSegment, which waits for its turn among the operations.
         previews: threads of their own for PreviewRollOut, which takes as long as its condition.
+        exports: threads of their own for ExportSegmentUsers, which has as many batches as there are members.
+        export_places: exports that may be open at once.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         blocking: BlockingCalls,
         creations: BlockingCalls,
         previews: BlockingCalls,
+        exports: BlockingCalls,
+        export_places: Places,
     ) -> None:
         self._segments = segments
         self._statistics = statistics
@@ -51,6 +56,8 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         self._blocking = blocking
         self._creations = creations
         self._previews = previews
+        self._exports = exports
+        self._export_places = export_places
 
     async def CreateSegment(self, request: segments_pb2.CreateSegmentRequest, context: Context) -> segments_pb2.Segment:
         if not request.HasField("segment"):
@@ -131,16 +138,17 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     async def ExportSegmentUsers(
         self, request: segments_pb2.ExportSegmentUsersRequest, context: Context
     ) -> AsyncIterator[segments_pb2.ExportSegmentUsersResponse]:
-        cursor = await self._blocking.run(
-            lambda timeout_s: self._export.start(request.slug, request.resume_token, timeout_s=timeout_s)
-        )
-        while True:
-            # Read only after the client has taken the batch before (grpc stops us while its window is full), so a
-            # slow client costs one batch of memory.
-            step = await self._blocking.run(
-                lambda timeout_s, cursor=cursor: self._export.next(cursor, timeout_s=timeout_s)  # type: ignore[misc]
+        with self._export_places.taken(context.peer()):
+            cursor = await self._exports.run(
+                lambda timeout_s: self._export.start(request.slug, request.resume_token, timeout_s=timeout_s)
             )
-            if step is None:
-                return
-            batch, cursor = step
-            yield segments_pb2.ExportSegmentUsersResponse(user_ids=batch.user_ids, resume_token=batch.resume_token)
+            while True:
+                # Read only after the client has taken the batch before (we are stopped while its window is full), so a
+                # slow client costs one batch of memory.
+                step = await self._exports.run(
+                    lambda timeout_s, cursor=cursor: self._export.next(cursor, timeout_s=timeout_s)  # type: ignore[misc]
+                )
+                if step is None:
+                    return
+                batch, cursor = step
+                yield segments_pb2.ExportSegmentUsersResponse(user_ids=batch.user_ids, resume_token=batch.resume_token)

@@ -119,6 +119,10 @@ def required_field(name: str) -> ServiceError:
     return invalid_field(name, "is required", Reason.FIELD_REQUIRED)
 
 
+def operation_not_found(name: str) -> ServiceError:
+    return ServiceError(Reason.OPERATION_NOT_FOUND, f"there is no {name}", {"operation": name})
+
+
 def segment_not_found(slug: str) -> ServiceError:
     return ServiceError(Reason.SEGMENT_NOT_FOUND, f"there is no segment {slug!r}", {"slug": slug})
 

@@ -131,6 +131,13 @@ class PostgresLedger:
         with self._databases.catalog_tx() as connection:
             return select_operation(connection, operation_id)
 
+    def get_many(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
+        """Those of these operations that exist, their votes included."""
+        if not operation_ids:
+            return []
+        with self._databases.catalog_tx() as connection:
+            return select_operations(connection, _operations.id.in_(operation_ids))
+
     def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
         """States of those operations that exist."""
         ids = list(operation_ids)
@@ -356,11 +363,6 @@ class PostgresLedger:
             # for a hint: losing it in a crash of the server costs nothing.
             connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
             connection.execute(_PUT_PROGRESS, values)
-
-    def progress(self, operation_id: UUID) -> Sequence[ShardProgress]:
-        """What the shards last said; those that said nothing are left out."""
-        with self._databases.catalog_tx() as connection:
-            return select_progress(connection, [operation_id]).get(operation_id, [])
 
     # -- acceptance -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from segsvc.domain.errors import (
     ServiceError,
     etag_mismatch,
     invalid_field,
+    operation_not_found,
     segment_deleting,
     segment_exists,
     segment_not_found,
@@ -50,11 +51,11 @@ class OperationStore(Protocol):
 
     def get(self, operation_id: UUID) -> Operation | None: ...
 
+    def get_many(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]: ...
+
     def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]: ...
 
     def result(self, operation_id: UUID) -> OperationResult | None: ...
-
-    def progress(self, operation_id: UUID) -> Sequence[ShardProgress]: ...
 
     def details(self, operation_ids: Sequence[UUID]) -> Mapping[UUID, OperationDetails]: ...
 
@@ -208,8 +209,7 @@ class OperationService:
         """The operation as it is now. Raises OPERATION_NOT_FOUND, CATALOG_UNAVAILABLE."""
         operation = self._store.get(operation_id)
         if operation is None:
-            name = f"operations/{operation_id}"
-            raise ServiceError(Reason.OPERATION_NOT_FOUND, f"there is no {name}", {"operation": name})
+            raise operation_not_found(f"operations/{operation_id}")
         return operation
 
     def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]:
@@ -227,11 +227,11 @@ class OperationService:
             raise ValueError(f"{operation.name} is not committed")
         return result
 
-    def progress(self, operation_id: UUID) -> tuple[Operation, Sequence[ShardProgress]]:
-        """The operation and how far each shard is, in the order of the shards. Raises OPERATION_NOT_FOUND."""
-        operation = self.get(operation_id)
-        hints = {progress.shard: progress for progress in self._store.progress(operation_id)}
-        return operation, [self._shard_progress(operation, shard, hints.get(shard)) for shard in self._shards]
+    def progress_of(self, operation_ids: Sequence[UUID]) -> Mapping[UUID, tuple[Operation, Sequence[ShardProgress]]]:
+        """Those of these operations that exist, and how far each shard is, in the order of the shards."""
+        operations = self._store.get_many(operation_ids)
+        described = self.describe(operations)
+        return {operation.id: (operation, shards) for operation, (shards, _) in zip(operations, described, strict=True)}
 
     def describe(
         self, operations: Sequence[Operation]

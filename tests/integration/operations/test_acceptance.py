@@ -111,9 +111,9 @@ def test_progress_says_what_is_certain_first(rig: Rig) -> None:
     rig.create()
     operation = roll_out(rig, 50_000)
     rig.prepare(operation, 1)
-    _, shards = rig.service.progress(operation.id)
+    _, shards = rig.service.progress_of([operation.id])[operation.id]
     assert [progress.state for progress in shards] == [ShardState.WAITING, ShardState.PREPARED, ShardState.WAITING]
     assert shards[1].added > 0
     rig.deliver()
-    _, shards = rig.service.progress(operation.id)
+    _, shards = rig.service.progress_of([operation.id])[operation.id]
     assert {progress.state for progress in shards} == {ShardState.FINISHED}
