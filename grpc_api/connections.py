@@ -93,6 +93,23 @@ def cut_above(port: int, bytes_max: int, before: dict[tuple[str, int], int]) -> 
     return ended
 
 
+def cut_crowd(port: int, share: float) -> tuple[str, int]:
+    """End a share of the connections of the address that has most of them, the newest first.
+
+    Returns:
+        the address, and how many were ended.
+    """
+    crowds: dict[str, list[tuple[str, int]]] = {}
+    for address, _ in _connections(port):  # by descriptor: as a rule, the newest come last
+        crowds.setdefault(address[0], []).append(address)
+    if not crowds:
+        return "", 0
+    host, crowd = max(crowds.items(), key=lambda item: len(item[1]))
+    victims = set(crowd[-max(1, int(share * len(crowd))) :])
+    ended = [_shut(connection) for address, connection in _connections(port) if address in victims]
+    return host, sum(ended)
+
+
 def received(port: int) -> dict[tuple[str, int], int]:
     """Bytes that each connection has sent since it began."""
     return {address: _bytes_received(connection) for address, connection in _connections(port)}

@@ -114,6 +114,44 @@ class Around(aio.ServerInterceptor, ABC):
         return call
 
 
+class OneMessage(aio.ServerInterceptor):
+    """Gives methods that take one message that message, or None if the client sends none.
+
+    grpcio itself would never answer such a call. So the method is read as a stream of messages; the first is the one.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[_Q, _R] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        decode, encode = handler.request_deserializer, handler.response_serializer
+        if not handler.response_streaming:
+            return grpc.stream_unary_rpc_method_handler(_first_to(handler.unary_unary), decode, encode)
+        stream = handler.unary_stream
+        wrap = _first_to_generator if inspect.isasyncgenfunction(stream) else _first_to
+        return grpc.stream_stream_rpc_method_handler(wrap(stream), decode, encode)
+
+
+def _first_to(behaviour: Any) -> Any:
+    async def call(requests: AsyncIterator[Any], context: Context) -> Any:
+        return await behaviour(await anext(aiter(requests), None), context)
+
+    return call
+
+
+def _first_to_generator(behaviour: Any) -> Any:
+    async def call(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        async with aclosing(behaviour(await anext(aiter(requests), None), context)) as messages:
+            async for message in messages:
+                yield message
+
+    return call
+
+
 class EnterCall(Around):
     """Gives the call its request id (the client's, or a new one), sends it back, and notes the deadline."""
 
@@ -179,7 +217,15 @@ class MapErrors(Around):
     """
 
     def decode(self, handler: Handler) -> tuple[Callable[[bytes], Any] | None, Callable[[Any], Any]]:
-        return None, handler.request_deserializer or (lambda request: request)
+        deserialize = handler.request_deserializer
+
+        def decoded(request: bytes | None) -> Any:
+            if request is None:
+                # As the native front answers on the hot methods.
+                raise ServiceError(Reason.INTERNAL, "the call came without a request message")
+            return request if deserialize is None else deserialize(request)
+
+        return None, decoded
 
     @asynccontextmanager
     async def around(self, method: str, context: Context) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""Watches the memory of a front process, and ends what fills it.
+"""Watches the memory and the open files of a front process, and ends what fills them.
 
 The native front takes each message of a hot method in whole, and inflates it, before anybody can look at its size
 (docs/adr/0021-what-a-request-may-cost-in-memory.md). So the memory itself is looked at, often: a connection that sends
@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import resource
 import threading
 import time
-from pathlib import Path
 from typing import Final
 
 from grpc_api import connections
@@ -29,17 +29,51 @@ SECOND_S: Final = 1.0
 LAST_RESORT: Final = 2
 """At so many times the bound the process ends itself."""
 TRIM_EVERY_S: Final = 10.0
+SPARE_FILES: Final = 16
+SPARE_PAUSE_S: Final = 0.001
+CROWD_SHARE: Final = 0.25
+"""When no file can be opened any more, so many of the connections of the address with most of them are cut off. Without
+files, nobody's connection is accepted, and PostgreSQL and the cache cannot be reached anew."""
 EXIT_CODE: Final = 75
 """Of a process that ended itself for its memory (EX_TEMPFAIL): start it again."""
 
 _log = get_logger(__name__)
-_STATM: Final = Path("/proc/self/statm")
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in the machine's."""
-    return int(_STATM.read_bytes().split()[1]) * _PAGE_BYTES
+class _OwnMemory:
+    """Memory of this process that is in the machine's. Reads a file that stays open: there may be none left to open."""
+
+    def __init__(self) -> None:
+        self._file = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+    def resident_bytes(self) -> int:
+        return int(os.pread(self._file, 200, 0).split()[1]) * _PAGE_BYTES
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class _SpareFiles:
+    """A few descriptors that are kept for looking at the others when none is left."""
+
+    def __init__(self) -> None:
+        self._kept: list[int] = []
+        self.fill()
+
+    def fill(self) -> bool:
+        """Whether there are as many as there should be; some are free for others then as well."""
+        try:
+            while len(self._kept) < SPARE_FILES:
+                self._kept.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            os.close(os.dup(self._kept[0]))
+        except OSError:
+            return False
+        return True
+
+    def release(self) -> None:
+        while self._kept:
+            os.close(self._kept.pop())
 
 
 def give_back() -> None:
@@ -62,7 +96,8 @@ class MemoryWatch:
         self._port = port
         self._bytes_max = bytes_max
         self._closing = threading.Event()
-        self._before = self._trimmed_at = resident_bytes()
+        self._memory, self._spare = _OwnMemory(), _SpareFiles()
+        self._before = self._trimmed_at = self._memory.resident_bytes()
         self._trim_again = 0.0
         self._received: dict[tuple[str, int], int] | None = None
         self._received_at = 0.0
@@ -74,6 +109,8 @@ class MemoryWatch:
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
+        self._spare.release()
+        self._memory.close()
 
     def _run(self) -> None:
         while not self._closing.wait(LOOK_S):
@@ -83,7 +120,9 @@ class MemoryWatch:
                 _log.exception("memory_watch_failed")
 
     def _look(self) -> None:
-        resident, now = resident_bytes(), time.monotonic()
+        if not self._spare.fill():
+            self._make_room()
+        resident, now = self._memory.resident_bytes(), time.monotonic()
         leap, self._before = resident - self._before, resident
         if resident > LAST_RESORT * self._bytes_max:
             # A message that is being inflated cannot be stopped: not by its connection's end, nor by anything else.
@@ -94,6 +133,17 @@ class MemoryWatch:
         else:
             self._received = None
         self._give_back(resident, now)
+
+    def _make_room(self) -> None:
+        """Open files are at their limit: cut off a part of the largest crowd."""
+        self._spare.release()
+        host, ended = connections.cut_crowd(self._port, CROWD_SHARE)
+        # Taken back at once: the front, which accepts again some hundredths of a second later, would take all.
+        end = time.monotonic() + LOOK_S
+        while not self._spare.fill() and time.monotonic() < end:
+            time.sleep(SPARE_PAUSE_S)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        _log.error("connections_cut", address=host, connections=ended, why="no more files can be opened", limit=limit)
 
     def _find_senders(self, resident: int, now: float) -> None:
         """Cut off connections by what they have sent since the first look of the last second that found memory short
@@ -112,4 +162,4 @@ class MemoryWatch:
             return
         self._trim_again = now + TRIM_EVERY_S
         give_back()
-        self._trimmed_at = self._before = resident_bytes()
+        self._trimmed_at = self._before = self._memory.resident_bytes()

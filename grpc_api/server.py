@@ -41,7 +41,7 @@ from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
 from grpc_api.call_scope import BlockingCalls
 from grpc_api.health import HealthMonitor, HealthServicer
 from grpc_api.hot_metrics import hot_calls
-from grpc_api.interceptors import interceptors
+from grpc_api.interceptors import OneMessage, interceptors
 from grpc_api.lane import HotLane
 from grpc_api.lane_calls import EXPORT_SEGMENT_USERS, MESSAGE_BYTES_MAX, STREAMS, WATCH_OPERATION, native_front
 from grpc_api.membership_wire import encode_slug
@@ -275,7 +275,7 @@ class FrontProcess:
     def _make_server(self, segments: SegmentServicer, watches: WatchServicer, submit: Submit | None) -> aio.Server:
         services = self._services
         server = aio.server(
-            interceptors=interceptors(_methods()),
+            interceptors=[OneMessage(), *interceptors(_methods())],
             options=self._options(),
         )
         segments_pb2_grpc.add_SegmentServiceServicer_to_server(segments, server)

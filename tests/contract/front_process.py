@@ -69,7 +69,7 @@ class ThreadSender:
         while not self._closing.wait(0.5):
             try:
                 self._parts.coordinator.recover()
-            except (ServiceError, LockTimeout) as error:
+            except (ServiceError, LockTimeout, OSError) as error:  # the last: no more files can be opened
                 log.warning("recovery failed", reason=str(error))
 
 
