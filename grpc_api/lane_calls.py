@@ -229,7 +229,9 @@ class QueuedCall:
 
     def fail(self, error: ServiceError) -> None:
         if self._first():
-            self.future.set_exception(error)
+            # Without the frames that it came through: they hold this call, which holds the future, which holds the
+            # error; a storm of large requests would stay until the next full collection.
+            self.future.set_exception(error.with_traceback(None))
 
     def _first(self) -> bool:
         """Whether the servicer still waits and has no answer yet."""

@@ -98,7 +98,7 @@ class MemoryWatch:
         self._closing = threading.Event()
         self._memory, self._spare = _OwnMemory(), _SpareFiles()
         self._before = self._trimmed_at = self._memory.resident_bytes()
-        self._trim_again = 0.0
+        self._trim_again = self._collect_again = 0.0
         self._received: dict[tuple[str, int], int] | None = None
         self._received_at = 0.0
         self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
@@ -124,6 +124,11 @@ class MemoryWatch:
             self._make_room()
         resident, now = self._memory.resident_bytes(), time.monotonic()
         leap, self._before = resident - self._before, resident
+        if resident > self._bytes_max and now >= self._collect_again:
+            # First whatever nobody needs any more: it is not worth a connection, or a process.
+            self._collect_again = now + SECOND_S
+            give_back()
+            self._before = resident = self._memory.resident_bytes()
         if resident > LAST_RESORT * self._bytes_max:
             # A message that is being inflated cannot be stopped: not by its connection's end, nor by anything else.
             _log.critical("memory_exhausted", resident_bytes=resident, bytes_max=self._bytes_max)

@@ -104,4 +104,8 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
             raise RuntimeError("a hot read has passed the native front")
         call = call_scope.current()
         answer = self._submit(call.method, request.SerializeToString(), call.request_id, call.deadline)
-        return await asyncio.wrap_future(answer)
+        try:
+            return await asyncio.wrap_future(answer)
+        finally:
+            # Its error holds this frame: together they would hold the request until the next full collection.
+            del answer

@@ -141,8 +141,16 @@ def test_metrics(kind: str, installation: Installation, tmp_path: Path) -> None:
         for user_id in (-1, 2**62):
             with pytest.raises(grpc.RpcError):
                 memberships.GetUserSegments(membership_pb2.GetUserSegmentsRequest(user_id=user_id), timeout=5)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
-            text = response.read().decode()
+        text = ""
+
+        def counted() -> bool:
+            # A call is counted when its answer is under way.
+            nonlocal text
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+                text = response.read().decode()
+            return 'method="unknown"} 1.0' in text and "GetUserSegments" in text.partition('code="NOT_FOUND"')[2]
+
+        eventually(counted)
     method = 'method="/segmentation.v1.SegmentService/GetSegment"'
     assert f'segsvc_rpcs_total{{code="OK",{method}}} 1.0' in text
     assert f'segsvc_rpcs_total{{code="NOT_FOUND",{method}}} 1.0' in text
