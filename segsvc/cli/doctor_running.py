@@ -200,7 +200,8 @@ def front(settings: Settings) -> Sequence[Item]:
                     text = f"{service or 'the front as a whole'} cannot serve now"
                     found.append(Item(text, "it serves again when the databases are back; see above"))
     except Refusal as error:
-        return [Item(str(error), "start it with `segsvc serve`, or correct SEGSVC_GRPC_ADDRESS")]
+        remedy = "start it with `segsvc serve`, or correct SEGSVC_GRPC_ADDRESS or SEGSVC_CLIENT_TLS"
+        return [Item(str(error), remedy)]
     except grpc.RpcError as error:
         return [Item(f"health: {error}", "read its log")]
     return found

@@ -141,6 +141,9 @@ Ends = dict[tuple[str, tuple[str, ...]], dict[str, Any]]
 SERVERS_MISSED = ("events", "doctor", "check", "migrate", "serve", "beat", "bridge", "worker", "shards")
 """They wait for servers that are not there: each at a few edges only."""
 
+FEW_SAY_ENOUGH = ("no_input", "no_error", "full_error")
+"""Edges where all commands do the same, because nothing of them is special to a command."""
+
 SHOWING = [line for line in FIRST_LINES if line[0] in ("segments", "users", "operations", "config")]
 
 
@@ -149,7 +152,7 @@ def wanted() -> list[tuple[str, list[str]]]:
     for edge in EDGES:
         if edge == "ascii_only":
             continue
-        lines = FIRST_LINES if edge in ("no_home", "full_disk") else SHOWING
+        lines = FIRST_LINES if edge in ("no_home", "full_disk") else SHOWING[:: 4 if edge in FEW_SAY_ENOUGH else 1]
         pairs += [(edge, line) for line in lines if edge == "no_home" or line[0] not in SERVERS_MISSED]
     return pairs
 
@@ -210,7 +213,9 @@ def test_what_cannot_be_written_has_not_succeeded(ends: Ends, edge: str, code: i
     # Behind proxies that nobody asked for: all is as without them.
     good = [line for line in SHOWING if ends["proxies", tuple(line)]["code"] == 0]
     assert len(good) >= len(SHOWING) - 3
-    for line in good:
+    tried = [line for line in good if (edge, tuple(line)) in ends]
+    assert tried
+    for line in tried:
         end = ends[edge, tuple(line)]
         assert (end["code"], end["stderr"]) == (code, said), (line, end)
 
