@@ -20,6 +20,7 @@ from segsvc.postgres.audit_reads import PostgresCheckReads
 from segsvc.postgres.blocks import PostgresShardSnapshots, PostgresShardTransaction
 from segsvc.postgres.catalog import PostgresSegmentCatalog
 from segsvc.postgres.engine import Databases, Pool
+from segsvc.postgres.event_records import PostgresEventRecords
 from segsvc.postgres.export import PostgresMemberReader
 from segsvc.postgres.ledger import PostgresLedger
 from segsvc.postgres.maintenance import PostgresMaintainedCatalog, PostgresMaintainedShards
@@ -261,6 +262,17 @@ class OutboxServices:
         # A claim stands still for as long as Kafka takes to acknowledge what it publishes.
         self._databases = Databases(settings, "bridge", Pool(1, catalog_idle_s=None))
         self.outbox = Outbox(PostgresOutboxStore(self._databases), publisher)
+
+    def close(self) -> None:
+        self._databases.close()
+
+
+class EventRecords:
+    """What the catalog remembers of Kafka's topics."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._databases = Databases(settings, "events", Pool(1))
+        self.records = PostgresEventRecords(self._databases)
 
     def close(self) -> None:
         self._databases.close()

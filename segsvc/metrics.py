@@ -77,6 +77,46 @@ events = Counter("segsvc_events_total", "Events taken from Kafka, by topic and o
 """outcome: applied, ignored (no effect: a duplicate, or overtaken by a newer one), dead (on the dead-letter topic)."""
 for _topic in TOPICS:
     events.labels(_topic, "dead")
+events_unreadable = Counter(
+    "segsvc_events_unreadable_total",
+    "Messages or batches of Kafka that could not be read, by topic and why.",
+    ["topic", "why"],
+)
+"""why: damaged, codec, inflates, record, too-large, fault; what each means is in ``tasks.kafka_batches``."""
+UNREADABLE_WHYS = ("damaged", "codec", "inflates", "record", "too-large", "fault")
+for _topic in TOPICS:
+    for _why in UNREADABLE_WHYS:
+        # At 0 from the start, as above.
+        events_unreadable.labels(_topic, _why)
+event_partitions_standing = Gauge(
+    "segsvc_event_partitions_standing",
+    "Partitions that stand still: something in them cannot be read for now, or the broker does not give them out.",
+    multiprocess_mode="livesum",
+)
+events_lost = Gauge(
+    "segsvc_events_lost",
+    "Events that Kafka dropped unread and nobody has acknowledged yet, by topic: at most so many.",
+    ["topic"],
+    multiprocess_mode="mostrecent",
+)
+event_losses = Gauge(
+    "segsvc_event_losses",
+    "Gaps in the events that nobody has acknowledged yet, by topic.",
+    ["topic"],
+    multiprocess_mode="mostrecent",
+)
+event_lag = Gauge(
+    "segsvc_event_lag",
+    "Messages that could be read and are not finished, by topic and partition.",
+    ["topic", "partition"],
+    multiprocess_mode="mostrecent",
+)
+dead_letters_waiting = Gauge(
+    "segsvc_dead_letters_waiting",
+    "Dead letters that were neither sent again nor dismissed, by topic.",
+    ["topic"],
+    multiprocess_mode="mostrecent",
+)
 event_batches_in_flight = Gauge(
     "segsvc_event_batches_in_flight", "Batches that the bridge waits for.", multiprocess_mode="livesum"
 )

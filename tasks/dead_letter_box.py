@@ -1,7 +1,8 @@
-"""Dead letters as people look at them: read from ``<topic>.dlq``, and sent once more to where they came from.
+"""Dead letters as people look at them: read from ``<topic>.dlq``, sent once more to where they came from, or dismissed.
 
-Reading takes part in no group and moves nothing. Sending again is harmless as any redelivery is: users' events end in
-the same state however often they come. What is still unreadable becomes a new dead letter.
+Reading takes part in no group and moves nothing. The catalog knows which letters are *done*: sent again or dismissed.
+Sending again is harmless as any redelivery is: users' events end in the same state however often they come. What still
+cannot be applied becomes a new dead letter, in place of the one that is done.
 """
 
 from __future__ import annotations
@@ -9,18 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
-from kafka import KafkaConsumer, TopicPartition
-from kafka.structs import OffsetAndMetadata
+from kafka import TopicPartition
 
 from segsvc.config import Settings
+from segsvc.domain.event_records import Ranges, contains
 from segsvc.domain.events import TOPICS
-from tasks.dead_letters import SUFFIX
-from tasks.kafka_clients import Message, Sender, make_consumer
+from segsvc.postgres.event_records import PostgresEventRecords
+from tasks.dead_letters import (
+    BYTES_HEADER,
+    CONTENT_HEADER,
+    EVENT,
+    OFFSET_HEADER,
+    PARTITION_HEADER,
+    REASON_HEADER,
+    SUFFIX,
+)
+from tasks.kafka_batches import Record, Unreadable, headers_of
+from tasks.kafka_clients import Message, Sender
+from tasks.kafka_state import KafkaState
 
 GROUP_SUFFIX: Final = "-dead-letters"
-"""Of the group whose offsets say what ``retry --all`` has sent already; nobody consumes in it."""
+"""Of the group by whose name the brokers' logs know who reads here; nobody is in it, and it has no offsets."""
 _POLL_MS: Final = 500
 _SEND_AT_ONCE: Final = 500
 
@@ -34,6 +46,9 @@ class Letter:
         topic: where the event came from, and goes to again.
         origin: ``partition/offset`` in that topic; empty if the headers do not say it.
         raw: the event's bytes; None: it had none.
+        content: what ``raw`` is: ``event``, or ``record``, ``batch`` or ``key`` as they were on the wire.
+        size: how many bytes there were of it; None: they are all here.
+        done: whether it was sent again or dismissed.
     """
 
     id: str
@@ -43,10 +58,39 @@ class Letter:
     origin: str
     key: bytes | None
     raw: bytes | None
+    content: str = EVENT
+    size: int | None = None
+    done: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the event as it was: only such a one can be sent again."""
+        return self.size is None and self.content == EVENT
 
 
 class LetterNotFound(Exception):
     """There is no such letter: never was, or the topic's retention has dropped it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Letters of one partition: from the offset ``start`` up to, not including, ``end``; which of them are done."""
+
+    where: TopicPartition
+    topic_id: str
+    start: int
+    end: int
+    done: Ranges
+
+    def open_runs(self, most: int) -> Iterator[tuple[int, int]]:
+        """What is not done, as half-open ranges of at most so many offsets."""
+        start = self.start
+        for first, last in (*self.done, (self.end, self.end)):
+            while start < min(first, self.end):
+                stop = min(first, self.end, start + most)
+                yield start, stop
+                start = stop
+            start = max(start, last)
 
 
 class DeadLetterBox:
@@ -54,107 +98,151 @@ class DeadLetterBox:
 
     Raises:
         KafkaError, OSError: from any method, the brokers cannot be reached.
+        ServiceError: from any method, the catalog cannot be reached.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, records: PostgresEventRecords) -> None:
         self._prefix = settings.kafka_topic_prefix
-        box_settings = settings.model_copy(update={"kafka_group": settings.kafka_group + GROUP_SUFFIX})
-        self._consumer: KafkaConsumer = make_consumer(box_settings, _SEND_AT_ONCE)
+        self._records = records
+        group = {"kafka_group": settings.kafka_group + GROUP_SUFFIX}
+        self._kafka = KafkaState(settings.model_copy(update=group), _SEND_AT_ONCE)
         self._sender = Sender(settings)
 
     def close(self) -> None:
         self._sender.close()
-        self._consumer.close(autocommit=False)
+        self._kafka.close()
 
     def letters(self, *, only_new: bool = False) -> Iterator[Letter]:
         """All letters there are now, topic by topic and partition by partition, oldest first.
 
         Args:
-            only_new: leave out what ``retry_all`` has sent already.
+            only_new: leave out those that are done.
         """
-        for partition, start, end in self._ranges(only_new=only_new):
-            yield from self._read(partition, start, end)
+        for part in self._parts():
+            for first, end in part.open_runs(1 << 62) if only_new else [(part.start, part.end)]:
+                yield from self._read(part, first, end)
 
     def letter(self, letter_id: str) -> Letter:
         """Raises LetterNotFound."""
-        topic, _, place = letter_id.partition("/")
-        number, _, offset = place.partition("/")
-        if topic in TOPICS and number.isdigit() and offset.isdigit():
-            wanted = TopicPartition(self._prefix + topic + SUFFIX, int(number))
-            for partition, start, end in self._ranges(only_new=False):
-                if partition == wanted and start <= int(offset) < end:
-                    for letter in self._read(partition, int(offset), int(offset) + 1):
-                        return letter
+        part, offset = self._place(letter_id)
+        for letter in self._read(part, offset, offset + 1):
+            return letter
         raise LetterNotFound(letter_id)
 
-    def retry(self, letters: Sequence[Letter]) -> list[bool]:
-        """Send letters once more to the topics that they came from; which of them the broker has."""
-        outcomes: list[bool] = []
-        for letter in letters:
-            outcomes += self._sender.send(self._prefix + letter.topic, [(letter.key, letter.raw, [])])
-        return outcomes
-
-    def retry_all(self) -> Iterator[tuple[int, int]]:
-        """Send everything that this has not sent before: (sent so far, all) as it goes.
+    def retry(self, letter: Letter) -> bool:
+        """Send a letter once more to the topic that it came from, and note that it is done. Whether the broker has it.
 
         Noted after the broker's acknowledgement: a letter may be sent twice, and is never left out.
+        """
+        if not self._sender.send(self._prefix + letter.topic, [(letter.key, letter.raw, [])])[0]:
+            return False
+        self.dismiss(letter)
+        return True
+
+    def retry_all(self) -> Iterator[tuple[int, int, int]]:
+        """Send all that is not done, and is whole: (sent so far, left out so far, all) as it goes.
 
         Raises:
-            KafkaError: the broker did not take a letter; those before it are sent and noted.
+            OSError: the broker did not take a letter; those before it are sent and noted.
         """
-        ranges = self._ranges(only_new=True)
-        total = sum(end - start for _, start, end in ranges)
-        sent = 0
-        for partition, start, end in ranges:
-            topic = partition.topic.removesuffix(SUFFIX)
-            for first in range(start, end, _SEND_AT_ONCE):
-                last = min(end, first + _SEND_AT_ONCE)
-                batch: list[Message] = [(letter.key, letter.raw, []) for letter in self._read(partition, first, last)]
-                if not all(self._sender.send(topic, batch)):
+        parts = self._parts()
+        total = sum(end - first for part in parts for first, end in part.open_runs(1 << 62))
+        sent = left_out = 0
+        for part in parts:
+            topic = part.where.topic.removesuffix(SUFFIX)
+            for first, end in part.open_runs(_SEND_AT_ONCE):
+                letters = [letter for letter in self._read(part, first, end) if letter.whole]
+                batch: list[Message] = [(letter.key, letter.raw, []) for letter in letters]
+                if batch and not all(self._sender.send(topic, batch)):
                     raise OSError(f"{topic}: the broker did not take a letter ({self._sender.failure})")
-                self._consumer.commit({partition: OffsetAndMetadata(last, "", -1)})
-                sent += last - first
-                yield sent, total
+                for one, behind in _runs([int(letter.id.rpartition("/")[2]) for letter in letters]):
+                    self._note_done(part, one, behind)
+                sent += len(letters)
+                left_out += end - first - len(letters)
+                yield sent, left_out, total
 
-    def _ranges(self, *, only_new: bool) -> list[tuple[TopicPartition, int, int]]:
-        """(partition, first offset, offset after the last) of each partition that has letters."""
-        partitions = [
-            TopicPartition(topic, number)
-            for topic in (self._prefix + name + SUFFIX for name in TOPICS)
-            for number in sorted(self._consumer.partitions_for_topic(topic) or ())
-        ]
-        if not partitions:
-            return []
-        starts = self._consumer.beginning_offsets(partitions)
-        ends = self._consumer.end_offsets(partitions)
-        found = []
-        for partition in partitions:
-            start, end = int(starts[partition]), int(ends[partition])
-            if only_new:
-                start = max(start, int(self._consumer.committed(partition) or 0))
-            if start < end:
-                found.append((partition, start, end))
+    def dismiss(self, letter: Letter) -> None:
+        """Note that a letter is done."""
+        part, offset = self._place(letter.id)
+        self._note_done(part, offset, offset + 1)
+
+    def dismiss_all(self) -> int:
+        """Note that all letters there are now are done; how many of them were not before."""
+        count = 0
+        for part in self._parts():
+            count += sum(end - first for first, end in part.open_runs(1 << 62))
+            self._note_done(part, part.start, part.end)
+        return count
+
+    def _note_done(self, part: _Part, first: int, end: int) -> None:
+        self._records.note_letters_done(part.where.topic, part.topic_id, part.where.partition, first, end)
+
+    def _place(self, letter_id: str) -> tuple[_Part, int]:
+        """Where a letter lies. Raises LetterNotFound."""
+        topic, _, place = letter_id.partition("/")
+        number, _, offset = place.partition("/")
+        if topic in TOPICS and number.isdecimal() and offset.isdecimal():
+            wanted = TopicPartition(self._prefix + topic + SUFFIX, int(number))
+            for part in self._parts():
+                if part.where == wanted and part.start <= int(offset) < part.end:
+                    return part, int(offset)
+        raise LetterNotFound(letter_id)
+
+    def _parts(self) -> list[_Part]:
+        """Each partition that has letters."""
+        found: list[_Part] = []
+        for topic in self._kafka.letter_topics():
+            ranges = self._kafka.ranges(self._kafka.partitions([topic]))
+            topic_id = self._kafka.topic_id(topic)
+            done = self._records.letters_done(topic, topic_id)
+            found += [
+                _Part(where, topic_id, start, end, done.get(where.partition, ()))
+                for where, (start, end) in ranges.items()
+                if start < end
+            ]
         return found
 
-    def _read(self, partition: TopicPartition, start: int, end: int) -> Iterator[Letter]:
-        self._consumer.assign([partition])
-        self._consumer.seek(partition, start)
-        while (self._consumer.position(partition) or 0) < end:
-            for record in self._consumer.poll(timeout_ms=_POLL_MS).get(partition, ()):
+    def _read(self, part: _Part, start: int, end: int) -> Iterator[Letter]:
+        consumer, where = self._kafka.consumer, part.where
+        consumer.assign([where])
+        consumer.seek(where, start)
+        while (consumer.position(where) or 0) < end:
+            for record in consumer.poll(timeout_ms=_POLL_MS).get(where, ()):
                 if record.offset >= end:
                     return
-                yield self._letter(record)
+                yield self._letter(part, record)
 
-    def _letter(self, record: Any) -> Letter:
-        headers = {name: value.decode("utf-8", "replace") for name, value in record.headers or ()}
-        topic = record.topic.removeprefix(self._prefix).removesuffix(SUFFIX)
-        partition, offset = headers.get("segsvc-partition", ""), headers.get("segsvc-offset", "")
+    def _letter(self, part: _Part, record: Record | Unreadable) -> Letter:
+        topic = part.where.topic.removeprefix(self._prefix).removesuffix(SUFFIX)
+        letter_id = f"{topic}/{part.where.partition}/{record.offset}"
+        done = contains(part.done, record.offset)
+        if isinstance(record, Unreadable):  # not one of ours
+            reason = f"the letter cannot be read: {record.reason}"
+            epoch = datetime.fromtimestamp(0, UTC)
+            return Letter(
+                letter_id, topic, epoch, reason, "", record.key, record.value, record.content, record.size, done
+            )
+        headers = headers_of(record.headers)
+        partition, offset = headers.get(PARTITION_HEADER, ""), headers.get(OFFSET_HEADER, "")
+        size = headers.get(BYTES_HEADER, "")
         return Letter(
-            id=f"{topic}/{record.partition}/{record.offset}",
+            id=letter_id,
             topic=topic,
-            time=datetime.fromtimestamp(record.timestamp / 1000, UTC),
-            reason=headers.get("segsvc-reason", "not said"),
+            time=datetime.fromtimestamp(max(0, record.timestamp) / 1000, UTC),
+            reason=headers.get(REASON_HEADER, "not said"),
             origin=f"{partition}/{offset}" if partition else "",
             key=record.key,
             raw=record.value,
+            content=headers.get(CONTENT_HEADER, EVENT),
+            size=int(size) if size.isdecimal() else None,
+            done=done,
         )
+
+
+def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending offsets as half-open ranges."""
+    start = 0
+    for index in range(1, len(offsets) + 1):
+        if index == len(offsets) or offsets[index] != offsets[index - 1] + 1:
+            yield offsets[start], offsets[index - 1] + 1
+            start = index

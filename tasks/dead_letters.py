@@ -1,4 +1,5 @@
-"""Events that nobody can apply go to ``<topic>.dlq``, unchanged, with the reason. A thread of its own sends them.
+"""Events that nobody can apply go to ``<topic>.dlq`` with the reason, unchanged unless they are too large for that. A
+thread of its own sends them.
 
 Its own thread, because a dead-letter topic that is missing or full must not hold up the events that are well.
 """
@@ -13,25 +14,69 @@ from typing import Final
 
 from segsvc import metrics
 from segsvc.config import Settings
+from segsvc.log import get_logger
+from tasks.kafka_batches import Unreadable
 from tasks.kafka_clients import SEND_TIMEOUT_S, Sender
 from tasks.kafka_offsets import Taken
 from tasks.waiting import Backoff, Waits
+
+log = get_logger(__name__)
 
 SUFFIX: Final = ".dlq"
 AT_ONCE: Final = 500
 TOO_LARGE_AGAIN_S: Final = 15.0
 """How often a letter is tried that its topic is too small for."""
+TOO_LARGE_TRIES: Final = 20
+"""How often it is tried whole; then a part of it goes, as large as the topic takes. The event's partition waits for it
+meanwhile, and must not wait for ever."""
+
+TOPIC_HEADER: Final = "segsvc-topic"
+PARTITION_HEADER: Final = "segsvc-partition"
+OFFSET_HEADER: Final = "segsvc-offset"
+REASON_HEADER: Final = "segsvc-reason"
+THROUGH_HEADER: Final = "segsvc-through"
+CONTENT_HEADER: Final = "segsvc-content"
+BYTES_HEADER: Final = "segsvc-bytes"
+EVENT: Final = "event"
 
 
 @dataclass(slots=True)
 class _Letter:
+    """A dead letter on its way.
+
+    Attributes:
+        content: what its value is; see ``kafka_batches.Unreadable``.
+        size: how many bytes there were of that; None: they are all here.
+        tries: how often it was refused as too large.
+        bytes_max: so much of the value goes; None: all of it.
+    """
+
     taken: Taken
     reason: str
+    content: str = EVENT
+    size: int | None = None
+    tries: int = 0
+    bytes_max: int | None = None
 
     @property
     def key(self) -> bytes | None:
         """The event's own; a message needs a key or a value, so one that had neither gets an empty key."""
+        if self.bytes_max == 0:
+            return b""
         return b"" if self.taken.key is None and self.taken.raw is None else self.taken.key
+
+    @property
+    def value(self) -> bytes | None:
+        """The event's own, or what goes of it."""
+        raw = self.taken.raw
+        return raw if raw is None or self.bytes_max is None else raw[: self.bytes_max]
+
+    def cut(self) -> None:
+        """Let less of it go than the last time: half of the value, in the end nothing."""
+        value = self.value or b""
+        if self.size is None:
+            self.size = len(value)
+        self.bytes_max = len(value) // 2
 
     @property
     def room(self) -> str:
@@ -42,13 +87,20 @@ class _Letter:
 
     @property
     def headers(self) -> list[tuple[str, bytes]]:
-        partition = self.taken.partition
-        return [
-            ("segsvc-topic", partition.topic.encode()),
-            ("segsvc-partition", str(partition.partition).encode()),
-            ("segsvc-offset", str(self.taken.offset).encode()),
-            ("segsvc-reason", self.reason.encode("utf-8", "backslashreplace")),
+        taken, partition = self.taken, self.taken.partition
+        headers = [
+            (TOPIC_HEADER, partition.topic.encode()),
+            (PARTITION_HEADER, str(partition.partition).encode()),
+            (OFFSET_HEADER, str(taken.offset).encode()),
+            (REASON_HEADER, self.reason.encode("utf-8", "backslashreplace")),
         ]
+        if taken.through > taken.offset:
+            headers.append((THROUGH_HEADER, str(taken.through).encode()))
+        if self.content != EVENT:
+            headers.append((CONTENT_HEADER, self.content.encode()))
+        if self.size is not None:
+            headers.append((BYTES_HEADER, str(self.size).encode()))
+        return headers
 
 
 class DeadLetters:
@@ -58,7 +110,8 @@ class DeadLetters:
     committed. A letter is never given up; after a crash, its event comes again and so does the letter.
 
     A letter is larger than its event, by the headers. If its topic does not allow for that, the letter waits by itself
-    until the topic does, and its partition's offset with it; the others go on.
+    until the topic does, and its partition's offset with it; the others go on. It does not wait for ever: after
+    ``TOO_LARGE_TRIES`` tries as much of it goes as the topic takes.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -78,8 +131,21 @@ class DeadLetters:
 
     def put(self, taken: Taken, reason: str) -> None:
         """Take an event over, until ``acknowledged`` gives it back."""
+        taken.partition.die(taken)
         self._incoming.append(_Letter(taken, reason))
         self._wake.set()
+
+    def put_unreadable(self, taken: Taken, told: Unreadable) -> None:
+        """As ``put``, for what could not be read, or only in part."""
+        taken.partition.die(taken)
+        whole = told.content == EVENT and told.size == len(told.value or b"")
+        self._incoming.append(_Letter(taken, told.reason, told.content, None if whole else told.size))
+        self._wake.set()
+
+    @property
+    def waits(self) -> Waits:
+        """What the letters wait for."""
+        return self._waits
 
     def acknowledged(self) -> list[Taken]:
         """Events whose letters the broker has acknowledged since the last call."""
@@ -153,17 +219,32 @@ class DeadLetters:
                 continue
             if not self._sender.too_large:
                 return letters[index:]
+            if self._cut_to_size(letter):
+                continue
             self._waits.begins(letter.room, self._sender.failure)
             self._too_large.append(letter)
             self._too_large_at = time.monotonic() + TOO_LARGE_AGAIN_S
         return []
 
+    def _cut_to_size(self, letter: _Letter) -> bool:
+        """A letter that was refused has been tried once more. If that was often enough, let go what can; whether it is
+        gone."""
+        letter.tries += 1
+        if letter.tries < TOO_LARGE_TRIES:
+            return False
+        while letter.bytes_max != 0:
+            letter.cut()
+            if not self._together([letter]):
+                log.warning("dead_letter_cut", what=letter.room, bytes=letter.size, sent=letter.bytes_max)
+                return True
+            if not self._sender.too_large:
+                return False
+        return False
+
     def _together(self, letters: list[_Letter]) -> list[_Letter]:
         """Send letters of one topic; those that were not acknowledged."""
         topic = letters[0].taken.partition.topic
-        outcomes = self._sender.send(
-            topic + SUFFIX, [(letter.key, letter.taken.raw, letter.headers) for letter in letters]
-        )
+        outcomes = self._sender.send(topic + SUFFIX, [(letter.key, letter.value, letter.headers) for letter in letters])
         left: list[_Letter] = []
         for letter, done in zip(letters, outcomes, strict=True):
             if done:

@@ -11,6 +11,8 @@ What may fail at any time, and who goes on:
     Kafka              the client reconnects; a consumer that fails is replaced, and begins at the committed offsets
     the task broker    batches wait and are sent again; a batch without a result is sent again (``event_lanes``)
     a shard, the cache the batches concerned wait; their topics pause when too much is held; the others go on
+    a message          what cannot be read is let go to the dead letters, whatever it is (``kafka_fetcher``)
+    Kafka's retention  what it has dropped unread is noted in the catalog before the offset passes it (``event_watch``)
     this process       its partitions go to another member, or wait for its return
     the group moves    what is finished is committed before a partition is given up; the rest comes again elsewhere
 
@@ -31,6 +33,7 @@ from kafka import OffsetAndMetadata, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.errors import KafkaError, RebalanceInProgressError
 
+from segsvc import metrics
 from segsvc.config import Settings
 from segsvc.domain.events import TOPICS, BadEvent, parse
 from segsvc.domain.sharding import shard_of
@@ -38,7 +41,9 @@ from segsvc.failpoints import CrashPoints, failpoints
 from segsvc.log import get_logger
 from tasks.dead_letters import DeadLetters
 from tasks.event_lanes import Batches, Lanes
+from tasks.event_watch import EventWatch
 from tasks.events import CeleryBatches
+from tasks.kafka_batches import Unreadable
 from tasks.kafka_clients import make_consumer, quieten_client_log
 from tasks.kafka_offsets import PartitionProgress
 from tasks.segment_events import SegmentEvents
@@ -57,7 +62,12 @@ LEAVE_TIMEOUT_S: Final = 10.0
 
 HELD_BYTES_MAX: Final = 64 * 1024 * 1024
 WINDOW_EVENTS_MAX: Final = 250_000
-"""Most events of a topic between the first unfinished one and the last taken: so much may come again after a crash."""
+"""Most events of a topic between the first unfinished one and the last taken: so much may come again after a crash.
+Each partition has an equal part of it, and no less than the next constant."""
+WINDOW_EVENTS_MIN: Final = 2 * POLL_RECORDS_MAX
+DEAD_EVENTS_MAX: Final = 2_000
+DEAD_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Most dead letters of a partition that wait to be acknowledged."""
 
 
 class BridgeConsumer:
@@ -73,8 +83,10 @@ class BridgeConsumer:
         batches: Batches,
         dead_letters: DeadLetters,
         waits: Waits,
+        watch: EventWatch,
         crash_points: CrashPoints,
     ) -> None:
+        self._watch = watch
         self._dead_letters = dead_letters
         self._waits = waits
         self._crash = crash_points
@@ -84,6 +96,9 @@ class BridgeConsumer:
         self._held_events_max = min(max(2 * settings.event_batch_max * settings.shard_count, 10_000), 100_000)
         self._progress: dict[TopicPartition, PartitionProgress] = {}
         self._full: set[str] = set()
+        self._unsettled: set[TopicPartition] = set()
+        """Partitions whose position was set anew: nothing is committed before it is noted what that loses."""
+        self._standing: set[str] = set()
         self._next_commit = 0.0
         self._lanes = Lanes(
             batches,
@@ -108,6 +123,7 @@ class BridgeConsumer:
         busy = self._lanes.in_flight or self._lanes.held_back
         polled = self._consumer.poll(timeout_ms=POLL_BUSY_MS if busy else POLL_IDLE_MS)
         self._take(polled)
+        self._follow_positions()
         self._lanes.step(more=sum(map(len, polled.values())) >= POLL_RECORDS_MAX)
         self._after_step()
 
@@ -130,6 +146,8 @@ class BridgeConsumer:
         for progress in self._progress.values():
             progress.lose()
         self._progress.clear()
+        for what in self._standing:
+            self._waits.ends(what)
         self._consumer.close(autocommit=False, timeout_ms=COMMIT_TIMEOUT_MS)
 
     def _after_step(self) -> None:
@@ -148,10 +166,15 @@ class BridgeConsumer:
         for where, records in polled.items():
             topic = self._topics[where.topic]
             progress = self._progress.get(where)
-            if progress is None or records[0].offset < progress.next_offset:
-                # Not told, or set back: what was taken before is no longer what the offsets to come follow.
+            if progress is None:
                 progress = self._start(where)
+            elif records[0].offset < progress.next_offset and not _is_remark(records[0]):
+                # Set back. What was taken before stays ours and goes its way, but the offsets to come do not follow it.
+                progress = self._progress[where] = PartitionProgress(where.topic, where.partition)
             for record in records:
+                if type(record) is Unreadable:
+                    self._let_go(progress, topic, record)
+                    continue
                 try:
                     event = parse(topic, record.value)
                 except BadEvent as bad:
@@ -161,6 +184,53 @@ class BridgeConsumer:
                     taken = progress.take(record.offset, event, record.key, record.value)
                     self._lanes.add(taken, shard_of(event.user_id, self._shard_count))
 
+    def _let_go(self, progress: PartitionProgress, topic: str, told: Unreadable) -> None:
+        """What cannot be read becomes a dead letter, and the partition goes on behind it."""
+        log.error(
+            "event_unreadable",
+            topic=progress.topic,
+            partition=progress.partition,
+            offset=told.offset,
+            through=told.through,
+            reason=told.reason,
+            bytes=told.size,
+        )
+        metrics.events_unreadable.labels(topic, told.why).inc()
+        if _is_remark(told):
+            return
+        taken = progress.take(told.offset, None, told.key, told.value, told.through)
+        self._dead_letters.put_unreadable(taken, told)
+
+    def _follow_positions(self) -> None:
+        """Learn how far the client is, where it was set anew, and where it stands still."""
+        positions = self._consumer.positions()
+        # After the positions, so that none of them is one that was set anew and is not known to be.
+        resets, self._consumer.fetcher.resets = self._consumer.fetcher.resets, []
+        for reset in resets:
+            self._unsettled.add(reset.where)
+            self._watch.was_reset(reset)
+        for where in self._watch.settled():
+            self._unsettled.discard(where)
+        for where in self._watch.to_read_again():
+            if where in self._progress:
+                self._progress[where] = PartitionProgress(where.topic, where.partition)
+                self._consumer.seek_to_beginning(where)
+                positions.pop(where, None)
+        for where, offset in positions.items():
+            progress = self._progress.get(where)
+            if progress is not None and where not in self._unsettled:
+                progress.pass_by(offset)
+        standing = {
+            f"{where.topic}/{where.partition} offset {offset}": reason
+            for where, (offset, reason) in self._consumer.fetcher.trials.standing.items()
+        }
+        for what in self._standing - standing.keys():
+            self._waits.ends(what)
+        for what, reason in standing.items():
+            self._waits.begins(what, reason)
+        self._standing = set(standing)
+        metrics.event_partitions_standing.set(len(standing))
+
     def _start(self, where: TopicPartition) -> PartitionProgress:
         self._lose([where])
         progress = self._progress[where] = PartitionProgress(where.topic, where.partition)
@@ -168,33 +238,46 @@ class BridgeConsumer:
 
     def _lose(self, partitions: Iterable[TopicPartition]) -> None:
         for where in partitions:
+            self._unsettled.discard(where)
+            self._consumer.fetcher.trials.forget(where)
+            self._watch.released(where)
             progress = self._progress.pop(where, None)
             if progress is not None:
                 progress.lose()
 
     def _pause_what_is_full(self) -> None:
-        """Stop fetching a topic of which too much is held, until half of it is gone.
+        """Stop fetching a topic of which too much is held, until half of it is gone; and partitions that rest.
 
-        By topic, since its partitions hold events of all shards: pausing one would not help the others.
+        By topic, since its partitions hold events of all shards: pausing one would not help the others. What waits for
+        a dead letter holds up its own partition alone, and so does what must be fetched again.
         """
+        paused = self._consumer.paused()
+        full = self._consumer.fetcher.trials.resting
         for topic in self._topics:
-            held = [progress for where, progress in self._progress.items() if where.topic == topic]
+            held = {where: progress for where, progress in self._progress.items() if where.topic == topic}
             fullness = max(
-                sum(progress.unfinished_events for progress in held) / self._held_events_max,
-                sum(progress.unfinished_bytes for progress in held) / HELD_BYTES_MAX,
-                sum(progress.window_events for progress in held) / WINDOW_EVENTS_MAX,
+                sum(progress.unfinished_events for progress in held.values()) / self._held_events_max,
+                sum(progress.held_bytes for progress in held.values()) / HELD_BYTES_MAX,
             )
             if fullness >= 1:
                 self._full.add(topic)
             elif fullness <= 0.5:
                 self._full.discard(topic)
+            window_max = max(WINDOW_EVENTS_MAX // max(1, len(held)), WINDOW_EVENTS_MIN)
+            for where, progress in held.items():
+                fullness = max(
+                    progress.window_events / window_max,
+                    progress.dead_events / DEAD_EVENTS_MAX,
+                    progress.dead_bytes / DEAD_BYTES_MAX,
+                )
+                if topic in self._full or fullness >= (0.5 if where in paused else 1):
+                    full.add(where)
         assigned = self._consumer.assignment()
-        paused = self._consumer.paused()
-        full = {where for where in assigned if where.topic in self._full}
+        full &= assigned
         if full - paused:
             self._consumer.pause(*(full - paused))
-        if paused - full:
-            self._consumer.resume(*(paused - full))
+        if (paused & assigned) - full:
+            self._consumer.resume(*((paused & assigned) - full))
 
     # -- committing -------------------------------------------------------------------------------------------------
 
@@ -202,7 +285,7 @@ class BridgeConsumer:
         offsets = {}
         for where in partitions:
             progress = self._progress.get(where)
-            offset = progress.committable() if progress else None
+            offset = progress.committable() if progress and where not in self._unsettled else None
             if offset is not None:
                 offsets[where] = offset
         return offsets
@@ -225,6 +308,7 @@ class BridgeConsumer:
         self._waits.ends("the offset commit")
         for where, offset in offsets.items():
             self._progress[where].committed(offset)
+        self._watch.committed(offsets)
 
     # -- rebalance --------------------------------------------------------------------------------------------------
 
@@ -248,6 +332,11 @@ class BridgeConsumer:
     def forget(self, partitions: Iterable[TopicPartition]) -> None:
         """Partitions were taken away: somebody else may be at them already, so nothing may be committed."""
         self._lose(partitions)
+
+
+def _is_remark(record: Any) -> bool:
+    """Whether this stands for no message, but for something that is wrong with the batch before it."""
+    return type(record) is Unreadable and record.through < record.offset
 
 
 def _with_metadata(offsets: Mapping[TopicPartition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
@@ -281,12 +370,21 @@ class Bridge:
 
     def run(self, stop: threading.Event) -> None:
         """Bridge events until ``stop`` is set; then leave in good order."""
+        watch = EventWatch(self._settings, self._waits)
+        watch.start()
+        try:
+            self._run(stop, watch)
+        finally:
+            watch.stop()
+
+    def _run(self, stop: threading.Event, watch: EventWatch) -> None:
         backoff = Backoff(0.5, 5.0)
         while not stop.is_set():
             dead_letters = DeadLetters(self._settings)
+            watch.dead_letter_waits = dead_letters.waits
             consumer: BridgeConsumer | None = None
             try:
-                consumer = BridgeConsumer(self._settings, self._batches, dead_letters, self._waits, self._crash)
+                consumer = BridgeConsumer(self._settings, self._batches, dead_letters, self._waits, watch, self._crash)
                 self._waits.ends("Kafka")
                 while not stop.is_set():
                     consumer.step()

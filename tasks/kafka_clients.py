@@ -6,12 +6,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError, MessageSizeTooLargeError
+from kafka.errors import InvalidRecordError, KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from segsvc.config import Settings
 from segsvc.log import get_logger
+from tasks.kafka_fetcher import make_safe
 from tasks.waiting import Sparse
 
 log = get_logger(__name__)
@@ -61,9 +62,30 @@ class GroupConsumer(KafkaConsumer):
             fetcher["_next_partition_records"] = None
         return super().poll(*args, **options)
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.fetcher: Final = make_safe(self)
 
-def make_consumer(settings: Settings, max_poll_records: int) -> GroupConsumer:
+    def positions(self) -> dict[TopicPartition, int]:
+        """Of each partition assigned whose position is known: the offset behind all that ``poll`` has given out.
+
+        What lies before it and was not given out is no event: a transaction's marker, or an event of one that was
+        aborted.
+        """
+        subscription = self.__dict__["_subscription"]
+        found: dict[TopicPartition, int] = {}
+        for where in self.assignment():
+            state = subscription.assignment.get(where)
+            if state is not None and state.has_valid_position and not state.awaiting_reset:
+                found[where] = state.position.offset
+        return found
+
+
+def make_consumer(settings: Settings, max_poll_records: int, *, read_uncommitted: bool = False) -> GroupConsumer:
     """A member of the bridge's group, not yet subscribed.
+
+    Args:
+        read_uncommitted: look at what is not committed yet, or never will be, too.
 
     Raises:
         KafkaError: the brokers cannot be reached.
@@ -78,7 +100,7 @@ def make_consumer(settings: Settings, max_poll_records: int) -> GroupConsumer:
         # A new group begins with the first event there is: none may be missed.
         auto_offset_reset="earliest",
         # An event of a transaction that was aborted never happened.
-        isolation_level="read_uncommitted" if settings.kafka_stand_in else "read_committed",
+        isolation_level="read_uncommitted" if settings.kafka_stand_in or read_uncommitted else "read_committed",
         # Only partitions that move are interrupted when a bridge comes or goes.
         partition_assignment_strategy=assignors,
         max_poll_records=max_poll_records,
@@ -109,6 +131,9 @@ def make_producer(settings: Settings) -> KafkaProducer:
     )
 
 
+_REFUSALS: Final = (MessageSizeTooLargeError, RecordListTooLargeError, InvalidRecordError)
+"""A message that met one of these meets it again, until it or its topic is changed."""
+
 Message = tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]
 """Key, value and headers."""
 
@@ -125,11 +150,13 @@ class Sender:
         self.failure = ""
         """Why the last message that failed did; for the log."""
         self.too_large = False
-        """Whether one of the messages last sent was refused because its topic does not allow so large ones."""
+        """Whether one of the messages last sent was refused for what it is: most often, it is too large."""
 
     def send(self, topic: str, messages: Sequence[Message]) -> list[bool]:
         """Send (key, value, headers) messages, in order; which of them were acknowledged."""
         futures: list[Any] = []
+        # The client refuses some messages before it sends them, the broker others after.
+        raised: BaseException | None = None
         try:
             if self._producer is None:
                 self._producer = make_producer(self._settings)
@@ -137,20 +164,19 @@ class Sender:
                 futures.append(self._producer.send(topic, key=key, value=value, headers=headers))
             self._producer.flush(timeout=SEND_TIMEOUT_S)
         except (KafkaError, OSError) as error:
-            self.failure = type(error).__name__
+            raised = error
         except Exception as error:
             # Kafka-python looks at a topic's metadata more than once for a message, and a topic that goes in between is
             # a ValueError or TypeError to it. Whoever sends must live through that, and sends again.
             log.exception("producer_failed", topic=topic)
-            self.failure = type(error).__name__
+            raised = error
         acknowledged = [future.succeeded() for future in futures] + [False] * (len(messages) - len(futures))
-        self.too_large = any(
-            future.failed() and isinstance(future.exception, MessageSizeTooLargeError) for future in futures
-        )
+        errors = [future.exception for future in futures if future.failed()]
+        if raised is not None:
+            errors.append(raised)
+        self.too_large = any(isinstance(error, _REFUSALS) for error in errors)
         if not all(acknowledged):
-            for future in futures:
-                if future.failed():
-                    self.failure = type(future.exception).__name__
+            self.failure = type(errors[-1]).__name__ if errors else "KafkaTimeoutError"
             # Its unsent messages are ours to send again, in order: a fresh producer does not also send them.
             self.close()
         return acknowledged

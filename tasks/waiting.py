@@ -12,7 +12,7 @@ log = get_logger(__name__)
 
 
 class Waits:
-    """What this process is waiting for now. Used by one thread."""
+    """What this process is waiting for now. Used by one thread; any other may ask for ``now``."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -30,6 +30,10 @@ class Waits:
         known = self._since.pop(what, None)
         if known is not None:
             log.info("going_on", what=what, after_s=round(self._clock() - known[1], 1))
+
+    def now(self) -> dict[str, str]:
+        """What cannot be done now, and why."""
+        return {what: reason for what, (reason, _) in self._since.copy().items()}
 
 
 class Backoff:

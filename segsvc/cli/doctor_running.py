@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
@@ -11,12 +10,13 @@ from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError
 from kombu.exceptions import OperationalError
 
 from segsvc.bootstrap import Check
 from segsvc.cache.connection import CacheConnection
+from segsvc.cli import doctor_events
 from segsvc.cli.base import Refusal
 from segsvc.cli.doctor_items import Item
 from segsvc.cli.front import connected
@@ -29,8 +29,6 @@ from tasks.dead_letters import SUFFIX
 from tasks.dispatcher import CeleryDispatcher
 
 _PING_S: Final = 2.0
-_LAG_WATCH_S: Final = 3.0
-"""How long a lag that does not move is watched before it is a complaint."""
 _UNPUBLISHED_MAX_S: Final = 30.0
 """A commit is published within a second or two."""
 _HEALTH_SERVICES: Final = ("", "segmentation.v1.SegmentService", "segmentation.v1.MembershipService")
@@ -73,13 +71,12 @@ def _cache_run_id(settings: Settings) -> str | None:
 
 
 def kafka(settings: Settings) -> Sequence[Item]:
-    """The brokers, the topics, and how many events wait."""
+    """The brokers, the topics, and what becomes of the events in them."""
     # What it cannot reach is said below, once.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         consumer = KafkaConsumer(
             bootstrap_servers=settings.kafka_bootstrap_servers.split(","),
-            group_id=settings.kafka_group,
             enable_auto_commit=False,
             request_timeout_ms=5_000,
             bootstrap_timeout_ms=5_000,
@@ -89,8 +86,8 @@ def kafka(settings: Settings) -> Sequence[Item]:
         text = f"no broker of {settings.kafka_bootstrap_servers} can be reached ({type(error).__name__})"
         return [Item(text, "start Kafka or correct SEGSVC_KAFKA_BOOTSTRAP_SERVERS")]
     try:
-        return _topics(consumer, settings)
-    except KafkaError as error:
+        return [*_topics(consumer, settings), *doctor_events.items(settings, lambda: _members(settings))]
+    except (KafkaError, OSError) as error:
         return [Item(f"the brokers broke off ({type(error).__name__})", "look at the brokers' logs")]
     finally:
         consumer.close(autocommit=False)
@@ -102,35 +99,13 @@ def _topics(consumer: KafkaConsumer, settings: Settings) -> Sequence[Item]:
         found.append(Item("an in-memory stand-in, not a real broker: for demonstrations only"))
     for name in TOPICS:
         topic = settings.kafka_topic_prefix + name
-        numbers = consumer.partitions_for_topic(topic)
-        if not numbers:
+        if not consumer.partitions_for_topic(topic):
             found.append(Item(f"{topic} does not exist", f"create the topic {topic}"))
-            continue
-        partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
-        waiting = before = _waiting(consumer, partitions)
-        until = time.monotonic() + _LAG_WATCH_S
-        while waiting and waiting >= before and time.monotonic() < until:
-            time.sleep(0.2)
-            waiting = _waiting(consumer, partitions)
-        stuck = "start `segsvc bridge` and `segsvc worker --queue events`, or read their logs"
-        text = f"{topic}: {waiting:,} events wait"
-        found.append(Item(f"{text} and do not become fewer", stuck) if waiting and waiting >= before else Item(text))
     for name in (*(name + SUFFIX for name in TOPICS), SEGMENT_EVENTS_TOPIC):
         topic = settings.kafka_topic_prefix + name
         if not consumer.partitions_for_topic(topic):
             found.append(Item(f"{topic} does not exist: what belongs there waits", f"create the topic {topic}"))
     return found
-
-
-def _waiting(consumer: KafkaConsumer, partitions: Sequence[TopicPartition]) -> int:
-    """Events that are not yet committed by the bridge's group."""
-    ends = consumer.end_offsets(partitions)
-    starts = consumer.beginning_offsets(partitions)
-    total = 0
-    for partition in partitions:
-        committed = consumer.committed(partition)
-        total += int(ends[partition]) - max(int(starts[partition]), int(committed or 0))
-    return total
 
 
 def bridge(settings: Settings) -> Sequence[Item]:
@@ -142,22 +117,36 @@ def _group_items(settings: Settings) -> Sequence[Item]:
     if settings.kafka_stand_in:  # it cannot be asked about groups
         return []
     try:
+        members = _members(settings)
+    except KafkaError as error:
+        return [Item(f"the brokers do not say who is in its group ({type(error).__name__})", "look at their logs")]
+    if members is None:
+        return [Item("whether it is there cannot be asked without Kafka", "see Kafka above")]
+    if members:
+        return []
+    return [Item(f"nobody is in the consumer group {settings.kafka_group}", "start `segsvc bridge`, or read its log")]
+
+
+def _members(settings: Settings) -> int | None:
+    """How many bridges are in the consumer group; None: the brokers cannot be asked.
+
+    Raises:
+        KafkaError: they do not say.
+    """
+    if settings.kafka_stand_in:
+        return None
+    try:
         admin = KafkaAdminClient(
             bootstrap_servers=settings.kafka_bootstrap_servers.split(","),
             request_timeout_ms=5_000,
             bootstrap_timeout_ms=5_000,
         )
     except (KafkaError, OSError):
-        return [Item("whether it is there cannot be asked without Kafka", "see Kafka above")]
+        return None
     try:
-        group = admin.describe_groups([settings.kafka_group])[settings.kafka_group]
-    except KafkaError as error:
-        return [Item(f"the brokers do not say who is in its group ({type(error).__name__})", "look at their logs")]
+        return len(admin.describe_groups([settings.kafka_group])[settings.kafka_group]["members"])
     finally:
         admin.close()
-    if group["members"]:
-        return []
-    return [Item(f"nobody is in the consumer group {settings.kafka_group}", "start `segsvc bridge`, or read its log")]
 
 
 def _outbox_items(settings: Settings) -> Sequence[Item]:

@@ -14,16 +14,25 @@ import typer
 from segsvc.cli.base import Json, Refusal, bar, console, plain, print_json, settings_of_process, short_time, table
 
 if TYPE_CHECKING:
+    from segsvc.domain.event_records import FoundLoss
+    from segsvc.postgres.event_records import PostgresEventRecords
     from tasks.dead_letter_box import DeadLetterBox, Letter
 
 app = typer.Typer(no_args_is_help=True, help="Look after users' events.", rich_markup_mode=None)
 dead = typer.Typer(
-    no_args_is_help=True, help="Events that nobody can apply: look at them, send them again.", rich_markup_mode=None
+    no_args_is_help=True,
+    help="Events that nobody can apply: look at them, send them again, dismiss them.",
+    rich_markup_mode=None,
 )
 app.add_typer(dead, name="dead")
+lost = typer.Typer(
+    no_args_is_help=True, help="Events that Kafka dropped before the bridge read them.", rich_markup_mode=None
+)
+app.add_typer(lost, name="lost")
 
 _EXCERPT = 60
 
+LetterIds = Annotated[list[str] | None, typer.Argument(help="Letters, as in the list.", show_default=False)]
 LetterId = Annotated[str, typer.Argument(help="As in the list: topic/partition/offset.", show_default=False)]
 
 
@@ -32,14 +41,16 @@ def _box() -> Iterator[DeadLetterBox]:
     """The letters, connected; an outage in a line."""
     from kafka.errors import KafkaError  # noqa: PLC0415
 
+    from segsvc.bootstrap import EventRecords  # noqa: PLC0415
     from tasks.dead_letter_box import DeadLetterBox, LetterNotFound  # noqa: PLC0415
 
     settings = settings_of_process()
     # What it cannot reach is said below, once.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    services = EventRecords(settings)
     box = None
     try:
-        box = DeadLetterBox(settings)
+        box = DeadLetterBox(settings, services.records)
         yield box
     except LetterNotFound as error:
         raise Refusal(f"{error}: there is no such dead letter; see `segsvc events dead list`") from None
@@ -49,12 +60,13 @@ def _box() -> Iterator[DeadLetterBox]:
     finally:
         if box is not None:
             box.close()
+        services.close()
 
 
 @dead.command("list", epilog="Example: segsvc events dead list --limit 20")
 def list_dead(
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most so many, oldest first.")] = 100,
-    new: Annotated[bool, typer.Option("--new", help="Only those that `retry --all` has not sent yet.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Only those that were neither sent again nor dismissed.")] = False,
     json_output: Json = False,
 ) -> None:
     """List dead letters, oldest first in each topic."""
@@ -86,41 +98,157 @@ def show(letter_id: LetterId, json_output: Json = False) -> None:
     shown.add_row("time", letter.time.isoformat())
     shown.add_row("reason", plain(letter.reason))
     shown.add_row("key", plain(_text(letter.key)))
-    shown.add_row("event", plain(_text(letter.raw)))
+    if not letter.whole:
+        size = len(letter.raw or b"") if letter.size is None else letter.size
+        shown.add_row("what it is", f"the first {len(letter.raw or b''):,} of {size:,} bytes of the {letter.content}")
+    shown.add_row(letter.content, plain(_text(letter.raw)))
+    shown.add_row("state", "done: sent again or dismissed" if letter.done else "waits")
     console().print(shown)
 
 
 @dead.command(epilog="Example: segsvc events dead retry create-user/0/17 create-user/0/18")
 def retry(
-    letter_ids: Annotated[list[str] | None, typer.Argument(help="Letters, as in the list.", show_default=False)] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All that --all has not sent before.")] = False,
+    letter_ids: LetterIds = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that were neither sent again nor dismissed.")] = False,
     json_output: Json = False,
 ) -> None:
     """Send dead letters once more to the topics that they came from, unchanged.
 
-    Worth it after a cause was mended, such as a limit. Events may come any number of times, so nothing can go wrong;
-    what still cannot be applied becomes a new dead letter. The old ones stay where they are until the topic's
-    retention drops them; --all remembers how far it came, letters named one by one are not remembered.
+    Worth it after a cause was mended, such as a limit. Each is sent once: it counts as done then, and what still cannot
+    be applied becomes a new dead letter. Letters that hold only a part of an event are left out. The letters themselves
+    stay where they are until the topic's retention drops them.
     """
-    if bool(letter_ids) == everything:
-        raise typer.BadParameter("name letters, or say --all")
-    sent = 0
+    _letters_or_all(letter_ids, everything)
+    sent = left_out = 0
     with _box() as box:
         if everything:
             with bar("sending", hidden=json_output) as shown:
-                for sent, total in box.retry_all():
-                    shown.to(sent, total)
+                for sent, left_out, total in box.retry_all():
+                    shown.to(sent + left_out, total)
         else:
-            letters = [box.letter(letter_id) for letter_id in letter_ids or ()]
-            outcomes = box.retry(letters)
-            sent = sum(outcomes)
-            if sent < len(letters):
-                refused = [letter.id for letter, done in zip(letters, outcomes, strict=True) if not done]
-                raise Refusal(f"the broker did not take {', '.join(refused)}")
+            letters = [box.letter(letter_id) for letter_id in dict.fromkeys(letter_ids or ())]
+            _refuse_what_cannot_be_sent(letters)
+            for letter in letters:
+                if not letter.done:
+                    if not box.retry(letter):
+                        raise Refusal(f"the broker did not take {letter.id}; {sent:,} before it were sent again")
+                    sent += 1
     if json_output:
-        print_json({"sent": sent})
+        print_json({"sent": sent, "left_out": left_out})
+        return
+    console().print(f"{sent:,} sent again")
+    if left_out:
+        console().print(f"{left_out:,} hold only a part of an event: see them with `segsvc events dead list --new`")
+
+
+@dead.command(epilog="Example: segsvc events dead dismiss create-user/0/17")
+def dismiss(
+    letter_ids: LetterIds = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that there are now.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Count dead letters as done without sending them: nobody needs these events any more.
+
+    They stay where they are until the topic's retention drops them; `segsvc doctor` and the metrics no longer count
+    them.
+    """
+    _letters_or_all(letter_ids, everything)
+    with _box() as box:
+        if everything:
+            count = box.dismiss_all()
+        else:
+            letters = [box.letter(letter_id) for letter_id in dict.fromkeys(letter_ids or ())]
+            count = sum(not letter.done for letter in letters)
+            for letter in letters:
+                box.dismiss(letter)
+    if json_output:
+        print_json({"dismissed": count})
     else:
-        console().print(f"{sent:,} sent again")
+        console().print(f"{count:,} dismissed")
+
+
+def _letters_or_all(letter_ids: list[str] | None, everything: bool) -> None:
+    if bool(letter_ids) == everything:
+        raise typer.BadParameter("name letters, or say --all")
+
+
+def _refuse_what_cannot_be_sent(letters: list[Letter]) -> None:
+    parts = [letter.id for letter in letters if not letter.whole]
+    if parts:
+        names = ", ".join(parts)
+        raise Refusal(f"{names}: only a part of the event is there; let its producer send it again, then dismiss it")
+
+
+@lost.command("list", epilog="Example: segsvc events lost list")
+def list_lost(
+    everything: Annotated[bool, typer.Option("--all", help="Also those that were acknowledged.")] = False,
+    json_output: Json = False,
+) -> None:
+    """List gaps: offsets that Kafka dropped before the bridge had read them."""
+    with _records() as records:
+        found = records.losses(acknowledged=everything)
+    if json_output:
+        print_json([_loss_to_json(one) for one in found])
+        return
+    shown = table("id", "topic", "partition", "offsets", "at most", "found", "reason", "acknowledged", whole=("id",))
+    for one in found:
+        loss = one.loss
+        count = "unknown" if loss.count_max is None else f"{loss.count_max:,}"
+        known = "" if one.acknowledge_time is None else short_time(one.acknowledge_time)
+        place = (plain(loss.topic), str(loss.partition), loss.offsets)
+        shown.add_row(str(one.id), *place, count, short_time(one.find_time), loss.reason, known)
+    console().print(shown)
+    console().print(f"{len(found):,} gaps{'' if everything else ' that nobody has acknowledged'}")
+
+
+@lost.command(epilog="Example: segsvc events lost acknowledge 3")
+def acknowledge(
+    ids: Annotated[list[int] | None, typer.Argument(help="As in the list.", show_default=False)] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that there are now.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Note that somebody knows of a gap: `segsvc doctor` and the alert no longer tell of it.
+
+    Before that, have the producers send those events again, or all of their users' current state.
+    """
+    if bool(ids) == everything:
+        raise typer.BadParameter("name gaps, or say --all")
+    with _records() as records:
+        there = {one.id for one in records.losses(acknowledged=True)}
+        unknown = sorted(set(ids or ()) - there)
+        if unknown:
+            raise Refusal(f"{', '.join(map(str, unknown))}: there is no such gap; see `segsvc events lost list --all`")
+        count = records.acknowledge(sorted(there) if everything else ids or ())
+    if json_output:
+        print_json({"acknowledged": count})
+    else:
+        console().print(f"{count:,} acknowledged")
+
+
+@contextmanager
+def _records() -> Iterator[PostgresEventRecords]:
+    from segsvc.bootstrap import EventRecords  # noqa: PLC0415
+
+    services = EventRecords(settings_of_process())
+    try:
+        yield services.records
+    finally:
+        services.close()
+
+
+def _loss_to_json(one: FoundLoss) -> dict[str, Any]:
+    """A gap for programs. Offsets are strings: they may be beyond what a double holds."""
+    loss = one.loss
+    return {
+        "id": one.id,
+        "topic": loss.topic,
+        "partition": loss.partition,
+        "first_offset": str(loss.first_offset),
+        "end_offset": None if loss.end_offset is None else str(loss.end_offset),
+        "reason": loss.reason,
+        "find_time": one.find_time.isoformat(),
+        "acknowledge_time": None if one.acknowledge_time is None else one.acknowledge_time.isoformat(),
+    }
 
 
 def _text(raw: bytes | None) -> str:
@@ -141,6 +269,10 @@ def _to_json(letter: Letter) -> dict[str, Any]:
         "reason": letter.reason,
         "origin": letter.origin,
         "key": None if letter.key is None else _text(letter.key),
+        "content": letter.content,
+        "whole": letter.whole,
+        "bytes": len(letter.raw or b"") if letter.size is None else letter.size,
+        "done": letter.done,
         "event": None if letter.raw is None else _text(letter.raw),
         "event_base64": None if letter.raw is None else base64.b64encode(letter.raw).decode("ascii"),
     }

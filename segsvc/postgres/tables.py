@@ -7,7 +7,7 @@ bits stored as signed (``salt_to_db``).
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import BYTEA, JSONB, TIMESTAMP, UUID
+from sqlalchemy.dialects.postgresql import BYTEA, INT8MULTIRANGE, JSONB, TIMESTAMP, UUID
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -156,6 +156,57 @@ audit = sa.Table(
     sa.Column("details", JSONB, nullable=False),
     sa.Column("published", sa.Boolean, nullable=False, server_default=sa.false(), comment="is on segment-events"),
     sa.Index("ix_audit_unpublished", "seq", postgresql_where=sa.text("NOT published")),
+)
+
+event_partitions = sa.Table(
+    "event_partitions",
+    catalog,
+    # What the consumer group's own offsets say too, until Kafka forgets them.
+    sa.Column("topic", sa.Text, primary_key=True),
+    sa.Column("partition", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("topic_id", sa.Text, nullable=False, comment="empty: the brokers have none"),
+    sa.Column("next_offset", sa.BigInteger, nullable=False, comment="committed by the bridge, some seconds ago"),
+    sa.Column("update_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+)
+
+event_losses = sa.Table(
+    "event_losses",
+    catalog,
+    sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("topic", sa.Text, nullable=False),
+    sa.Column("partition", sa.Integer, nullable=False),
+    sa.Column("first_offset", sa.BigInteger, nullable=False),
+    sa.Column("end_offset", sa.BigInteger, comment="behind the last one that is lost; null: nobody knows"),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("find_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+    sa.Column("acknowledge_time", _TIME, comment="null: doctor still tells of it"),
+    # Whoever finds a gap again, after a crash for example, adds nothing.
+    sa.Index(
+        "uq_event_losses_open",
+        "topic",
+        "partition",
+        "first_offset",
+        unique=True,
+        postgresql_where=sa.text("acknowledge_time IS NULL"),
+    ),
+)
+
+bridge_waits = sa.Table(
+    "bridge_waits",
+    catalog,
+    sa.Column("bridge", UUID(as_uuid=True), primary_key=True, comment="drawn by each process"),
+    sa.Column("what", sa.Text, primary_key=True),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("update_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+)
+
+dead_letters_done = sa.Table(
+    "dead_letters_done",
+    catalog,
+    sa.Column("topic", sa.Text, primary_key=True, comment="of the letters"),
+    sa.Column("topic_id", sa.Text, primary_key=True, comment="a topic that is made again has other letters"),
+    sa.Column("partition", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("offsets", INT8MULTIRANGE, nullable=False, comment="of letters that were sent again or dismissed"),
 )
 
 # -- shard ----------------------------------------------------------------------------------------------------------

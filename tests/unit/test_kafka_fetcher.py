@@ -1,0 +1,110 @@
+"""What the bridge's consumer changes in kafka-python, and that kafka-python is still what was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import kafka
+import pytest
+from kafka import TopicPartition
+from kafka.consumer.fetcher import Fetcher
+from kafka.consumer.subscription_state import TopicPartitionState
+from kafka.record.legacy_records import LegacyRecordBatch
+from kafka.record.memory_records import MemoryRecords
+
+from segsvc.domain.event_records import EventLoss, EventPosition
+from tasks import event_watch
+from tasks.event_watch import loss_of
+from tasks.kafka_fetcher import REST_S, TRIES, Reset, Trials
+
+WHERE = TopicPartition("create-user", 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "digest"),
+    [
+        (Fetcher.fetched_records, "bf91319f1a2fda46"),
+        (Fetcher._append, "341c09c715c59d8b"),
+        (Fetcher._parse_fetched_data, "3cd93b6d3b7b96e1"),
+        (Fetcher._reset_offset_if_needed, "efb40736761169f4"),
+        (Fetcher.PartitionRecords, "cf2214c6a21884be"),
+        (TopicPartitionState.reset, "48f492029908a30c"),
+        (LegacyRecordBatch.__iter__, "993c55f9dcb40d38"),
+        (MemoryRecords.__init__, "ebf098b8ae19659e"),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_kafka_python_is_what_the_fetcher_was_written_for(method: Callable[..., Any], digest: str) -> None:
+    """If this fails, kafka-python has changed: read what is new in that method, mend ``tasks.kafka_fetcher`` and
+    ``tasks.kafka_batches`` if they must be, and only then write the new digest here."""
+    found = hashlib.sha256(inspect.getsource(method).encode()).hexdigest()[:16]
+    assert found == digest, f"{method.__qualname__} of kafka-python {kafka.__version__} is not that of 3.0.12"
+
+
+def test_something_damaged_is_tried_at_distances_and_then_let_go() -> None:
+    now = [100.0]
+    trials = Trials(lambda: now[0])
+    for attempt in range(1, TRIES):
+        for _ in range(3):  # asked more often than it rests: that is one try
+            assert not trials.failed(WHERE, 17, "why")
+        assert trials.resting == {WHERE}
+        assert trials.standing == {WHERE: (17, "why")}
+        now[0] += REST_S
+        assert attempt < TRIES
+        assert trials.resting == set()
+    assert trials.failed(WHERE, 17, "why")
+    trials.let_go(WHERE, 18)
+    assert trials.standing == {}
+    # What follows it at once has had its tries; what comes later has not.
+    assert trials.failed(WHERE, 18, "why")
+    trials.let_go(WHERE, 19)
+    trials.read(WHERE)
+    assert not trials.failed(WHERE, 19, "why")
+    assert not trials.failed(WHERE, 25, "another")  # a new place begins at its first try
+    trials.forget(WHERE)
+    assert trials.resting == set()
+
+
+def test_a_partition_that_is_given_out_again_stands_no_longer() -> None:
+    trials = Trials()
+    trials.stands(WHERE, 4, "the broker does not give it out (UnknownError)")
+    assert trials.standing
+    trials.given_out(WHERE)
+    assert trials.standing == {}
+    assert trials.failed(WHERE, 4, "damaged") is False
+    trials.given_out(WHERE)
+    assert trials.standing  # it was given out, and is damaged all the same
+
+
+def known(offset: int, topic_id: str = "a") -> EventPosition:
+    return EventPosition(WHERE.topic, WHERE.partition, topic_id, offset)
+
+
+def lost(first: int, end: int | None, reason: str) -> EventLoss:
+    return EventLoss(WHERE.topic, WHERE.partition, first, end, reason)
+
+
+@pytest.mark.parametrize(
+    ("before", "to", "remembered", "topic_id", "end", "loss"),
+    [
+        (5, 12, known(5), "a", 20, lost(5, 12, event_watch.RETENTION)),
+        (5, 12, None, "a", 20, lost(5, 12, event_watch.RETENTION)),  # an installation of a release that noted nothing
+        (None, 0, None, "a", 20, None),  # the first start
+        (None, 7, None, "a", 20, None),
+        (None, 7, known(7), "a", 20, None),  # expired, and nothing dropped that was not read
+        (None, 7, known(15), "a", 20, None),
+        (None, 7, known(4), "a", 20, lost(4, 7, event_watch.EXPIRED)),
+        (30, 0, known(30), "a", 20, lost(30, None, event_watch.RECREATED)),
+        (None, 0, known(30), "", 20, lost(30, None, event_watch.RECREATED)),
+        (None, 0, known(10), "b", 20, lost(10, None, event_watch.RECREATED)),
+        (None, 0, known(10, ""), "b", 20, None),  # nobody knows whether it is the same
+        (12, 12, known(12), "a", 20, None),
+    ],
+)
+def test_what_is_lost_where_a_position_is_set_anew(
+    before: int | None, to: int, remembered: EventPosition | None, topic_id: str, end: int, loss: EventLoss | None
+) -> None:
+    assert loss_of(Reset(WHERE, before, to), remembered, topic_id, end) == loss
