@@ -146,8 +146,7 @@ class EventWatch:
                 tell_at = now + TELL_EVERY_S
         self._attempt(self._note)
         self._attempt(self._say_nothing_waits)
-        if self._kafka is not None:
-            self._kafka.close()
+        self._let_go_of_kafka()
         services.close()
 
     def _attempt(self, part: Callable[[], None]) -> bool:
@@ -157,15 +156,24 @@ class EventWatch:
             self._waits.begins("notes on events", error.reason.text)
         except (KafkaError, OSError) as error:
             self._waits.begins("notes on events", type(error).__name__)
-            self._kafka = None
+            self._let_go_of_kafka()
         except Exception:
             # A fault of ours, or a catalog that is not migrated yet. The notes are made at the next round.
             log.exception("event_watch_failed")
-            self._kafka = None
+            self._let_go_of_kafka()
         else:
             self._waits.ends("notes on events")
             return True
         return False
+
+    def _let_go_of_kafka(self) -> None:
+        """Whatever state its client is in, the next question gets a new one."""
+        kafka, self._kafka = self._kafka, None
+        if kafka is not None:
+            try:
+                kafka.close()
+            except (KafkaError, OSError, RuntimeError) as error:
+                log.debug("consumer_not_closed", exc_info=error)
 
     def _state(self) -> KafkaState:
         if self._kafka is None:

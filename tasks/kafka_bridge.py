@@ -43,7 +43,7 @@ from tasks.dead_letters import DeadLetters
 from tasks.event_lanes import Batches, Lanes
 from tasks.event_watch import EventWatch
 from tasks.events import CeleryBatches
-from tasks.kafka_batches import Unreadable
+from tasks.kafka_batches import FAULT, Unreadable
 from tasks.kafka_clients import make_consumer, quieten_client_log
 from tasks.kafka_offsets import PartitionProgress
 from tasks.segment_events import SegmentEvents
@@ -180,6 +180,12 @@ class BridgeConsumer:
                 except BadEvent as bad:
                     taken = progress.take(record.offset, None, record.key, record.value)
                     self._dead_letters.put(taken, bad.reason)
+                except Exception as error:
+                    # A fault of ours. Raised on, it would come again with the event, for ever, and stop all of them.
+                    log.exception("event_not_read", topic=where.topic, partition=where.partition, offset=record.offset)
+                    metrics.events_unreadable.labels(topic, FAULT).inc()
+                    taken = progress.take(record.offset, None, record.key, record.value)
+                    self._dead_letters.put(taken, f"event: reading it failed ({type(error).__name__})")
                 else:
                     taken = progress.take(record.offset, event, record.key, record.value)
                     self._lanes.add(taken, shard_of(event.user_id, self._shard_count))

@@ -55,6 +55,7 @@ ARGUMENTS: dict[str, list[list[str]]] = {
     "operations list": [[], ["--limit", "0"]], "operations show": [[UID]], "operations watch": [[UID]],
     "operations cancel": [[UID]],
     "events dead list": [[]], "events dead show": [["x"], ["create-user/0/" + "9" * 50]], "events dead retry": [["x"]],
+    "events dead dismiss": [["x"], []], "events lost list": [[]], "events lost acknowledge": [["9" * 30], ["x"], []],
     "shards copy": [["0", "--to", DSN]], "shards settle": [["0", "--fence", DSN]],
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from kafka.errors import KafkaTimeoutError
+from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
 
 from segsvc.config import Settings
 from tasks import kafka_clients
@@ -28,6 +28,14 @@ class Gone:
     def close(self, timeout: float) -> None:
         if self._closing is not None:
             raise self._closing
+
+
+def test_what_the_client_refuses_before_it_sends_is_refused_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kafka_clients, "make_producer", lambda _: Gone(MessageSizeTooLargeError("70 MB")))
+    sender = Sender(Settings(_env_file=None))  # type: ignore[call-arg]
+    assert sender.send("create-user.dlq", [MESSAGE, MESSAGE]) == [False, False]
+    assert sender.too_large
+    assert sender.failure == "MessageSizeTooLargeError"
 
 
 @pytest.mark.parametrize("sending", [ValueError("no partition"), TypeError("None"), KafkaTimeoutError("slow")])

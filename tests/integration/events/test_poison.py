@@ -210,6 +210,23 @@ def test_an_error_of_one_partition_is_its_own(bench: Bench, monkeypatch: pytest.
         bench.wait(2)
 
 
+def test_a_fault_of_ours_costs_the_event_that_meets_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import kafka_bridge
+
+    read = kafka_bridge.parse
+
+    def parse(topic: str, value: bytes | None) -> Any:
+        if value == b"unlucky":
+            raise RecursionError
+        return read(topic, value)
+
+    monkeypatch.setattr(kafka_bridge, "parse", parse)
+    bench.produce(raw.event_batch([event(1), b"unlucky", event(2)]))
+    with bench.bridge():
+        bench.wait(2)
+    assert header(bench.letters(1)[0], "reason") == "event: reading it failed (RecursionError)"
+
+
 def test_a_restart_in_the_midst_of_it(bench: Bench) -> None:
     for number in range(3):
         bench.produce(raw.event_batch([b" " * 2 * MEGABYTE] * 2, codec=raw.ZSTD))
