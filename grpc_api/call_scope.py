@@ -7,12 +7,13 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.pace import Pace, fits, overloaded
 
 T = TypeVar("T")
 
@@ -83,20 +84,27 @@ def deadline_exceeded() -> ServiceError:
 
 
 class BlockingCalls:
-    """Runs blocking service calls on threads of its own, so that the event loop never waits.
+    """Runs blocking service calls of one kind on threads of its own, so that the event loop never waits, and so that
+    calls of another kind do not wait for these.
+
+    A call gets a place only if its turn will come in time, by how many wait and how long such calls usually take.
+    Else what was accepted would be dead when its turn came, and all would be late for work that nobody waits for.
 
     Args:
         name: of the threads.
         threads: calls at once.
-        waiting_max: calls that may wait for a thread; beyond, a call is refused at once: one that waits long is
-            likely to be given up by its client before it is begun.
+        waiting_max: calls that may wait for a thread at most, whatever time they have.
         bound_s: what sessions allow a statement anyway; a longer deadline does not raise it.
     """
 
     def __init__(self, name: str, *, threads: int, waiting_max: int, bound_s: float) -> None:
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
         self._bound_s = bound_s
-        self._places = threading.BoundedSemaphore(threads + waiting_max)
+        self._threads = threads
+        self._places = threads + waiting_max
+        self._taken = 0
+        self._lock = threading.Lock()
+        self._pace = Pace()
 
     async def run(self, work: Callable[[float | None], T]) -> T:
         """Run ``work(time left)`` for the current call and return its result. No time left is given (None) if the call
@@ -106,15 +114,14 @@ class BlockingCalls:
         begun, it ends by itself, within the bounds of its statements, and its result is dropped.
 
         Raises:
-            ServiceError: OVERLOADED; DEADLINE_EXCEEDED if there is no result in time, be it that no turn came or that
-                a server hangs; and whatever the work raises.
+            ServiceError: OVERLOADED, at once; DEADLINE_EXCEEDED if there is no result in time, be it that no turn came
+                or that a server hangs; and whatever the work raises.
         """
-        if not self._places.acquire(blocking=False):
-            raise ServiceError(Reason.OVERLOADED, "too many calls wait", retry_after_s=0.5)
+        self._take_place(current())
         try:
-            future = self._pool.submit(contextvars.copy_context().run, _begin, current(), self._bound_s, work)
+            future = self._pool.submit(contextvars.copy_context().run, self._begin, current(), work)
         except BaseException:
-            self._places.release()
+            self._leave(None)
             raise
         # Called also if the future is cancelled before it began.
         future.add_done_callback(self._leave)
@@ -138,12 +145,29 @@ class BlockingCalls:
         """Let go of the threads; calls that have begun still end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _leave(self, _: Future[T]) -> None:
-        self._places.release()
+    def _take_place(self, call: Call) -> None:
+        """Raises ServiceError OVERLOADED, DEADLINE_EXCEEDED."""
+        left_s = call.work_s()
+        if left_s is not None and left_s <= 0:
+            raise deadline_exceeded()
+        with self._lock:
+            usual_s = self._pace.usual_s
+            wait_s = max(0, self._taken - self._threads + 1) * usual_s / self._threads
+            if self._taken < self._places and fits(wait_s, usual_s, left_s):
+                self._taken += 1
+                return
+        raise overloaded("too many calls wait; this one would not have its turn in time", wait_s)
 
+    def _leave(self, _: object) -> None:
+        with self._lock:
+            self._taken -= 1
 
-def _begin(call: Call, bound_s: float, work: Callable[[float | None], T]) -> T:
-    left_s = call.work_s()
-    if left_s is not None and left_s <= 0:
-        raise deadline_exceeded()
-    return work(None if left_s is None or left_s > bound_s else left_s)
+    def _begin(self, call: Call, work: Callable[[float | None], T]) -> T:
+        left_s = call.work_s()
+        if left_s is not None and left_s <= 0:
+            raise deadline_exceeded()
+        begun = time.monotonic()
+        try:
+            return work(None if left_s is None or left_s > self._bound_s else left_s)
+        finally:
+            self._pace.took(time.monotonic() - begun)

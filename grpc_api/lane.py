@@ -25,6 +25,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from functools import partial
 from typing import Final, Protocol
 
 from pygrpc_native import NativeGrpcFront
@@ -32,10 +33,12 @@ from pygrpc_native import NativeGrpcFront
 from grpc_api import call_scope
 from grpc_api import membership_wire as wire
 from grpc_api.lane_answers import Batch, BatchPlace, Single
+from grpc_api.lane_batches import WaitingBatches
 from grpc_api.lane_calls import Call, Calls, NativeCalls, QueuedCalls, Streams
 from segsvc import metrics
 from segsvc.domain.errors import ServiceError, internal_error
 from segsvc.domain.membership import BLOCK, Entry
+from segsvc.domain.pace import overloaded
 from segsvc.domain.sharding import shard_of
 from segsvc.log import get_logger
 from segsvc.services.cold_reads import Answer, ColdReads, Outcome
@@ -53,6 +56,10 @@ USERS_PER_TURN: Final = 2048
 hundredth of a second, and not for all batches there are."""
 COUNTS_EVERY_S: Final = 5.0
 """How often the reads counted per block go to the cache, for the warmer."""
+LATE_S: Final = 0.01
+"""While more calls wait than are taken at once, one with less time than this left is refused."""
+BATCH_SHARE: Final = 0.75
+"""Of the places for users that are read from a shard, those that batches may take; the rest is for single reads."""
 HOUSEKEEPING_S: Final = 0.1
 """How often a cache that is down is tried again."""
 
@@ -157,7 +164,7 @@ class HotLane:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        batches: deque[Call] = deque()  # those that wait for their turn
+        batches = WaitingBatches()
         while True:
             serving: list[Call] = []
             try:
@@ -165,7 +172,12 @@ class HotLane:
                 if calls is None and not batches:
                     return
                 for call in calls or ():
-                    (batches if call.batch else serving).append(call)
+                    if call.batch:
+                        batches.put(call)
+                    else:
+                        serving.append(call)
+                if calls is not None and len(calls) == CALLS_MAX:
+                    serving = self._in_time(serving)
                 if serving:
                     self._serve_singles(serving)
                 serving = []
@@ -175,6 +187,18 @@ class HotLane:
                 log.exception("lane_failed", request_ids=[call.request_id for call in serving])
                 for call in serving:
                     call.fail(internal_error())
+
+    def _in_time(self, calls: Sequence[Call]) -> list[Call]:
+        """The calls whose answer will still be waited for. More have come than are taken at once: others wait behind
+        them, whose time is not over yet."""
+        late = time.monotonic() + LATE_S
+        served: list[Call] = []
+        for call in calls:
+            if call.deadline is None or call.deadline > late:
+                served.append(call)
+            else:
+                call.fail(overloaded("too many reads wait; this one's time is all but over", LATE_S))
+        return served
 
     def _serve_singles(self, calls: Sequence[Call]) -> None:
         # Lists side by side, and no object for a call that hits: at tens of thousands of calls a second the lane is
@@ -190,7 +214,9 @@ class HotLane:
             if answer is not None:
                 call.answer(answer)
             else:
-                self._cold.submit((user_id,), _answer_by(call.deadline), self._counted(Single(call, self._slugs)))
+                call.watch()
+                single = self._counted(Single(call, self._slugs))
+                self._cold.submit((user_id,), _answer_by(call.deadline), single, gone=partial(_gone, call))
         shards = self._shard_count
         read = zip(user_ids, entries, answers, strict=True)
         self._count([entry[BLOCK] * shards + user_id % shards for user_id, entry, answer in read if entry and answer])
@@ -207,13 +233,13 @@ class HotLane:
                 call.fail(error)
         return read, user_ids
 
-    def _serve_turn(self, waiting: deque[Call], serving: list[Call]) -> None:
+    def _serve_turn(self, waiting: WaitingBatches, serving: list[Call]) -> None:
         """Serve the first batches that wait, as many as have their turn at once. Each is in ``serving`` before anything
         is done for it; those whose requests are wrong are refused."""
+        begun = time.monotonic()
         batches: list[Batch] = []
         users = 0
-        while waiting and users < USERS_PER_TURN and len(serving) < CALLS_MAX:
-            call = waiting.popleft()
+        while users < USERS_PER_TURN and len(serving) < CALLS_MAX and (call := waiting.pop()) is not None:
             serving.append(call)
             try:
                 batch = Batch(call, self._slugs)
@@ -224,6 +250,7 @@ class HotLane:
             users += batch.asked
         if batches:
             self._serve_batches(batches)
+        waiting.took(sum(len(call.payload) for call in serving), begun)
 
     def _serve_batches(self, batches: Sequence[Batch]) -> None:
         """Each call is answered as soon as the last piece with a user of it has come."""
@@ -242,7 +269,8 @@ class HotLane:
         missed = batch.put_all(entries)
         answer_by = _answer_by(batch.deadline) if missed else None
         for place in missed:
-            self._cold.submit((batch.user_ids[place],), answer_by, self._counted(BatchPlace(batch, place)))
+            result = self._counted(BatchPlace(batch, place))
+            self._cold.submit((batch.user_ids[place],), answer_by, result, gone=batch.gone, share=BATCH_SHARE)
         user_ids = batch.user_ids
         if missed:
             left_out = set(missed)
@@ -325,6 +353,10 @@ class HotLane:
                 self._counts.add_reads(shard, counts)
         except ServiceError:
             log.info("read_counts_lost", blocks=len(reads))  # a hint for the warmer, no more
+
+
+def _gone(call: Call) -> bool:
+    return call.gone
 
 
 def _answer_by(deadline: float | None) -> float | None:

@@ -79,12 +79,24 @@ class Batch:
         ServiceError: the request is refused as a whole.
     """
 
-    __slots__ = ("_call", "_indexes", "_left", "_lock", "_results", "_slugs", "asked", "deadline", "user_ids")
+    __slots__ = (
+        "_call",
+        "_indexes",
+        "_last_refusal",
+        "_left",
+        "_lock",
+        "_results",
+        "_slugs",
+        "asked",
+        "deadline",
+        "user_ids",
+    )
 
     def __init__(self, call: Call, slugs: Mapping[int, bytes]) -> None:
         self._call = call
         self._slugs = slugs
         self._lock = threading.Lock()
+        self._last_refusal: tuple[ServiceError, bytes] | None = None
         self.deadline = call.deadline
         asked = wire.user_ids_of(call.payload)
         self._results = [b""] * len(asked)
@@ -103,6 +115,10 @@ class Batch:
             return False
         return True
 
+    def gone(self) -> bool:
+        """Nobody waits for the answer any more."""
+        return self._call.gone
+
     def put_all(self, entries: Sequence[Entry | None]) -> list[int]:
         """Take in what the cache has of all users. Returns the places that are still to be read."""
         results = wire.encode_results(self.user_ids, entries, self._slugs)
@@ -116,11 +132,23 @@ class Batch:
     def put(self, place: int, outcome: Outcome) -> None:
         """Take in what a cold read has found."""
         if isinstance(outcome, ServiceError):
-            result = wire.encode_error_result(status_of(outcome))
+            result = self._refusal(outcome)
         else:
             encoded_user_id = wire.encode_user_id(self.user_ids[place])
             result = wire.encode_result(wire.encode_user_segments(encoded_user_id, outcome, self._slugs))
         self._put({self._indexes[place]: result})
+
+    def _refusal(self, error: ServiceError) -> bytes:
+        """An error as a result. Most of a batch that is refused is so for one reason: to write that down for each user
+        would cost more than to read them."""
+        if self._call.gone:
+            return b""
+        last = self._last_refusal
+        if last is not None and last[0] == error:
+            return last[1]
+        result = wire.encode_error_result(status_of(error))
+        self._last_refusal = (error, result)
+        return result
 
     def _put(self, results: Mapping[int, bytes]) -> None:
         if not results:

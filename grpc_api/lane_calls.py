@@ -55,6 +55,14 @@ class Call(Protocol):
     def deadline(self) -> float | None:
         """On ``time.monotonic()``'s clock; None: there is none."""
 
+    @property
+    def gone(self) -> bool:
+        """Its client has left, or its time is up: whatever is still done for it is in vain."""
+
+    def watch(self) -> None:
+        """From now on ``gone`` becomes true when its client leaves. Batches, which may have to wait, are watched from
+        the start."""
+
     def answer(self, payload: bytes) -> None:
         """From any thread."""
 
@@ -96,24 +104,42 @@ def native_front(target: str, *, reuse_port: bool) -> NativeGrpcFront:
 
 
 class NativeCall:
-    """A call of NativeGrpcFront. The front itself ends a call whose deadline passes or whose client cancels."""
+    """A call of NativeGrpcFront. The front itself ends a call whose deadline passes or whose client cancels.
 
-    __slots__ = ("_front", "_id", "batch", "deadline", "payload", "request_id")
+    Args:
+        watched: calls by their number whose end interests us.
+    """
+
+    __slots__ = ("_front", "_id", "_watched", "batch", "deadline", "gone", "payload", "request_id")
 
     def __init__(
-        self, front: NativeGrpcFront, call_id: int, batch: bool, payload: bytes, request_id: str, deadline: float | None
+        self,
+        front: NativeGrpcFront,
+        call_id: int,
+        batch: bool,
+        payload: bytes,
+        request_id: str,
+        deadline: float | None,
+        watched: dict[int, NativeCall],
     ) -> None:
         self._front = front
         self._id = call_id
+        self._watched = watched
+        self.gone = False
         self.batch = batch
         self.payload = payload
         self.request_id = request_id
         self.deadline = deadline
 
+    def watch(self) -> None:
+        self._watched[self._id] = self
+
     def answer(self, payload: bytes) -> None:
+        self._watched.pop(self._id, None)
         self._front.respond(self._id, payload, ((REQUEST_ID_KEY, self.request_id),))
 
     def fail(self, error: ServiceError) -> None:
+        self._watched.pop(self._id, None)
         status = status_of(error)
         # A call that fails has no message, and so only one set of metadata: the trailing one.
         metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, self.request_id), *trailing_metadata(status)]
@@ -153,6 +179,7 @@ class NativeCalls:
         self._ids = secrets.token_hex(8)
         # Sixteen digits, for ever: written in half the time of a number padded with zeros.
         self._made = itertools.count(10**15)
+        self._watched: dict[int, NativeCall] = {}
 
     def take(self, calls_max: int, *, wait: bool) -> list[Call] | None:
         front, ids, made = self._front, self._ids, self._made
@@ -162,20 +189,27 @@ class NativeCalls:
         now = time.monotonic()
         calls: list[Call] = []
         for kind, call_id, method, payload, encoding, details in events:
-            # A call that is cancelled while its user is read is answered in vain: there is nothing to stop.
             if kind != EVENT_CALL or payload is None or details is None:
+                # Cancelled, or its time is up. One that nobody watches is answered in vain: that is soon done.
+                ended = self._watched.pop(call_id, None)
+                if ended is not None:
+                    ended.gone = True
                 if self._streams is not None:
                     self._streams.end(call_id)
                 continue
             metadata, peer, remaining_s = details
+            if remaining_s is not None and remaining_s <= 0:
+                continue  # the front has ended it
             request_id = (metadata and _request_id(metadata)) or f"{ids}{next(made)}"
             deadline = None if remaining_s is None else now + remaining_s
-            call = NativeCall(front, call_id, method == _BATCH, payload, request_id, deadline)
+            call = NativeCall(front, call_id, method == _BATCH, payload, request_id, deadline, self._watched)
             # Text is the peer's address: the call came without an encoding.
             suspect = encoding.__class__ is bytes or len(payload) > MESSAGE_BYTES_MAX
             if suspect and self._refuse(call, encoding, peer):
                 continue
             if method <= _BATCH:
+                if call.batch:
+                    call.watch()
                 calls.append(call)
             elif self._streams is not None:
                 self._streams.begin(call_id, method - len(METHODS), payload, metadata, peer, remaining_s)
@@ -223,6 +257,13 @@ class QueuedCall:
         self.future: Future[bytes] = Future()
         self._answered = False
 
+    @property
+    def gone(self) -> bool:
+        return self.future.cancelled()
+
+    def watch(self) -> None:
+        """Its future is told whenever its servicer stops waiting."""
+
     def answer(self, payload: bytes) -> None:
         if self._first():
             self.future.set_result(payload)
@@ -266,7 +307,8 @@ class QueuedCalls:
             if call is None:
                 self._queue.put(None)  # for the next time
                 return calls or None
-            calls.append(call)
+            if not call.gone:
+                calls.append(call)
         return calls
 
     def close(self) -> None:

@@ -66,8 +66,10 @@ METADATA_BYTES_MAX = 16 << 10
 IDENTITY_ONLY = 1
 """Bits of the compression algorithms that grpcio takes: none. It inflates a message whole before it looks at its size,
 four megabytes to four gigabytes; of an algorithm that is not allowed it inflates nothing."""
-BLOCKING_THREADS, BLOCKING_WAITING_MAX = 16, 1024
+READING_THREADS, READING_WAITING_MAX = 16, 1024
+CHANGE_THREADS, CHANGE_WAITING_MAX = 16, 256
 CREATION_THREADS, CREATION_WAITING_MAX = 64, 256
+BULK_THREADS, BULK_WAITING_MAX = 4, 256
 PREVIEW_THREADS, PREVIEW_WAITING_MAX = 4, 64
 EXPORTS_MAX, EXPORTS_PER_CALLER_MAX = 32, 16
 """Exports that may be open at once, and of one address. Each costs a batch of memory, and one on its way."""
@@ -160,31 +162,17 @@ class FrontProcess:
         self._settings = settings
         self._index = index
         self._services = Front(settings, sender=make_sender(settings))
-        self._blocking = BlockingCalls(
-            "blocking",
-            threads=BLOCKING_THREADS,
-            waiting_max=BLOCKING_WAITING_MAX,
-            bound_s=settings.statement_timeout_s,
-        )
-        self._creations = BlockingCalls(
-            "creations",
-            threads=CREATION_THREADS,
-            waiting_max=CREATION_WAITING_MAX,
-            bound_s=settings.statement_timeout_s,
-        )
-        self._previews = BlockingCalls(
-            "previews",
-            threads=PREVIEW_THREADS,
-            waiting_max=PREVIEW_WAITING_MAX,
-            bound_s=settings.statement_timeout_s,
-        )
-        self._exports = BlockingCalls(
-            "exports",
-            threads=EXPORT_THREADS,
-            waiting_max=EXPORT_WAITING_MAX,
-            bound_s=settings.statement_timeout_s,
-        )
+        # By what a call costs: those that cost much must not keep those that cost little, or change something, waiting.
+        self._reading = self._threads_for("reading", READING_THREADS, READING_WAITING_MAX)
+        self._changes = self._threads_for("changes", CHANGE_THREADS, CHANGE_WAITING_MAX)
+        self._creations = self._threads_for("creations", CREATION_THREADS, CREATION_WAITING_MAX)
+        self._bulk = self._threads_for("bulk", BULK_THREADS, BULK_WAITING_MAX)
+        self._previews = self._threads_for("previews", PREVIEW_THREADS, PREVIEW_WAITING_MAX)
+        self._exports = self._threads_for("exports", EXPORT_THREADS, EXPORT_WAITING_MAX)
         self._health = HealthServicer()
+
+    def _threads_for(self, name: str, threads: int, waiting_max: int) -> BlockingCalls:
+        return BlockingCalls(name, threads=threads, waiting_max=waiting_max, bound_s=self._settings.statement_timeout_s)
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
         """Start serving; what was started is stopped, in the reverse order, when the stack unwinds.
@@ -261,8 +249,10 @@ class FrontProcess:
             preview=services.preview,
             export=services.export,
             operations=services.operations,
-            blocking=self._blocking,
+            reading=self._reading,
+            changes=self._changes,
             creations=self._creations,
+            bulk=self._bulk,
             previews=self._previews,
             exports=self._exports,
             export_places=Places("exports", total=EXPORTS_MAX, per_caller=EXPORTS_PER_CALLER_MAX),
@@ -270,7 +260,7 @@ class FrontProcess:
 
     def _make_watch_servicer(self) -> WatchServicer:
         places = Places("watches", total=WATCHES_MAX, per_caller=WATCHES_PER_CALLER_MAX)
-        return WatchServicer(OperationWatch(self._services.operations, self._blocking), places)
+        return WatchServicer(OperationWatch(self._services.operations, self._reading), places)
 
     def _make_server(self, segments: SegmentServicer, watches: WatchServicer, submit: Submit | None) -> aio.Server:
         services = self._services
@@ -284,14 +274,15 @@ class FrontProcess:
                 users=services.users,
                 overrides=services.overrides,
                 explain=services.explain,
-                blocking=self._blocking,
+                reading=self._reading,
+                changes=self._changes,
                 submit=submit,
             ),
             server,
         )
         watch_pb2_grpc.add_OperationServiceServicer_to_server(watches, server)
         operations_pb2_grpc.add_OperationsServicer_to_server(  # type: ignore[no-untyped-call]
-            OperationsServicer(services.operations, self._blocking), server
+            OperationsServicer(services.operations, self._reading, self._changes), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.grpc_reflection:
@@ -341,10 +332,8 @@ class FrontProcess:
         return HealthMonitor(self._health, probes.catalog, [functools.partial(probes.shard, shard) for shard in shards])
 
     def _close_services(self) -> None:
-        self._blocking.close()
-        self._creations.close()
-        self._previews.close()
-        self._exports.close()
+        for threads in (self._reading, self._changes, self._creations, self._bulk, self._previews, self._exports):
+            threads.close()
         self._services.close()
 
 

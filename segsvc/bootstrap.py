@@ -209,14 +209,21 @@ class HotReads:
 class Front:
     """What one front process serves with, the hot lane apart. Made after the fork."""
 
-    ADMIN_CONNECTIONS = 8
-    """Connections a database for everything but cold reads: as many calls may be at one database at once."""
+    READ_CONNECTIONS = 8
+    """Connections a database for what is looked up, cold reads apart."""
+    CHANGE_CONNECTIONS = 8
+    """Connections a database for changes, operations and snapshots of a few rows."""
+    BULK_CONNECTIONS = 4
+    """Connections a database more, for calls that count or read all members: with their few threads they never hold all
+    that the changes need."""
 
     def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
         # One more: the watcher keeps one to the catalog as long as somebody waits.
-        self.databases = Databases(settings, "front", Pool(self.ADMIN_CONNECTIONS + 1))
+        self.databases = Databases(settings, "front", Pool(self.CHANGE_CONNECTIONS + self.BULK_CONNECTIONS + 1))
+        # Connections of their own, so that what is cheap does not wait for what is not.
+        self._reads = Databases(settings, "front", Pool(self.READ_CONNECTIONS, each_alone=True))
         # Callers of a front have deadlines; a worker's task has none, and goes on when the server does.
-        self._stalls = StallWatch(self.databases, settings.connect_timeout_s)
+        self._stalls = [StallWatch(each, settings.connect_timeout_s) for each in (self.databases, self._reads)]
         self.cache = make_cache(settings)
         parts = OperationParts(settings, self.databases, self.cache, sender)
         # Visits of each kind have threads of their own, as many as shards. Who waits for a preview, which takes as long
@@ -225,15 +232,15 @@ class Front:
         visits = [ThreadFanOut(max(1, settings.shard_count)) for _ in range(3)]
         self._fan_outs = [parts.fan_out, *visits]
         for_statistics, for_previews, for_creations = visits
-        self.segments = SegmentService(PostgresSegmentCatalog(self.databases))
+        self.segments = SegmentService(PostgresSegmentCatalog(self.databases, self._reads))
         self.statistics = StatisticsService(self.segments, PostgresShardCounter(self.databases), for_statistics)
         self.preview = PreviewService(self.segments, PostgresShardSnapshots(self.databases), for_previews)
         self.export = ExportService(self.segments, PostgresMemberReader(self.databases))
-        self.users = UserService(PostgresUserReader(self.databases))
+        self.users = UserService(PostgresUserReader(self._reads))
         overrides = PostgresOverrideStore(self.databases)
         self.overrides = OverrideService(overrides, self.cache, self.segments, failpoints(settings.failpoint_dir))
         self.explain = ExplainService(overrides)
-        self.probes = PostgresProbes(self.databases)
+        self.probes = PostgresProbes(self._reads)
         self.watcher = OperationEndWatcher(parts.ledger)
         self.operations = OperationService(
             store=parts.ledger,
@@ -251,7 +258,9 @@ class Front:
         for fan_out in self._fan_outs:
             fan_out.close()
         self.cache.close()
-        self._stalls.close()
+        for stalls in self._stalls:
+            stalls.close()
+        self._reads.close()
         self.databases.close()
 
 

@@ -35,13 +35,15 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
         users: UserService,
         overrides: OverrideService,
         explain: ExplainService,
-        blocking: BlockingCalls,
+        reading: BlockingCalls,
+        changes: BlockingCalls,
         submit: Submit | None,
     ) -> None:
         self._users = users
         self._overrides = overrides
         self._explain = explain
-        self._blocking = blocking
+        self._reading = reading
+        self._changes = changes
         self._submit = submit
 
     async def GetUserSegments(
@@ -57,7 +59,7 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
     async def GetUser(self, request: membership_pb2.GetUserRequest, context: Context) -> membership_pb2.User:
         if not request.user_id:
             raise required_field("user_id")
-        user = await self._blocking.run(lambda timeout_s: self._users.get(request.user_id, timeout_s=timeout_s))
+        user = await self._reading.run(lambda timeout_s: self._users.get(request.user_id, timeout_s=timeout_s))
         return convert.user_message(user)
 
     async def CheckMembership(
@@ -65,7 +67,7 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
     ) -> membership_pb2.CheckMembershipResponse:
         if not request.user_id:
             raise required_field("user_id")
-        explanation = await self._blocking.run(
+        explanation = await self._reading.run(
             lambda timeout_s: self._explain.explain(request.user_id, request.slug, timeout_s=timeout_s)
         )
         return convert_overrides.explanation_message(explanation)
@@ -77,7 +79,7 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
             raise required_field("user_id")
         changes = convert_overrides.changes_of(request)
         key = convert.request_key_of(call_scope.current().method, request)
-        changed = await self._blocking.run(
+        changed = await self._changes.run(
             lambda timeout_s: self._overrides.modify(request.user_id, changes, key, timeout_s=timeout_s)
         )
         return convert_overrides.modified_message(request.user_id, changed)
@@ -88,7 +90,7 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
         if not request.user_id:
             raise required_field("user_id")
         size = page_size_of(request.page_size)
-        page = await self._blocking.run(
+        page = await self._reading.run(
             lambda timeout_s: self._overrides.list(
                 request.user_id, page_size=size, page_token=request.page_token, timeout_s=timeout_s
             )

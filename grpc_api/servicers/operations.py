@@ -31,10 +31,11 @@ PAGE_BYTES_MAX = 2 << 20
 class OperationsServicer(operations_pb2_grpc.OperationsServicer):
     """google.longrunning.Operations."""
 
-    def __init__(self, operations: OperationService, blocking: BlockingCalls) -> None:
+    def __init__(self, operations: OperationService, reading: BlockingCalls, changes: BlockingCalls) -> None:
         self._operations = operations
-        self._views = OperationViews(operations, blocking)
-        self._blocking = blocking
+        self._views = OperationViews(operations, reading)
+        self._reading = reading
+        self._changes = changes
 
     async def GetOperation(self, request: operations_pb2.GetOperationRequest, context: Context) -> OperationMessage:
         return convert.operation_message(await self._views.describe(convert.operation_id_of(request.name)))
@@ -47,7 +48,7 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):
         wanted, page_size = convert.filter_of(request.filter), page_size_of(request.page_size)
         before = decode_token(_scope(wanted), request.page_token, "page_token")[0] if request.page_token else None
         # One more than asked for tells whether another page follows.
-        found = await self._blocking.run(
+        found = await self._reading.run(
             lambda _: self._operations.list(wanted, page_size=page_size + 1, before_seq=before)
         )
         messages: list[OperationMessage] = []
@@ -70,13 +71,13 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):
             if timeout_s < 0:
                 raise invalid_field("timeout", "must not be negative")
             patience_s = timeout_s if patience_s is None else min(timeout_s, patience_s)
-        operation = await self._blocking.run(lambda _: self._operations.get(operation_id))
+        operation = await self._reading.run(lambda _: self._operations.get(operation_id))
         await self._views.wait(operation, patience_s)
         return convert.operation_message(await self._views.describe(operation_id))
 
     async def CancelOperation(self, request: operations_pb2.CancelOperationRequest, context: Context) -> Empty:
         operation_id = convert.operation_id_of(request.name)
-        await self._blocking.run(lambda _: self._operations.cancel(operation_id))
+        await self._changes.run(lambda _: self._operations.cancel(operation_id))
         return Empty()
 
     async def DeleteOperation(self, request: operations_pb2.DeleteOperationRequest, context: Context) -> Empty:

@@ -26,8 +26,10 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     """Create, read, edit, preview, roll out, delete, count and export segments.
 
     Args:
-        blocking: threads for everything that ends soon.
+        reading: threads for what is looked up.
+        changes: threads of their own for what changes something.
         creations: threads of their own for CreateSegment, which waits for its turn among the operations.
+        bulk: threads of their own for what counts all members.
         previews: threads of their own for PreviewRollOut, which takes as long as its condition.
         exports: threads of their own for ExportSegmentUsers, which has as many batches as there are members.
         export_places: exports that may be open at once.
@@ -41,8 +43,10 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         preview: PreviewService,
         export: ExportService,
         operations: OperationService,
-        blocking: BlockingCalls,
+        reading: BlockingCalls,
+        changes: BlockingCalls,
         creations: BlockingCalls,
+        bulk: BlockingCalls,
         previews: BlockingCalls,
         exports: BlockingCalls,
         export_places: Places,
@@ -52,8 +56,10 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         self._preview = preview
         self._export = export
         self._operations = operations
-        self._views = OperationViews(operations, blocking)
-        self._blocking = blocking
+        self._views = OperationViews(operations, changes)
+        self._reading = reading
+        self._changes = changes
+        self._bulk = bulk
         self._creations = creations
         self._previews = previews
         self._exports = exports
@@ -72,14 +78,14 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         return convert.segment_message(segment)
 
     async def GetSegment(self, request: segments_pb2.GetSegmentRequest, context: Context) -> segments_pb2.Segment:
-        segment = await self._blocking.run(lambda timeout_s: self._segments.get(request.slug, timeout_s=timeout_s))
+        segment = await self._reading.run(lambda timeout_s: self._segments.get(request.slug, timeout_s=timeout_s))
         return convert.segment_message(segment)
 
     async def ListSegments(
         self, request: segments_pb2.ListSegmentsRequest, context: Context
     ) -> segments_pb2.ListSegmentsResponse:
         query, page_size = convert.query_of(request), page_size_of(request.page_size)
-        page = await self._blocking.run(
+        page = await self._reading.run(
             lambda timeout_s: self._segments.list(
                 query, page_size=page_size, page_token=request.page_token, timeout_s=timeout_s
             )
@@ -96,7 +102,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         new = request.segment
         fields = convert.edited_fields_of(new, request.update_mask)
         etag = convert.etag_of(new.etag, "segment.etag")
-        segment = await self._blocking.run(
+        segment = await self._changes.run(
             lambda timeout_s: self._segments.edit(
                 new.slug, convert.text_of(new), fields, etag=etag, timeout_s=timeout_s
             )
@@ -106,7 +112,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     async def DeleteSegment(self, request: segments_pb2.DeleteSegmentRequest, context: Context) -> OperationMessage:
         slug, etag = check_slug(request.slug), convert.etag_of(request.etag, "etag")
         key = convert.request_key_of(call_scope.current().method, request)
-        accepted = await self._blocking.run(lambda _: self._operations.delete(slug, etag=etag, request=key))
+        accepted = await self._changes.run(lambda _: self._operations.delete(slug, etag=etag, request=key))
         patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()
         return convert.operation_message(await self._views.answer(accepted, patience_s))
 
@@ -121,7 +127,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         slug, rule = check_slug(request.slug), convert.rule_of(request)
         etag = convert.etag_of(request.etag, "etag")
         key = convert.request_key_of(call_scope.current().method, request)
-        accepted = await self._blocking.run(
+        accepted = await self._changes.run(
             lambda _: self._operations.roll_out(
                 slug, rule, etag=etag, request=key, replace_queued=request.replace_queued
             )
@@ -132,7 +138,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     async def GetSegmentStatistics(
         self, request: segments_pb2.GetSegmentStatisticsRequest, context: Context
     ) -> segments_pb2.SegmentStatistics:
-        statistics = await self._blocking.run(lambda timeout_s: self._statistics.get(request.slug, timeout_s=timeout_s))
+        statistics = await self._bulk.run(lambda timeout_s: self._statistics.get(request.slug, timeout_s=timeout_s))
         return convert.statistics_message(statistics)
 
     async def ExportSegmentUsers(

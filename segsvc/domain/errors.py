@@ -109,6 +109,10 @@ class LockTimeout(Exception):
     """A lock was not to be had within ``lock_timeout``: nothing was done, come back a little later."""
 
 
+class UserLockTimeout(LockTimeout):
+    """The lock was one user's: another change of that user holds it."""
+
+
 def invalid_field(name: str, description: str, reason: Reason = Reason.FIELD_INVALID) -> ServiceError:
     """An INVALID_ARGUMENT about one field."""
     return ServiceError(reason, f"{name}: {description}", {"field": name}, (FieldViolation(name, description),))

@@ -46,7 +46,7 @@ _CONFIG = """\
 listen_addresses = ''
 unix_socket_directories = '{socket_folder}'
 unix_socket_permissions = 0700
-max_connections = 200
+max_connections = 300
 # The commit protocol needs at least 2 x shards + 4 (it is checked at start).
 max_prepared_transactions = 64
 shared_buffers = {shared_buffers}

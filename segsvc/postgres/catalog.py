@@ -80,21 +80,26 @@ def update_text(
 
 
 class PostgresSegmentCatalog:
-    """The segments of one catalog database."""
+    """The segments of one catalog database.
 
-    def __init__(self, databases: Databases) -> None:
+    Args:
+        reads: connections for what is only looked up; None: the same as for changes.
+    """
+
+    def __init__(self, databases: Databases, reads: Databases | None = None) -> None:
         self._databases = databases
+        self._reads = reads or databases
 
     def get(self, slug: str, *, timeout_s: float | None) -> Segment | None:
         """The segment of a slug; None: there is none."""
-        with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
+        with self._reads.catalog_autocommit(timeout_s=timeout_s) as connection:
             return select_segment(connection, slug)
 
     def page(
         self, query: SegmentQuery, after: SegmentPosition | None, limit: int, *, timeout_s: float | None
     ) -> tuple[Sequence[Segment], int]:
         """At most ``limit`` segments after a position, and how many the query matches in all."""
-        with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
+        with self._reads.catalog_autocommit(timeout_s=timeout_s) as connection:
             return select_page(connection, query, after, limit), count_segments(connection, query)
 
     def edit(

@@ -73,10 +73,13 @@ class Pool:
     """How long a transaction on the catalog may stand still between two statements. A process that is frozen while it
     votes or decides has the operation's row, and every decision waits for that. None: as long as on a shard, where
     the work lies between the statements."""
+    each_alone: bool = False
+    """Sessions on which each statement is its own transaction, unless something else is asked for: with its bound it is
+    one exchange instead of five."""
     by_key: bool = False
     """Sessions that only look rows up by their keys, many times a second, and whose user tries again on a connection
-    that turns out to be lost. Each statement is its own transaction. They plan prepared statements once, without ever
-    settling on a scan of a table that was small at that moment."""
+    that turns out to be lost. Each statement is its own transaction here, too. They plan prepared statements once,
+    without ever settling on a scan of a table that was small at that moment."""
 
 
 def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: float | None = None) -> sa.Engine:
@@ -103,13 +106,15 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
         # Ends a backend that waits for a lock on behalf of a client that is gone (PostgreSQL's default is never).
         "client_connection_check_interval": 1000,
     }
-    isolation: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"} if pool.by_key else {}
+    isolation: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"} if pool.by_key or pool.each_alone else {}
     engine = sa.create_engine(
         dsn,
         **isolation,
         pool_size=pool.size,
         max_overflow=0,
-        pool_timeout=settings.read_timeout_s,
+        # Longer than it takes to find out that a server hangs: who waits for a connection to it is then told so, and
+        # not that too many wait.
+        pool_timeout=settings.read_timeout_s + settings.connect_timeout_s,
         # A restarted server is noticed before a transaction starts, not in the middle of the first one.
         pool_pre_ping=True,
         # An error's text goes into the log, and parameters are users' attributes.
@@ -127,6 +132,7 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
     )
     engine.dialect.do_ping = _still_open  # type: ignore[method-assign]  # a hook of dialects
     event.listen(engine, "checkin", _keep_if_idle)
+    event.listen(engine, "before_cursor_execute", _with_bound, retval=True)
     return engine
 
 
@@ -244,16 +250,25 @@ class Databases:
             yield connection
 
     @contextmanager
-    def shard_autocommit(self, shard: int) -> Iterator[sa.Connection]:
-        """A connection on which every statement is its own transaction (COMMIT PREPARED needs that)."""
+    def shard_autocommit(self, shard: int, *, timeout_s: float | None = None) -> Iterator[sa.Connection]:
+        """A connection on which every statement is its own transaction (COMMIT PREPARED needs that).
+
+        Args:
+            timeout_s: bound of each statement; None: the session's.
+
+        Raises:
+            ServiceError: SHARD_UNAVAILABLE, DEADLINE_EXCEEDED.
+            LockTimeout: a lock was not acquired in time.
+        """
         with translated(shard), self.shards[shard].connect() as connection:
-            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection.execution_options(**_each_alone(timeout_s))
 
     @contextmanager
-    def catalog_autocommit(self) -> Iterator[sa.Connection]:
-        """A connection to the catalog on which every statement is its own transaction. Raises CATALOG_UNAVAILABLE."""
+    def catalog_autocommit(self, *, timeout_s: float | None = None) -> Iterator[sa.Connection]:
+        """A connection to the catalog on which every statement is its own transaction; as ``shard_autocommit``, with
+        CATALOG_UNAVAILABLE."""
         with translated("catalog"), self.catalog.connect() as connection:
-            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection.execution_options(**_each_alone(timeout_s))
 
     @contextmanager
     def shard_connection(self, shard: int) -> Iterator[sa.Connection]:
@@ -298,6 +313,26 @@ def _lift_before_rollback(connection: sa.Connection) -> None:
         connection.exec_driver_sql(_LIFT)
 
 
+_BOUND_OPTION = "segsvc_bound_ms"
+
+
+def _each_alone(timeout_s: float | None) -> dict[str, Any]:
+    """Options of a connection on which each statement is its own transaction, with its bound."""
+    bound = {} if timeout_s is None else {_BOUND_OPTION: bound_ms(timeout_s)}
+    return {"isolation_level": "AUTOCOMMIT", **bound}
+
+
+def _with_bound(
+    connection: sa.Connection, _cursor: object, statement: str, parameters: Any, _context: object, _many: bool
+) -> tuple[str, Any]:
+    """The statement with the bound that its connection was given, in one message: so the two are one transaction, which
+    the server ends by itself once the statement is done and its bound over."""
+    bound = connection.get_execution_options().get(_BOUND_OPTION)
+    if bound is None:
+        return statement, parameters
+    return f"SELECT set_config('statement_timeout', '{bound}', true); {statement}", parameters
+
+
 def bound_ms(timeout_s: float) -> str:
     """A statement's bound as PostgreSQL takes it: at least a millisecond, for 0 would mean "no bound"."""
     return str(max(1, int(timeout_s * 1000)))
@@ -309,13 +344,23 @@ def translated(where: Literal["catalog"] | int) -> Iterator[None]:
     try:
         yield
     except exc.TimeoutError as error:  # the pool's: every connection is in use
-        raise ServiceError(Reason.OVERLOADED, "too many requests wait for the database", retry_after_s=0.5) from error
+        message = f"too many requests wait for {_name(where)}"
+        raise ServiceError(Reason.OVERLOADED, message, _metadata(where), retry_after_s=0.5) from error
     except (exc.DBAPIError, psycopg2.Error) as error:  # the latter from COPY, which goes past SQLAlchemy
         state = sqlstate(error)
         if state == LOCK_NOT_AVAILABLE:
             raise LockTimeout from error
         if state == QUERY_CANCELED:
-            raise ServiceError(Reason.DEADLINE_EXCEEDED, "the database did not answer in time") from error
+            message = f"{_name(where)} did not answer in time"
+            raise ServiceError(Reason.DEADLINE_EXCEEDED, message, _metadata(where)) from error
         if is_lost(error):
             raise (catalog_unavailable() if where == "catalog" else shard_unavailable(where)) from error
         raise
+
+
+def _name(where: Literal["catalog"] | int) -> str:
+    return "the catalog" if where == "catalog" else f"shard {where}"
+
+
+def _metadata(where: Literal["catalog"] | int) -> dict[str, str]:
+    return {} if where == "catalog" else {"shard": str(where)}

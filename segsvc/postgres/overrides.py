@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from segsvc.domain.errors import Reason, invalid_field
+from segsvc.domain.errors import Reason, UserLockTimeout, invalid_field
 from segsvc.domain.operation import RequestKey
 from segsvc.domain.override import (
     Effect,
@@ -23,7 +23,7 @@ from segsvc.domain.override import (
 from segsvc.domain.sharding import BLOCK_SLOTS, shard_of
 from segsvc.postgres import tables
 from segsvc.postgres.blocks import PostgresShardTransaction
-from segsvc.postgres.engine import Databases
+from segsvc.postgres.engine import LOCK_NOT_AVAILABLE, Databases, sqlstate
 from segsvc.postgres.override_terms import holds_now
 from segsvc.postgres.reads import select_users
 from segsvc.postgres.user_bits import int_array
@@ -76,7 +76,12 @@ class PostgresOverrideStore:
             lock_shared(connection)
             # The row orders all changes of one user, events included.
             statement = sa.select(sa.func.clock_timestamp()).where(_users.id == user_id).with_for_update()
-            now = connection.execute(statement).scalar_one_or_none()
+            try:
+                now = connection.execute(statement).scalar_one_or_none()
+            except sa.exc.DBAPIError as error:
+                if sqlstate(error) == LOCK_NOT_AVAILABLE:
+                    raise UserLockTimeout from error
+                raise
             if now is None:
                 return None
             if request is not None:

@@ -13,10 +13,10 @@ class PostgresProbes:
 
     def catalog(self, timeout_s: float) -> None:
         """Raises ServiceError CATALOG_UNAVAILABLE, DEADLINE_EXCEEDED, or OVERLOADED (every connection is in use)."""
-        with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
+        with self._databases.catalog_autocommit(timeout_s=timeout_s) as connection:
             connection.execute(sa.select(sa.literal(1)))
 
     def shard(self, shard: int, timeout_s: float) -> None:
         """Raises ServiceError SHARD_UNAVAILABLE, DEADLINE_EXCEEDED, or OVERLOADED (every connection is in use)."""
-        with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
+        with self._databases.shard_autocommit(shard, timeout_s=timeout_s) as connection:
             connection.execute(sa.select(sa.literal(1)))

@@ -101,7 +101,7 @@ class PostgresShardCounter:
 
     def count(self, shard: int, segment_id: int, *, timeout_s: float | None) -> ShardStatistics:
         """Raises ServiceError SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
-        with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
+        with self._databases.shard_autocommit(shard, timeout_s=timeout_s) as connection:
             return select_counts(connection, shard, segment_id)
 
 
@@ -114,5 +114,5 @@ class PostgresUserReader:
     def get(self, user_id: int, *, timeout_s: float | None) -> User | None:
         """None: there is no such user. Raises ServiceError SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
         shard = shard_of(user_id, self._databases.shard_count)
-        with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
+        with self._databases.shard_autocommit(shard, timeout_s=timeout_s) as connection:
             return select_user(connection, shard, user_id)

@@ -25,6 +25,7 @@ from typing import Final, Protocol
 from segsvc import metrics
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError, internal_error, shard_unavailable, user_not_found
 from segsvc.domain.membership import Entry, Grant, LoadedUser
+from segsvc.domain.pace import Pace, fits, overloaded
 from segsvc.domain.sharding import shard_of
 from segsvc.log import get_logger
 from segsvc.services.slug_map import SlugMap
@@ -37,6 +38,10 @@ USERS_PER_LOAD: Final = 256
 Outcome = Entry | ServiceError
 Answer = Callable[[int, Outcome], None]
 """Called once, from a thread of ours, with the user and what became of the read. Must not block."""
+
+
+Gone = Callable[[], bool]
+"""Whether the caller has left. Called from threads of ours; must not block."""
 
 
 class UserReads(Protocol):
@@ -78,6 +83,11 @@ class _Waiter:
     since: float
     deadline: float | None
     answer: Answer
+    gone: Gone | None = None
+
+    def in_vain(self, now: float) -> bool:
+        """Whether nobody waits for its answer any more, or no answer comes in time."""
+        return (self.deadline is not None and self.deadline <= now) or (self.gone is not None and self.gone())
 
 
 _Waiting = dict[int, list[_Waiter]]
@@ -89,12 +99,14 @@ class _Load:
 
     Attributes:
         waiting: those who are not answered yet.
+        at_cache: it waits for the cache.
         asked_at: when the shard was asked; None: it has not been, has answered, or was held to hang because of it.
     """
 
     started: float
     waiting: _Waiting
     asked_at: float | None = None
+    at_cache: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +118,7 @@ class _Shard:
         loads: loads that run now.
         waiting: reads that are not answered yet, gathering or loading.
         down: the last that was heard of the shard is that it could not be reached, or it hangs.
+        pace: of loads.
         probe_at: when the next read may try a shard that is down.
     """
 
@@ -116,6 +129,7 @@ class _Shard:
     waiting: int = 0
     down: bool = False
     probe_at: float = 0.0
+    pace: Pace = field(default_factory=Pace)
 
 
 class ColdReads:
@@ -143,21 +157,33 @@ class ColdReads:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, user_ids: Iterable[int], deadline: float | None, answer: Answer) -> None:
+    def submit(
+        self,
+        user_ids: Iterable[int],
+        deadline: float | None,
+        answer: Answer,
+        *,
+        gone: Gone | None = None,
+        share: float = 1.0,
+    ) -> None:
         """Read users from their shards; ``answer`` is called once for each, perhaps before this returns.
 
         Outcomes: the entry, or ServiceError USER_NOT_FOUND, SHARD_UNAVAILABLE, OVERLOADED, DEADLINE_EXCEEDED, INTERNAL.
 
         Args:
             deadline: when the answer must be there, on ``time.monotonic()``'s clock; None: there is none.
+            gone: once it is true, users who are not being read yet are not read for this caller.
+            share: of the places, those that reads of this kind may take.
         """
         now = time.monotonic()
         for user_id in user_ids:
-            refusal = self._enqueue(user_id, _Waiter(now, deadline, answer))
+            refusal = self._enqueue(
+                user_id, _Waiter(now, deadline, answer, gone), int(share * self._limits.waiting_max)
+            )
             if refusal is not None:
                 _answer([_Waiter(now, deadline, answer)], user_id, refusal, "error")
 
-    def _enqueue(self, user_id: int, waiter: _Waiter) -> ServiceError | None:
+    def _enqueue(self, user_id: int, waiter: _Waiter, places: int) -> ServiceError | None:
         shard = self._shards[shard_of(user_id, len(self._shards))]
         with shard.changed:
             if self._closing.is_set():
@@ -167,13 +193,12 @@ class ColdReads:
                 if waiter.since < shard.probe_at or len(shard.loads) >= self._limits.threads:
                     return shard_unavailable(shard.number)
                 shard.probe_at = waiter.since + self.PROBE_S
-            if shard.waiting >= self._limits.waiting_max:
-                return ServiceError(
-                    Reason.OVERLOADED,
-                    f"{shard.waiting} reads wait for shard {shard.number} already",
-                    {"shard": str(shard.number), "limit": str(self._limits.waiting_max)},
-                    retry_after_s=0.5,
-                )
+            # Those that gather come first, in loads of so many users.
+            wait_s = len(shard.gathering) // USERS_PER_LOAD * shard.pace.usual_s / self._limits.threads
+            left_s = None if waiter.deadline is None else waiter.deadline - waiter.since
+            if shard.waiting >= max(1, places) or not fits(wait_s, shard.pace.usual_s, left_s):
+                message = f"too many reads wait for shard {shard.number}"
+                return overloaded(message, wait_s, shard=str(shard.number), limit=str(places))
             shard.gathering.setdefault(user_id, []).append(waiter)
             shard.waiting += 1
             shard.changed.notify()
@@ -225,7 +250,9 @@ class ColdReads:
         user_ids = list(load.waiting)
         if not user_ids:
             return
+        load.at_cache = True
         grant = self._acquire(shard, user_ids)
+        load.at_cache = False
         filled: frozenset[int] = grant.user_ids if grant else frozenset()
         load.asked_at = time.monotonic()
         try:
@@ -233,10 +260,13 @@ class ColdReads:
                 rows = self._read(shard, user_ids, self._timeout_s(load))
         except (ServiceError, LockTimeout) as error:
             load.asked_at = None
-            self._give_back(shard, grant, filled)
+            # Told before the cache is: it may hang as well.
             self._fail(shard, load, error)
+            load.at_cache = True
+            self._give_back(shard, grant, filled)
             return
         load.asked_at = None
+        shard.pace.took(time.monotonic() - load.started)
         self._mark_up(shard)
         entries = {
             row.user_id: (row.valid_until_us, row.row_version, row.read_time_us, row.block, *segment_ids)
@@ -245,6 +275,7 @@ class ColdReads:
         for user_id in user_ids:
             outcome = entries.get(user_id) or user_not_found(user_id)
             self._answer_user(shard, load, user_id, outcome, "miss" if user_id in filled else "bypass")
+        load.at_cache = True
         if grant:
             self._fill(shard, grant, [(user_id, entries[user_id]) for user_id in filled if user_id in entries])
             # An unknown user is never cached, so that a creation needs no cache to become visible.
@@ -335,23 +366,27 @@ class ColdReads:
             log.info("shard_back", shard=shard.number)
 
     def _drop_expired(self, shard: _Shard, load: _Load | None, now: float) -> None:
-        """Answer the reads whose deadline has passed, and take them out: of a load, or of those that gather (None)."""
+        """Answer the reads whose deadline has passed, or whose caller has left, and take them out: of a load, or of
+        those that gather (None)."""
         with shard.changed:
             waiting = shard.gathering if load is None else load.waiting
             expired: _Waiting = {}
             for user_id, waiters in list(waiting.items()):
-                over = [waiter for waiter in waiters if waiter.deadline is not None and waiter.deadline <= now]
+                over = [waiter for waiter in waiters if waiter.in_vain(now)]
                 if not over:
                     continue
                 expired[user_id] = over
-                patient = [waiter for waiter in waiters if waiter.deadline is None or waiter.deadline > now]
+                patient = [waiter for waiter in waiters if waiter not in over]
                 if patient:
                     waiting[user_id] = patient
                 else:
                     del waiting[user_id]
             shard.waiting -= sum(map(len, expired.values()))
+            # What gathers waits for a thread, and each of these for what its load waits for.
+            at_cache = load.at_cache if load else any(each.at_cache for each in shard.loads)
+        error = _not_in_time(shard, at_cache)
         for user_id, waiters in expired.items():
-            _answer(waiters, user_id, _not_in_time(shard), "error")
+            _answer(waiters, user_id, error, "error")
 
     # -- watching ---------------------------------------------------------------------------------------------------
 
@@ -371,8 +406,11 @@ class ColdReads:
             # Also those whose callers have all gone: it is the shard that is judged. Once for each: it may be back
             # before the load knows.
             stalled = [load for load in shard.loads if (asked_at := load.asked_at) is not None and asked_at < give_up]
-            # Nobody takes them: every thread of the shard is in a load that stalls.
-            untaken = any(waiters[0].since < give_up for waiters in shard.gathering.values())
+            # Nobody takes them: every thread of the shard is in a load that stalls. One that waits for the cache does
+            # not: the cache's own bound ends that, and it says nothing of the shard.
+            untaken = any(waiters[0].since < give_up for waiters in shard.gathering.values()) and not any(
+                load.at_cache for load in shard.loads
+            )
         error = shard_unavailable(shard.number)
         if stalled or untaken:
             self._mark_down(shard, error)
@@ -381,8 +419,11 @@ class ColdReads:
             self._end(shard, load, error)
 
 
-def _not_in_time(shard: _Shard) -> ServiceError:
-    """What a caller is told whose time is up. Of a shard that is down it was the one that tried."""
+def _not_in_time(shard: _Shard, at_cache: bool) -> ServiceError:
+    """Error for a read whose deadline passed, with the part that it waited for. If the shard is down, this read was its
+    probe."""
+    if at_cache:
+        return ServiceError(Reason.DEADLINE_EXCEEDED, "the cache did not answer within the call's deadline")
     if shard.down:
         return shard_unavailable(shard.number)
     message = f"shard {shard.number} did not answer within the call's deadline"

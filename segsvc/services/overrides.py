@@ -11,6 +11,7 @@ from segsvc.domain.errors import (
     LockTimeout,
     Reason,
     ServiceError,
+    UserLockTimeout,
     invalid_field,
     segment_deleting,
     segment_not_found,
@@ -65,7 +66,8 @@ class OverrideStore(Protocol):
             the user afterwards (of a repeated request: as it was answered); None: there is no such user.
 
         Raises:
-            UnknownSlug, ExpiryPassed; ServiceError REQUEST_ID_REUSED; LockTimeout: an operation holds the shard.
+            UnknownSlug, ExpiryPassed; ServiceError REQUEST_ID_REUSED; LockTimeout: an operation holds the shard;
+            UserLockTimeout: another change holds the user.
         """
 
     def page(self, user_id: int, after: str, limit: int, *, timeout_s: float | None) -> list[Override] | None:
@@ -127,17 +129,13 @@ class OverrideService:
             try:
                 changed = self._store.modify(user_id, changes, request, block, timeout_s=left_s)
                 break
-            except LockTimeout:
-                # An operation is in doubt on this shard. Nothing was done; it ends by itself.
+            except LockTimeout as held:
+                # Nothing was done, and what holds the lock ends by itself: an operation that is in doubt on this shard,
+                # or another change of this user, which may have to wait for the cache.
                 if timeout_s is not None:
                     left_s = give_up - time.monotonic()
                 if give_up - time.monotonic() < LOCK_WAIT_MIN_S:
-                    raise ServiceError(
-                        Reason.SHARD_UNAVAILABLE,
-                        f"shard {shard} is being changed by an operation; nothing was changed",
-                        {"shard": str(shard)},
-                        retry_after_s=1.0,
-                    ) from None
+                    raise _held_up(held, user_id, shard) from None
             except UnknownSlug as unknown:
                 raise self._refusal(unknown.slug, timeout_s) from None
             except ExpiryPassed as passed:
@@ -170,3 +168,12 @@ class OverrideService:
         creation on its way: at most a deletion that has come this far."""
         segment = self._segments.get(slug, timeout_s=timeout_s)
         return segment_deleting(slug) if segment.state is SegmentState.DELETING else segment_not_found(slug)
+
+
+def _held_up(held: LockTimeout, user_id: int, shard: int) -> ServiceError:
+    """Why a change that waited for a lock was not made."""
+    if isinstance(held, UserLockTimeout):
+        message = f"user {user_id} is being changed by another call or event; nothing was changed"
+        return ServiceError(Reason.OVERLOADED, message, {"user_id": str(user_id)}, retry_after_s=1.0)
+    message = f"shard {shard} is being changed by an operation; nothing was changed"
+    return ServiceError(Reason.SHARD_UNAVAILABLE, message, {"shard": str(shard)}, retry_after_s=1.0)

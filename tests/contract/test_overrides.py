@@ -194,6 +194,20 @@ def test_a_shard_that_an_operation_holds(front: FrontUnderTest, user_id: int, se
     assert slug in front.memberships.ModifyUserOverrides(request, timeout=seconds).user_segments.slugs
 
 
+def test_a_user_who_is_being_changed(front: FrontUnderTest, user_id: int) -> None:
+    """It is no fault of the shard: another change, say, waits for the cache."""
+    slug = front.create().slug
+    request = pb.ModifyUserOverridesRequest(user_id=user_id, set=[pb.Override(slug=slug, effect=IN)])
+    with front.installation.databases.shards[user_id % 4].begin() as holder:
+        holder.execute(sa.text("SELECT 1 FROM users WHERE id = :id FOR UPDATE"), {"id": user_id})
+        refusal = refused(lambda: front.memberships.ModifyUserOverrides(request, timeout=1.0))
+    assert (refusal.code, refusal.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    assert refusal.metadata == {"user_id": str(user_id)}
+    assert "shard" not in refusal.message
+    assert refusal.retry_after_s
+    assert slug in front.memberships.ModifyUserOverrides(request, timeout=10).user_segments.slugs
+
+
 def test_users_who_are_not_there(front: FrontUnderTest) -> None:
     slug = front.create().slug
     for call in (

@@ -172,4 +172,6 @@ def test_a_storm_of_short_deadlines_leaves_nothing_behind(
     front.create()  # after whatever was accepted in the storm
     refusals = {StatusCode.NOT_FOUND, StatusCode.ALREADY_EXISTS, StatusCode.ABORTED, StatusCode.UNIMPLEMENTED}
     allowed = {StatusCode.OK, StatusCode.FAILED_PRECONDITION, *refusals}
-    assert not [each for each in calm(front, requests, 8) if each[1] not in allowed]
+    queued = ("CreateSegment", "RollOutSegment", "DeleteSegment")  # of which only so many wait for each other
+    full = {(method, StatusCode.RESOURCE_EXHAUSTED) for method in queued}
+    assert not [each for each in calm(front, requests, 8) if each[1] not in allowed and each not in full]

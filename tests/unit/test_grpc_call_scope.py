@@ -104,3 +104,31 @@ async def test_exceptions_come_through() -> None:
         with pytest.raises(ZeroDivisionError):
             await blocking.run(lambda _: 1 / 0)
     blocking.close()
+
+
+async def test_a_call_whose_turn_would_come_too_late_is_refused_at_once() -> None:
+    """By how many wait and how long such calls take; who has more time, or finds a thread free, is let in."""
+    blocking = BlockingCalls("test", threads=1, waiting_max=100, bound_s=30)
+    call_scope.enter(call_with(None))
+    await blocking.run(lambda _: time.sleep(0.1))
+    call_scope.enter(call_with(0.12))
+    assert await blocking.run(lambda _: "a free thread tries") == "a free thread tries"
+
+    call_scope.enter(call_with(None))
+    release = threading.Event()
+    running = [asyncio.create_task(blocking.run(lambda _: release.wait(5))) for _ in range(5)]
+    await asyncio.sleep(0)
+    begun: list[None] = []
+    call_scope.enter(call_with(0.3))
+    with pytest.raises(ServiceError) as caught:
+        await blocking.run(lambda _: begun.append(None))
+    assert caught.value.reason is Reason.OVERLOADED
+    assert caught.value.retry_after_s == pytest.approx(0.5, abs=0.2)
+    call_scope.enter(call_with(10.0))
+    patient = asyncio.create_task(blocking.run(lambda _: "patient"))
+    await asyncio.sleep(0)
+    release.set()
+    assert await patient == "patient"
+    assert all(await asyncio.gather(*running))
+    assert not begun
+    blocking.close()

@@ -45,6 +45,19 @@ class RefusedError(Exception):
                 self.retry_s = retry.retry_delay.ToTimedelta().total_seconds()
 
 
+class Answer(Protocol):
+    """What a call that was sent comes to."""
+
+    def result(self, timeout: float) -> bytes: ...
+
+    def cancel(self) -> bool: ...
+
+
+class Send(Protocol):
+    def __call__(self, method: str, payload: bytes, timeout_s: float) -> Answer:
+        """Without waiting."""
+
+
 class Ask(Protocol):
     def __call__(self, method: str, payload: bytes, timeout_s: float | None) -> bytes:
         """The answer's bytes. Raises RefusedError."""
@@ -57,6 +70,7 @@ class Lane:
     lane: HotLane
     reads: HotReads
     ask: Ask
+    send: Send
     channel: grpc.Channel | None = None
 
     def segments(self, user_id: int, timeout_s: float | None = 5.0) -> list[str]:
@@ -116,7 +130,11 @@ def native_lane(settings: Settings) -> Lane:
         assert dict(call.initial_metadata())[REQUEST_ID_KEY] == "a test"
         return bytes(answer)
 
-    return Lane(lane, reads, ask, channel)
+    def send(method: str, payload: bytes, timeout_s: float) -> Answer:
+        future: Answer = channel.unary_unary(method).future(payload, timeout=timeout_s)
+        return future
+
+    return Lane(lane, reads, ask, send, channel)
 
 
 def queued_lane(settings: Settings) -> Lane:
@@ -134,7 +152,10 @@ def queued_lane(settings: Settings) -> Lane:
             future.cancel()
             raise RefusedError(Status(code=grpc.StatusCode.DEADLINE_EXCEEDED.value[0])) from error
 
-    return Lane(lane, reads, ask)
+    def send(method: str, payload: bytes, timeout_s: float) -> Answer:
+        return lane.submit(method, payload, "a test", time.monotonic() + timeout_s)
+
+    return Lane(lane, reads, ask, send)
 
 
 LANES = {"native": native_lane, "queued": queued_lane}

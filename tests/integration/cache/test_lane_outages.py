@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 from google.rpc import code_pb2
 
+from grpc_api.lane import BATCH_SHARE
 from segsvc.cache import keys
 from segsvc.local.postgres import PostgresServer
 from tests.eventually import eventually
@@ -57,6 +58,25 @@ def test_cache_hangs_and_goes_on(own_world: World, own_lane: Lane) -> None:
     assert calls > 10, "calls must not wait for a cache that is known to be down"
     own_world.server.resume()
     eventually(lambda: hits(own_lane, 4), within_s=3)
+
+
+def test_a_cache_that_hangs_is_what_a_refusal_names(own_world: World, start: Start) -> None:
+    """The shard was not even asked: nothing may be said of it."""
+    own_world.add_users(4)
+    lane = start(own_world, cache_timeout_s=1.0)
+    eventually(lambda: hits(lane, 4))
+    own_world.server.pause()
+    try:
+        # The lane waits for the cache once, and then the load does.
+        with pytest.raises(RefusedError) as refused:
+            lane.segments(4, timeout_s=1.7)
+    finally:
+        own_world.server.resume()
+    error = refused.value
+    assert (error.code, error.reason) == (code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+    assert "the cache" in error.message
+    assert "shard" not in error.message
+    eventually(lambda: hits(lane, 4), within_s=5)
 
 
 def test_lane_starts_without_a_cache(own_world: World, start: Start) -> None:
@@ -143,15 +163,21 @@ def test_more_reads_than_may_wait_are_refused(world: World, start: Start) -> Non
     assert lane.segments(99) == []
     with world.databases.shards[0].begin() as blocker:
         blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
-        waiting = threading.Thread(target=lambda: lane.batch(range(2, 22, 2), timeout_s=20))
-        waiting.start()
+        threads = [threading.Thread(target=lambda: lane.batch(range(2, 22, 2), timeout_s=20))]
+        threads[0].start()
+        # A batch leaves places for those who ask for one user.
+        eventually(lambda: lane.reads.cold.waiting == int(BATCH_SHARE * 10))
+        for user_id in (22, 24, 26):
+            threads.append(threading.Thread(target=lane.segments, args=(user_id, 20)))
+            threads[-1].start()
         eventually(lambda: lane.reads.cold.waiting == 10)
         with pytest.raises(RefusedError) as refused:
             lane.segments(40)
         assert (refused.value.code, refused.value.reason) == (code_pb2.RESOURCE_EXHAUSTED, "OVERLOADED")
         assert refused.value.retry_s
         assert lane.segments(41) == [], "the other shard has its own bound"
-    waiting.join(20)
+    for thread in threads:
+        thread.join(20)
     eventually(lambda: lane.reads.cold.waiting == 0)
     assert lane.segments(40) == []
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 
+import pytest
 from segmentation.v1 import membership_pb2 as pb
 
 from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
 from grpc_api.membership_wire import BATCH_USERS_MAX
+from segsvc.domain.errors import Reason, ServiceError
+from tests.eventually import eventually
 from tests.integration.cache.conftest import World
-from tests.integration.cache.lane_front import queued_lane
+from tests.integration.cache.lane_front import Lane, Start, queued_lane
 
 BATCHES = 40
 
@@ -55,3 +61,88 @@ def test_batches_that_wait_for_their_turn_are_answered_when_the_lane_closes(worl
     lane.close()
     for answer in answers:
         assert len(pb.BatchGetUserSegmentsResponse.FromString(answer.result(0)).results) == BATCH_USERS_MAX
+
+
+def asked(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Users that the lane asks the cache for from now on, in batches."""
+    users: list[int] = []
+    lookups = lane.reads.entries.lookups
+
+    def noting(user_ids: Sequence[int], users_per_command: int) -> object:
+        users.extend(user_ids)
+        return lookups(user_ids, users_per_command)
+
+    monkeypatch.setattr(lane.reads.entries, "lookups", noting)
+    return users
+
+
+@pytest.mark.parametrize("leaving", ["cancelled", "too late"])
+def test_batches_that_nobody_waits_for_are_not_computed(
+    world: World, start: Start, monkeypatch: pytest.MonkeyPatch, leaving: str
+) -> None:
+    """Their clients leave, or their time ends, while the lane is busy with the first one."""
+    users = world.add_users(10)
+    world.fill(*users)
+    lane = start(world)
+    lane.segments(users[0])
+    computed = asked(lane, monkeypatch)
+    held: list[Sequence[int]] = []
+    go_on, lookup = threading.Event(), lane.reads.entries.lookup
+
+    def busy_lookup(user_ids: Sequence[int]) -> object:
+        held.append(user_ids)
+        go_on.wait(20)
+        return lookup(user_ids)
+
+    monkeypatch.setattr(lane.reads.entries, "lookup", busy_lookup)
+
+    def batch_of(user_id: int) -> bytes:
+        return pb.BatchGetUserSegmentsRequest(user_ids=[user_id] * 100).SerializeToString()
+
+    single = pb.GetUserSegmentsRequest(user_id=users[0]).SerializeToString()
+    blocker = lane.send(GET_USER_SEGMENTS, single, 20)
+    eventually(lambda: held)
+    left_s = 0.3 if leaving == "too late" else 20
+    left = [lane.send(BATCH_GET_USER_SEGMENTS, batch_of(users[1]), left_s) for _ in range(20)]
+    stays = lane.send(BATCH_GET_USER_SEGMENTS, batch_of(users[2]), 20)
+    time.sleep(0.2)  # the front has them all
+    if leaving == "cancelled":
+        for call in left:
+            call.cancel()
+    time.sleep(0.4)  # the time of those that are too late is over
+    go_on.set()
+    assert blocker.result(20)
+    assert len(pb.BatchGetUserSegmentsResponse.FromString(stays.result(20)).results) == 100
+    assert set(computed) == {users[0], users[2]}
+
+
+def test_batches_that_would_be_late_are_refused_at_once(world: World) -> None:
+    """Once it is known how long they take: the rest is answered in time."""
+    users = world.add_users(10)
+    world.fill(*users)
+    lane = queued_lane(world.settings.model_copy(update={"cache_url": world.server.url}))
+    batch = pb.BatchGetUserSegmentsRequest(user_ids=users * (BATCH_USERS_MAX // len(users))).SerializeToString()
+    try:
+        lane.lane.submit(BATCH_GET_USER_SEGMENTS, batch, "a test", None).result(20)
+        begun = time.monotonic()
+        for _ in range(20):
+            lane.lane.submit(BATCH_GET_USER_SEGMENTS, batch, "a test", None).result(20)
+        each_s = (time.monotonic() - begun) / 20
+        left_s = 50 * each_s
+        answers = [
+            lane.lane.submit(BATCH_GET_USER_SEGMENTS, batch, "a test", time.monotonic() + left_s) for _ in range(400)
+        ]
+        ended = [_how(answer) for answer in answers]
+    finally:
+        lane.close()
+    assert ended.count("answered") >= 5
+    assert ended.count("OVERLOADED") >= 200
+    eventually(lambda: all(answer.done() for answer in answers))
+
+
+def _how(answer: Future[bytes]) -> str:
+    try:
+        answer.result(20)
+    except ServiceError as error:
+        return error.reason.text if error.retry_after_s or error.reason is not Reason.OVERLOADED else "no RetryInfo"
+    return "answered"

@@ -1,0 +1,63 @@
+"""Batches that wait for their turn on the lane's thread.
+
+One gets in only if its turn will come in time, by the length of those before it and by how fast such batches go now. In
+an overload all would else be computed after their time: more work than ever, and for nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from grpc_api.call_scope import answer_by, deadline_exceeded
+from grpc_api.lane_calls import Call
+from segsvc.domain.pace import Pace, fits, overloaded
+
+
+class WaitingBatches:
+    """A queue of calls, for the lane's thread alone. A batch's cost is taken to grow with the bytes of its request."""
+
+    def __init__(self) -> None:
+        self._calls: deque[Call] = deque()
+        self._bytes = 0
+        self._pace = Pace()  # of a byte
+        self._waited_since = 0.0
+        """When those that wait began to: the end of the last turn; 0: none waited then."""
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+    def put(self, call: Call) -> None:
+        """Let a batch wait, or refuse it as OVERLOADED."""
+        if call.gone:
+            return
+        size = len(call.payload)
+        wait_s = self._bytes * self._pace.usual_s
+        now = time.monotonic()
+        left_s = None if call.deadline is None else answer_by(now, call.deadline) - now
+        if not fits(wait_s, size * self._pace.usual_s, left_s):
+            call.fail(overloaded("too many batches wait; this one would not have its turn in time", wait_s))
+            return
+        self._calls.append(call)
+        self._bytes += size
+
+    def pop(self) -> Call | None:
+        """The next batch that somebody waits for; None: there is none."""
+        now = time.monotonic()
+        while self._calls:
+            call = self._calls.popleft()
+            self._bytes -= len(call.payload)
+            if call.gone:
+                continue
+            if call.deadline is None or call.deadline > now:
+                return call
+            call.fail(deadline_exceeded())
+        return None
+
+    def took(self, served: int, begun: float) -> None:
+        """A turn has ended, with requests of so many bytes. What was done between two turns counts as well, if batches
+        waited meanwhile: they do so for both."""
+        now = time.monotonic()
+        if served:
+            self._pace.took((now - (self._waited_since or begun)) / served)
+        self._waited_since = now if self._calls else 0.0
