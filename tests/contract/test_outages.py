@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import grpc
 import pytest
@@ -98,32 +101,54 @@ def test_all_shards_are_down(front: FrontUnderTest, users: range) -> None:
 
 
 def test_a_server_that_hangs(front: FrontUnderTest, users: range) -> None:
-    """It breaks no connection and answers nothing: whoever asked must not wait for ever, nor until the deadline."""
+    """It breaks no connection and answers nothing: whoever asked must not wait for ever, nor until the deadline. Each
+    refusal names the database that its call needed first."""
     slug, user_id = front.create().slug, users[3]
-    get = pb.GetSegmentRequest(slug=slug)
-    rule = {"percent": 1}
-    calls = {
-        "read": lambda: segments_of(front, user_id, timeout=12),
-        "user": lambda: front.memberships.GetUser(membership_pb2.GetUserRequest(user_id=user_id), timeout=12),
-        "segment": lambda: front.segments.GetSegment(get, timeout=12),
-        "preview": lambda: front.segments.PreviewRollOut(pb.PreviewRollOutRequest(slug=slug, rule=rule), timeout=12),
-        "create": lambda: front.segments.CreateSegment(
-            pb.CreateSegmentRequest(segment={"slug": new_slug()}), timeout=12
+    operation = roll_out(front, slug, 1).name
+    rule, new = {"percent": 1}, {"slug": new_slug()}
+    of_shard: dict[str, Callable[..., Any]] = {
+        "read": partial(front.memberships.GetUserSegments, membership_pb2.GetUserSegmentsRequest(user_id=user_id)),
+        "user": partial(front.memberships.GetUser, membership_pb2.GetUserRequest(user_id=user_id)),
+        "check": partial(
+            front.memberships.CheckMembership, membership_pb2.CheckMembershipRequest(user_id=user_id, slug=slug)
+        ),
+        "overrides": partial(
+            front.memberships.ListUserOverrides, membership_pb2.ListUserOverridesRequest(user_id=user_id)
+        ),
+        "override": partial(
+            front.memberships.ModifyUserOverrides,
+            membership_pb2.ModifyUserOverridesRequest(user_id=user_id, clear=[slug]),
         ),
     }
+    of_catalog: dict[str, Callable[..., Any]] = {
+        "segment": partial(front.segments.GetSegment, pb.GetSegmentRequest(slug=slug)),
+        "list": partial(front.segments.ListSegments, pb.ListSegmentsRequest()),
+        "preview": partial(front.segments.PreviewRollOut, pb.PreviewRollOutRequest(slug=slug, rule=rule)),
+        "statistics": partial(front.segments.GetSegmentStatistics, pb.GetSegmentStatisticsRequest(slug=slug)),
+        "export": lambda **key: list(front.segments.ExportSegmentUsers(pb.ExportSegmentUsersRequest(slug=slug), **key)),
+        "create": partial(front.segments.CreateSegment, pb.CreateSegmentRequest(segment=new)),
+        "edit": partial(front.segments.UpdateSegment, pb.UpdateSegmentRequest(segment={"slug": slug})),
+        "roll out": partial(front.segments.RollOutSegment, pb.RollOutSegmentRequest(slug=slug, rule=rule)),
+        "delete": partial(front.segments.DeleteSegment, pb.DeleteSegmentRequest(slug=slug)),
+        "operation": partial(front.operations.GetOperation, operations_pb2.GetOperationRequest(name=operation)),
+        "operations": partial(front.operations.ListOperations, operations_pb2.ListOperationsRequest()),
+        "cancel": partial(front.operations.CancelOperation, operations_pb2.CancelOperationRequest(name=operation)),
+    }
+    calls = of_shard | of_catalog
     redis.Redis.from_url(front.installation.cache.url).flushall()  # the user is read from the shard
     server = front.installation.server
     server.pause()
     try:
         with ThreadPoolExecutor(len(calls)) as threads:
-            refusals = dict(zip(calls, threads.map(refused, calls.values()), strict=True))
+            made = [partial(call, timeout=12) for call in calls.values()]
+            refusals = dict(zip(calls, threads.map(refused, made), strict=True))
         eventually(lambda: not front.serving())
     finally:
         server.resume()
-    shard = {"read", "user"}
     assert {name: refusal.reason for name, refusal in refusals.items()} == {
-        name: "SHARD_UNAVAILABLE" if name in shard else "CATALOG_UNAVAILABLE" for name in calls
+        name: "SHARD_UNAVAILABLE" if name in of_shard else "CATALOG_UNAVAILABLE" for name in calls
     }
+    assert all(refusals[name].metadata == {"shard": str(user_id % 4)} for name in of_shard)
     assert all(refusal.code is StatusCode.UNAVAILABLE for refusal in refusals.values())
     eventually(lambda: _readable(front, user_id))
     eventually(lambda: all(front.serving(service) for service in SERVICES))
