@@ -173,7 +173,7 @@ def test_a_user_with_all_kinds_of_attributes(front: FrontUnderTest) -> None:
         "none": [],
         "huge": 2**63 - 1,
     }
-    user_id = FIRST + 2001
+    user_id = FIRST + 3001
     front.installation.create_users({user_id: attributes})
     user = get_user(front, user_id)
     assert json_format.MessageToDict(user.attributes) == {**attributes, "huge": float(2**63)}
