@@ -213,7 +213,7 @@ class Front:
     """Connections a database for what is looked up, cold reads apart."""
     CHANGE_CONNECTIONS = 8
     """Connections a database for changes, operations and snapshots of a few rows."""
-    BULK_CONNECTIONS = 4
+    BULK_CONNECTIONS = 8
     """Connections a database more, for calls that count or read all members: with their few threads they never hold all
     that the changes need."""
 

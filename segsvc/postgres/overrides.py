@@ -23,7 +23,7 @@ from segsvc.domain.override import (
 from segsvc.domain.sharding import BLOCK_SLOTS, shard_of
 from segsvc.postgres import tables
 from segsvc.postgres.blocks import PostgresShardTransaction
-from segsvc.postgres.engine import LOCK_NOT_AVAILABLE, Databases, sqlstate
+from segsvc.postgres.engine import LOCK_NOT_AVAILABLE, QUERY_CANCELED, Databases, sqlstate
 from segsvc.postgres.override_terms import holds_now
 from segsvc.postgres.reads import select_users
 from segsvc.postgres.user_bits import int_array
@@ -79,7 +79,8 @@ class PostgresOverrideStore:
             try:
                 now = connection.execute(statement).scalar_one_or_none()
             except sa.exc.DBAPIError as error:
-                if sqlstate(error) == LOCK_NOT_AVAILABLE:
+                # One row by its key: what takes long is the wait for its lock, whichever bound ends it first.
+                if sqlstate(error) in (LOCK_NOT_AVAILABLE, QUERY_CANCELED):
                     raise UserLockTimeout from error
                 raise
             if now is None:
