@@ -10,12 +10,15 @@ whose record was taken away is down on purpose, and stays down.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
+from segsvc.config import load_settings
 from segsvc.local.processes import LocalStackError
 from segsvc.local.servers import Servers
+from segsvc.log import configure_logging, get_logger
+
+log = get_logger(__name__)
 
 LOOK_EVERY_S = 1.0
 AFTER_FAILURE_S = 10.0
@@ -29,9 +32,9 @@ def keep(home: Path, jars: Path, *, fast: bool) -> None:
         try:
             # A fresh object each time: ``up`` may have given a server another port.
             for name in Servers(home, jars=jars, fast=fast).revive():
-                print(f"{name} had ended and was started again", flush=True)
+                log.warning("server_started_again", server=name)
         except LocalStackError as error:
-            print(error, file=sys.stderr, flush=True)
+            log.warning("server_does_not_start", problem=str(error))
             pause_s = AFTER_FAILURE_S
         time.sleep(pause_s)
 
@@ -42,4 +45,6 @@ if __name__ == "__main__":
     parser.add_argument("jars", type=Path)
     parser.add_argument("--fast", action="store_true")
     given = parser.parse_args()
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
     keep(given.home, given.jars, fast=given.fast)

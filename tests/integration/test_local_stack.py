@@ -170,6 +170,8 @@ def test_what_has_died_comes_back_and_nothing_else_is_touched(home: Path) -> Non
         name: before[name] for name in ("broker", "kafka-stand-in", "serve")
     }
 
+    assert wait_until(lambda: '"cache"' in stack.supervisor.log_of("servers").read_text(), timeout_s=30)
+
     # One that was stopped on purpose stays down, until ``up`` starts it; the others go on as they were.
     RedisServer("broker", home / "broker", {}, mark=home).kill()
     stack.supervisor.stop_process("serve")
