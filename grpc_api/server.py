@@ -1,6 +1,7 @@
 """The gRPC front: one process, or several behind one port.
 
     native front    clients → NativeGrpcFront ─ hot methods → hot lane
+                                              ├ exports, watches → their servicers, with back-pressure
                                               └ all others → grpcio on a Unix socket without a name
     grpcio front    clients → grpcio (TLS if configured): all methods, the hot ones handed to the same lane
 
