@@ -9,6 +9,7 @@ from segsvc.cache.client import CacheClient
 from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.config import Settings
+from segsvc.domain.condition_cost import CostLimits
 from segsvc.domain.membership import Entry
 from segsvc.domain.operation import Operation, OperationState, QueueLimits, ShardCounts
 from segsvc.failpoints import failpoints
@@ -19,6 +20,7 @@ from segsvc.postgres import moving
 from segsvc.postgres.audit_reads import PostgresCheckReads
 from segsvc.postgres.blocks import PostgresShardSnapshots, PostgresShardTransaction
 from segsvc.postgres.catalog import PostgresSegmentCatalog
+from segsvc.postgres.condition_meter import PostgresMeter
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.event_records import PostgresEventRecords
 from segsvc.postgres.export import PostgresMemberReader
@@ -44,6 +46,7 @@ from segsvc.services.operations import Broker, OperationService
 from segsvc.services.outbox import Outbox, SegmentEventPublisher
 from segsvc.services.overrides import OverrideService
 from segsvc.services.preview import PreviewService
+from segsvc.services.rule_costs import RuleCosts
 from segsvc.services.segments import SegmentService
 from segsvc.services.shard_work import perform
 from segsvc.services.slug_map import SlugMap
@@ -98,6 +101,21 @@ def make_cache(settings: Settings, *, timeout_s: float | None = None, rest: floa
     return CacheClient(settings.cache_url, timeout_s=timeout_s, ttl_s=settings.cache_ttl_s, rest=rest)
 
 
+def cost_limits(settings: Settings) -> CostLimits:
+    """Bounds of what the conditions of rules may cost."""
+    return CostLimits(settings.condition_cost_max_us, settings.conditions_cost_max_us)
+
+
+def make_rule_costs(settings: Settings, databases: Databases) -> RuleCosts:
+    """What measures and bounds the conditions of rules."""
+    return RuleCosts(
+        PostgresMeter(databases),
+        PostgresSegmentCatalog(databases),
+        range(settings.shard_count),
+        cost_limits(settings),
+    )
+
+
 class OperationParts:
     """The commit protocol on real parts: what fronts and workers both need."""
 
@@ -111,6 +129,7 @@ class OperationParts:
             deadline_s=settings.operation_deadline_s,
             quiet_s=settings.redispatch_quiet_s,
             queue=QueueLimits(settings.queued_operations_max, settings.queued_per_segment_max),
+            cost_limits=cost_limits(settings),
             crash_points=crash_points,
         )
         # A visit holds one connection of its shard: as many threads as shards let all be visited at once.
@@ -153,6 +172,7 @@ class WorkerServices:
         self.maintenance = MaintenanceService(
             catalog=PostgresMaintainedCatalog(self.databases),
             shards=PostgresMaintainedShards(self.databases),
+            costs=make_rule_costs(settings, self.databases),
             shard_numbers=range(settings.shard_count),
             request_id_ttl_s=settings.request_id_ttl_s,
             tombstone_ttl_s=settings.tombstone_ttl_s,
@@ -234,7 +254,8 @@ class Front:
         for_statistics, for_previews, for_creations = visits
         self.segments = SegmentService(PostgresSegmentCatalog(self.databases, self._reads))
         self.statistics = StatisticsService(self.segments, PostgresShardCounter(self.databases), for_statistics)
-        self.preview = PreviewService(self.segments, PostgresShardSnapshots(self.databases), for_previews)
+        costs = make_rule_costs(settings, self.databases)
+        self.preview = PreviewService(self.segments, PostgresShardSnapshots(self.databases), costs, for_previews)
         self.export = ExportService(self.segments, PostgresMemberReader(self.databases))
         self.users = UserService(PostgresUserReader(self._reads))
         overrides = PostgresOverrideStore(self.databases)
@@ -249,6 +270,7 @@ class Front:
             watcher=self.watcher,
             shards=range(settings.shard_count),
             fan_out=for_creations,
+            costs=costs,
         )
         self._deadlines = DeadlineKeeper(parts.coordinator, interval_s=settings.recovery_interval_s)
 

@@ -161,6 +161,14 @@ class Settings(BaseSettings):
         30 * 86_400, ge=3600, le=TTL_MAX_S, description="How long applied operations are remembered."
     )
 
+    # -- what rules may cost ----------------------------------------------------------------------------------------
+    condition_cost_max_us: float = Field(
+        30.0, gt=0, le=1e6, description="Microseconds that a rule's condition may cost a user; more is refused."
+    )
+    conditions_cost_max_us: float = Field(
+        100.0, gt=0, le=1e6, description="Microseconds that the conditions of all live rules may cost a user together."
+    )
+
     # -- events -----------------------------------------------------------------------------------------------------
     event_batch_max: int = Field(5000, ge=1, le=10_000, description="Events in one batch task.")
     event_batches_in_flight_max: int = Field(8, ge=1, le=256, description="Batch tasks the bridge waits for at once.")

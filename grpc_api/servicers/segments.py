@@ -128,8 +128,8 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         etag = convert.etag_of(request.etag, "etag")
         key = convert.request_key_of(call_scope.current().method, request)
         accepted = await self._changes.run(
-            lambda _: self._operations.roll_out(
-                slug, rule, etag=etag, request=key, replace_queued=request.replace_queued
+            lambda timeout_s: self._operations.roll_out(
+                slug, rule, etag=etag, request=key, replace_queued=request.replace_queued, timeout_s=timeout_s
             )
         )
         patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()

@@ -43,6 +43,7 @@ class Reason(Enum):
     OPERATION_ABORTED = Category.ABORTED, "OPERATION_ABORTED"
     SEGMENT_DELETING = Category.FAILED_PRECONDITION, "SEGMENT_DELETING"
     OPERATION_NOT_CANCELLABLE = Category.FAILED_PRECONDITION, "OPERATION_NOT_CANCELLABLE"
+    CONDITION_TOO_COSTLY = Category.FAILED_PRECONDITION, "CONDITION_TOO_COSTLY"
     TOO_MANY_SEGMENTS = Category.RESOURCE_EXHAUSTED, "TOO_MANY_SEGMENTS"
     OVERLOADED = Category.RESOURCE_EXHAUSTED, "OVERLOADED"
     ANSWER_TOO_LARGE = Category.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE"
@@ -164,6 +165,16 @@ def queue_of_segment_full(slug: str, limit: int) -> ServiceError:
         "A rollout with replace_queued takes the place of those that wait",
         {"limit": str(limit), "slug": slug},
         retry_after_s=QUEUE_RETRY_S,
+    )
+
+
+def condition_too_costly(what: str, cost_us: float, limit_us: float, setting: str) -> ServiceError:
+    """A condition, or all that rules have together, would slow everybody's events down. Costs are a user's."""
+    return ServiceError(
+        Reason.CONDITION_TOO_COSTLY,
+        f"rule.condition: {what} up to {cost_us:.1f} µs a user, and the limit is {limit_us:.1f} ({setting}); "
+        "write it with fewer or simpler comparisons",
+        {"cost_us": f"{cost_us:.1f}", "limit_us": f"{limit_us:.1f}"},
     )
 
 

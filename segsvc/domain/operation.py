@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import Any
 from uuid import UUID
 
+from segsvc.domain.condition_cost import ConditionCost
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.segment import Policy, Rule, Segment, SegmentText
 
@@ -118,6 +119,7 @@ class OperationPlan:
         segment_id: numeric id; of a CREATE, drawn when it was accepted.
         salt: the segment's salt, 0 … 2**64 - 1.
         rule: of a ROLL_OUT, the rule to put in force; None otherwise.
+        cost: what the rule's condition costs; None: it has none, or a release accepted it that did not measure.
         text: of a CREATE, what people will read; None otherwise.
         etag: the etag the caller expects; empty: none.
     """
@@ -130,6 +132,7 @@ class OperationPlan:
     rule: Rule | None = None
     text: SegmentText | None = None
     etag: str = ""
+    cost: ConditionCost | None = None
 
     def to_json(self) -> dict[str, Any]:
         plan: dict[str, Any] = {
@@ -146,6 +149,8 @@ class OperationPlan:
                 "condition": self.rule.condition,
                 "policy": self.rule.policy.name,
             }
+        if self.cost is not None:
+            plan["cost"] = self.cost.to_json()
         if self.text is not None:
             plan["text"] = {
                 "display_name": self.text.display_name,
@@ -158,6 +163,7 @@ class OperationPlan:
     def from_json(cls, value: Mapping[str, Any]) -> OperationPlan:
         rule = value.get("rule")
         text = value.get("text")
+        cost = value.get("cost")
         return cls(
             kind=OperationKind[value["kind"]],
             slug=value["slug"],
@@ -167,6 +173,7 @@ class OperationPlan:
             rule=Rule(rule["threshold"], rule["condition"], Policy[rule["policy"]]) if rule else None,
             text=SegmentText(text["display_name"], text["description"], text["labels"]) if text else None,
             etag=value["etag"],
+            cost=ConditionCost.from_json(cost) if cost else None,
         )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from segsvc.domain.catalog import EditedField, SegmentOrder, SegmentPosition, SegmentQuery
+from segsvc.domain.condition_cost import RuleInForce
 from segsvc.domain.errors import etag_mismatch, segment_deleting, segment_not_found
 from segsvc.domain.segment import Segment, SegmentState
 from segsvc.postgres import audit, tables
 from segsvc.postgres.engine import Databases
-from segsvc.postgres.segment_rows import COLUMNS, to_segment
+from segsvc.postgres.segment_rows import COLUMNS, IN_FORCE_COLUMNS, to_rule_in_force, to_segment
 
 _table = tables.segments.c
 
@@ -60,6 +61,16 @@ def count_segments(connection: sa.Connection, query: SegmentQuery) -> int:
     return int(connection.execute(statement).scalar_one())
 
 
+def select_rules_in_force(connection: sa.Connection) -> list[RuleInForce]:
+    """Rules that have a condition, of the segments that users are asked about."""
+    return [
+        to_rule_in_force(row)
+        for row in connection.execute(
+            sa.select(*IN_FORCE_COLUMNS).where(_table.rule_condition != "", _table.state == SegmentState.ACTIVE)
+        )
+    ]
+
+
 def update_text(
     connection: sa.Connection, segment_id: int, changes: Mapping[EditedField, str | Mapping[str, str]], etag: str
 ) -> Segment:
@@ -101,6 +112,11 @@ class PostgresSegmentCatalog:
         """At most ``limit`` segments after a position, and how many the query matches in all."""
         with self._reads.catalog_autocommit(timeout_s=timeout_s) as connection:
             return select_page(connection, query, after, limit), count_segments(connection, query)
+
+    def rules_in_force(self, *, timeout_s: float | None) -> Sequence[RuleInForce]:
+        """Every live segment's rule that has a condition."""
+        with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
+            return select_rules_in_force(connection)
 
     def edit(
         self,

@@ -47,6 +47,15 @@ def clauses_over_columns(
         where: which of the users.
     """
     names = sorted(frozenset().union(*(attributes_of(condition.root) for condition in conditions)))
+    found, attributes = in_columns(names, users, keys, where)
+    compiler = Compiler(attributes)
+    return found, [compiler.clause(condition) for condition in conditions]
+
+
+def in_columns(
+    names: Sequence[str], users: sa.FromClause, keys: list[sa.ColumnElement[Any]], where: Sql
+) -> tuple[sa.Subquery, InColumns]:
+    """A subquery of the users' keys and of the attributes of these names, and where the compiler finds them in it."""
     in_memory = (
         sa.select(*keys, whole(users.c.attributes).label("attributes")).where(where).offset(FENCE).subquery("in_memory")
     )
@@ -76,26 +85,35 @@ def clauses_over_columns(
         .subquery("x")
     )
     columns = {name: Extracted(typed.c[f"j{n}"], typed.c[f"n{n}"], typed.c[f"t{n}"]) for n, name in enumerate(names)}
-    compiler = Compiler(_InColumns(columns))
-    return typed, [compiler.clause(condition) for condition in conditions]
+    return typed, InColumns(columns)
 
 
-class _InColumns:
-    """``Attributes`` that were extracted."""
+class InColumns:
+    """``Attributes`` that were extracted.
+
+    Attributes:
+        used: the columns that were asked for; the server leaves out the others.
+    """
 
     def __init__(self, extracted: Mapping[str, Extracted]) -> None:
         self._extracted = extracted
+        self.used: dict[str, Sql] = {}
 
     def has(self, name: str) -> Sql:
-        return self._extracted[name].json.is_not(None)
+        return self.json(name).is_not(None)
 
     def json(self, name: str) -> Sql:
-        return self._extracted[name].json
+        return self._use(f"json {name}", self._extracted[name].json)
 
     def text(self, name: str) -> Sql:
-        return self._extracted[name].text
+        return self._use(f"text {name}", self._extracted[name].text)
 
     def ordered(self, op: tree.Comparison, name: str, number: Scalar) -> Sql:
         # NULL, an error, for what is no number.
-        ordered: Sql = ORDER[op](self._extracted[name].number, sa.literal(decimal(number), sa.Numeric))
+        column = self._use(f"number {name}", self._extracted[name].number)
+        ordered: Sql = ORDER[op](column, sa.literal(decimal(number), sa.Numeric))
         return ordered
+
+    def _use(self, what: str, column: Sql) -> Sql:
+        self.used[what] = column
+        return column

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql import Insert, insert
 
+from segsvc.domain.condition_cost import CostLimits
 from segsvc.domain.errors import Reason
 from segsvc.domain.operation import (
     Accepted,
@@ -105,6 +106,7 @@ class PostgresLedger:
         deadline_s: how long an operation may be PREPARING.
         quiet_s: how long nothing may be heard of a PREPARING operation before it is sent again.
         queue: how many operations may wait.
+        cost_limits: of the conditions of rules.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class PostgresLedger:
         deadline_s: float,
         quiet_s: float,
         queue: QueueLimits,
+        cost_limits: CostLimits,
         crash_points: CrashPoints,
     ) -> None:
         self._databases = databases
@@ -122,6 +125,7 @@ class PostgresLedger:
         self._deadline_s = deadline_s
         self._quiet_s = quiet_s
         self._queue = queue
+        self._cost_limits = cost_limits
         self._crash = crash_points
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ class PostgresLedger:
         while True:
             try:
                 with self._databases.catalog_tx() as connection:
-                    dequeued = ledger_steps.start_next(connection, self._deadline_s)
+                    dequeued = ledger_steps.start_next(connection, self._deadline_s, self._cost_limits)
             except exc.IntegrityError as error:
                 if sqlstate(error) != UNIQUE_VIOLATION:
                     raise

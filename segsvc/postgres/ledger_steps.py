@@ -10,6 +10,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
+from segsvc.domain.condition_cost import CostLimits, refusal_of
 from segsvc.domain.errors import (
     Reason,
     etag_mismatch,
@@ -23,6 +24,7 @@ from segsvc.domain.errors import (
 from segsvc.domain.operation import Failure, Operation, OperationKind, OperationPlan, OperationState, QueueLimits
 from segsvc.domain.segment import SEGMENTS_MAX, Segment, SegmentState, SegmentText, new_etag
 from segsvc.postgres import audit, tables
+from segsvc.postgres.catalog import select_rules_in_force
 from segsvc.postgres.ledger_ends import TELL_END
 from segsvc.postgres.segment_rows import COLUMNS, segment_to_json, to_segment
 
@@ -154,7 +156,7 @@ def _select_next() -> sa.Select[tuple[Any, Any]]:
 _SELECT_NEXT: Final = _select_next()
 
 
-def start_next(connection: sa.Connection, deadline_s: float) -> Dequeued | None:
+def start_next(connection: sa.Connection, deadline_s: float, limits: CostLimits) -> Dequeued | None:
     """Move the operation whose turn it is on. None: there was nothing to start.
 
     Raises:
@@ -168,7 +170,7 @@ def start_next(connection: sa.Connection, deadline_s: float) -> Dequeued | None:
     if row is None:  # also when another process moved it while this waited for the row
         return None
     plan = OperationPlan.from_json(row.plan)
-    failure = _validate_and_reserve(connection, plan)
+    failure = _validate_and_reserve(connection, plan, limits)
     if failure is not None:
         abort(connection, row.id, failure, [OperationState.QUEUED])
         return Dequeued(row.id, plan.kind, valid=False)
@@ -186,7 +188,7 @@ def start_next(connection: sa.Connection, deadline_s: float) -> Dequeued | None:
     return Dequeued(row.id, plan.kind, valid=True)
 
 
-def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
+def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan, limits: CostLimits) -> Failure | None:
     """Why an operation cannot start now; None: it can, and its commit point has no way to fail for ever.
 
     Nothing else is in flight, so what holds here holds until the decision: a segment's rule and life change only by
@@ -203,6 +205,11 @@ def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan) -> Fai
         return Failure.of(segment_deleting(plan.slug))
     if plan.etag and plan.etag != row.etag:
         return Failure.of(etag_mismatch(plan.slug, row.etag))
+    if plan.rule is not None and plan.cost is not None:
+        # Judged before, too, beside the rules of then. Here no other rule can come in force beside it.
+        refusal = refusal_of(plan.segment_id, plan.rule, plan.cost, select_rules_in_force(connection), limits)
+        if refusal is not None:
+            return Failure.of(refusal)
     return None
 
 
@@ -328,6 +335,7 @@ def _change_segment(connection: sa.Connection, operation: Operation) -> Segment:
             "rule_threshold": plan.rule.threshold,
             "rule_condition": plan.rule.condition,
             "rule_policy": plan.rule.policy,
+            "rule_cost": plan.cost.to_json() if plan.cost is not None else None,
             "member_count": sum(counts.members for counts in operation.votes),
             "member_count_time": now,
         }

@@ -6,7 +6,7 @@ have no part in a deadlock either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
+from segsvc.domain.condition_cost import ConditionCost
 from segsvc.domain.segment import SegmentState
 from segsvc.postgres import tables
 from segsvc.postgres.copying import bigint_array
@@ -24,6 +25,12 @@ ROWS_AT_ONCE: Final = 10_000
 
 _OVERRIDES_KEPT_S: Final = 3600
 """Expired overrides have no effect already, for reads compare the time themselves: they go when nobody is near."""
+
+
+_segments = tables.segments.c
+_UNMEASURED: Final = sa.and_(
+    _segments.rule_condition != "", _segments.rule_cost.is_(None), _segments.state == SegmentState.ACTIVE
+)
 
 
 def _older_than(column: sa.ColumnElement[datetime], ttl_s: int) -> sa.ColumnElement[bool]:
@@ -135,6 +142,31 @@ class PostgresMaintainedCatalog:
                     "counted_after": counted_after,
                     "active": int(SegmentState.ACTIVE),
                 },
+            )
+
+    def unmeasured_conditions(self, limit: int) -> Sequence[str]:
+        """Conditions of live rules without a cost, each once."""
+        with self._databases.catalog_tx() as connection:
+            return (
+                connection.execute(sa.select(_segments.rule_condition).where(_UNMEASURED).distinct().limit(limit))
+                .scalars()
+                .all()
+            )
+
+    def put_cost(self, condition: str, cost: ConditionCost) -> None:
+        """Store what a condition costs. No etag changes: it is nothing that a caller reads or edits.
+
+        A segment that an operation is about to change is left out: it locks the row when it starts and when it is
+        decided, and then writes the cost that it was accepted with.
+        """
+        with self._databases.catalog_tx() as connection:
+            free = (
+                sa.select(_segments.id)
+                .where(_UNMEASURED, _segments.rule_condition == condition)
+                .with_for_update(skip_locked=True)
+            )
+            connection.execute(
+                sa.update(tables.segments).where(_segments.id.in_(free)).values(rule_cost=cost.to_json())
             )
 
     def forget(self, *, request_ttl_s: int) -> None:

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from segsvc.domain.condition_cost import ConditionCost, RuleInForce
 from segsvc.domain.segment import SEGMENTS_MAX, Policy, Rule, Segment, SegmentState, ShardSegment
 from segsvc.postgres import tables
 
@@ -53,6 +54,21 @@ def to_segment(row: sa.Row[Any]) -> Segment:
         member_count_time=row.member_count_time,
         last_operation=row.last_operation,
     )
+
+
+IN_FORCE_COLUMNS = (
+    tables.segments.c.id,
+    tables.segments.c.rule_condition,
+    tables.segments.c.rule_policy,
+    tables.segments.c.rule_cost,
+)
+"""What ``to_rule_in_force`` needs of a row."""
+
+
+def to_rule_in_force(row: sa.Row[Any]) -> RuleInForce:
+    """A row of ``IN_FORCE_COLUMNS``, of a segment whose rule has a condition, as a value."""
+    cost = None if row.rule_cost is None else ConditionCost.from_json(row.rule_cost)
+    return RuleInForce(row.id, row.rule_condition, Policy(row.rule_policy), cost)
 
 
 SHARD_COLUMNS = (

@@ -63,6 +63,7 @@ segments = sa.Table(
     sa.Column("rule_threshold", sa.Integer, comment="null: never rolled out"),
     sa.Column("rule_condition", sa.Text),
     sa.Column("rule_policy", sa.SmallInteger),
+    sa.Column("rule_cost", JSONB(none_as_null=True), comment="of its condition; null: it has none, or is not measured"),
     sa.Column("state", sa.SmallInteger, nullable=False, comment="0 reserved, 1 active, 2 deleting"),
     sa.Column("etag", sa.Text, nullable=False),
     sa.Column("create_time", _TIME, nullable=False),

@@ -7,10 +7,14 @@ from datetime import datetime
 from functools import partial
 from typing import Protocol
 
+from segsvc.domain.condition_cost import ConditionCost
 from segsvc.domain.errors import LockTimeout, ServiceError
 from segsvc.log import get_logger
 
 log = get_logger(__name__)
+
+CONDITIONS_AT_ONCE = 20
+"""Conditions that one round measures: it has other things to do."""
 
 
 class MaintainedShards(Protocol):
@@ -38,6 +42,18 @@ class MaintainedCatalog(Protocol):
     def forget(self, *, request_ttl_s: int) -> None:
         """Drop answers kept for request ids whose time is over."""
 
+    def unmeasured_conditions(self, limit: int) -> Sequence[str]:
+        """Conditions of live rules whose cost is not known; each once, at most so many."""
+
+    def put_cost(self, condition: str, cost: ConditionCost) -> None:
+        """Store what a condition costs with the rules that have it and no cost."""
+
+
+class Costs(Protocol):
+    """See ``rule_costs.RuleCosts``."""
+
+    def measured(self, condition: str, *, timeout_s: float | None) -> ConditionCost: ...
+
 
 class MaintenanceService:
     def __init__(
@@ -45,6 +61,7 @@ class MaintenanceService:
         *,
         catalog: MaintainedCatalog,
         shards: MaintainedShards,
+        costs: Costs,
         shard_numbers: Sequence[int],
         request_id_ttl_s: int,
         tombstone_ttl_s: int,
@@ -52,6 +69,7 @@ class MaintenanceService:
     ) -> None:
         self._catalog = catalog
         self._shards = shards
+        self._costs = costs
         self._shard_numbers = shard_numbers
         self._request_id_ttl_s = request_id_ttl_s
         self._tombstone_ttl_s = tombstone_ttl_s
@@ -60,6 +78,7 @@ class MaintenanceService:
     def run(self) -> None:
         """One round of everything; what cannot be done now is left to the next round, and keeps nothing else back."""
         self._try("counting members", self._count_members)
+        self._try("measuring conditions", self._measure_conditions)
         self._try("forgetting in the catalog", lambda: self._catalog.forget(request_ttl_s=self._request_id_ttl_s))
         for shard in self._shard_numbers:
             self._try(f"forgetting on shard {shard}", partial(self._forget, shard))
@@ -83,6 +102,11 @@ class MaintenanceService:
             for segment_id, count in self._shards.member_counts(shard).items():
                 totals[segment_id] = totals.get(segment_id, 0) + count
         self._catalog.put_member_counts(totals, counted_after)
+
+    def _measure_conditions(self) -> None:
+        """Rules that a release accepted which did not measure: without a cost they count as nothing."""
+        for condition in self._catalog.unmeasured_conditions(CONDITIONS_AT_ONCE):
+            self._catalog.put_cost(condition, self._costs.measured(condition, timeout_s=None))
 
     def _forget(self, shard: int) -> None:
         self._shards.forget(

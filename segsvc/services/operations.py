@@ -12,6 +12,7 @@ from typing import Protocol
 from uuid import UUID, uuid4
 
 from segsvc.conditions import parse_condition
+from segsvc.domain.condition_cost import ConditionCost
 from segsvc.domain.errors import (
     LockTimeout,
     Reason,
@@ -88,6 +89,12 @@ class Broker(Protocol):
         """Raises BROKER_UNAVAILABLE if messages cannot be sent now."""
 
 
+class Costs(Protocol):
+    """Bounds of what rules cost; see ``rule_costs.RuleCosts``."""
+
+    def check(self, segment_id: int, rule: Rule, *, timeout_s: float | None) -> ConditionCost | None: ...
+
+
 class EndWatcher(Protocol):
     def watch(self, operation_id: UUID) -> Future[Operation]:
         """A future that gets the operation once it is final. Cancel it when nobody waits any more."""
@@ -111,8 +118,10 @@ class OperationService:
         watcher: EndWatcher,
         shards: Sequence[int],
         fan_out: FanOut,
+        costs: Costs,
     ) -> None:
         self._store = store
+        self._costs = costs
         self._coordinator = coordinator
         self._broker = broker
         self._watcher = watcher
@@ -132,20 +141,32 @@ class OperationService:
     # -- changes ----------------------------------------------------------------------------------------------------
 
     def roll_out(
-        self, slug: str, rule: Rule, *, etag: str, request: RequestKey | None, replace_queued: bool = False
+        self,
+        slug: str,
+        rule: Rule,
+        *,
+        etag: str,
+        request: RequestKey | None,
+        replace_queued: bool = False,
+        timeout_s: float | None = None,
     ) -> Operation:
         """Accept a rule for a segment and all its users; the operation is durable when this returns.
 
         Args:
             replace_queued: abort the rollouts of this segment that wait in the queue.
+            timeout_s: how long to measure what the rule's condition costs, at most.
 
         Raises:
-            ServiceError: CONDITION_INVALID, SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH,
-                REQUEST_ID_REUSED, OVERLOADED (the queue is full), BROKER_UNAVAILABLE, CATALOG_UNAVAILABLE.
+            ServiceError: CONDITION_INVALID, CONDITION_TOO_COSTLY, SHARD_UNAVAILABLE (none can be asked what the
+                condition costs), DEADLINE_EXCEEDED (nothing was accepted), SEGMENT_NOT_FOUND, SEGMENT_DELETING,
+                ETAG_MISMATCH, REQUEST_ID_REUSED, OVERLOADED (the queue is full), BROKER_UNAVAILABLE,
+                CATALOG_UNAVAILABLE.
         """
         if rule.condition:
             parse_condition(rule.condition)
-        return self._accept_change(OperationKind.ROLL_OUT, slug, rule, etag, request, replace_queued=replace_queued)
+        return self._accept_change(
+            OperationKind.ROLL_OUT, slug, rule, etag, request, replace_queued=replace_queued, timeout_s=timeout_s
+        )
 
     def delete(self, slug: str, *, etag: str, request: RequestKey | None) -> Operation:
         """Accept a segment's deletion for all its users. Raises as ``roll_out``."""
@@ -269,6 +290,7 @@ class OperationService:
         request: RequestKey | None,
         *,
         replace_queued: bool = False,
+        timeout_s: float | None = None,
     ) -> Operation:
         known = self._accepted(request)
         if known is not None:
@@ -282,7 +304,9 @@ class OperationService:
             raise segment_deleting(slug)
         if etag and etag != segment.etag:
             raise etag_mismatch(slug, segment.etag)
-        plan = OperationPlan(kind, slug, segment.id, segment.uid, segment.salt, rule=rule, etag=etag)
+        # Refused early; that all rules together stay within the bound is made sure of when the operation starts.
+        cost = self._costs.check(segment.id, rule, timeout_s=timeout_s) if rule is not None else None
+        plan = OperationPlan(kind, slug, segment.id, segment.uid, segment.salt, rule=rule, cost=cost, etag=etag)
         operation = self._insert(plan, request, replace_queued=replace_queued)
         self._start_next()
         return operation

@@ -10,6 +10,7 @@ from segsvc.domain.errors import segment_deleting
 from segsvc.domain.operation import OperationKind, OperationPlan, ShardCounts
 from segsvc.domain.segment import Rule, SegmentState
 from segsvc.fan_out import ThreadFanOut
+from segsvc.services.rule_costs import RuleCosts
 from segsvc.services.segments import SegmentService
 from segsvc.services.shard_work import ShardTransaction, count_roll_out
 from segsvc.services.statistics import require_same
@@ -29,11 +30,15 @@ class PreviewService:
     """Previews roll-outs.
 
     Args:
+        costs: refuses what no rollout would be accepted with, before it is counted.
         fan_out: asks the shards; its threads bound how many are at work at once.
     """
 
-    def __init__(self, segments: SegmentService, shards: ShardSnapshots, fan_out: ThreadFanOut) -> None:
+    def __init__(
+        self, segments: SegmentService, shards: ShardSnapshots, costs: RuleCosts, fan_out: ThreadFanOut
+    ) -> None:
         self._segments = segments
+        self._costs = costs
         self._shards = shards
         self._fan_out = fan_out
 
@@ -41,8 +46,8 @@ class PreviewService:
         """What putting the rule in force would change, by shard; changes nothing.
 
         Raises:
-            ServiceError: SEGMENT_NOT_FOUND, SEGMENT_DELETING, CONDITION_INVALID, FIELD_REQUIRED, FIELD_INVALID,
-                CATALOG_UNAVAILABLE, SHARD_UNAVAILABLE (a part of the counts would be a wrong answer),
+            ServiceError: SEGMENT_NOT_FOUND, SEGMENT_DELETING, CONDITION_INVALID, CONDITION_TOO_COSTLY, FIELD_REQUIRED,
+                FIELD_INVALID, CATALOG_UNAVAILABLE, SHARD_UNAVAILABLE (a part of the counts would be a wrong answer),
                 DEADLINE_EXCEEDED.
         """
         if rule.condition:
@@ -50,6 +55,7 @@ class PreviewService:
         segment = self._segments.get(slug, timeout_s=timeout_s)
         if segment.state is SegmentState.DELETING:
             raise segment_deleting(slug)
+        self._costs.check(segment.id, rule, timeout_s=timeout_s)
         plan = OperationPlan(OperationKind.ROLL_OUT, slug, segment.id, segment.uid, segment.salt, rule)
 
         def visit(shard: int) -> tuple[ShardCounts, bool]:

@@ -17,7 +17,7 @@ from segsvc.domain.events import CreateUser, DeleteUser, UpdateUser
 from segsvc.postgres import tables
 from tests.contract.conftest import FrontUnderTest, new_slug
 from tests.contract.refusals import refused
-from tests.contract.rollouts import held
+from tests.contract.rollouts import held, operations_of
 
 FIRST = 4_000_000
 ADULTS = "user.country == 'RU' && user.age >= 18"
@@ -209,3 +209,19 @@ def test_a_frozen_rollout_keeps_whom_it_found(front: FrontUnderTest) -> None:
     assert [slug in lists(front, user_id) for user_id in (inside, outside, later)] == [True, False, False]
     rolled_out(front, slug, percent=100, condition=ADULTS)
     assert [slug in lists(front, user_id) for user_id in (inside, outside, later)] == [False, True, True]
+
+
+def test_a_condition_that_costs_too_much_is_refused_before_anything_is_done(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    rule = {"percent": 10, "condition": "has(user.nobody) && (" + " || ".join(["user.a < user.b"] * 200) + ")"}
+    for call in (
+        lambda: front.segments.PreviewRollOut(pb.PreviewRollOutRequest(slug=slug, rule=rule), timeout=20),
+        lambda: front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule=rule), timeout=20),
+    ):
+        refusal = refused(call)
+        assert (refusal.code, refusal.reason) == (StatusCode.FAILED_PRECONDITION, "CONDITION_TOO_COSTLY")
+        assert set(refusal.metadata) == {"cost_us", "limit_us"}
+        assert float(refusal.metadata["cost_us"]) > float(refusal.metadata["limit_us"]) > 0
+        assert f"{refusal.metadata['cost_us']} µs a user" in refusal.message
+    assert [operation.metadata for operation in operations_of(front, slug) if not operation.done] == []
+    assert not front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=10).HasField("rule")

@@ -47,6 +47,7 @@ def service(store: Mock) -> Iterator[OperationService]:
         watcher=cast(EndWatcher, Mock()),
         shards=range(2),
         fan_out=Mock(),
+        costs=Mock(),
     )
     yield service
     service.close()

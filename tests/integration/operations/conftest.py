@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from segsvc.bootstrap import OperationParts
+from segsvc.bootstrap import OperationParts, make_rule_costs
 from segsvc.domain.bucketing import bucket
 from segsvc.domain.operation import Operation, OperationState, ShardProgress
 from segsvc.domain.segment import Rule, SegmentText
@@ -72,6 +72,7 @@ class Rig:
             watcher=self.watcher,
             shards=range(installation.shard_count),
             fan_out=self._creation_fan_out,
+            costs=make_rule_costs(installation.settings, databases),
         )
 
     def close(self) -> None:

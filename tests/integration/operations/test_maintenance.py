@@ -8,6 +8,7 @@ from datetime import datetime
 import pytest
 import sqlalchemy as sa
 
+from segsvc.bootstrap import make_rule_costs
 from segsvc.domain.operation import OperationState
 from segsvc.postgres import maintenance
 from segsvc.postgres.engine import Databases, Pool
@@ -18,10 +19,12 @@ from tests.integration.operations.conftest import SHARDS, USERS, Rig, roll_out
 DAY_S = 86_400
 
 
-def upkeep(databases: Databases) -> MaintenanceService:
+def upkeep(rig: Rig, databases: Databases | None = None) -> MaintenanceService:
+    databases = databases or rig.databases
     return MaintenanceService(
         catalog=PostgresMaintainedCatalog(databases),
         shards=PostgresMaintainedShards(databases),
+        costs=make_rule_costs(rig.installation.settings, databases),
         shard_numbers=range(SHARDS),
         request_id_ttl_s=DAY_S,
         tombstone_ttl_s=2 * DAY_S,
@@ -64,7 +67,7 @@ def test_members_are_counted_again(rig: Rig) -> None:
     override(rig, members[3], segment_id, 2, "-1 second")
     override(rig, members[4], segment_id, 1, None)  # in anyway
     _, before = stored(rig)
-    upkeep(rig.databases).run()
+    upkeep(rig).run()
     count, time = stored(rig)
     assert count == len(members) + 5 - 3
     assert before is not None
@@ -79,18 +82,18 @@ def test_a_count_from_before_the_shards_commit_does_not_replace_the_operations(
     rig.create()
     roll_out(rig, 10_000)
     rig.settle()
-    upkeep(rig.databases).run()
+    upkeep(rig).run()
     arm("decided", "fail")  # committed, and on no shard yet
     operation = roll_out(rig, threshold)
     rig.deliver()
     assert rig.state(operation) is OperationState.COMMITTED
-    upkeep(rig.databases).run()
+    upkeep(rig).run()
     expected = len(rig.expected("checkout", threshold))
     assert stored(rig)[0] == expected
     arm("decided", "")
     rig.settle()
     assert stored(rig)[0] == expected
-    upkeep(rig.databases).run()
+    upkeep(rig).run()
     assert stored(rig)[0] == expected
 
 
@@ -164,7 +167,7 @@ def test_what_is_old_is_forgotten_and_nothing_else(
     old_rows: Rig, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     monkeypatch.setattr(maintenance, "ROWS_AT_ONCE", at_once)
-    upkeep(old_rows.databases).run()
+    upkeep(old_rows).run()
     assert [left(old_rows, shard) for shard in range(SHARDS)] == [_LEFT] * SHARDS
 
 
@@ -176,7 +179,7 @@ def test_the_fence_of_an_operation_that_does_not_end_stays(rig: Rig, arm: Callab
     rig.deliver()
     for shard in range(SHARDS):
         rig.installation.execute(shard, "UPDATE applied_operations SET apply_time = apply_time - interval '9 days'")
-    upkeep(rig.databases).run()
+    upkeep(rig).run()
     fences = [rig.installation.execute(shard, "SELECT operation_id FROM applied_operations") for shard in range(SHARDS)]
     assert [[row.operation_id for row in rows] for rows in fences] == [[operation.id]] * SHARDS
     arm("committed-not-invalidated", "")
@@ -192,7 +195,7 @@ def test_requests_are_forgotten_and_their_operations_stay(rig: Rig) -> None:
     )
     rig.installation.execute(None, insert, age="23 hours")
     rig.installation.execute(None, insert, age="25 hours")
-    upkeep(rig.databases).run()
+    upkeep(rig).run()
     assert len(rig.installation.execute(None, "SELECT FROM requests")) == 1
     assert len(rig.installation.execute(None, "SELECT FROM operations")) == 1
 
@@ -200,10 +203,10 @@ def test_requests_are_forgotten_and_their_operations_stay(rig: Rig) -> None:
 def test_a_row_that_somebody_has_locked_is_forgotten_the_next_time(old_rows: Rig) -> None:
     with old_rows.databases.shards[0].begin() as deleting:  # as an operation does that is prepared there
         held = len(deleting.execute(sa.text("SELECT FROM overrides WHERE user_id > 115 FOR UPDATE")).all())
-        upkeep(old_rows.databases).run()
+        upkeep(old_rows).run()
         assert left(old_rows, 0) == _LEFT | {"overrides": 90 + held - 1}  # 900 was never to go
         assert [left(old_rows, shard) for shard in (1, 2)] == [_LEFT] * 2
-    upkeep(old_rows.databases).run()
+    upkeep(old_rows).run()
     assert left(old_rows, 0) == _LEFT
 
 
@@ -214,7 +217,7 @@ def test_a_shard_that_is_away_or_locked_keeps_no_other_from_being_looked_after(o
     try:
         with old_rows.databases.shards[0].begin() as migrating:
             migrating.exec_driver_sql("LOCK TABLE deleted_users IN ACCESS EXCLUSIVE MODE")
-            upkeep(databases).run()
+            upkeep(old_rows, databases).run()
     finally:
         databases.close()
     assert left(old_rows, 2) == _LEFT
