@@ -32,6 +32,7 @@ from segsvc.domain.operation import (
     RequestKey,
     ShardCounts,
     ShardProgress,
+    unknown_attributes,
 )
 from segsvc.domain.segment import SLUG, SLUG_ALLOWED, Policy, Rule, Segment, SegmentText, make_rule
 from segsvc.domain.statistics import SegmentStatistics
@@ -216,6 +217,7 @@ def preview_message(shards: Sequence[ShardCounts]) -> segments_pb2.PreviewRollOu
         removed_count=sum(shard.removed for shard in shards),
         member_count=sum(shard.members for shard in shards),
         shards=[_counts_message(shard) for shard in shards],
+        unknown_attributes=unknown_attributes(shards),
     )
 
 
@@ -303,6 +305,7 @@ def _response_message(kind: OperationKind, result: OperationResult) -> Message:
         removed_count=removed,
         member_count=sum(counts.members for counts in result.counts),
         shards=[_counts_message(counts) for counts in result.counts],
+        unknown_attributes=unknown_attributes(result.counts),
     )
 
 

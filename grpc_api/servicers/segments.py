@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
+from itertools import islice
+from typing import Final
 
 from google.longrunning.operations_pb2 import Operation as OperationMessage
 from segmentation.v1 import segments_pb2, segments_pb2_grpc
@@ -20,6 +23,11 @@ from segsvc.services.operations import OperationService
 from segsvc.services.preview import PreviewService
 from segsvc.services.segments import SegmentService
 from segsvc.services.statistics import StatisticsService
+
+SIMILAR_KEY: Final = "segsvc-similar-attributes"
+"""Trailing metadata of a preview: JSON, for each unknown attribute the names of attributes that look like it."""
+SIMILAR_NAMES_MAX: Final = 20
+"""Names in it: clients refuse more than 8 KiB of metadata."""
 
 
 class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
@@ -120,8 +128,13 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         self, request: segments_pb2.PreviewRollOutRequest, context: Context
     ) -> segments_pb2.PreviewRollOutResponse:
         slug, rule = check_slug(request.slug), convert.rule_of(request)
-        counts = await self._previews.run(lambda timeout_s: self._preview.count(slug, rule, timeout_s=timeout_s))
-        return convert.preview_message(counts)
+        preview = await self._previews.run(lambda timeout_s: self._preview.count(slug, rule, timeout_s=timeout_s))
+        if preview.unknown:
+            # For people at a terminal; the names that nobody has are in the answer.
+            context.set_trailing_metadata(
+                ((SIMILAR_KEY, json.dumps(dict(islice(preview.unknown.items(), SIMILAR_NAMES_MAX)))),)
+            )
+        return convert.preview_message(preview.counts)
 
     async def RollOutSegment(self, request: segments_pb2.RollOutSegmentRequest, context: Context) -> OperationMessage:
         slug, rule = check_slug(request.slug), convert.rule_of(request)

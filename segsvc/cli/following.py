@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 from google.longrunning import operations_pb2
 from google.protobuf.duration_pb2 import Duration
 from segmentation.v1 import operations_pb2 as watch_pb2
 from segmentation.v1 import segments_pb2
 
-from segsvc.cli.base import bar, complain
+from segsvc.cli.base import bar, complain, plain
 from segsvc.cli.front import Front, describe
 
 Metadata = watch_pb2.OperationMetadata
@@ -75,6 +77,11 @@ def wait(front: Front, name: str) -> operations_pb2.Operation:
             return operation
 
 
+def _unknown(names: Sequence[str]) -> str:
+    """A line more about attributes that the condition names and no user has."""
+    return f"\nno user has {', '.join(f'user.{plain(name)}' for name in names)}" if names else ""
+
+
 def outcome(operation: operations_pb2.Operation) -> tuple[str, str]:
     """(error, text): why it was aborted, or what it did; both empty while it has not ended."""
     if operation.HasField("error"):
@@ -86,7 +93,7 @@ def outcome(operation: operations_pb2.Operation) -> tuple[str, str]:
     if operation.response.Unpack(rolled_out):
         return "", (
             f"{title}: done; {rolled_out.added_count:,} added, {rolled_out.removed_count:,} removed, "
-            f"{rolled_out.member_count:,} members"
+            f"{rolled_out.member_count:,} members" + _unknown(rolled_out.unknown_attributes)
         )
     if operation.response.Unpack(deleted):
         return "", f"{title}: done; it had {deleted.removed_count:,} members"

@@ -36,9 +36,17 @@ class PolicyName(StrEnum):
 
 Percent = Annotated[float, typer.Option(help="Share of the users, 0 to 100, at most three decimals.")]
 ConditionText = Annotated[
-    str, typer.Option("--condition", help='CEL over user: user.country == "RU". Empty: everyone.')
+    str | None,
+    typer.Option(
+        "--condition", help='CEL over user: user.country == "RU". Absent: as it is in force.', show_default=False
+    ),
 ]
-Policy = Annotated[PolicyName, typer.Option(help="What users get who come or change later.")]
+Everyone = Annotated[bool, typer.Option("--everyone", help="Drop the condition.")]
+Policy = Annotated[
+    PolicyName | None,
+    typer.Option(help="What users get who come or change later. Absent: as it is in force.", show_default=False),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 @app.command("list", epilog="Example: segsvc segments list --order-by 'member_count desc'")
@@ -142,21 +150,26 @@ def edit(
 def preview(
     slug: Slug,
     percent: Percent,
-    condition: ConditionText = "",
-    policy: Policy = PolicyName.LIVE,
+    condition: ConditionText = None,
+    everyone: Everyone = False,
+    policy: Policy = None,
     json_output: Json = False,
 ) -> None:
-    """Count what a rollout would change now, exactly; change nothing."""
-    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+    """Count what a rollout with the same options would change now, exactly; change nothing."""
 
     from segsvc.cli.front import connected, to_json  # noqa: PLC0415
+    from segsvc.cli.rolling_out import Wish, foresee, one_line  # noqa: PLC0415
 
-    request = segments_pb2.PreviewRollOutRequest(slug=slug, rule=_rule(percent, condition, policy))
+    wish = Wish(percent, condition, everyone, None if policy is None else policy is PolicyName.FROZEN)
+    wish.check()
     with connected(settings_of_process()) as front, bar("counting", hidden=json_output):
-        counts = front.segments.PreviewRollOut(request, timeout=front.timeout_s)
+        foreseen = foresee(front, slug, wish)
+    counts = foreseen.counts
     if json_output:
+        foreseen.warn()
         print_json(to_json(counts))
         return
+    console().print(f"{slug}: {_rule_text(foreseen.segment)}  →  {one_line(foreseen.rule)}")
     numbers = ("match", "would come", "would go", "members then")
     shown = table("shard", *numbers, right=numbers)
     rows: list[tuple[str, segments_pb2.ShardCounts | segments_pb2.PreviewRollOutResponse]] = [
@@ -167,14 +180,17 @@ def preview(
         row = (part.matched_count, part.added_count, part.removed_count, part.member_count)
         shown.add_row(shard, *(f"{count:,}" for count in row))
     console().print(shown)
+    foreseen.warn()
 
 
 @app.command(epilog="Example: segsvc segments rollout checkout --percent 30")
 def rollout(
     slug: Slug,
     percent: Percent,
-    condition: ConditionText = "",
-    policy: Policy = PolicyName.LIVE,
+    condition: ConditionText = None,
+    everyone: Everyone = False,
+    policy: Policy = None,
+    yes: Yes = False,
     etag: Etag = "",
     replace_queued: Annotated[
         bool, typer.Option("--replace-queued", help="Abort this segment's rollouts that still wait in the queue.")
@@ -182,15 +198,32 @@ def rollout(
     no_wait: NoWait = False,
     json_output: Json = False,
 ) -> None:
-    """Put a rule in force for all users, replacing the earlier one: on every shard, or on none."""
+    """Put a rule in force for all users: on every shard, or on none. Condition and policy stay unless they are given.
+
+    Says what would come and go, and asks, on a terminal. Refused if the segment changes meanwhile.
+    """
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
     from segsvc.cli.front import connected  # noqa: PLC0415
+    from segsvc.cli.rolling_out import Wish, foresee  # noqa: PLC0415
 
-    request = segments_pb2.RollOutSegmentRequest(
-        slug=slug, rule=_rule(percent, condition, policy), etag=etag, request_id=str(uuid4()), return_immediately=True
-    )
+    wish = Wish(percent, condition, everyone, None if policy is None else policy is PolicyName.FROZEN)
+    wish.check()
     with connected(settings_of_process()) as front:
+        with bar("counting", hidden=json_output):
+            foreseen = foresee(front, slug, wish)
+        foreseen.tell()
+        # A script has nobody to ask, and means what it says.
+        if not yes and sys.stdin.isatty():
+            typer.confirm("Roll it out?", abort=True, err=True)
+        request = segments_pb2.RollOutSegmentRequest(
+            slug=slug,
+            rule=foreseen.rule,
+            # What was shown, and taken over from the rule in force, is true of this state only.
+            etag=etag or foreseen.segment.etag,
+            request_id=str(uuid4()),
+            return_immediately=True,
+        )
         operation = front.segments.RollOutSegment(request, timeout=front.timeout_s)
         _show_end(front, operation, no_wait=no_wait, json_output=json_output)
 
@@ -198,7 +231,7 @@ def rollout(
 @app.command(epilog="Example: segsvc segments delete checkout --yes")
 def delete(
     slug: Slug,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     etag: Etag = "",
     no_wait: NoWait = False,
     json_output: Json = False,
@@ -260,16 +293,6 @@ def export(
     Export(slug, output, resume_token, json_output).run(settings_of_process())
 
 
-def _rule(percent: float, condition: str, policy: PolicyName) -> segments_pb2.RollOutRule:
-    from segmentation.v1 import segments_pb2  # noqa: PLC0415
-
-    return segments_pb2.RollOutRule(
-        percent=percent,
-        condition=condition,
-        policy=segments_pb2.RollOutRule.FROZEN if policy is PolicyName.FROZEN else segments_pb2.RollOutRule.LIVE,
-    )
-
-
 def _labels(given: list[str] | None) -> dict[str, str]:
     labels: dict[str, str] = {}
     for item in given or ():
@@ -281,13 +304,9 @@ def _labels(given: list[str] | None) -> dict[str, str]:
 
 
 def _rule_text(segment: segments_pb2.Segment) -> str:
-    from segmentation.v1 import segments_pb2  # noqa: PLC0415
+    from segsvc.cli.rolling_out import rule_text  # noqa: PLC0415
 
-    if not segment.HasField("rule"):
-        return "not rolled out"
-    condition = f" if {plain(segment.rule.condition)}" if segment.rule.condition else ""
-    frozen = ", frozen" if segment.rule.policy == segments_pb2.RollOutRule.FROZEN else ""
-    return f"{segment.rule.percent:g} %{condition}{frozen}"
+    return rule_text(segment)
 
 
 def _show_segment(segment: segments_pb2.Segment, json_output: bool) -> None:

@@ -9,7 +9,7 @@ Every arrow is a compare-and-set on the operation's row in the catalog (``segsvc
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
@@ -64,6 +64,7 @@ class ShardCounts:
     Attributes:
         matched: for whom the condition holds, whatever their bucket.
         members: members afterwards, overrides included.
+        absent_attributes: names that the condition reads and no user of the shard has, in their order.
     """
 
     shard: int
@@ -71,6 +72,13 @@ class ShardCounts:
     added: int = 0
     removed: int = 0
     members: int = 0
+    absent_attributes: tuple[str, ...] = ()
+
+
+def unknown_attributes(counts: Iterable[ShardCounts]) -> list[str]:
+    """Names that the condition reads and no user of any of these shards has, in their order."""
+    absent = [set(shard.absent_attributes) for shard in counts]
+    return sorted(set.intersection(*absent)) if absent else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Implements ``services.shard_work.ShardTransaction``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from segsvc.domain.segment import Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
+from segsvc.postgres.attribute_names import absent_attributes, attribute_names
 from segsvc.postgres.condition_statements import slots_where
 from segsvc.postgres.copying import append_rows, copy_rows
 from segsvc.postgres.engine import Databases
@@ -104,6 +105,14 @@ class PostgresShardTransaction:
         # Without an end (and a beginning) the server reads the table as it lies, which is faster than by slots.
         to_the_end = (first_block + blocks) * BLOCK_SLOTS >= self.next_slot()
         return slots_where(self._connection, condition, first_block, None if to_the_end else blocks)
+
+    def absent_attributes(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of these attributes that no user of the shard has."""
+        return absent_attributes(self._connection, names)
+
+    def attribute_names(self) -> Sequence[str]:
+        """Attributes that users have, as far as some thousands of them show."""
+        return attribute_names(self._connection)
 
     def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed:
         """Bits of one segment in a range of blocks."""

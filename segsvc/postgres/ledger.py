@@ -61,7 +61,7 @@ _progress = tables.progress.c
 _SELECT_STATE_SHARED: Final = (
     sa.select(_operations.state).where(_operations.id == sa.bindparam("operation_id")).with_for_update(read=True)
 )
-_VOTE_NAMES: Final = ("shard", "matched", "added", "removed", "members")
+_VOTE_NAMES: Final = ("shard", "matched", "added", "removed", "members", "absent_attributes")
 # A duplicate vote is no refusal: the twin's counts are the same, the work is deterministic. The deadline is compared
 # here and not with the state: what a locking SELECT computes is as old as its wait for the lock.
 _INSERT_VOTE: Final = (
@@ -281,6 +281,7 @@ class PostgresLedger:
             if state != OperationState.PREPARING.name:
                 return Answer.REFUSED
             vote = {name: getattr(counts, name) for name in _VOTE_NAMES}
+            vote["absent_attributes"] = list(counts.absent_attributes)
             inserted = connection.execute(_INSERT_VOTE, {"operation_id": operation_id, **vote}).rowcount
             if not inserted:
                 twin = {"operation_id": operation_id, "shard": counts.shard}

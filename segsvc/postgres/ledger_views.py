@@ -47,7 +47,15 @@ _SELECT: Final = sa.select(
 _SELECT_ONE: Final = _SELECT.where(_operations.id == sa.bindparam("operation_id"))
 _SELECT_ONE_LOCKED: Final = _SELECT_ONE.with_for_update()
 _SELECT_VOTES: Final = (
-    sa.select(_votes.operation_id, _votes.shard, _votes.matched, _votes.added, _votes.removed, _votes.members)
+    sa.select(
+        _votes.operation_id,
+        _votes.shard,
+        _votes.matched,
+        _votes.added,
+        _votes.removed,
+        _votes.members,
+        _votes.absent_attributes,
+    )
     .where(_votes.operation_id == sa.any_(sa.bindparam("operation_ids", type_=ARRAY(sa.Uuid))))
     .order_by(_votes.operation_id, _votes.shard)
 )
@@ -99,7 +107,7 @@ def select_votes(connection: sa.Connection, operation_ids: Sequence[UUID]) -> di
         return votes
     for row in connection.execute(_SELECT_VOTES, {"operation_ids": operation_ids}):
         votes.setdefault(row.operation_id, []).append(
-            ShardCounts(row.shard, row.matched, row.added, row.removed, row.members)
+            ShardCounts(row.shard, row.matched, row.added, row.removed, row.members, tuple(row.absent_attributes))
         )
     return votes
 

@@ -7,7 +7,7 @@ bits stored as signed (``salt_to_db``).
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import BYTEA, INT8MULTIRANGE, JSONB, TIMESTAMP, UUID
+from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, JSONB, TIMESTAMP, UUID
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -117,6 +117,13 @@ votes = sa.Table(
     sa.Column("added", sa.BigInteger, nullable=False),
     sa.Column("removed", sa.BigInteger, nullable=False),
     sa.Column("members", sa.BigInteger, nullable=False),
+    sa.Column(
+        "absent_attributes",
+        ARRAY(sa.Text),
+        nullable=False,
+        server_default=sa.text("'{}'"),
+        comment="names in the rule's condition that no user of the shard has",
+    ),
     sa.Column("vote_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
 )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Protocol
 
 from segsvc.conditions import parse_condition
 from segsvc.domain.errors import segment_deleting
-from segsvc.domain.operation import OperationKind, OperationPlan, ShardCounts
+from segsvc.domain.operation import OperationKind, OperationPlan, ShardCounts, unknown_attributes
 from segsvc.domain.segment import Rule, SegmentState
 from segsvc.fan_out import ThreadFanOut
 from segsvc.services.rule_costs import RuleCosts
@@ -16,13 +19,34 @@ from segsvc.services.shard_work import ShardTransaction, count_roll_out
 from segsvc.services.statistics import require_same
 
 
+class ShardSnapshot(ShardTransaction, Protocol):
+    """A shard to be counted on."""
+
+    def attribute_names(self) -> Sequence[str]:
+        """Attributes that users have, as far as some of them show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a roll-out would change.
+
+    Attributes:
+        counts: by shard.
+        unknown: attributes that the condition names and no user has; for each, names that users have and that look
+            like it, the most similar first.
+    """
+
+    counts: Sequence[ShardCounts]
+    unknown: Mapping[str, Sequence[str]]
+
+
 class ShardSnapshots(Protocol):
     """The shards, each to be read as it is at one moment."""
 
     @property
     def shard_count(self) -> int: ...
 
-    def snapshot(self, shard: int, *, timeout_s: float | None) -> AbstractContextManager[ShardTransaction]:
+    def snapshot(self, shard: int, *, timeout_s: float | None) -> AbstractContextManager[ShardSnapshot]:
         """Read-only, and without a lock that anybody waits for. Raises SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
 
 
@@ -42,8 +66,8 @@ class PreviewService:
         self._shards = shards
         self._fan_out = fan_out
 
-    def count(self, slug: str, rule: Rule, *, timeout_s: float | None = None) -> list[ShardCounts]:
-        """What putting the rule in force would change, by shard; changes nothing.
+    def count(self, slug: str, rule: Rule, *, timeout_s: float | None = None) -> Preview:
+        """What putting the rule in force would change; changes nothing.
 
         Raises:
             ServiceError: SEGMENT_NOT_FOUND, SEGMENT_DELETING, CONDITION_INVALID, CONDITION_TOO_COSTLY, FIELD_REQUIRED,
@@ -58,11 +82,22 @@ class PreviewService:
         self._costs.check(segment.id, rule, timeout_s=timeout_s)
         plan = OperationPlan(OperationKind.ROLL_OUT, slug, segment.id, segment.uid, segment.salt, rule)
 
-        def visit(shard: int) -> tuple[ShardCounts, bool]:
+        def visit(shard: int) -> tuple[ShardCounts, bool, Sequence[str]]:
             with self._shards.snapshot(shard, timeout_s=timeout_s) as snapshot:
-                return count_roll_out(snapshot, plan), snapshot.segment(segment.id) is not None
+                counts = count_roll_out(snapshot, plan)
+                # To choose from, where a name is known nowhere; the other shards may know it yet.
+                names = snapshot.attribute_names() if counts.absent_attributes else ()
+                return counts, snapshot.segment(segment.id) is not None, names
 
         visits = self._fan_out(visit, range(self._shards.shard_count))
-        if not all(known for _, known in visits):
+        if not all(known for _, known, _ in visits):
             require_same(self._segments, segment, timeout_s)
-        return [counts for counts, _ in visits]
+        counts = [counts for counts, _, _ in visits]
+        names = sorted({name for _, _, names in visits for name in names})
+        return Preview(counts, {name: _nearest(name, names) for name in unknown_attributes(counts)})
+
+
+def _nearest(name: str, names: Sequence[str]) -> list[str]:
+    """Names that look like this one, the most similar first, whatever their case."""
+    by_lower = {other.lower(): other for other in reversed(names)}
+    return [by_lower[found] for found in get_close_matches(name.lower(), by_lower, n=3)]

@@ -6,9 +6,11 @@ after any crash, and counted again while its first copy is prepared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from segsvc.conditions import parse_condition
+from segsvc.conditions.tree import attributes_of
 from segsvc.domain import bits
 from segsvc.domain.bucketing import buckets
 from segsvc.domain.errors import Reason
@@ -51,6 +53,9 @@ class ShardTransaction(Protocol):
 
     def condition_slots(self, condition: str, first_block: int, blocks: int) -> Int64s:
         """Slots of the users of a range of blocks for whom a condition holds, in any order."""
+
+    def absent_attributes(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of these attributes that no user of the shard has, in any order."""
 
     def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed: ...
 
@@ -190,7 +195,10 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
             tx.write_segment_bits(plan.segment_id, first, old, new)
         blocks_done += count
         on_progress(ShardProgress(tx.shard, ShardState.WORKING, blocks_done, blocks_total, added, removed))
+    # A name that nobody has is often a misspelling, and it costs another look at every user only then.
+    names = sorted(attributes_of(parse_condition(rule.condition).root)) if rule.condition else []
+    absent = tuple(sorted(tx.absent_attributes(names))) if names else ()
     if write:
         frozen_slot = next_slot - 1 if rule.policy is Policy.FROZEN else None
         tx.put_rule(plan.segment_id, rule, rule_count, frozen_slot)
-    return ShardCounts(tx.shard, matched, added, removed, members)
+    return ShardCounts(tx.shard, matched, added, removed, members, absent)

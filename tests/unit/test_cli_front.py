@@ -16,7 +16,10 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from segmentation.v1 import membership_pb2, segments_pb2
 from segmentation.v1 import operations_pb2 as watch_pb2
+from typer import testing
+from typer.testing import CliRunner
 
+from segsvc.cli.app import app as cli
 from segsvc.cli.completing import operation_names, segment_slugs
 from tests.unit.canned_front import CannedFront, give_statistics, refuse, run
 
@@ -99,7 +102,16 @@ def test_edit_sends_only_what_was_named(front: CannedFront) -> None:
     assert dict(front.requests[1].segment.labels) == {"a": "b=c"}
 
 
-def roll_out(front: CannedFront, end: Any) -> None:
+PREVIEW = segments_pb2.PreviewRollOutResponse(added_count=1000, removed_count=5, member_count=30_000)
+
+
+def roll_out(front: CannedFront, end: Any, segment: segments_pb2.Segment = SEGMENT) -> None:
+    front.on("/segmentation.v1.SegmentService/GetSegment", segments_pb2.GetSegmentRequest, lambda request, _: segment)
+    front.on(
+        "/segmentation.v1.SegmentService/PreviewRollOut",
+        segments_pb2.PreviewRollOutRequest,
+        lambda request, _: PREVIEW,
+    )
     front.on(
         "/segmentation.v1.SegmentService/RollOutSegment",
         segments_pb2.RollOutSegmentRequest,
@@ -124,7 +136,7 @@ def test_rollout_waits_and_says_what_it_did(front: CannedFront) -> None:
     result = run("segments", "rollout", "checkout", "--percent", "30", "--policy", "frozen")
     assert result.exit_code == 0
     assert result.stdout == "roll out checkout: done; 1,000 added, 5 removed, 30,000 members\n"
-    request = front.requests[0]
+    request = sent(front)
     assert (request.rule.percent, request.rule.policy) == (30, segments_pb2.RollOutRule.FROZEN)
     assert request.return_immediately
     assert len(request.request_id) == 36
@@ -134,6 +146,85 @@ def test_rollout_waits_and_says_what_it_did(front: CannedFront) -> None:
     assert result.stdout == f"accepted: {NAME}\n"
 
 
+def sent(front: CannedFront) -> segments_pb2.RollOutSegmentRequest:
+    """The last rollout that was asked for."""
+    return [each for each in front.requests if isinstance(each, segments_pb2.RollOutSegmentRequest)][-1]
+
+
+@pytest.mark.parametrize("json_output", [[], ["--json"]])
+def test_a_rollout_keeps_condition_and_policy_unless_told_otherwise(front: CannedFront, json_output: list[str]) -> None:
+    now = segments_pb2.Segment(slug="checkout", rule=RULE, etag="seen")
+    roll_out(front, operation(done=True, response=segments_pb2.RollOutSegmentResponse()), now)
+    frozen, live = segments_pb2.RollOutRule.FROZEN, segments_pb2.RollOutRule.LIVE
+    for options, condition, policy, shown in (
+        ([], RULE.condition, frozen, f"25 % if {RULE.condition}, frozen"),
+        (["--everyone"], "", frozen, "25 %, frozen"),
+        (["--condition", ""], "", frozen, "25 %, frozen"),
+        (["--policy", "live"], RULE.condition, live, f"25 % if {RULE.condition}"),
+        (["--condition", "user.vip", "--policy", "live"], "user.vip", live, "25 % if user.vip"),
+    ):
+        result = run("segments", "rollout", "checkout", "--percent", "25", *options, *json_output)
+        assert result.exit_code == 0
+        assert (sent(front).rule.condition, sent(front).rule.policy) == (condition, policy)
+        # What was shown is guarded: the rollout is refused if the segment has changed since.
+        assert sent(front).etag == "seen"
+        told = result.stderr.splitlines()
+        assert told[0] == f"checkout: 12.5 % if {RULE.condition}, frozen  →  {shown}"
+        assert told[1] == "1,000 would come, 5 would go, 30,000 members then"
+    assert run("segments", "rollout", "checkout", "--percent", "25", "--etag", "mine").exit_code == 0
+    assert sent(front).etag == "mine"
+    both = run("segments", "rollout", "checkout", "--percent", "25", "--everyone", "--condition", "user.vip")
+    assert both.exit_code == 2
+
+
+def test_the_first_rollout_is_for_everyone(front: CannedFront) -> None:
+    roll_out(front, operation(done=True), segments_pb2.Segment(slug="checkout"))
+    result = run("segments", "rollout", "checkout", "--percent", "25")
+    assert result.stderr.startswith("checkout: not rolled out  →  25 %\n")
+    assert (sent(front).rule.condition, sent(front).rule.policy) == ("", segments_pb2.RollOutRule.LIVE)
+
+
+def rollouts(front: CannedFront) -> int:
+    return sum(isinstance(each, segments_pb2.RollOutSegmentRequest) for each in front.requests)
+
+
+def test_a_rollout_asks_on_a_terminal_only(front: CannedFront, monkeypatch: pytest.MonkeyPatch) -> None:
+    roll_out(front, operation(done=True, response=segments_pb2.RollOutSegmentResponse()))
+    arguments = ("segments", "rollout", "checkout", "--percent", "25")
+    monkeypatch.setattr(testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+    for answer, options, code in (("n", [], 1), ("", [], 1), ("y", [], 0), ("n", ["--yes"], 0), ("n", ["--json"], 1)):
+        before = rollouts(front)
+        result = CliRunner().invoke(cli, [*arguments, *options], input=answer)
+        assert result.exit_code == code, result.output
+        assert ("Roll it out?" in result.stderr) == ("--yes" not in options)
+        assert rollouts(front) - before == (code == 0)
+
+
+def test_a_name_that_no_user_has_is_told_with_the_nearest(front: CannedFront) -> None:
+    counts = segments_pb2.PreviewRollOutResponse(unknown_attributes=["contry", "zzz"])
+
+    def answer(_request: Any, context: grpc.ServicerContext) -> segments_pb2.PreviewRollOutResponse:
+        similar = json.dumps({"contry": ["country", "county"], "zzz": []})
+        context.set_trailing_metadata((("segsvc-similar-attributes", similar),))
+        return counts
+
+    response = segments_pb2.RollOutSegmentResponse(unknown_attributes=["contry", "zzz"])
+    roll_out(front, operation(done=True, response=response))
+    front.on("/segmentation.v1.SegmentService/PreviewRollOut", segments_pb2.PreviewRollOutRequest, answer)
+    options = ("--percent", "25", "--condition", "user.contry == 'RU' || user.zzz")
+    warnings = (
+        "warning: no user has user.contry; did you mean user.country or user.county?\nwarning: no user has user.zzz\n"
+    )
+    for command in (("preview",), ("preview", "--json"), ("rollout",), ("rollout", "--json")):
+        result = run("segments", command[0], "checkout", *options, *command[1:])
+        assert result.stderr.endswith(warnings), command
+    assert json.loads(run("segments", "preview", "checkout", *options, "--json").stdout)["unknown_attributes"] == [
+        "contry",
+        "zzz",
+    ]
+    assert "no user has user.contry, user.zzz" in run("segments", "rollout", "checkout", *options).stdout
+
+
 def test_a_rollout_that_is_aborted_ends_with_1(front: CannedFront) -> None:
     status = status_pb2.Status(code=code_pb2.ABORTED, message="the shards did not all prepare before the deadline")
     status.details.add().Pack(error_details_pb2.ErrorInfo(domain="segsvc", reason="OPERATION_ABORTED"))
@@ -141,7 +232,8 @@ def test_a_rollout_that_is_aborted_ends_with_1(front: CannedFront) -> None:
     for json_output in ([], ["--json"]):
         result = run("segments", "rollout", "checkout", "--percent", "30", *json_output)
         assert result.exit_code == 1
-        assert result.stderr == "OPERATION_ABORTED: the shards did not all prepare before the deadline\n"
+        last = result.stderr.splitlines()[-1]
+        assert last == "OPERATION_ABORTED: the shards did not all prepare before the deadline"
 
 
 def test_delete_says_how_many_it_had(front: CannedFront) -> None:
@@ -241,7 +333,7 @@ def test_whoever_leaves_an_operation_is_told_how_to_find_it_again(front: CannedF
         front.on("/google.longrunning.Operations/GetOperation", operations_pb2.GetOperationRequest, interruption)
         result = run("segments", "rollout", "checkout", "--percent", "30")
         assert result.exit_code in (1, 130)
-        assert f"segsvc operations watch {NAME}" in result.stderr.splitlines()[0]
+        assert f"segsvc operations watch {NAME}" in result.stderr.splitlines()[2]
 
 
 # -- completion -----------------------------------------------------------------------------------------------------

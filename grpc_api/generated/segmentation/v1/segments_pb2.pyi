@@ -419,6 +419,7 @@ class PreviewRollOutResponse(_message.Message):
     REMOVED_COUNT_FIELD_NUMBER: _builtins.int
     MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    UNKNOWN_ATTRIBUTES_FIELD_NUMBER: _builtins.int
     matched_count: _builtins.int
     """Users for whom the condition holds, whatever their bucket."""
     added_count: _builtins.int
@@ -427,6 +428,10 @@ class PreviewRollOutResponse(_message.Message):
     """Members afterwards, overrides included."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardCounts]: ...
+    @_builtins.property
+    def unknown_attributes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Attributes that the condition names and no user has: often a misspelling."""
+
     def __init__(
         self,
         *,
@@ -435,10 +440,11 @@ class PreviewRollOutResponse(_message.Message):
         removed_count: _builtins.int = ...,
         member_count: _builtins.int = ...,
         shards: _abc.Iterable[Global___ShardCounts] | None = ...,
+        unknown_attributes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_count", b"added_count", "matched_count", b"matched_count", "member_count", b"member_count", "removed_count", b"removed_count", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_count", b"added_count", "matched_count", b"matched_count", "member_count", b"member_count", "removed_count", b"removed_count", "shards", b"shards", "unknown_attributes", b"unknown_attributes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -529,6 +535,7 @@ class RollOutSegmentResponse(_message.Message):
     REMOVED_COUNT_FIELD_NUMBER: _builtins.int
     MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    UNKNOWN_ATTRIBUTES_FIELD_NUMBER: _builtins.int
     matched_count: _builtins.int
     """Counted on the shards while they changed."""
     added_count: _builtins.int
@@ -538,6 +545,10 @@ class RollOutSegmentResponse(_message.Message):
     def segment(self) -> Global___Segment: ...
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardCounts]: ...
+    @_builtins.property
+    def unknown_attributes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in PreviewRollOutResponse."""
+
     def __init__(
         self,
         *,
@@ -547,10 +558,11 @@ class RollOutSegmentResponse(_message.Message):
         removed_count: _builtins.int = ...,
         member_count: _builtins.int = ...,
         shards: _abc.Iterable[Global___ShardCounts] | None = ...,
+        unknown_attributes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_count", b"added_count", "matched_count", b"matched_count", "member_count", b"member_count", "removed_count", b"removed_count", "segment", b"segment", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_count", b"added_count", "matched_count", b"matched_count", "member_count", b"member_count", "removed_count", b"removed_count", "segment", b"segment", "shards", b"shards", "unknown_attributes", b"unknown_attributes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

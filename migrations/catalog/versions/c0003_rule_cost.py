@@ -6,8 +6,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "c0002"
-down_revision = "c0001"
+revision = "c0003"
+down_revision = "c0002"
 
 
 def upgrade() -> None:

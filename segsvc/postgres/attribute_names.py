@@ -1,0 +1,46 @@
+"""Which attributes the users of a shard have: exactly for given names, by a sample for names to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import sqlalchemy as sa
+
+_SOME: Final = "(SELECT attributes FROM users LIMIT 2000)"
+"""Users among whom nearly every attribute is found that there is: the others are looked at only for the rest."""
+_AT_ONCE: Final = 500
+"""Names that one statement asks for: PostgreSQL allows 1664 columns."""
+
+_WHOLE: Final = "SELECT attributes || CAST('{{}}' AS jsonb) AS attributes FROM {users} AS chosen OFFSET 0"
+
+
+def absent_attributes(connection: sa.Connection, names: Sequence[str]) -> list[str]:
+    """Those of these attributes that no user has."""
+    missing = list(names)
+    for users in (_SOME, "users"):
+        missing = [
+            name
+            for first in range(0, len(missing), _AT_ONCE)
+            for name in _absent_among(connection, users, missing[first : first + _AT_ONCE])
+        ]
+    return missing
+
+
+def _absent_among(connection: sa.Connection, users: str, names: Sequence[str]) -> list[str]:
+    """One look at each user, whatever the number of names; their attributes are fetched once (see
+    ``condition_values.whole``)."""
+    asked = ", ".join(f"bool_or(u.attributes ? :name{number})" for number in range(len(names)))
+    row = connection.execute(
+        sa.text(f"SELECT {asked} FROM ({_WHOLE.format(users=users)}) u"),  # noqa: S608  # no value is in it
+        {f"name{number}": name for number, name in enumerate(names)},
+    ).one()
+    return [name for name, found in zip(names, row, strict=True) if not found]
+
+
+def attribute_names(connection: sa.Connection) -> list[str]:
+    """Attributes of some users, by name."""
+    found = connection.execute(
+        sa.text(f"SELECT DISTINCT jsonb_object_keys(chosen.attributes) AS name FROM {_SOME} AS chosen ORDER BY name")  # noqa: S608
+    )
+    return list(found.scalars())

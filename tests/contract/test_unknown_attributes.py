@@ -1,0 +1,76 @@
+"""A rule that names an attribute that no user has: said in the preview and by the operation, not refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from segmentation.v1 import segments_pb2 as pb
+
+from tests.contract.conftest import FrontUnderTest
+from tests.contract.rollouts import roll_out, wait
+
+FIRST = 7_000_000
+RARE = 7_900_001
+
+
+@pytest.fixture(scope="module")
+def users(front: FrontUnderTest) -> None:
+    """Users who all have a country, and one, on one shard, who has something more."""
+    front.installation.create_users({FIRST + n: {"country": "RU", "age": n} for n in range(40)})
+    front.installation.create_users({RARE: {"rare_name": "x", "country": "DE"}})
+
+
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize(
+    ("condition", "unknown"),
+    [
+        ("", []),
+        ("user.country == 'RU' && user.age > 3", []),
+        ("user.rare_name == 'x'", []),
+        ("user.contry == 'RU'", ["contry"]),
+        ("user.country == 'RU' || user.zeta in ['a'] || user.alpha > 1", ["alpha", "zeta"]),
+        ("has(user.contry) || 'rare_name' in user || 'Country' in user", ["Country", "contry"]),
+        ("user.age in [user.nobody, 1] || size(user.tagz) == 1", ["nobody", "tagz"]),
+        ("user.country == 'DE' && user.age == user.agee", ["agee"]),
+    ],
+)
+def test_preview_and_operation_name_them(front: FrontUnderTest, condition: str, unknown: list[str]) -> None:
+    slug = front.create().slug
+    rule: dict[str, Any] = {"percent": 100, "condition": condition}
+    request = pb.PreviewRollOutRequest(slug=slug, rule=rule)
+    counts, call = front.segments.PreviewRollOut.with_call(request, timeout=20)
+    assert list(counts.unknown_attributes) == unknown
+    similar = dict(call.trailing_metadata()).get("segsvc-similar-attributes")
+    assert list(json.loads(similar or "{}")) == unknown
+
+    operation = front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule=rule), timeout=20)
+    for done in (operation, wait(front, operation.name)):
+        response = pb.RollOutSegmentResponse()
+        assert done.response.Unpack(response)
+        assert list(response.unknown_attributes) == unknown
+
+
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("contry", "country"), ("Country", "country"), ("rarename", "rare_name"), ("qqqqq", None)]
+)
+def test_the_nearest_names_are_told(front: FrontUnderTest, name: str, nearest: str | None) -> None:
+    request = pb.PreviewRollOutRequest(
+        slug=front.create().slug, rule={"percent": 100, "condition": f"has(user.{name})"}
+    )
+    _, call = front.segments.PreviewRollOut.with_call(request, timeout=20)
+    similar = json.loads(dict(call.trailing_metadata())["segsvc-similar-attributes"])
+    assert similar[name][:1] == ([nearest] if nearest else [])
+
+
+@pytest.mark.usefixtures("users")
+def test_it_is_said_of_the_moment(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+    rule = {"percent": 100, "condition": "user.later == 1"}
+    request = pb.PreviewRollOutRequest(slug=slug, rule=rule)
+    assert list(front.segments.PreviewRollOut(request, timeout=20).unknown_attributes) == ["later"]
+    front.installation.create_users({RARE + 1000: {"later": 2}})
+    assert list(front.segments.PreviewRollOut(request, timeout=20).unknown_attributes) == []
+    assert roll_out(front, slug, 10).done
