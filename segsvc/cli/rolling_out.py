@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -81,13 +81,14 @@ class Foreseen:
             f"{self.counts.added_count:,} would come, {self.counts.removed_count:,} would go, "
             f"{self.counts.member_count:,} members then"
         )
-        self.warn()
+        for warning in self.warnings():
+            complain(warning)
 
-    def warn(self) -> None:
-        """Name attributes that no user has, on standard error."""
+    def warnings(self) -> Iterator[str]:
+        """Attributes that no user has."""
         for name in self.counts.unknown_attributes:
             similar = " or ".join(f"user.{plain(other)}" for other in self.similar.get(name, ()))
-            complain(f"warning: no user has user.{name}" + (f"; did you mean {similar}?" if similar else ""))
+            yield f"warning: no user has user.{plain(name)}" + (f"; did you mean {similar}?" if similar else "")
 
 
 def foresee(front: Front, slug: str, wish: Wish) -> Foreseen:

@@ -166,7 +166,6 @@ def preview(
         foreseen = foresee(front, slug, wish)
     counts = foreseen.counts
     if json_output:
-        foreseen.warn()
         print_json(to_json(counts))
         return
     console().print(f"{slug}: {_rule_text(foreseen.segment)}  →  {one_line(foreseen.rule)}")
@@ -180,7 +179,8 @@ def preview(
         row = (part.matched_count, part.added_count, part.removed_count, part.member_count)
         shown.add_row(shard, *(f"{count:,}" for count in row))
     console().print(shown)
-    foreseen.warn()
+    for warning in foreseen.warnings():
+        console().print(warning)
 
 
 @app.command(epilog="Example: segsvc segments rollout checkout --percent 30")
