@@ -223,6 +223,7 @@ def rollout(
             etag=etag or foreseen.segment.etag,
             request_id=str(uuid4()),
             return_immediately=True,
+            replace_queued=replace_queued,
         )
         operation = front.segments.RollOutSegment(request, timeout=front.timeout_s)
         _show_end(front, operation, no_wait=no_wait, json_output=json_output)
