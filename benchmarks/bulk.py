@@ -14,7 +14,7 @@ from typing import Self
 
 import psutil
 import sqlalchemy as sa
-from celery import Celery, chord
+from celery import chord
 
 from benchmarks.harness import Pids, Spent, cpu_of
 from benchmarks.seed import Shape
@@ -37,6 +37,7 @@ from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.participant import PostgresParticipant
 from segsvc.services.shard_work import perform
 from segsvc.twophase_ports import Finish, ProgressHook
+from tests.celery_client import celery_beside
 from tests.installation import Installation
 
 BARE_COUNT = (
@@ -99,7 +100,7 @@ class Service:
         self.settings = settings
         self.client = Client(settings.grpc_address)
         self.pids = pids
-        self._celery = Celery("bench", broker=settings.broker_url, backend=settings.broker_url)
+        self._celery = celery_beside(settings)
 
     def empty_chord(self) -> None:
         """As many header tasks as there are shards, and a body, all of which return at once: on the same workers."""

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from segsvc.cache.client import CacheClient
+from segsvc.cache.keys import Keys
 from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.config import Settings
 from segsvc.domain.condition_cost import CostLimits
+from segsvc.domain.installation import Installation
 from segsvc.domain.membership import Entry
 from segsvc.domain.operation import Operation, OperationState, QueueLimits, ShardCounts
 from segsvc.failpoints import failpoints
@@ -34,6 +36,7 @@ from segsvc.postgres.reads import PostgresMemberships
 from segsvc.postgres.stalls import StallWatch
 from segsvc.postgres.statistics import PostgresShardCounter, PostgresUserReader
 from segsvc.postgres.users import PostgresUserStore
+from segsvc.postgres.whose import installation_of
 from segsvc.services.check import Checker
 from segsvc.services.cold_reads import ColdReads, Limits
 from segsvc.services.deadlines import DeadlineKeeper
@@ -86,6 +89,11 @@ def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: Progr
     return perform(tx, operation, on_progress, write=write)
 
 
+def whose(settings: Settings) -> Installation:
+    """The installation that these settings name, as its databases know it. Raises CATALOG_UNAVAILABLE."""
+    return installation_of(settings)
+
+
 WARM_TIMEOUT_S = 5.0
 """Bound of one wait for the cache while warming: nobody waits for it, and its exchanges are large. Half a lease."""
 
@@ -97,8 +105,13 @@ processor like everything else that computes, and each read that misses meanwhil
 
 def make_cache(settings: Settings, *, timeout_s: float | None = None, rest: float = 0.0) -> CacheClient:
     """The cache. ``timeout_s`` None: as the settings bound an exchange."""
-    timeout_s = timeout_s or settings.cache_timeout_s
-    return CacheClient(settings.cache_url, timeout_s=timeout_s, ttl_s=settings.cache_ttl_s, rest=rest)
+    return CacheClient(
+        settings.cache_url,
+        find_keys=lambda: Keys(whose(settings).tag.encode()),
+        timeout_s=timeout_s or settings.cache_timeout_s,
+        ttl_s=settings.cache_ttl_s,
+        rest=rest,
+    )
 
 
 def cost_limits(settings: Settings) -> CostLimits:
@@ -184,6 +197,33 @@ class WorkerServices:
         self._warm_cache.close()
         self.cache.close()
         self.databases.close()
+
+
+class RecoveryServices:
+    """What recovery runs on, in a thread of its own."""
+
+    def __init__(self, settings: Settings, *, dispatcher: Dispatcher) -> None:
+        # The thread's own connection of a database, and one for a fan-out visit.
+        self._databases = Databases(settings, "recovery", Pool(2))
+        self._cache = make_cache(settings)
+        parts = OperationParts(settings, self._databases, self._cache, dispatcher)
+        self._coordinator = parts.coordinator
+        self._fan_out = parts.fan_out
+        self._catalog = PostgresMaintainedCatalog(self._databases)
+
+    def recover(self) -> None:
+        """One look at everything, noted in the catalog: ``segsvc doctor`` sees by it whether recovery lives.
+
+        Raises:
+            ServiceError: the catalog is out of reach, or a shard was; all others were looked after.
+        """
+        self._coordinator.recover()
+        self._catalog.note_recovery()
+
+    def close(self) -> None:
+        self._fan_out.close()
+        self._cache.close()
+        self._databases.close()
 
 
 class HotReads:

@@ -186,6 +186,7 @@ class Settings(BaseSettings):
     warming_worker_metrics_address: str = Field(
         "", description="host:port of the warming worker's Prometheus metrics; '' = off."
     )
+    beat_metrics_address: str = Field("", description="host:port of beat's Prometheus metrics; '' = off.")
     bridge_metrics_address: str = Field("", description="host:port of the bridge's Prometheus metrics; '' = off.")
     flower_address: str = Field("127.0.0.1:5555", description="host:port of Flower.")
     flower_user: str = Field("segsvc", description="User name of Flower's basic authentication.")
@@ -259,6 +260,7 @@ class Settings(BaseSettings):
         "operation_worker_metrics_address",
         "event_worker_metrics_address",
         "warming_worker_metrics_address",
+        "beat_metrics_address",
         "bridge_metrics_address",
     )
     @classmethod

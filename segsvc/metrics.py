@@ -121,6 +121,17 @@ event_batches_in_flight = Gauge(
     "segsvc_event_batches_in_flight", "Batches that the bridge waits for.", multiprocess_mode="livesum"
 )
 
+# -- the broker (workers) -------------------------------------------------------------------------------------------
+broker_messages_refused = Counter(
+    "segsvc_broker_messages_refused_total",
+    "Things on the broker that are not messages of ours, and were thrown away, by what they are.",
+    ["what"],
+)
+"""what: unreadable, foreign (a task of another installation), unknown (a task that this release does not have),
+failed (a message that nobody could make a task of)."""
+for _what in ("unreadable", "foreign", "unknown", "failed"):
+    broker_messages_refused.labels(_what)
+
 # -- warming (workers) ----------------------------------------------------------------------------------------------
 warmed = Counter("segsvc_warmed_entries_total", "Cache entries written by the warmer.", ["shard"])
 cache_memory_bytes = Gauge(
@@ -140,10 +151,11 @@ SERVED_BY: dict[str, tuple[str, ...]] = {
     "segsvc_rpcs": ("front",),
     "segsvc_rpc_seconds": ("front",),
     "segsvc_operations_finished": ("front", "operations", "beat"),
-    "segsvc_in_doubt_seconds": ("operations", "beat"),
-    "segsvc_operations_not_ended_seconds": ("operations", "beat"),
-    "segsvc_recovery_timestamp_seconds": ("operations", "beat"),
-    "segsvc_recovery_alarms": ("operations", "beat"),
+    "segsvc_in_doubt_seconds": ("beat",),
+    "segsvc_operations_not_ended_seconds": ("beat",),
+    "segsvc_recovery_timestamp_seconds": ("beat",),
+    "segsvc_recovery_alarms": ("beat",),
+    "segsvc_broker_messages_refused": ("operations", "events", "warming"),
     "segsvc_events": ("bridge",),
     "segsvc_event_batches_in_flight": ("bridge",),
     "segsvc_warmed_entries": ("warming",),

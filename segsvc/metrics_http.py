@@ -1,4 +1,5 @@
-"""Metrics over HTTP: of this process alone, or of a worker and all that it forks, added up.
+"""Metrics over HTTP: of this process alone, or of a worker and all that it forks, added up; and beside them, at
+``/health``, whether the process does what it is there for.
 
 The latter is prometheus_client's multiprocess mode: every process keeps its values in files of one folder. Where values
 live is decided when ``prometheus_client`` is imported, so the variable ``PROMETHEUS_MULTIPROC_DIR`` is set before.
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry, Metric, start_http_server, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -20,6 +22,9 @@ from prometheus_client.registry import Collector
 
 import segsvc
 from segsvc import metrics
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _LIVE_GAUGES = re.compile(r"gauge_live[a-z]*_(\d+)\.db")
 
@@ -32,13 +37,19 @@ class MetricsAddressError(Exception):
     """An address is in use, or not this machine's. The text names it."""
 
 
+Health = Callable[[], str | None]
+"""What is wrong with this process, in words; None: nothing."""
+
+
 @contextmanager
-def serving(address: str, registry: CollectorRegistry | None = None) -> Iterator[None]:
+def serving(address: str, registry: CollectorRegistry | None = None, *, health: Health | None = None) -> Iterator[None]:
     """Serve metrics at ``http://address/metrics`` while the block runs.
 
     Args:
         address: host:port; an empty one serves nothing.
         registry: what to serve; None: what this process declared.
+        health: asked for ``/health``, which answers 200 if it finds nothing wrong, else 503 and what it says. None:
+            there is no ``/health``.
 
     Raises:
         MetricsAddressError: nothing can listen there.
@@ -51,6 +62,9 @@ def serving(address: str, registry: CollectorRegistry | None = None) -> Iterator
         server, thread = start_http_server(int(port), host.strip("[]"), registry or REGISTRY)
     except OSError as error:
         raise MetricsAddressError(f"metrics on {address}: {error.strerror or error}") from error
+    metrics_app = server.get_app()
+    if health is not None and metrics_app is not None:
+        server.set_app(_with_health(metrics_app, health))
     # A child that outlives its parent must not keep the port; closing its copy leaves the parent's alone.
     os.register_at_fork(after_in_child=server.socket.close)
     try:
@@ -95,6 +109,20 @@ class _OfRole(Collector):
             if metrics.is_served(family.name, self._role):
                 self._complete(family)
                 yield family
+
+
+def _with_health(metrics_app: WSGIApplication, health: Health) -> WSGIApplication:
+    """Answers ``/health`` itself and hands on everything else."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ.get("PATH_INFO") != "/health":
+            return metrics_app(environ, start_response)
+        complaint = health()
+        status = "200 OK" if complaint is None else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{complaint or 'ok'}\n".encode()]
+
+    return app
 
 
 def all_processes(folder: Path) -> CollectorRegistry:

@@ -6,20 +6,24 @@ import gc
 from typing import Any
 
 from celery import Celery
-from celery.signals import setup_logging, worker_process_init, worker_process_shutdown, worker_ready
+from celery.signals import (
+    setup_logging,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_ready,
+)
 
-from segsvc.bootstrap import WorkerServices
-from segsvc.config import Settings, load_settings
+from segsvc.bootstrap import WorkerServices, whose
+from segsvc.config import Settings, load_settings, mask
+from segsvc.domain.errors import ServiceError
+from segsvc.domain.installation import Installation
 from segsvc.log import configure_logging
+from tasks import steps
+from tasks.broker import InstallationUnknown, use_our_transport
 from tasks.dispatcher import CeleryDispatcher
 from tasks.logs import be_quiet_about_periodic_tasks
+from tasks.queues import EVENTS_QUEUE, OPERATIONS_QUEUE, WARMING_QUEUE
 from tasks.schedule import beat_schedule
-
-OPERATIONS_QUEUE = "operations"
-EVENTS_QUEUE = "events"
-WARMING_QUEUE = "warming"
-QUEUES = (OPERATIONS_QUEUE, EVENTS_QUEUE, WARMING_QUEUE)
-"""Each has workers of its own, so that events waiting for a shard's lock never keep a finalizer from running."""
 
 TASK_TIME_LIMIT_S = 600
 VISIBILITY_TIMEOUT_S = 900
@@ -27,12 +31,46 @@ VISIBILITY_TIMEOUT_S = 900
 and beat send again long before, so a killed worker's message does not wait for this."""
 
 
+def installation(settings: Settings) -> Installation:
+    """Whose names the broker's keys carry, and whose tasks are ours. Raises InstallationUnknown."""
+    try:
+        return whose(settings)
+    except ServiceError as error:
+        reason = mask(str(error.__cause__ or error)).splitlines()[0]
+        raise InstallationUnknown(f"no database says yet which installation this is: {reason}") from error
+
+
+class _Prefix:
+    """What all names on the broker begin with: a text that is asked for when it is used. Flower puts it before the
+    names of queues itself; everything else calls it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __call__(self) -> str:
+        return installation(self._settings).broker_prefix
+
+    def __add__(self, name: str) -> str:
+        return self() + name
+
+    def __repr__(self) -> str:
+        # Workers show their configuration to Flower, which must not show a setting's password.
+        return "<the installation's prefix>"
+
+    __str__ = __call__
+
+
 def celery_config(settings: Settings) -> dict[str, Any]:
     """Celery's configuration as the settings say."""
+    prefix = _Prefix(settings)
     redis_options = {
+        # Asked when a channel opens: a process may start while no database can say yet.
+        "global_keyprefix": prefix,
+        "installation": lambda: installation(settings).name,
         "visibility_timeout": VISIBILITY_TIMEOUT_S,
         # kombu looks for messages of dead workers only about every 100 s unless told.
         "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
         "socket_connect_timeout": 1,
         "socket_timeout": 5,
         "socket_keepalive": True,
@@ -43,7 +81,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "result_backend": f"tasks.results:UnsubscribedRedisBackend+{settings.broker_url}",
         "broker_connection_retry_on_startup": True,
         "broker_transport_options": redis_options,
-        "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}},
+        "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}, "global_keyprefix": prefix},
         "redis_socket_connect_timeout": 1,
         "redis_socket_timeout": 5,
         # A message from outside can be JSON, nothing that runs code when it is read.
@@ -70,19 +108,27 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         # A publisher tells its caller soon that the broker is down; the ledger remembers what was to be sent.
         "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1},
         "worker_send_task_events": True,
-        "task_send_sent_event": True,
+        # A task is shown when a worker has it. Sent ones would be shown of every kind, the quiet ones too.
+        "task_send_sent_event": False,
         "worker_hijack_root_logger": False,
+        "worker_consumer": "tasks.consumer:Consumer",
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "beat_schedule": beat_schedule(settings),
-        "imports": ("tasks.operations", "tasks.recovery", "tasks.events", "tasks.warming"),
+        # It looks at least this often, so that whether it lives can be seen.
+        "beat_max_loop_interval": 5,
+        "imports": ("tasks.operations", "tasks.events", "tasks.upkeep", "tasks.warming"),
         "enable_utc": True,
         "timezone": "UTC",
     }
 
 
+use_our_transport()
 app = Celery("segsvc")
 # A callable, so that reading the settings waits until something uses the application.
 app.add_defaults(lambda: celery_config(load_settings()))
+
+
+steps.add_to(app)
 
 
 class _Process:

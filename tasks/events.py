@@ -12,11 +12,13 @@ from celery.utils import uuid
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
+from segsvc.config import load_settings
 from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError, broker_unavailable
 from segsvc.domain.events import UserEvent, from_wire, to_wire
 from segsvc.services.ingestion import BatchReport
-from tasks.app import EVENTS_QUEUE, app, runtime
+from tasks.app import app, installation, runtime
 from tasks.event_lanes import BATCH_LOST, Outcome, TryAgain
+from tasks.queues import EVENTS_QUEUE
 
 LOCK_TIMEOUT: Final = "LOCK_TIMEOUT"
 """Why a batch must come again: an operation held the shard for longer than ``lock_timeout_s``."""
@@ -27,7 +29,8 @@ EVENTS_MARGIN_S: Final = 60
 _TRANSIENT: Final = (Category.UNAVAILABLE, Category.RESOURCE_EXHAUSTED, Category.DEADLINE_EXCEEDED)
 
 
-@app.task(name="segsvc.apply_events")
+# Not shown in Flower: some a second, they would bury the rollouts there.
+@app.task(name="segsvc.apply_events", send_events=False)
 def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
     """Apply a batch of events of one shard.
 
@@ -65,7 +68,7 @@ def _broker() -> Any:
 
 
 def _events_key(batch_id: str) -> str:
-    return f"segsvc:events:{batch_id}"
+    return f"{installation(load_settings()).broker_prefix}events:{batch_id}"
 
 
 class CeleryBatches:
@@ -82,7 +85,7 @@ class CeleryBatches:
             "task_id": batch_id,
             "queue": EVENTS_QUEUE,
             "expires": expire_s,
-            # What Flower and the logs show.
+            # What the logs show.
             "kwargsrepr": f"{{shard {shard}: {len(events)} × {topic}}}",
         }
         task = apply_events.signature(kwargs={"shard": shard, "batch": batch_id}, **options)

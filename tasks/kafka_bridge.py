@@ -39,6 +39,7 @@ from segsvc.domain.events import TOPICS, BadEvent, parse
 from segsvc.domain.sharding import shard_of
 from segsvc.failpoints import CrashPoints, failpoints
 from segsvc.log import get_logger
+from tasks import watchdog
 from tasks.dead_letters import DeadLetters
 from tasks.event_lanes import Batches, Lanes
 from tasks.event_watch import EventWatch
@@ -46,6 +47,7 @@ from tasks.events import CeleryBatches
 from tasks.kafka_batches import FAULT, Unreadable
 from tasks.kafka_clients import make_consumer, quieten_client_log
 from tasks.kafka_offsets import PartitionProgress
+from tasks.pulse import Pulse
 from tasks.segment_events import SegmentEvents
 from tasks.waiting import Backoff, Waits
 
@@ -365,6 +367,10 @@ class _Listener(AsyncConsumerRebalanceListener):
         self._bridge.forget(lost)
 
 
+pulse: Final = Pulse()
+"""Of this process's bridge."""
+
+
 class Bridge:
     """Runs consumers, one after the other, until it is told to stop."""
 
@@ -385,7 +391,9 @@ class Bridge:
 
     def _run(self, stop: threading.Event, watch: EventWatch) -> None:
         backoff = Backoff(0.5, 5.0)
+        pulse.begins()
         while not stop.is_set():
+            pulse.turned()
             dead_letters = DeadLetters(self._settings)
             watch.dead_letter_waits = dead_letters.waits
             consumer: BridgeConsumer | None = None
@@ -394,6 +402,7 @@ class Bridge:
                 self._waits.ends("Kafka")
                 while not stop.is_set():
                     consumer.step()
+                    pulse.turned()
                     backoff.succeeded()
                 consumer.leave()
             except (KafkaError, OSError) as error:
@@ -419,10 +428,15 @@ class Bridge:
         stop.wait(backoff.ready_at)
 
 
-def stop_on_signals(stop: threading.Event) -> None:
-    """Set ``stop`` on SIGTERM and SIGINT. Called by the main thread."""
+def stop_on_signals(stop: threading.Event, ends: watchdog.Watchdog) -> None:
+    """Set ``stop`` on SIGTERM and SIGINT, and have the end watched. Called by the main thread."""
+
+    def end(*_: object) -> None:
+        ends.process_ends()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
 
 
 def run_bridge(settings: Settings) -> None:
@@ -432,7 +446,9 @@ def run_bridge(settings: Settings) -> None:
     """
     quieten_client_log()
     stop = threading.Event()
-    stop_on_signals(stop)
+    ends = watchdog.Watchdog(pulse, end_within_s=watchdog.END_WITHIN_S, still_max_s=watchdog.STILL_MAX_S)
+    ends.start()
+    stop_on_signals(stop, ends)
     segment_events = SegmentEvents(settings, stop)
     segment_events.start()
     # What is there by now stays; the collector need not look through it while thousands of events come and go.
@@ -441,6 +457,7 @@ def run_bridge(settings: Settings) -> None:
     try:
         Bridge(settings, CeleryBatches(), failpoints(settings.failpoint_dir)).run(stop)
     finally:
+        ends.process_ends()
         stop.set()
         segment_events.join()
         log.info("bridge_stopped")

@@ -13,7 +13,7 @@ from segsvc.log import Demote
 REQUEST_ID_HEADER: Final = "x-request-id"
 """Header of a message: the id of the call that caused it, as in the front's log."""
 
-PERIODIC: Final = ("segsvc.recover", "segsvc.maintain", "segsvc.warm_")
+PERIODIC: Final = ("segsvc.maintain", "segsvc.warm_")
 """How the names of tasks begin that come every few seconds, whether there is work or not."""
 
 

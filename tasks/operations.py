@@ -64,7 +64,8 @@ def finalize(self: Task[Any, Any], _headers: Sequence[str] = (), *, operation_id
 class ProgressReporter:
     """Tells people how far a shard is: Flower by an event, the ledger's progress table for WatchOperation.
 
-    At most ten times a second and never an error: nothing depends on it.
+    At most ten times a second, but the number of blocks and the end of the work always: what is told last stays. It
+    never raises, since nothing depends on it.
     """
 
     _INTERVAL_S = 0.1
@@ -74,13 +75,16 @@ class ProgressReporter:
         self._operation_id = operation_id
         self._title = title
         self._next = 0.0
+        self._blocks_total = 0
 
     def __call__(self, progress: ShardProgress) -> None:
         now = time.monotonic()
-        if now < self._next:
+        ended = progress.blocks_done == progress.blocks_total
+        if now < self._next and not ended and progress.blocks_total == self._blocks_total:
             return
-        self._next = now + self._INTERVAL_S
-        text = f"shard {progress.shard}: {progress.blocks_done}/{progress.blocks_total} blocks"
+        self._next, self._blocks_total = now + self._INTERVAL_S, progress.blocks_total
+        done = f"{progress.blocks_done}/{progress.blocks_total} blocks" if progress.blocks_total else "at work"
+        text = f"shard {progress.shard}: {done}"
         try:
             # The only form of progress that Flower shows: PROGRESS, with this text.
             self._task.send_event("task-progress", result=text, kwargs=f"{{{self._title}, shard {progress.shard}}}")

@@ -17,7 +17,6 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
         return {"task": task, "schedule": interval_s, "options": {"expires": interval_s}}
 
     return {
-        "recover": entry("segsvc.recover", settings.recovery_interval_s),
         "maintain": entry("segsvc.maintain", MAINTENANCE_INTERVAL_S),
         "warm": entry("segsvc.warm_all", settings.warm_interval_s),
     }

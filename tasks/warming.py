@@ -10,7 +10,7 @@ from tasks.app import app, runtime
 log = get_logger(__name__)
 
 
-@app.task(name="segsvc.warm_all", ignore_result=True)
+@app.task(name="segsvc.warm_all", ignore_result=True, send_events=False)
 def warm_all() -> None:
     """Send a task for each shard. One that no worker took before the next round is due is dropped."""
     settings = load_settings()
@@ -18,7 +18,7 @@ def warm_all() -> None:
         warm_shard.apply_async(kwargs={"shard": shard}, expires=settings.warm_interval_s)
 
 
-@app.task(name="segsvc.warm_shard", ignore_result=True)
+@app.task(name="segsvc.warm_shard", ignore_result=True, send_events=False)
 def warm_shard(*, shard: int) -> None:
     """Have a shard's users in the cache, as far as the memory for it goes."""
     try:

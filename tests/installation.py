@@ -6,14 +6,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Final, Protocol
+from uuid import UUID
 
 import numpy as np
 import sqlalchemy as sa
 
+from segsvc.cache.keys import Keys
 from segsvc.config import Settings
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.postgres import tables
+
+INSTALLATION_ID: Final = UUID("7e57ca5e-0000-4000-8000-000000000000")
+"""Of every installation that is made here: databases are used again, and a process asks them once whose they are."""
+KEYS: Final = Keys(INSTALLATION_ID.hex[:8].encode())
+"""Of its cache."""
 
 _DATABASE_NAMES = "test_catalog", "test_shard{}"
 
@@ -81,7 +88,7 @@ def _found(server: DatabaseServer, names: Sequence[str], cluster: str) -> None:
     with _engine(server.dsn(catalog)).connect() as connection:
         installation = connection.execute(
             sa.insert(tables.installation)
-            .values(cluster=cluster, shard_count=len(shards))
+            .values(cluster=cluster, shard_count=len(shards), id=INSTALLATION_ID)
             .returning(tables.installation.c.id)
         ).scalar_one()
     for shard, name in enumerate(shards):

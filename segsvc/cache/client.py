@@ -19,8 +19,9 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from segsvc.cache import entry as entries
-from segsvc.cache import keys, scripts
+from segsvc.cache import scripts
 from segsvc.cache.connection import CacheConnection, Command
+from segsvc.cache.keys import Keys
 from segsvc.domain.errors import ServiceError, cache_unavailable
 from segsvc.domain.membership import NEVER_US, READ_TIME, VALID_UNTIL, Entry, EntryColumns, Grant
 from segsvc.log import get_logger
@@ -46,6 +47,8 @@ class CacheClient:
 
     Args:
         url: of the cache's server.
+        find_keys: gives the names of this installation's keys. Asked until it does; while it raises a ServiceError,
+            the cache counts as out of reach.
         timeout_s: bound of connecting and of each wait for the server.
         ttl_s: life of an entry.
         now_us: the wall clock, microseconds since 1970.
@@ -57,8 +60,19 @@ class CacheClient:
     """How long after a failure the next attempt is made; until then every step fails at once."""
     _IDLE_MAX = 16
 
-    def __init__(self, url: str, *, timeout_s: float, ttl_s: int, now_us: Clock = _now_us, rest: float = 0.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        find_keys: Callable[[], Keys],
+        timeout_s: float,
+        ttl_s: int,
+        now_us: Clock = _now_us,
+        rest: float = 0.0,
+    ) -> None:
         self._url = url
+        self._find_keys = find_keys
+        self._keys: Keys | None = None
         self._timeout_s = timeout_s
         self._ttl_ms = ttl_s * 1000
         self._now_us = now_us
@@ -68,6 +82,16 @@ class CacheClient:
         self._idle: list[CacheConnection] = []
         self._down = False
         self._retry_at = 0.0
+
+    @property
+    def keys(self) -> Keys:
+        """Names of this installation's keys. Raises CACHE_UNAVAILABLE: they are not known yet."""
+        if self._keys is None:
+            try:
+                self._keys = self._find_keys()
+            except ServiceError as error:
+                raise cache_unavailable() from error
+        return self._keys
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
@@ -79,7 +103,7 @@ class CacheClient:
         """
         token = _token()
         with self.connection() as connection:
-            connection.run("SET", keys.user(shard, user_id), b"B" + token, "PX", scripts.BLOCK_MS)
+            connection.run("SET", self.keys.user(shard, user_id), b"B" + token, "PX", scripts.BLOCK_MS)
         return token
 
     def unblock(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None:
@@ -92,7 +116,9 @@ class CacheClient:
             ServiceError: CACHE_UNAVAILABLE: some may not be done, and the changes may not be acknowledged.
         """
         own = token or _token()
-        calls = [_call(scripts.UNBLOCK, keys.users(shard, chunk), [own]) for chunk in _chunks(user_ids, KEYS_PER_CALL)]
+        calls = [
+            _call(scripts.UNBLOCK, self.keys.users(shard, chunk), [own]) for chunk in _chunks(user_ids, KEYS_PER_CALL)
+        ]
         if calls:
             with self.connection() as connection:
                 connection.run_all(calls)
@@ -115,7 +141,7 @@ class CacheClient:
             ServiceError: CACHE_UNAVAILABLE: some shards may still have hits.
         """
         with self.connection() as connection:
-            connection.run_all([("DEL", keys.generation(shard)) for shard in shards])
+            connection.run_all([("DEL", self.keys.generation(shard)) for shard in shards])
 
     # -- loads ------------------------------------------------------------------------------------------------------
 
@@ -131,7 +157,7 @@ class CacheClient:
         lease_ms, now_us = scripts.LEASE_MS, self._now_us()
         with self.connection() as connection:
             args = [token, b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT]
-            g = keys.generation(shard)
+            g = self.keys.generation(shard)
             chunks = _chunks(user_ids, KEYS_PER_CALL)
             replies = self._in_turn(
                 connection,
@@ -140,7 +166,7 @@ class CacheClient:
                     # must not bring it back, with entries that others have filled under it since.
                     _call(
                         scripts.ACQUIRE,
-                        [g, *keys.users(shard, chunk)],
+                        [g, *self.keys.users(shard, chunk)],
                         [connection.run_id, secrets.token_bytes(entries.NONCE_BYTES), *args],
                     )
                     for chunk in chunks
@@ -159,7 +185,7 @@ class CacheClient:
             if outdated:
                 connection.run_all(
                     [
-                        _call(scripts.RELEASE, keys.users(shard, chunk), [token])
+                        _call(scripts.RELEASE, self.keys.users(shard, chunk), [token])
                         for chunk in _chunks(outdated, KEYS_PER_CALL)
                     ]
                 )
@@ -190,7 +216,7 @@ class CacheClient:
     def release(self, shard: int, grant: Grant, user_ids: Sequence[int]) -> None:
         """Give leases back without a fill (a user who does not exist is never cached). Raises CACHE_UNAVAILABLE."""
         calls = [
-            _call(scripts.RELEASE, keys.users(shard, chunk), [grant.token])
+            _call(scripts.RELEASE, self.keys.users(shard, chunk), [grant.token])
             for chunk in _chunks(user_ids, KEYS_PER_CALL)
         ]
         if calls:
@@ -208,7 +234,7 @@ class CacheClient:
             # Both times are the shard's, so no skew between machines can lengthen a life.
             left_ms = (valid_until_us[0] - read_time_us[0]) // 1000
             life_ms = max(1, min(int(self._ttl_ms * (1 - _TTL_JITTER * random.random())), left_ms))
-            calls.append(_call(scripts.FILL, keys.users(shard, user_ids), [grant.token, b"%d" % life_ms, *values]))
+            calls.append(_call(scripts.FILL, self.keys.users(shard, user_ids), [grant.token, b"%d" % life_ms, *values]))
         if not calls:
             return 0
         with self.connection() as connection:

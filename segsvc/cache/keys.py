@@ -1,40 +1,48 @@
-"""Names of the keys. The shard in braces is the hash tag: all keys of a shard lie on one node of a Redis Cluster.
+"""Names of the keys. All of a shard's have its hash tag, so they lie on one node of a Redis Cluster; the tag says whose
+they are, too: an installation never meets the keys of another one in the same server.
 
 ::
 
-    {3}:g          generation: run_id of the server (40 bytes) and a random nonce. Never expires
-    {3}:u:<id>     one user: L<token> (lease), B<token> (block) or V… (value, see ``entry``). Always expires
-    {3}:hot        sorted set: block -> reads counted by the fronts. Expires, and fades with every sweep of the warmer
-    {3}:warm       what the warmer's last sweep covered. Expires when the next full sweep is due
+    {1f3a99c0:3}:g          generation: run_id of the server (40 bytes) and a random nonce. Never expires
+    {1f3a99c0:3}:u:<id>     one user: L<token> (lease), B<token> (block) or V… (value, see ``entry``). Always expires
+    {1f3a99c0:3}:hot        sorted set: block -> reads counted by the fronts. Expires, and fades with every sweep of the
+                            warmer
+    {1f3a99c0:3}:warm       what the warmer's last sweep covered. Expires when the next full sweep is due
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
-def generation(shard: int) -> bytes:
-    return b"{%d}:g" % shard
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one installation.
 
+    Attributes:
+        tag: of the installation; short, since every key has it.
+    """
 
-def user_prefix(shard: int) -> bytes:
-    """What the keys of all users of a shard begin with; the id follows, in decimal."""
-    return b"{%d}:u:" % shard
+    tag: bytes
 
+    def generation(self, shard: int) -> bytes:
+        return b"{%b:%d}:g" % (self.tag, shard)
 
-def user(shard: int, user_id: int) -> bytes:
-    return user_prefix(shard) + b"%d" % user_id
+    def user_prefix(self, shard: int) -> bytes:
+        """What the keys of all users of a shard begin with; the id follows, in decimal."""
+        return b"{%b:%d}:u:" % (self.tag, shard)
 
+    def user(self, shard: int, user_id: int) -> bytes:
+        return self.user_prefix(shard) + b"%d" % user_id
 
-def users(shard: int, user_ids: Iterable[int]) -> list[bytes]:
-    """Keys of many users of one shard, in their order."""
-    prefix = user_prefix(shard)
-    return [prefix + b"%d" % user_id for user_id in user_ids]
+    def users(self, shard: int, user_ids: Iterable[int]) -> list[bytes]:
+        """Keys of many users of one shard, in their order."""
+        prefix = self.user_prefix(shard)
+        return [prefix + b"%d" % user_id for user_id in user_ids]
 
+    def hot(self, shard: int) -> bytes:
+        return b"{%b:%d}:hot" % (self.tag, shard)
 
-def hot(shard: int) -> bytes:
-    return b"{%d}:hot" % shard
-
-
-def warm(shard: int) -> bytes:
-    return b"{%d}:warm" % shard
+    def warm(self, shard: int) -> bytes:
+        return b"{%b:%d}:warm" % (self.tag, shard)

@@ -10,7 +10,6 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from segsvc.cache import entry as entries
-from segsvc.cache import keys
 from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import CacheConnection
 from segsvc.domain.errors import cache_unavailable
@@ -30,8 +29,9 @@ class CacheReader:
     def __init__(self, client: CacheClient, shard_count: int) -> None:
         self._client = client
         self._shard_count = shard_count
-        self._prefixes = [keys.user_prefix(shard) for shard in range(shard_count)]
-        self._generations = [keys.generation(shard) for shard in range(shard_count)]
+        # Of the keys; known when it is connected.
+        self._prefixes: list[bytes] = []
+        self._generations: list[bytes] = []
         self._connection: CacheConnection | None = None
 
     @property
@@ -41,6 +41,10 @@ class CacheReader:
     def connect(self) -> None:
         """Connect if need be. Raises CACHE_UNAVAILABLE."""
         if self._connection is None:
+            keys = self._client.keys
+            self._prefixes = [keys.user_prefix(shard) for shard in range(self._shard_count)]
+            self._generations = [keys.generation(shard) for shard in range(self._shard_count)]
+            # Last: the reading thread goes by it.
             self._connection = self._client.connect()
 
     def close(self) -> None:

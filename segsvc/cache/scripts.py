@@ -33,9 +33,9 @@ ACQUIRE: Final = Script(
     f"""#!lua
 -- KEYS: g, then users' keys. ARGV: run_id, a fresh nonce, token, lease in ms, now in us, format.
 -- Gives the nonce in force, and for each user '1' (the lease was given), '0' (a hit) or '2' (leased or blocked).
-local g = redis.call('GET', KEYS[1])
-if not g or #g ~= {RUN_ID_BYTES + NONCE_BYTES} or string.sub(g, 1, {RUN_ID_BYTES}) ~= ARGV[1] then
-  -- Lost, or another run's: a new generation, under which nothing filled before is a hit.
+local g = redis.pcall('GET', KEYS[1])
+if type(g) ~= 'string' or #g ~= {RUN_ID_BYTES + NONCE_BYTES} or string.sub(g, 1, {RUN_ID_BYTES}) ~= ARGV[1] then
+  -- Lost, another run's, or no generation at all: a new one, under which nothing filled before is a hit.
   g = ARGV[1] .. ARGV[2]
   redis.call('SET', KEYS[1], g)
 end
@@ -53,7 +53,11 @@ for i, u in ipairs(users) do
     -- A lease or a block is another's. A value is refused exactly if a read would call it a hit: any other value
     -- would stay a miss for ever if it could not be replaced.
     if kind == {ord("L")} or kind == {ord("B")} then
-      given = '2'
+      -- Ours end soon, always. One that does not is nobody's, and would keep its user out for ever.
+      local left = call('PTTL', KEYS[i + 1])
+      if left >= 0 and left <= {BLOCK_MS} then
+        given = '2'
+      end
     elseif string.sub(u, 1, {PREFIX_BYTES}) == prefix and #u >= {HEADER_BYTES} and #u % 4 == 0
         and struct.unpack('<i8', u, {PREFIX_BYTES + 1}) > now then
       given = '0'
@@ -61,7 +65,11 @@ for i, u in ipairs(users) do
   end
   if given == '1' then
     -- GET, whose text Lua takes over in half the time that the table of a status would cost; it is not looked at.
-    call('SET', KEYS[i + 1], lease, 'PX', ARGV[4], 'GET')
+    local before = redis.pcall('SET', KEYS[i + 1], lease, 'PX', ARGV[4], 'GET')
+    if type(before) == 'table' then
+      -- Something of another type, which somebody else wrote: it is replaced as well, without being looked at.
+      call('SET', KEYS[i + 1], lease, 'PX', ARGV[4])
+    end
   end
   granted[i] = given
 end
@@ -93,7 +101,7 @@ RELEASE: Final = Script(
 local lease = 'L' .. ARGV[1]
 local removed = 0
 for i = 1, #KEYS do
-  if redis.call('GET', KEYS[i]) == lease then
+  if redis.pcall('GET', KEYS[i]) == lease then
     removed = removed + redis.call('DEL', KEYS[i])
   end
 end
@@ -108,8 +116,9 @@ UNBLOCK: Final = Script(
 local own = 'B' .. ARGV[1]
 local removed = 0
 for i = 1, #KEYS do
-  local u = redis.call('GET', KEYS[i])
-  if u and (string.sub(u, 1, 1) ~= 'B' or u == own) then
+  local u = redis.pcall('GET', KEYS[i])
+  -- A table is an error: something of another type, which nobody of ours wrote.
+  if u and (type(u) == 'table' or string.sub(u, 1, 1) ~= 'B' or u == own) then
     removed = removed + redis.call('DEL', KEYS[i])
   end
 end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any, Final
 
 from redis.exceptions import RedisError, ResponseError
@@ -9,6 +11,8 @@ from redis.exceptions import RedisError, ResponseError
 from segsvc.cache.connection import CacheConnection
 from segsvc.config import mask
 
+_LOOK_S: Final = 1.0
+_TAG: Final = re.compile(rb"\{([0-9a-f]{8}):[0-9]+\}:")
 OLDEST_VERSION: Final = (7, 0)
 """Of Redis (Valkey says which Redis it is compatible with): flags of scripts."""
 
@@ -33,6 +37,26 @@ def cache_findings(url: str, *, timeout_s: float) -> list[str]:
         return ["the cache's server broke off the check"]
     finally:
         connection.close()
+
+
+def other_tags(url: str, *, timeout_s: float) -> set[str]:
+    """Tags of all installations that have keys in the server, as far as a second of looking finds them: in a large
+    server that is a sample. A server that cannot be reached has none."""
+    found: set[str] = set()
+    try:
+        connection = CacheConnection(url, timeout_s)
+        try:
+            cursor, end = b"0", time.monotonic() + _LOOK_S
+            while time.monotonic() < end:
+                cursor, names = connection.run("SCAN", cursor, "COUNT", 1000)
+                found.update(tag[1].decode() for name in names if (tag := _TAG.match(name)))
+                if cursor == b"0":
+                    break
+        finally:
+            connection.close()
+    except (RedisError, OSError):
+        return found
+    return found
 
 
 def _version(info: dict[str, str]) -> list[str]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from segsvc.cache import keys
 from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import Command, parse_info
 from segsvc.cache.entry import NONCE_BYTES, nonce_of
 from segsvc.domain.membership import CacheMemory, Sweep
+from segsvc.log import get_logger
+
+log = get_logger(__name__)
 
 HOT_TTL_S: Final = 3600
 """Without reads for this long, what was hot is forgotten."""
 BLOCKS_PER_REPORT: Final = 4096
 """Blocks of a shard whose reads one front reports at a time: the most read ones."""
 NOTE_TTL_S: Final = 86_400
+
+_BLOCK: Final = re.compile(rb"0|[1-9][0-9]{0,8}")
+_NOTE: Final = re.compile(rb"([0-9]{1,18}) ([0-9]{1,18})")
 
 
 class WarmNotes:
@@ -29,49 +35,66 @@ class WarmNotes:
     def add_reads(self, shard: int, reads: Mapping[int, int]) -> None:
         """Add reads to blocks."""
         most_read = sorted(reads, key=reads.__getitem__, reverse=True)[:BLOCKS_PER_REPORT]
-        key = keys.hot(shard)
+        key = self._client.keys.hot(shard)
         commands: list[Command] = [("ZINCRBY", key, reads[block], block) for block in most_read]
-        with self._client.connection() as connection:
-            connection.run_all([*commands, ("EXPIRE", key, HOT_TTL_S)])
+        self._counted(key, [*commands, ("EXPIRE", key, HOT_TTL_S)])
 
     def hottest(self, shard: int) -> list[int]:
-        """Blocks with reads, most read first."""
-        with self._client.connection() as connection:
-            return [int(block) for block in connection.run("ZREVRANGE", keys.hot(shard), 0, -1)]
+        """Blocks with reads, most read first. What is no block's number is not ours, and is taken out."""
+        key = self._client.keys.hot(shard)
+        [members] = self._counted(key, [("ZREVRANGE", key, 0, -1)])
+        foreign = [member for member in members if not _BLOCK.fullmatch(member)]
+        if foreign:
+            log.warning("foreign_members_removed", key=key.decode(), members=len(foreign))
+            self._counted(key, [("ZREM", key, *foreign)])
+        return [int(member) for member in members if _BLOCK.fullmatch(member)]
 
     def fade(self, shard: int) -> None:
         """Halve the counts, so that what was read long ago gives way; forget what has faded to less than one."""
-        key = keys.hot(shard)
+        key = self._client.keys.hot(shard)
+        self._counted(
+            key,
+            [
+                ("ZUNIONSTORE", key, 1, key, "WEIGHTS", "0.5"),
+                ("ZREMRANGEBYSCORE", key, "-inf", "(1"),
+                # Half of this is as much: somebody else wrote it.
+                ("ZREMRANGEBYSCORE", key, "+inf", "+inf"),
+                ("EXPIRE", key, HOT_TTL_S),
+            ],
+        )
+
+    def _counted(self, key: bytes, commands: Sequence[Command]) -> list[Any]:
+        """Replies to commands on a sorted set of counts. Something of another type in its place, which somebody else
+        wrote, is removed: an empty set takes its place."""
         with self._client.connection() as connection:
-            connection.run_all(
-                [
-                    ("ZUNIONSTORE", key, 1, key, "WEIGHTS", "0.5"),
-                    ("ZREMRANGEBYSCORE", key, "-inf", "(1"),
-                    ("EXPIRE", key, HOT_TTL_S),
-                ]
-            )
+            [kind] = connection.run_all([("TYPE", key)])
+            if kind not in (b"none", b"zset"):
+                log.warning("foreign_value_removed", key=key.decode(), type=kind.decode())
+                connection.run("DEL", key)
+            return connection.run_all(commands)
 
     # -- what is warm -----------------------------------------------------------------------------------------------
 
     def last_sweep(self, shard: int) -> Sweep | None:
         """The last complete sweep, if the shard's generation is still that under which it was made; else None."""
+        keys = self._client.keys
         with self._client.connection() as connection:
             generation, note = connection.run("MGET", keys.generation(shard), keys.warm(shard))
             nonce = nonce_of(generation, connection.run_id)
         if nonce is None or note is None or note[:NONCE_BYTES] != nonce:
             return None
-        next_slot, ended_s = note[NONCE_BYTES:].split(b" ")
-        return Sweep(nonce, int(next_slot), int(ended_s))
+        numbers = _NOTE.fullmatch(note, NONCE_BYTES)
+        return Sweep(nonce, int(numbers[1]), int(numbers[2])) if numbers else None
 
     def note_sweep(self, shard: int, sweep: Sweep) -> None:
         """Remember that everything below ``next_slot`` was warmed under this nonce."""
         note = sweep.nonce + b"%d %d" % (sweep.next_slot, sweep.ended_s)
         with self._client.connection() as connection:
-            connection.run("SET", keys.warm(shard), note, "EX", NOTE_TTL_S)
+            connection.run("SET", self._client.keys.warm(shard), note, "EX", NOTE_TTL_S)
 
     def present(self, shard: int, groups: Sequence[Sequence[int]]) -> list[int]:
         """For each group of users, how many have a key, whatever it holds."""
-        commands: list[Command] = [("EXISTS", *keys.users(shard, group)) for group in groups]
+        commands: list[Command] = [("EXISTS", *self._client.keys.users(shard, group)) for group in groups]
         with self._client.connection() as connection:
             return connection.run_all(commands)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from segsvc.bootstrap import TaskSender
     from segsvc.config import Settings
+    from segsvc.metrics_http import Health
 
 PANEL: Final = "Processes"
 
@@ -52,6 +53,8 @@ def _sender(_settings: Settings) -> TaskSender:
     return CeleryDispatcher(app)
 
 
+FLOWER_COLUMNS: Final = "name,kwargs,state,result,received,started,runtime,worker,uuid"
+"""Of Flower's list of tasks: what tells one rollout from another comes first."""
 WARMING_NICENESS: Final = 15
 """Nobody waits for the warmer. Where it shares processors with a front, reads that miss go first."""
 
@@ -101,41 +104,49 @@ def _worker_metrics(address: str, queue: Queue, stack_dir: Path) -> Iterator[Non
     with tempfile.TemporaryDirectory(prefix="segsvc-metrics-", dir=parent, ignore_cleanup_errors=True) as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         from segsvc.metrics_http import all_processes  # noqa: PLC0415
+        from tasks.broker import pulse  # noqa: PLC0415
 
-        with _serving(address, queue.value, all_processes(Path(folder))):
+        with _serving(address, queue.value, pulse.complaint, all_processes(Path(folder))):
             yield
 
 
 @contextmanager
-def _serving(address: str, role: str, registry: CollectorRegistry | None = None) -> Iterator[None]:
-    """Serve a role's metrics; ``registry`` None: those of this process. Raises Refusal if nothing can listen there."""
+def _serving(address: str, role: str, health: Health, registry: CollectorRegistry | None = None) -> Iterator[None]:
+    """Serve a role's metrics, and its health; ``registry`` None: metrics of this process.
+
+    Raises:
+        Refusal: nothing can listen there.
+    """
     from segsvc.metrics_http import MetricsAddressError, of_role, serving  # noqa: PLC0415
 
     with ExitStack() as stack:
         try:
-            stack.enter_context(serving(address, of_role(role, registry)))
+            stack.enter_context(serving(address, of_role(role, registry), health=health))
         except MetricsAddressError as error:
             raise Refusal(str(error)) from error
         yield
 
 
 def beat() -> None:
-    """Run Celery beat, which sends recovery, warming and upkeep on time. One is enough; two do no harm."""
+    """Run recovery, and Celery beat, which sends warming and upkeep on time. One is enough; two do no harm."""
     from segsvc.cli.startup import start_process  # noqa: PLC0415
 
     settings = settings_of_process()
     start_process(settings)
-    # In memory: every entry is due again within seconds anyway, and a schedule file can be torn by a kill.
-    _celery("beat", "--scheduler=celery.beat:Scheduler", "--pidfile=", f"--loglevel={settings.log_level}")
+    from tasks.beat import Beat  # noqa: PLC0415
+
+    process = Beat(settings)
+    with _serving(settings.beat_metrics_address, "beat", process.health):
+        process.run()
 
 
 def bridge() -> None:
     """Run the bridge from Kafka to the workers."""
     from segsvc.cli.startup import start_process  # noqa: PLC0415
-    from tasks.kafka_bridge import run_bridge  # noqa: PLC0415
+    from tasks.kafka_bridge import pulse, run_bridge  # noqa: PLC0415
 
     settings = settings_of_process()
-    with _serving(settings.bridge_metrics_address, "bridge"):
+    with _serving(settings.bridge_metrics_address, "bridge", pulse.complaint):
         start_process(settings)
         run_bridge(settings)
 
@@ -147,6 +158,10 @@ def flower() -> None:
     settings = settings_of_process()
     configure_logging(settings.log_level, settings.log_format)
     os.environ.update(flower_environment(settings))
+    # Not before this: a refusal needs nothing of Flower.
+    from tasks.flower_app import close_it  # noqa: PLC0415
+
+    close_it()
     _celery("flower")
 
 
@@ -167,6 +182,7 @@ def flower_environment(settings: Settings) -> dict[str, str]:
         "FLOWER_BASIC_AUTH": f"{settings.flower_user}:{settings.flower_password}",
         "FLOWER_ADDRESS": host.strip("[]"),
         "FLOWER_PORT": port,
+        "FLOWER_TASKS_COLUMNS": FLOWER_COLUMNS,
     }
     if settings.flower_db is not None:
         environment |= {"FLOWER_PERSISTENT": "true", "FLOWER_DB": str(settings.flower_db)}

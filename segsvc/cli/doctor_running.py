@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
@@ -14,33 +16,42 @@ from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError
 from kombu.exceptions import OperationalError
 
-from segsvc.bootstrap import Check
+from segsvc.bootstrap import Check, whose
 from segsvc.cache.connection import CacheConnection
 from segsvc.cli import doctor_events
 from segsvc.cli.base import Refusal
 from segsvc.cli.doctor_items import Item
+from segsvc.cli.doctor_storage import SHARED
 from segsvc.cli.front import connected
 from segsvc.cli.front_tls import reachable
 from segsvc.config import Settings, mask
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import SEGMENT_EVENTS_TOPIC, TOPICS
-from tasks.app import QUEUES, app
+from tasks.app import app
+from tasks.broker import InstallationUnknown
 from tasks.dead_letters import SUFFIX
 from tasks.dispatcher import CeleryDispatcher
+from tasks.queues import QUEUES
+from tasks.steps import HEALTH_COMMAND
 
 _PING_S: Final = 2.0
+_LOOK_S: Final = 1.0
+_PREFIX: Final = re.compile(rb"segsvc:([a-z0-9-]+-[0-9a-f]{8}):")
 _UNPUBLISHED_MAX_S: Final = 30.0
 """A commit is published within a second or two."""
 _HEALTH_SERVICES: Final = ("", "segmentation.v1.SegmentService", "segmentation.v1.MembershipService")
 
 
 def broker(settings: Settings) -> Sequence[Item]:
-    """The broker's server, its settings, and that it is not the cache's."""
+    """The broker's server, its settings, that it is not the cache's, and who else uses it."""
     try:
         with app.connection_for_read() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             channel: Any = connection.default_channel  # of the Redis transport, whose channels have a client
             info: Mapping[str, Any] = channel.client.info()
+            owners = _owners(channel.client)
+    except InstallationUnknown:
+        return [Item("which names are ours cannot be asked without a database", "see the databases above")]
     except (OperationalError, OSError) as error:
         reason = mask(str(error)) or type(error).__name__
         return [Item(f"it cannot be reached ({reason})", "start it or correct SEGSVC_BROKER_URL")]
@@ -54,6 +65,19 @@ def broker(settings: Settings) -> Sequence[Item]:
         found.append(Item(text, "set appendonly yes"))
     if info.get("run_id") == _cache_run_id(settings):
         found.append(Item("it is the same server as the cache", "give the cache a server of its own"))
+    others = sorted(owners - {whose(settings).name})
+    return [*found, *(Item(f"the installation {name} uses this server too", SHARED) for name in others)]
+
+
+def _owners(client: Any) -> set[str]:
+    """Names of the installations that have keys on the broker, as far as a second of looking finds them."""
+    found: set[str] = set()
+    cursor, end = 0, time.monotonic() + _LOOK_S
+    while time.monotonic() < end:
+        cursor, names = client.scan(cursor, count=1000)
+        found.update(name[1].decode() for key in names if (name := _PREFIX.match(key)))
+        if not cursor:
+            break
     return found
 
 
@@ -197,15 +221,30 @@ def front(settings: Settings) -> Sequence[Item]:
 
 
 def workers(settings: Settings) -> Sequence[Item]:
-    """Whether a worker of each queue answers."""
+    """Whether a worker of each queue answers, and takes messages."""
     try:
         CeleryDispatcher(app).check()
-        answers: Mapping[str, Any] = app.control.inspect(timeout=_PING_S).ping() or {}
+        replies: Any = app.control.broadcast(HEALTH_COMMAND, reply=True, timeout=_PING_S)
     except (ServiceError, OperationalError, OSError):
         return [Item("they cannot be asked without the broker", "see the broker above")]
+    answers = {name: answer for reply in replies or () for name, answer in reply.items()}
+    return [*_missing(answers), *_not_well(answers)]
+
+
+def _missing(answers: Mapping[str, Any]) -> Sequence[Item]:
     alive = {name.partition("@")[0] for name in answers}
     return [
         Item(f"no worker of {queue} answers", f"start `segsvc worker --queue {queue}`")
         for queue in QUEUES
         if queue not in alive
+    ]
+
+
+def _not_well(answers: Mapping[str, Any]) -> Sequence[Item]:
+    """Workers that answer and do not work. One that knows no such question is of an older release."""
+    complaints = {name: answer.get("complaint") for name, answer in answers.items() if isinstance(answer, dict)}
+    return [
+        Item(f"the worker {name} is not well: {complaint}", "read its log, and restart it")
+        for name, complaint in sorted(complaints.items())
+        if complaint
     ]

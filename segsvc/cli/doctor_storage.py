@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from segsvc.bootstrap import Check
-from segsvc.cache.server_check import cache_findings
+from segsvc.bootstrap import Check, whose
+from segsvc.cache.server_check import cache_findings, other_tags
 from segsvc.cli.doctor_items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
@@ -17,6 +17,7 @@ SKEW_MAX: Final = 0.2
 """Shards may differ from their mean by this share before it is worth a look."""
 RECOVERY_AGE_MAX_S: Final = 30.0
 """Recovery looks every few seconds."""
+SHARED: Final = "give each installation a server of its own: they share its memory, and what ends it"
 _SKEW_USERS_MIN: Final = 1000
 """With fewer users a shard, chance alone makes such a difference."""
 
@@ -27,7 +28,7 @@ def databases(settings: Settings) -> Sequence[Item]:
 
 
 def recovery(settings: Settings) -> Sequence[Item]:
-    """Whether recovery looks after everything, which takes beat and a worker of operations."""
+    """Whether recovery, which runs in beat, looks after everything."""
     service = Check(settings, with_cache=False)
     try:
         age_s = service.reads.recovery_age_s()
@@ -38,8 +39,7 @@ def recovery(settings: Settings) -> Sequence[Item]:
     if age_s is not None and age_s <= RECOVERY_AGE_MAX_S:
         return []
     text = "recovery has never looked" if age_s is None else f"recovery last looked at everything {age_s:,.0f} s ago"
-    start = "start `segsvc beat` and `segsvc worker --queue operations`, or read their logs"
-    return [Item(text, f"bring back what is out of reach; if nothing is, {start}")]
+    return [Item(text, "bring back what is out of reach; if nothing is, start `segsvc beat`, or read its log")]
 
 
 def shard_skew(settings: Settings) -> Sequence[Item]:
@@ -71,6 +71,16 @@ def skew_items(counts: Sequence[int]) -> Sequence[Item]:
 
 
 def cache(settings: Settings) -> Sequence[Item]:
-    """The cache's server and its settings."""
+    """The cache's server, its settings, and who else uses it."""
     found = cache_findings(settings.cache_url, timeout_s=settings.cache_timeout_s)
-    return [Item(sentence, "see SEGSVC_CACHE_URL and the server's configuration") for sentence in found]
+    if found:
+        return [Item(sentence, "see SEGSVC_CACHE_URL and the server's configuration") for sentence in found]
+    try:
+        own = whose(settings).tag
+    except ServiceError as error:
+        return [Item(str(error), "see the databases above")]
+    others = other_tags(settings.cache_url, timeout_s=settings.cache_timeout_s) - {own}
+    return [
+        Item(f"another installation uses this server too: its keys begin with {{{tag}:", SHARED)
+        for tag in sorted(others)
+    ]

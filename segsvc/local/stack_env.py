@@ -23,6 +23,7 @@ _PORTS = {
     "event_worker_metrics_address": 9565,
     "warming_worker_metrics_address": 9566,
     "bridge_metrics_address": 9567,
+    "beat_metrics_address": 9568,
 }
 
 
@@ -79,6 +80,7 @@ def metrics_addresses(settings: Settings) -> dict[str, str]:
         "events worker": settings.event_worker_metrics_address,
         "warming worker": settings.warming_worker_metrics_address,
         "bridge": settings.bridge_metrics_address,
+        "beat": settings.beat_metrics_address,
     }
     return {process: address for process, address in addresses.items() if address}
 

@@ -156,6 +156,12 @@ def look(database: Database) -> Seen | Finding:
         return Finding(database.name, f"cannot be read ({reason})", f"correct {database.setting}, or its role's rights")
 
 
+def whose(database: Database) -> Identity | None:
+    """Whom a database belongs to; None: to nobody yet. Raises DBAPIError: it cannot be reached or read now."""
+    with database.engine.connect() as connection:
+        return _about(connection, set(sa.inspect(connection).get_table_names())).identity
+
+
 def read(connection: sa.Connection) -> Seen:
     """Read what this database says of itself."""
     server = connection.execute(

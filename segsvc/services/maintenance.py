@@ -32,9 +32,6 @@ class MaintainedCatalog(Protocol):
 
     def now(self) -> datetime: ...
 
-    def note_recovery(self) -> None:
-        """Remember that recovery has looked at everything just now."""
-
     def put_member_counts(self, counts: Mapping[int, int], counted_after: datetime) -> None:
         """Store counts of segments that have no newer one, and that no operation was changing since ``counted_after``;
         one that is locked is left out."""
@@ -89,10 +86,6 @@ class MaintenanceService:
         except (ServiceError, LockTimeout) as error:
             reason = error.reason.text if isinstance(error, ServiceError) else "LOCK_TIMEOUT"
             log.warning("maintenance_incomplete", what=what, reason=reason)
-
-    def note_recovery(self) -> None:
-        """Called when recovery has looked at everything: ``segsvc doctor`` sees by it whether beat lives."""
-        self._catalog.note_recovery()
 
     def _count_members(self) -> None:
         # The time is taken before the first shard is read: whatever an operation has done since then is newer.

@@ -177,10 +177,10 @@ def chord_lost(scene: Scene) -> None:
     broker = scene.rig.broker
 
     def counted() -> bool:
-        return any(broker.zcard(key) == SHARDS - 1 for key in broker.keys("celery-taskset-meta-*.j"))
+        return any(broker.zcard(key) == SHARDS - 1 for key in broker.keys(f"{scene.rig.prefix}celery-taskset-meta-*.j"))
 
     scene.until(counted, "the chord has counted the other shards")
-    if not broker.delete(*broker.keys("celery-taskset-meta-*")):
+    if not broker.delete(*broker.keys(f"{scene.rig.prefix}celery-taskset-meta-*")):
         raise NotReached("the chord had no keys")
     scene.strike(stop, cut=scene.rig.broker_wire.cut)
 

@@ -20,10 +20,9 @@ from typing import Any
 import psutil
 import redis
 import sqlalchemy as sa
-from celery import Celery
 from google.longrunning import operations_pb2, operations_pb2_grpc
 
-from segsvc.bootstrap import Check
+from segsvc.bootstrap import Check, whose
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
 from segsvc.demo.client import Client
@@ -36,6 +35,7 @@ from segsvc.local.supervision import ProcessSpec, Supervisor
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.migrate import migrate
 from segsvc.services.check import Checker
+from tests.celery_client import celery_beside
 from tests.failure.wire_postgres import PostgresWire
 from tests.failure.wire_redis import RedisWire
 from tests.installation import Installation
@@ -111,7 +111,7 @@ class Rig:
             for client in self.clients:
                 if not wait_until(lambda client=client: is_serving(client.settings), timeout_s=60):  # type: ignore[misc]
                     raise AssertionError(f"{client.name} does not serve")
-            self.celery = Celery(broker=self.settings.broker_url, backend=self.settings.broker_url)
+            self.celery = celery_beside(self.settings)
             undo.callback(self.celery.close)
             self._checking = Check(self.settings)
             undo.callback(self._checking.close)
@@ -196,7 +196,9 @@ class Rig:
             ProcessSpec(f"worker-{n}", (*command, "worker", "--queue", "operations"), stop_as_group=False)
             for n in range(2)
         ]
-        return [*fronts, *workers, ProcessSpec("beat", (*command, "beat"))]
+        # Two, so that two recoveries can look at the same time.
+        beats = [ProcessSpec(f"beat-{n}", (*command, "beat")) for n in range(2)]
+        return [*fronts, *workers, *beats]
 
     # -- processes --------------------------------------------------------------------------------------------------
 
@@ -266,9 +268,14 @@ class Rig:
             found += [json.loads(line)["what"] for line in lines if b'"event": "alarm"' in line]
         return found
 
+    @property
+    def prefix(self) -> str:
+        """What everything on the broker begins with."""
+        return whose(self.settings).broker_prefix
+
     def tasks_under_way(self) -> dict[str, str]:
         """Messages that a worker has and has not acknowledged, by delivery tag."""
-        found: Any = self.broker.hgetall("unacked")
+        found: Any = self.broker.hgetall(f"{self.prefix}unacked")
         return {tag.decode(): text.decode("utf-8", "replace") for tag, text in found.items()}
 
     def finish_by_hand(self, shard: int, command: str, gid: str) -> None:

@@ -17,7 +17,8 @@ import redis
 import sqlalchemy as sa
 from segmentation.v1 import segments_pb2
 
-from segsvc.bootstrap import Check
+from segsvc.bootstrap import Check, whose
+from segsvc.cache.keys import Keys
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
 from segsvc.demo.client import Client
@@ -158,6 +159,16 @@ class System:
                 os.killpg(os.getpgid(pid), signal.SIGKILL)
         [row] = self.execute_catalog("SELECT clock_timestamp() AS now")
         self._killed_at = row.now
+
+    @property
+    def prefix(self) -> str:
+        """What everything on the broker begins with."""
+        return whose(self.settings).broker_prefix
+
+    @property
+    def keys(self) -> Keys:
+        """Of the cache."""
+        return Keys(whose(self.settings).tag.encode())
 
     @contextmanager
     def frozen(self, process: str) -> Iterator[None]:

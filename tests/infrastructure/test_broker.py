@@ -79,9 +79,9 @@ def test_messages_come_twice(system: System, slug: str) -> None:
     with system.frozen("worker-operations"), system.frozen("beat"):
         name = system.begin(slug, 60)
         with redis.Redis.from_url(system.broker.url) as broker:
-            eventually(lambda: len(of_operation(broker, name)) >= SHARDS - 1)
-            messages = of_operation(broker, name)
-            broker.lpush("operations", *messages)
+            eventually(lambda: len(of_operation(system, broker, name)) >= SHARDS - 1)
+            messages = of_operation(system, broker, name)
+            broker.lpush(f"{system.prefix}operations", *messages)
     eventually(lambda: system.state(name) == "DONE")
     # However often the chord came to its end, it was decided once.
     [row] = system.execute_catalog(
@@ -91,9 +91,9 @@ def test_messages_come_twice(system: System, slug: str) -> None:
     system.expect_well(slug, 60)
 
 
-def of_operation(broker: redis.Redis, name: str) -> list[bytes]:
+def of_operation(system: System, broker: redis.Redis, name: str) -> list[bytes]:
     """Messages of an operation's header that nobody has taken."""
-    waiting = broker.lrange("operations", 0, -1)
+    waiting = broker.lrange(f"{system.prefix}operations", 0, -1)
     assert isinstance(waiting, list)
     return [message for message in waiting if name.removeprefix("operations/") in str(json.loads(message)["headers"])]
 

@@ -11,7 +11,6 @@ import sqlalchemy as sa
 from segmentation.v1 import membership_pb2
 
 from segsvc.bootstrap import Inspection
-from segsvc.cache import keys
 from segsvc.cli.front import is_serving
 from segsvc.demo.client import Client
 from segsvc.local.processes import free_ports
@@ -65,7 +64,7 @@ def test_the_cache_is_emptied_between_a_read_and_its_fill(system: System, slug: 
             raw.flushall()
             with locked_reads(system, shard):
                 answer = system.client.memberships.GetUserSegments.future(request, timeout=60)
-                eventually(lambda: (raw.get(keys.user(shard, user)) or b"").startswith(b"L"))
+                eventually(lambda: (raw.get(system.keys.user(shard, user)) or b"").startswith(b"L"))
                 eventually(lambda: reads_that(system, shard, "wait_event_type = 'Lock'") == 1)
                 reader = system.frozen("serve")
                 reader.__enter__()
@@ -86,7 +85,7 @@ def test_the_cache_comes_back_with_what_it_held_long_ago(
 ) -> None:
     system.new_segment(slug, 20)
     warm(system, slug, 20)
-    held = {shard: raw.get(keys.generation(shard)) for shard in range(SHARDS)}
+    held = {shard: raw.get(system.keys.generation(shard)) for shard in range(SHARDS)}
     raw.save()
     try:
         if when == "at rest":
@@ -101,9 +100,9 @@ def test_the_cache_comes_back_with_what_it_held_long_ago(
                 system.cache.start()
                 # Old entries and old generations are all there again: what was dropped has come back.
                 assert raw.dbsize() > len(system.users)
-                assert {shard: raw.get(keys.generation(shard)) for shard in range(SHARDS)} == held
+                assert {shard: raw.get(system.keys.generation(shard)) for shard in range(SHARDS)} == held
             eventually(lambda: system.state(name) == "DONE")
-        assert raw.exists(keys.user(1, 1))
+        assert raw.exists(system.keys.user(1, 1))
         assert system.read(slug) == system.members(slug, 60)
         warm(system, slug, 60)
     finally:

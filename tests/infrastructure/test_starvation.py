@@ -67,7 +67,7 @@ def test_events_that_wait_keep_nothing_else_waiting(system: System, slug: str, b
             send(f"{PREFIX}create-user", ({"user_id": user, "attributes": {}} for user in NEWCOMERS))
         # Every event worker waits for a shard, batches wait for a worker, and most events for their batch.
         workers = system.settings.event_worker_processes
-        eventually(lambda: waiting_for_the_lock(system) == workers and broker.llen("events"))
+        eventually(lambda: waiting_for_the_lock(system) == workers and broker.llen(f"{system.prefix}events"))
         # Reads, and what touches the catalog alone, go on as ever.
         assert system.read(slug) == system.members(slug, 20)
         assert slug in system.client.list_slugs()

@@ -15,7 +15,8 @@ import redis
 import sqlalchemy as sa
 from segmentation.v1 import membership_pb2, segments_pb2
 
-from segsvc.bootstrap import make_cache
+from segsvc.bootstrap import make_cache, whose
+from segsvc.cache.keys import Keys
 from segsvc.config import Settings
 from segsvc.domain.events import UserEvent
 from segsvc.domain.sharding import shard_of
@@ -119,6 +120,7 @@ class Readers:
         self.reads = [0] * SHARDS
         self._truth = truth
         self._cache = redis.Redis.from_url(installation.cache.url)
+        self._keys = Keys(whose(installation.settings).tag.encode())
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._read, args=(number,)) for number in range(3)]
         for thread in self._threads:
@@ -136,7 +138,7 @@ class Readers:
             user_id = user_id % 5000 + 7  # coprime with the shards: they come in turn
             shard = shard_of(user_id, SHARDS)
             if number == 0:
-                self._cache.delete(f"{{{shard}}}:u:{user_id}")
+                self._cache.delete(self._keys.user(shard, user_id))
             allowed, fronts = self._truth(user_id), self.fronts
             try:
                 found = segments_of(fronts[self.reads[shard] % len(fronts)], user_id)

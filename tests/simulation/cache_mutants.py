@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from segsvc.cache import keys
 from segsvc.cache.entry import RUN_ID_BYTES
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.membership import Entry, Grant
@@ -22,7 +21,7 @@ class FillByAnyLease(MemoryRedis):
 class NonceTakenAtTheFill(SimulatedClient):
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         with self.connection() as connection:
-            g = connection.run("GET", keys.generation(shard))
+            g = connection.run("GET", self.keys.generation(shard))
         return super().fill(shard, replace(grant, nonce=g[RUN_ID_BYTES:] if g else grant.nonce), rows)
 
 

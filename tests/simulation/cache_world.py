@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import segsvc.cache.client
 import segsvc.services.cold_reads
-from segsvc.cache import keys
 from segsvc.cache.client import CacheClient
 from segsvc.cache.entry import decode, nonce_of, prefix
+from segsvc.cache.keys import Keys
 from segsvc.cache.reader import CacheReader
 from segsvc.domain.errors import ServiceError, shard_unavailable
 from segsvc.domain.membership import FIRST_SEGMENT, NEVER_US, ROW_VERSION, Entry, LoadedUser
@@ -57,13 +57,22 @@ def known_sights() -> frozenset[cache_model.Sight]:
     return cache_model.explore(cache_model.Rules(), cache_model.Bounds(loads=1, versions=1, operations=1)).sights
 
 
+KEYS: Final = Keys(b"0")
+
+
 class SimulatedClient(CacheClient):
     """The real client on connections to the server in memory."""
 
     RETRY_S = 0.0
 
     def __init__(self, scheduler: Scheduler, server: MemoryRedis) -> None:
-        super().__init__("redis://memory", timeout_s=0.0, ttl_s=86_400, now_us=lambda: int(scheduler.now * 1e6))
+        super().__init__(
+            "redis://memory",
+            find_keys=lambda: KEYS,
+            timeout_s=0.0,
+            ttl_s=86_400,
+            now_us=lambda: int(scheduler.now * 1e6),
+        )
         self._scheduler = scheduler
         self._server = server
 
@@ -341,10 +350,10 @@ class CacheWorld:
 
     def _look(self) -> None:
         """Whether the model knows what the cache now holds of each user beside what is committed."""
-        g, truth = self.redis.peek(keys.generation(SHARD)), self.truth
+        g, truth = self.redis.peek(KEYS.generation(SHARD)), self.truth
         nonce = nonce_of(g, self.redis.run_id)
         for user, version in truth.users.items():
-            held = self.redis.peek(keys.user(SHARD, user))
+            held = self.redis.peek(KEYS.user(SHARD, user))
             promised = (truth.acknowledged_operation, truth.acknowledged.get(user, 0))
             now = (nonce, held, truth.operation, version, promised)
             if self._seen.get(user) == now:

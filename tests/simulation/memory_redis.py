@@ -91,7 +91,7 @@ class MemoryRedis:
         flags = b""
         for key in keys[1:]:
             value = self._get(key)
-            if value is not None and value[:1] in (b"L", b"B"):
+            if value is not None and value[:1] in (b"L", b"B") and self._ends_soon(key):
                 flags += b"2"
             elif value is not None and self._is_hit(value, b"V" + nonce + layout, int(now_us)):
                 flags += b"0"
@@ -99,6 +99,10 @@ class MemoryRedis:
                 self._set(key, b"L" + token, "PX", lease_ms)
                 flags += b"1"
         return [nonce, flags]
+
+    def _ends_soon(self, key: bytes) -> bool:
+        _, end = self.values[key]
+        return end is not None and end - self._now() <= scripts.BLOCK_MS / 1000
 
     def _is_hit(self, value: bytes, prefix: bytes, now_us: int) -> bool:
         if not value.startswith(prefix) or len(value) < HEADER_BYTES or len(value) % 4:

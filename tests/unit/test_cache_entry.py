@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segsvc.cache import entry as entries
-from segsvc.cache import keys
+from segsvc.cache.keys import Keys
 from segsvc.domain.membership import NEVER_US, Entry, EntryColumns
 
 NOW_US = 1_800_000_000_000_000
@@ -114,5 +114,6 @@ def test_columns_encode_as_one_by_one(users: list[tuple[int, int, int, int, list
 
 
 def test_keys_of_a_shard_share_its_hash_tag() -> None:
+    keys = Keys(b"1f3a99c0")
     names = [keys.generation(12), keys.user(12, 99), keys.hot(12), keys.warm(12), *keys.users(12, [5])]
-    assert names == [b"{12}:g", b"{12}:u:99", b"{12}:hot", b"{12}:warm", b"{12}:u:5"]
+    assert names == [b"{1f3a99c0:12}:" + name for name in (b"g", b"u:99", b"hot", b"warm", b"u:5")]

@@ -21,7 +21,7 @@ from segsvc.cli import commands_doctor
 from segsvc.cli.app import app
 from segsvc.cli.base import Refusal, bar, plain, wrapped
 from segsvc.cli.commands_check import show
-from segsvc.cli.commands_processes import flower_environment
+from segsvc.cli.commands_processes import FLOWER_COLUMNS, flower_environment
 from segsvc.cli.doctor_items import Item
 from segsvc.cli.doctor_storage import skew_items
 from segsvc.config import BESIDE_THE_SETTINGS, Settings, descriptions
@@ -319,6 +319,7 @@ def test_flower_gets_its_password_where_nobody_else_can_read_it() -> None:
         "FLOWER_BASIC_AUTH": "segsvc:p:w",
         "FLOWER_ADDRESS": "::1",
         "FLOWER_PORT": "5555",
+        "FLOWER_TASKS_COLUMNS": FLOWER_COLUMNS,
         "FLOWER_PERSISTENT": "true",
         "FLOWER_DB": "/x/flower.db",
     }

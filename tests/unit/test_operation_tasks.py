@@ -7,8 +7,10 @@ from uuid import uuid4
 
 import pytest
 
+import tasks.app
 import tasks.operations
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError, shard_unavailable
+from segsvc.domain.installation import Installation
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,7 @@ def test_how_often_a_shard_is_tried(monkeypatch: pytest.MonkeyPatch, error: Exce
             put_progress = staticmethod(lambda *_: None)
 
     monkeypatch.setattr(tasks.operations, "runtime", Services)
+    monkeypatch.setattr(tasks.app, "whose", lambda _: Installation("test", uuid4()))
     monkeypatch.setattr(tasks.operations.prepare_shard, "send_event", lambda *_, **__: None)
     ended = tasks.operations.prepare_shard.apply(
         kwargs={"operation_id": str(uuid4()), "shard": 1, "title": "roll out x"}

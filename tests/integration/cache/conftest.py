@@ -17,7 +17,7 @@ from segsvc.local.postgres import PostgresServer
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.reads import PostgresMemberships
-from tests.installation import Installation, new_installation
+from tests.installation import KEYS, Installation, new_installation
 from tests.integration.cache.lane_front import LANES, Lane, Start
 from tests.integration.cache.watched import Watched
 
@@ -31,7 +31,7 @@ class World:
         self.installation = installation
         self.settings = installation.settings
         self.server = server
-        self.client = CacheClient(server.url, timeout_s=0.5, ttl_s=86_400)
+        self.client = CacheClient(server.url, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=86_400)
         self.reader = CacheReader(self.client, SHARDS)
         self.databases = Databases(self.settings, "test", Pool(4, self.settings.read_timeout_s))
         self.memberships = PostgresMemberships(self.databases)

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import redis
 
-from segsvc.cache import keys
 from segsvc.cache.client import CacheClient
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, Entry, Sweep
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from tests.eventually import eventually
+from tests.installation import KEYS
 from tests.integration.cache.conftest import World
 
 USER = 4
 SHARD = 0
 ENTRY: Entry = (NEVER_US, 1, 2, 0, 7, 8)
-G = keys.generation(SHARD)
+G = KEYS.generation(SHARD)
 
 
 # -- connections ----------------------------------------------------------------------------------------------------
@@ -126,7 +126,9 @@ def test_server_that_hangs_costs_one_caller_its_timeout_and_the_others_nothing(o
 
 
 def test_wrong_password_is_an_outage(cache_server: RedisServer) -> None:
-    client = CacheClient(cache_server.url.replace("redis://:", "redis://:wrong"), timeout_s=0.5, ttl_s=60)
+    client = CacheClient(
+        cache_server.url.replace("redis://:", "redis://:wrong"), find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=60
+    )
     with pytest.raises(ServiceError) as error:
         client.acquire(SHARD, [USER])
     assert "wrong" not in str(error.value)
@@ -144,8 +146,8 @@ def cluster_client(tmp_path: Path) -> Iterator[CacheClient]:
         raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         eventually(lambda: b"cluster_state:ok" in raw.execute_command("CLUSTER", "INFO"))
         with pytest.raises(redis.ResponseError, match="same slot"):
-            raw.execute_command("MGET", G, keys.generation(1))
-    client = CacheClient(server.url, timeout_s=1.0, ttl_s=60)
+            raw.execute_command("MGET", G, KEYS.generation(1))
+    client = CacheClient(server.url, find_keys=lambda: KEYS, timeout_s=1.0, ttl_s=60)
     yield client
     client.close()
     server.purge()

@@ -15,8 +15,8 @@ from segmentation.v1 import membership_pb2 as pb
 import grpc_api.lane
 from grpc_api.call_scope import REQUEST_ID_KEY
 from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
-from segsvc.cache import keys
 from tests.eventually import eventually
+from tests.installation import KEYS
 from tests.integration.cache.conftest import World
 from tests.integration.cache.lane_front import LANES, Lane, RefusedError, Start, native_lane, reads
 
@@ -48,7 +48,7 @@ def test_unknown_user_is_refused_and_leaves_nothing_in_the_cache(world: World, l
     with pytest.raises(RefusedError) as refused:
         lane.segments(NO_SUCH_USER)
     assert (refused.value.code, refused.value.reason) == (code_pb2.NOT_FOUND, "USER_NOT_FOUND")
-    key = keys.user(NO_SUCH_USER % 2, NO_SUCH_USER)
+    key = KEYS.user(NO_SUCH_USER % 2, NO_SUCH_USER)
     eventually(lambda: not world.raw.exists(key))
 
 
@@ -223,7 +223,7 @@ def test_change_of_one_user_is_seen_when_it_is_acknowledged(world: World, lane: 
 def test_reads_of_a_blocked_user_go_to_the_shard(world: World, lane: Lane) -> None:
     token = world.client.block(0, 4)
     assert lane.segments(4) == ["alpha", "beta"]
-    assert world.raw.get(keys.user(0, 4)) == b"B" + token
+    assert world.raw.get(KEYS.user(0, 4)) == b"B" + token
 
 
 def test_override_ends_without_any_write(world: World, lane: Lane) -> None:
@@ -246,10 +246,10 @@ def test_reads_are_counted_for_the_warmer(world: World, start: Start, monkeypatc
     lane.batch([users[2099], users[2098], NO_SUCH_USER])  # block 1 of shards 0 and 1
 
     def counts(shard: int) -> dict[bytes, float]:
-        return dict(world.raw.zrange(keys.hot(shard), 0, -1, withscores=True))
+        return dict(world.raw.zrange(KEYS.hot(shard), 0, -1, withscores=True))
 
     eventually(lambda: counts(0) == {b"0": 3, b"1": 1} and counts(1) == {b"1": 1})
-    assert 0 < world.raw.ttl(keys.hot(0)) <= 3600
+    assert 0 < world.raw.ttl(KEYS.hot(0)) <= 3600
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from google.rpc import code_pb2
 
 from grpc_api.lane import BATCH_SHARE
-from segsvc.cache import keys
 from segsvc.local.postgres import PostgresServer
 from tests.eventually import eventually
+from tests.installation import KEYS
 from tests.integration.cache.conftest import World
 from tests.integration.cache.lane_front import Lane, RefusedError, Start, reads
 
@@ -91,7 +91,7 @@ def test_lane_starts_without_a_cache(own_world: World, start: Start) -> None:
 def test_cache_restarted_with_older_data_is_not_believed(own_world: World, own_lane: Lane) -> None:
     eventually(lambda: hits(own_lane, 4))
     own_world.reader.connect()
-    dumps = {key: own_world.raw.dump(key) for key in (keys.generation(0), keys.user(0, 4))}
+    dumps = {key: own_world.raw.dump(key) for key in (KEYS.generation(0), KEYS.user(0, 4))}
     own_world.server.restart()
     eventually(own_world.raw.ping)
     own_world.installation.execute(0, "DELETE FROM memberships")

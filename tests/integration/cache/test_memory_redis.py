@@ -8,13 +8,14 @@ import pytest
 
 from segsvc.cache import scripts
 from segsvc.cache.entry import FORMAT
-from segsvc.cache.keys import generation, user
+from segsvc.cache.keys import Keys
 from segsvc.domain.membership import NEVER_US
 from tests.integration.cache.conftest import World
 from tests.simulation.memory_redis import MemoryRedis
 
 SHARD = 0
-KEYS = [user(SHARD, n) for n in (1, 2, 3)]
+NAMES = Keys(b"0")
+KEYS = NAMES.users(SHARD, (1, 2, 3))
 TOKENS = (b"t1", b"t2", b"t3")
 NONCES = (b"n" * 10, b"m" * 10)
 NOW_US = 1_000_000
@@ -43,14 +44,14 @@ def command(draw: random.Random, run_id: bytes) -> tuple[bytes | str | int, ...]
     acquire = (run, nonce, token, b"10000", b"%d" % NOW_US, FORMAT)
     return draw.choice(
         (
-            ("EVALSHA", scripts.ACQUIRE.sha, 1 + len(keys), generation(SHARD), *keys, *acquire),
+            ("EVALSHA", scripts.ACQUIRE.sha, 1 + len(keys), NAMES.generation(SHARD), *keys, *acquire),
             ("EVALSHA", scripts.FILL.sha, len(keys), *keys, token, b"60000", *stored),
             ("EVALSHA", scripts.RELEASE.sha, len(keys), *keys, token),
             ("EVALSHA", scripts.UNBLOCK.sha, len(keys), *keys, token),
             ("SET", keys[0], b"B" + token, "PX", 60_000),
             ("SET", keys[0], stored[0], "PX", 60_000),
-            ("DEL", generation(SHARD)),
-            ("MGET", generation(SHARD), *KEYS),
+            ("DEL", NAMES.generation(SHARD)),
+            ("MGET", NAMES.generation(SHARD), *KEYS),
         )
     )
 
@@ -65,5 +66,5 @@ def test_both_answer_alike(world: World, seed: int) -> None:
             answers = connection.run(*sent), memory.execute(sent)
             if sent[0] != "SET":  # its status is looked at by nobody
                 assert answers[0] == answers[1], sent
-            everything = ("MGET", generation(SHARD), *KEYS)
+            everything = ("MGET", NAMES.generation(SHARD), *KEYS)
             assert connection.run(*everything) == memory.execute(everything), sent

@@ -22,6 +22,7 @@ from segsvc.postgres.overrides import PostgresOverrideStore
 from segsvc.services.overrides import OverrideService
 from segsvc.services.segments import SegmentService
 from tests.eventually import eventually
+from tests.installation import KEYS
 from tests.integration.cache.conftest import SHARDS, World
 
 USER = 4
@@ -75,7 +76,7 @@ def test_cut_off_before_the_commit_nothing_has_changed(world: World, alpha: int,
     # The block is the crash's: reads of the user go to the shard until it ends by itself.
     assert world.cached_segments(USER) is None
     assert not world.client.acquire(SHARD, [USER]).user_ids
-    left_ms = world.raw.pttl(f"{{{SHARD}}}:u:{USER}")
+    left_ms = world.raw.pttl(KEYS.user(SHARD, USER))
     assert 0 < left_ms <= scripts.BLOCK_MS
     # It is in nobody's way.
     assert list(service(world, FailsAt()).modify(USER, EXCLUDE_ALPHA, REQUEST).slugs) == []
@@ -99,7 +100,7 @@ def test_cut_off_after_the_commit_no_old_entry_is_left_and_a_repetition_ends_it(
 def test_a_reader_between_block_and_commit_fills_nothing(world: World, alpha: int) -> None:
     lease = world.client.acquire(SHARD, [USER])
     assert not lease.user_ids, "it is cached"
-    world.raw.delete(f"{{{SHARD}}}:u:{USER}")
+    world.raw.delete(KEYS.user(SHARD, USER))
     slow = world.client.acquire(SHARD, [USER])
     assert slow.user_ids == {USER}
     (old,) = world.memberships.load(SHARD, [USER])

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 import pytest
 
 import segsvc.cache.client
-from segsvc.cache import keys, scripts
+from segsvc.cache import scripts
 from segsvc.cache.connection import CacheConnection, Command
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.membership import NEVER_US, Entry
 from tests.eventually import eventually
+from tests.installation import KEYS
 from tests.integration.cache.conftest import World
 
 USER = 4
 SHARD = 0
 ENTRY: Entry = (NEVER_US, 1, 2, 0, 7, 8)
-KEY = keys.user(SHARD, USER)
-G = keys.generation(SHARD)
+KEY = KEYS.user(SHARD, USER)
+G = KEYS.generation(SHARD)
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_value_whose_override_has_expired_can_be_replaced(world: World) -> None:
 
 def test_many_users_in_one_call(world: World) -> None:
     users = list(range(2, 2 + 2 * 1000, 2))
-    world.raw.set(keys.user(SHARD, 600), b"Bother", ex=60)
+    world.raw.set(KEYS.user(SHARD, 600), b"Bother", ex=60)
     grant = world.client.acquire(SHARD, users)
     assert grant.user_ids == set(users) - {600}
     assert world.client.fill(SHARD, grant, [(user, ENTRY) for user in sorted(grant.user_ids)]) == 999
@@ -119,7 +120,7 @@ def test_bulk_change_between_the_calls_of_one_acquire(world: World, monkeypatch:
     assert grant.user_ids == {4, 6}
     assert grant.busy == 1
     assert world.raw.get(G).endswith(grant.nonce)
-    assert world.raw.get(keys.user(SHARD, 2)) is None
+    assert world.raw.get(KEYS.user(SHARD, 2)) is None
 
 
 # -- fill -----------------------------------------------------------------------------------------------------------
@@ -152,19 +153,19 @@ def test_entries_live_a_day_with_jitter_and_end_with_an_override(world: World, m
     world.client.fill(SHARD, grant, [(user, ENTRY) for user in users[1:]])
     read_time_us = world.client._now_us()
     world.client.fill(SHARD, grant, [(users[0], (read_time_us + 5_000_000, 1, read_time_us, 0))])
-    lives = [world.raw.ttl(keys.user(SHARD, user)) for user in users[1:]]
+    lives = [world.raw.ttl(KEYS.user(SHARD, user)) for user in users[1:]]
     assert min(lives) >= 0.89 * 86_400
     assert max(lives) <= 86_400
     assert len(set(lives)) > 50
-    assert 0 < world.raw.pttl(keys.user(SHARD, users[0])) <= 5000
+    assert 0 < world.raw.pttl(KEYS.user(SHARD, users[0])) <= 5000
 
 
 def test_lease_is_given_back_only_by_its_owner(world: World) -> None:
     grant = world.client.acquire(SHARD, [USER, 6])
-    world.raw.set(keys.user(SHARD, 6), b"Lother", ex=60)
+    world.raw.set(KEYS.user(SHARD, 6), b"Lother", ex=10)
     world.client.release(SHARD, grant, [USER, 6])
     assert world.raw.get(KEY) is None
-    assert world.raw.get(keys.user(SHARD, 6)) == b"Lother"
+    assert world.raw.get(KEYS.user(SHARD, 6)) == b"Lother"
 
 
 # -- changes of one user --------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_unblock_takes_value_lease_and_own_block_away(world: World) -> None:
     filled = world.client.acquire(SHARD, [6])
     world.client.fill(SHARD, filled, [(6, ENTRY)])
     world.client.unblock(SHARD, [2, 4, 6, 8], token)
-    assert not world.raw.exists(*keys.users(SHARD, [2, 4, 6, 8]))
+    assert not world.raw.exists(*KEYS.users(SHARD, [2, 4, 6, 8]))
 
 
 def test_unblock_leaves_another_writers_block(world: World) -> None:
@@ -204,9 +205,9 @@ def test_unblock_leaves_another_writers_block(world: World) -> None:
 
 def test_unblock_of_very_many(world: World) -> None:
     users = list(range(2, 2 + 2 * 5000, 2))
-    world.raw.mset({keys.user(SHARD, user): b"V" for user in users})
+    world.raw.mset({KEYS.user(SHARD, user): b"V" for user in users})
     world.client.unblock(SHARD, users)
-    assert not world.raw.exists(*keys.users(SHARD, users))
+    assert not world.raw.exists(*KEYS.users(SHARD, users))
     world.client.unblock(SHARD, [])
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from segsvc.cache import keys, scripts
+from segsvc.cache import scripts
 from segsvc.cache.client import CacheClient
 from segsvc.domain.membership import FIRST_SEGMENT, NEVER_US, ROW_VERSION, Entry, Grant
+from tests.installation import KEYS
 from tests.integration.cache.conftest import World
 
 USERS = (2, 4)
@@ -160,7 +161,7 @@ class Walk:
             self.operation = "none"
 
     def lose_a_key(self) -> None:
-        lost = self.rng.choice([keys.generation(SHARD), *keys.users(SHARD, USERS), None])
+        lost = self.rng.choice([KEYS.generation(SHARD), *KEYS.users(SHARD, USERS), None])
         if lost is None:
             self.world.raw.flushall()
         else:
@@ -179,7 +180,7 @@ class AnyLease(CacheClient):
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         with self.connection() as connection:
-            for key in keys.users(shard, [user for user, _ in rows]):
+            for key in KEYS.users(shard, [user for user, _ in rows]):
                 held: bytes | None = connection.run("GET", key)
                 if held and held.startswith(b"L"):
                     grant = Grant(grant.nonce, held[1:], grant.user_ids)
@@ -191,7 +192,7 @@ class NoLease(CacheClient):
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         with self.connection() as connection:
-            for key in keys.users(shard, [user for user, _ in rows]):
+            for key in KEYS.users(shard, [user for user, _ in rows]):
                 connection.run("SET", key, b"L" + grant.token, "PX", scripts.LEASE_MS)
         return super().fill(shard, grant, rows)
 
@@ -222,7 +223,7 @@ def _walk_often(world: World, client: CacheClient, habits: dict[str, bool]) -> N
 @pytest.mark.parametrize("name", WEAKENINGS)
 def test_walk_finds_the_hole_of_a_weakened_protocol(world: World, name: str) -> None:
     kind, habits = WEAKENINGS[name]
-    client = kind(world.server.url, timeout_s=0.5, ttl_s=3600)
+    client = kind(world.server.url, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=3600)
     try:
         with pytest.raises(StaleHitError):
             _walk_often(world, client, habits)

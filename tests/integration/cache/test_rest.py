@@ -10,6 +10,7 @@ import redis
 from segsvc.cache.client import CacheClient
 from segsvc.domain.membership import NEVER_US, Entry
 from segsvc.local.redis import RedisServer
+from tests.installation import KEYS
 
 REST = 3.0
 USERS = 5_000
@@ -17,7 +18,7 @@ ENTRY: Entry = (NEVER_US, 1, 2, 0, *range(50))
 
 
 def test_a_client_that_rests_never_has_the_server_for_itself(cache_server: RedisServer) -> None:
-    client = CacheClient(cache_server.url, timeout_s=5.0, ttl_s=60, rest=REST)
+    client = CacheClient(cache_server.url, find_keys=lambda: KEYS, timeout_s=5.0, ttl_s=60, rest=REST)
 
     def fill(shard: int) -> int:
         users = list(range(shard + 2, 2 * USERS, 2))

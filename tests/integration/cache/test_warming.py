@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 import segsvc.services.warming
-from segsvc.cache import keys
 from segsvc.domain.membership import FIRST_SEGMENT, ROW_VERSION, VALID_UNTIL, Grant
 from segsvc.services.warming import WarmReport
+from tests.installation import KEYS
 from tests.integration.cache.conftest import World
 from tests.integration.cache.watched import BLOCK_USERS, SHARD, Watched, is_warm, users_of_block
 
@@ -43,7 +43,7 @@ def test_users_who_are_not_there_are_not_filled(world: World, watched: Watched) 
     directory[8:16] = bytes(8)
     world.installation.execute(0, "UPDATE directory SET user_ids = :ids", ids=bytes(directory))
     assert watched.warmer().warm_shard(SHARD).entries == 9
-    assert world.raw.get(keys.user(SHARD, 4)) is None
+    assert world.raw.get(KEYS.user(SHARD, 4)) is None
 
 
 def test_user_deleted_while_the_block_is_warmed_leaves_no_lease(
@@ -62,7 +62,7 @@ def test_user_deleted_while_the_block_is_warmed_leaves_no_lease(
 
     monkeypatch.setattr(watched, "acquire", delete_then)
     assert warmer.warm_shard(SHARD).entries == 9
-    assert world.raw.get(keys.user(SHARD, 4)) is None
+    assert world.raw.get(KEYS.user(SHARD, 4)) is None
 
 
 def test_user_changed_while_the_block_is_warmed_is_not_filled(world: World, watched: Watched) -> None:
@@ -115,9 +115,9 @@ def test_sweep_that_found_many_users_busy_is_made_again(world: World, watched: W
 def test_what_reads_filled_is_left_alone(world: World, watched: Watched) -> None:
     world.add_users(20)
     world.fill(4)
-    value = world.raw.get(keys.user(SHARD, 4))
+    value = world.raw.get(KEYS.user(SHARD, 4))
     assert watched.warmer().warm_shard(SHARD).entries == 9
-    assert world.raw.get(keys.user(SHARD, 4)) == value
+    assert world.raw.get(KEYS.user(SHARD, 4)) == value
 
 
 # -- order ----------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_old_reads_fade(world: World, watched: Watched) -> None:
     for _ in range(3):
         watched.notes.fade(SHARD)
     assert watched.notes.hottest(SHARD) == [1]
-    assert 0 < world.raw.ttl(keys.hot(SHARD)) <= 3600
+    assert 0 < world.raw.ttl(KEYS.hot(SHARD)) <= 3600
     watched.notes.add_reads(SHARD, {2: 20})
     assert watched.notes.hottest(SHARD) == [2, 1]
 
@@ -169,7 +169,7 @@ def test_another_process_knows_that_a_shard_is_warm(world: World, watched: Watch
 
 def test_empty_shard_needs_nothing(world: World, watched: Watched) -> None:
     assert watched.warmer().warm_shard(SHARD) == WarmReport(SHARD)
-    assert not world.raw.exists(keys.generation(SHARD))
+    assert not world.raw.exists(KEYS.generation(SHARD))
 
 
 def test_new_users_are_warmed_before_anybody_reads_them(world: World, watched: Watched) -> None:
@@ -235,7 +235,7 @@ def test_looking_over_a_large_shard_takes_a_small_part_of_the_time(
     monkeypatch.setattr(segsvc.services.warming, "SWEEP_SHARE", 1e-9)
     warmer = watched.warmer()
     warmer.warm_shard(SHARD)
-    world.raw.delete(keys.user(SHARD, 4))
+    world.raw.delete(KEYS.user(SHARD, 4))
     watched.now_s += 120
     assert warmer.warm_shard(SHARD).blocks == 0
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from segsvc.bootstrap import Check
+from segsvc.bootstrap import Check, make_cache
 from segsvc.cache.client import CacheClient
 from segsvc.config import Settings
 from segsvc.domain.operation import OperationKind, OperationState
@@ -38,7 +38,7 @@ def check_settings(pg_server: PostgresServer, cache_server: RedisServer) -> Sett
 def cache(check_settings: Settings) -> Iterator[CacheClient]:
     with redis.Redis.from_url(check_settings.cache_url) as client:
         client.flushall()
-    made = CacheClient(check_settings.cache_url, timeout_s=2, ttl_s=3600)
+    made = make_cache(check_settings, timeout_s=2)
     yield made
     made.close()
 

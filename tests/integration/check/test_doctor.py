@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from uuid import UUID
 
 import pytest
+import redis
 import typer
 
+from segsvc.cache.client import CacheClient
 from segsvc.cli import commands_doctor, doctor_doubt, doctor_running, doctor_storage
 from segsvc.config import Settings
 from segsvc.domain.operation import Failure, Gid, OperationKind, OperationState
@@ -27,6 +29,13 @@ def test_nothing_is_said_of_what_is_well(world: World, check_settings: Settings)
     assert doctor_doubt.in_doubt(check_settings) == []
     assert doctor_storage.cache(check_settings) == []
     assert [item.text for item in doctor_storage.shard_skew(check_settings)] == ["users a shard: 1,498, 1,499"]
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_nobody_else(check_settings: Settings) -> None:
+    """The server is that of the whole session; whoever has keys in it is named."""
+    with redis.Redis.from_url(check_settings.cache_url) as raw:
+        raw.flushall()
 
 
 PAST = 1000.0
@@ -316,3 +325,13 @@ def test_a_cache_that_is_a_broker_is_found(check_settings: Settings, broker_serv
     items = doctor_storage.cache(check_settings.model_copy(update={"cache_url": broker_server.url}))
     assert any("noeviction" in item.text for item in items)
     assert all(item.remedy for item in items)
+
+
+def test_an_installation_that_shares_the_cache_is_named(check_settings: Settings, cache: CacheClient) -> None:
+    cache.acquire(0, [2])
+    assert doctor_storage.cache(check_settings) == []
+    with redis.Redis.from_url(check_settings.cache_url) as raw:
+        raw.set("{07be4000:1}:g", b"x")
+    [item] = doctor_storage.cache(check_settings)
+    assert item.text == "another installation uses this server too: its keys begin with {07be4000:"
+    assert "a server of its own" in item.remedy

@@ -14,6 +14,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 
+from segsvc.bootstrap import whose
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.local.redis import RedisServer
@@ -70,6 +71,11 @@ class Stack:
 
     def worker(self) -> subprocess.Popen[bytes]:
         return self.start(*WORKER, name="worker")
+
+    @property
+    def prefix(self) -> str:
+        """What everything on the broker begins with."""
+        return whose(self.shards.settings).broker_prefix
 
     @property
     def failpoints(self) -> Path:
@@ -181,7 +187,7 @@ def test_workers_killed_and_the_broker_flushed(stack: Stack) -> None:
     worker.wait(10)
     stack.topics.create(range(101, 201))
     with redis.Redis.from_url(stack.broker_url) as broker:
-        assert wait_until(lambda: broker.llen("events") >= 2, timeout_s=30)
+        assert wait_until(lambda: broker.llen(f"{stack.prefix}events") >= 2, timeout_s=30)
         broker.flushall()
     stack.worker()
     stack.wait_for_users(200)
@@ -194,15 +200,15 @@ def test_a_task_without_its_events_sends_for_them_and_none_are_left_behind(stack
     stack.bridge()
     stack.topics.create(range(1, 101))
     with redis.Redis.from_url(stack.broker_url) as broker:
-        assert wait_until(lambda: broker.llen("events") >= 2, timeout_s=30)
-        lost = broker.keys("segsvc:events:*")
-        assert len(lost) == broker.llen("events")
+        assert wait_until(lambda: broker.llen(f"{stack.prefix}events") >= 2, timeout_s=30)
+        lost = broker.keys(f"{stack.prefix}events:*")
+        assert len(lost) == broker.llen(f"{stack.prefix}events")
         assert all(0 < broker.ttl(key) <= RESULT_WAIT_S + EVENTS_MARGIN_S for key in lost)
         broker.delete(*lost)
         stack.worker()
         stack.wait_for_users(100)
         stack.wait_for_commit()
-        assert wait_until(lambda: not broker.keys("segsvc:events:*"), timeout_s=10)
+        assert wait_until(lambda: not broker.keys(f"{stack.prefix}events:*"), timeout_s=10)
 
 
 def test_segment_events_are_published_in_order(stack: Stack) -> None:

@@ -197,9 +197,9 @@ def test_the_image_runs_what_it_is_for(image: Environment, tmp_path: Path) -> No
     import_everything(image, tmp_path)
     assert outcomes(image, ("demo --running", *RUN), tmp_path) == ""
     # Nothing of them answers, so nothing is well.
-    checks = [image.start("docker/health.py", what, output=tmp_path / what) for what in ("front", "recovery", "1")]
+    checks = [image.start("docker/health.py", what, output=tmp_path / what) for what in ("front", "1")]
     assert [check.wait(timeout=TIMEOUT_S) for check in checks] == [1, 1, 1]
-    for what in ("front", "recovery", "1"):
+    for what in ("front", "1"):
         assert not MISHAP.search((tmp_path / what).read_text())
 
 

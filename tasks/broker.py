@@ -1,0 +1,302 @@
+"""The broker as workers and publishers see it: kombu's Redis transport, with three things that ours must do.
+
+**Names of its own.** Every key and channel begins with the installation's prefix, so that two installations on one
+server never meet. The prefix is asked for when a channel opens, since it may not be known before: a channel whose
+installation is not known cannot be opened, like one whose server cannot be reached.
+
+**What cannot be read is gone.** kombu reads a message that it has taken before anybody looks at it, and what it raises
+then ends the worker; the next worker finds the same message. Here it is looked at first, and what is not a message of
+ours is refused: counted, logged, and never put back.
+
+**A channel closes whatever happens.** kombu puts unfinished messages back when a channel closes, and what fails there,
+because the server is away, ends the worker in the middle of connecting again. The messages are safe without it: they
+lie on the broker until the visibility timeout, and recovery and the bridge send again long before.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable
+from datetime import datetime
+from queue import Empty
+from typing import Any, Final
+
+import redis
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import redis as kombu_redis
+from kombu.utils.encoding import bytes_to_str
+
+from segsvc import metrics
+from segsvc.log import get_logger
+from tasks.pulse import Pulse
+from tasks.queues import QUEUES
+
+log = get_logger(__name__)
+
+MESSAGE_BYTES_MAX: Final = 1 << 20
+"""Ours have some kilobytes: events lie beside their message."""
+INSTALLATION_HEADER: Final = "installation"
+"""Header of a task: the installation that it is for. A queue's name says it too; the header still does when somebody
+moves messages from one queue to another."""
+_JSON: Final = "application/json"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
+
+
+def _are_limits(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(one is None or isinstance(one, int) for one in value)
+
+
+_HEADERS: Final[dict[str, Callable[[object], bool]]] = {
+    **dict.fromkeys(("root_id", "parent_id", "group", "origin", "shadow", "argsrepr", "kwargsrepr"), _is_text),
+    "retries": lambda value: isinstance(value, int),
+    "eta": _is_time,
+    "expires": _is_time,
+    "timelimit": _are_limits,
+}
+"""What Celery takes as it comes, in the worker's main process; there, a value of another kind would end it."""
+
+pulse: Final = Pulse(ended_max_s=660.0, takes_messages=True)
+"""Of this process's consumer. A task may run for ten minutes."""
+
+
+class Unreadable(Exception):
+    """Something on the broker is not a message of ours. Carries the label that it is counted under."""
+
+    def __init__(self, label: str, why: str) -> None:
+        super().__init__(why)
+        self.label = label
+
+
+class InstallationUnknown(redis.ConnectionError):
+    """No database could say yet which installation this is: like a broker that cannot be reached, it will pass."""
+
+
+def read_message(queue: str, item: bytes, installation: str) -> dict[str, Any]:
+    """A message as it lies in a queue, taken apart, once nothing in it can fail any more.
+
+    Args:
+        queue: where it was taken from, without the prefix.
+        installation: whose tasks are ours.
+
+    Raises:
+        Unreadable: it is not a message, or a task of another installation.
+    """
+    if len(item) > MESSAGE_BYTES_MAX:
+        raise Unreadable("unreadable", f"it has {len(item)} bytes, and {MESSAGE_BYTES_MAX} are the most")
+    try:
+        message = json.loads(item)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable("unreadable", "it is not JSON") from error
+    _check_envelope(message)
+    content = _content(message)
+    # Other queues hold the answers to questions about workers.
+    if queue in QUEUES:
+        _check_task(message["headers"], content, installation)
+    return message  # type: ignore[no-any-return]
+
+
+def _check_envelope(message: Any) -> None:
+    """Whether all is there that kombu relies on when it makes a message of it."""
+    properties = message.get("properties") if isinstance(message, dict) else None
+    delivery = properties.get("delivery_info") if isinstance(properties, dict) else None
+    if not isinstance(properties, dict) or not isinstance(delivery, dict):
+        raise Unreadable("unreadable", "it has no delivery_info in its properties")
+    texts = (properties.get("delivery_tag"), delivery.get("exchange"), delivery.get("routing_key"))
+    if not all(isinstance(text, str) for text in texts) or not properties["delivery_tag"]:
+        raise Unreadable("unreadable", "it does not say what it is called or where it goes")
+    if not isinstance(message.get("headers"), dict):
+        raise Unreadable("unreadable", "it has no headers")
+    if message.get("content-type") != _JSON or str(message.get("content-encoding")).lower() != "utf-8":
+        kind = f"{message.get('content-type')} in {message.get('content-encoding')}"[:100]
+        raise Unreadable("unreadable", f"its content is {kind}, not {_JSON} in utf-8")
+    if message["headers"].get("compression") is not None:
+        raise Unreadable("unreadable", "it is compressed, which ours never are")
+
+
+def _content(message: dict[str, Any]) -> Any:
+    body, encoding = message.get("body"), message["properties"].get("body_encoding")
+    if not isinstance(body, str) or encoding not in ("base64", None, "utf-8"):
+        raise Unreadable("unreadable", "its body is no text, or encoded in a way that ours never are")
+    try:
+        return json.loads(base64.b64decode(body, validate=True) if encoding == "base64" else body)
+    except (ValueError, RecursionError, binascii.Error) as error:
+        raise Unreadable("unreadable", "its body is not JSON, or not base64") from error
+
+
+def _check_task(headers: dict[str, Any], content: Any, installation: str) -> None:
+    if not all(isinstance(headers.get(name), str) and headers[name] for name in ("task", "id")):
+        raise Unreadable("unreadable", "it does not say which task it is")
+    shape = [type(part) for part in content] if isinstance(content, list) else []
+    if shape != [list, dict, dict]:
+        raise Unreadable("unreadable", "its body is not the arguments of a task")
+    for name, is_right in _HEADERS.items():
+        value = headers.get(name)
+        if value is not None and not is_right(value):
+            raise Unreadable("unreadable", f"its header {name} is nothing that ours can be")
+    if headers.get(INSTALLATION_HEADER) != installation:
+        whose = str(headers.get(INSTALLATION_HEADER))[:100]
+        raise Unreadable("foreign", f"it is a task of the installation {whose!r}, and this is {installation!r}")
+
+
+def refused(label: str, where: str, why: str, **about: object) -> None:
+    """Count and log something that is not, or no longer, on the broker because nobody can use it."""
+    metrics.broker_messages_refused.labels(label).inc()
+    log.error("message_refused", queue=where, what=label, why=why, **about)
+
+
+# The stubs of these classes lack most of what they have.
+_Redis: Any = kombu_redis
+
+
+class QoS(_Redis.QoS):  # type: ignore[misc]
+    """What was taken and is not acknowledged yet."""
+
+    def restore_unacked(self, client: Any = None) -> list[Any]:
+        """Put back what this channel has taken and not acknowledged, as far as that can be.
+
+        Never raises: it is called when a channel closes, most often because the server is away.
+
+        Returns:
+            nothing to complain about: what could not be put back lies safe on the broker.
+        """
+        self._flush()
+        delivered, left = list(self._delivered), 0
+        self._delivered.clear()
+        for tag in delivered:
+            try:
+                self.restore_by_tag(tag, client=client)
+            except (redis.RedisError, OSError):
+                left += 1
+        if left:
+            log.warning("messages_left_to_the_visibility_timeout", messages=left)
+        return []
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Put one message back. What was put there by somebody else, and is no message, is removed: it would be met
+        again and again, and what comes after it in the index never."""
+        try:
+            super().restore_by_tag(tag, client=client, leftmost=leftmost)
+        except (redis.RedisError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever reading it raises; the server's own errors are above
+            self._remove_from_indices(tag).execute()
+            refused("unreadable", self.unacked_key, f"it cannot be put back ({type(error).__name__})")
+
+    def ack(self, delivery_tag: Any) -> None:
+        """A message is done with."""
+        super().ack(delivery_tag)
+        pulse.ended()
+
+    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
+        """A message is refused, or given back."""
+        super().reject(delivery_tag, requeue=requeue)
+        pulse.ended()
+
+
+class Channel(_Redis.Channel):  # type: ignore[misc]
+    """A channel under the installation's names.
+
+    The transport option ``global_keyprefix`` is a text, as kombu has it, or a callable that gives one when a channel
+    opens; the option ``installation`` is whose tasks it puts and takes, likewise.
+    """
+
+    QoS = QoS
+    global_keyprefix: str | Callable[[], str] = ""
+    installation: str | Callable[[], str] = ""
+    from_transport_options = (*_Redis.Channel.from_transport_options, "installation")
+
+    def _get_client(self) -> Any:
+        # The first thing that a channel does, and before it connects.
+        if callable(self.global_keyprefix):
+            self.global_keyprefix = self.global_keyprefix()
+        if callable(self.installation):
+            self.installation = self.installation()
+        return super()._get_client()
+
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        """How to connect. A channel whose connection was given up cannot any more, which kombu tells as an
+        AttributeError: nobody takes that for what it is, and a worker that puts messages back just then would end."""
+        if self.connection is None or self.connection.client is None:
+            raise redis.ConnectionError("the channel is closed")
+        return super()._connparams(asynchronous=asynchronous)
+
+    def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        """Put a message into a queue; a task says which installation it is for."""
+        if queue in QUEUES:
+            message["headers"].setdefault(INSTALLATION_HEADER, self.installation)
+        super()._put(queue, message, **kwargs)
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Take a message that the server has sent; as kombu does, but look at it before anybody else does."""
+        try:
+            try:
+                reply = self.client.parse_response(self.client.connection, "BRPOP", **options)
+            except self.connection_errors:
+                # The next round connects again.
+                self.client.connection.disconnect()
+                raise
+            pulse.answered()
+            if not reply:
+                raise Empty
+            key, item = reply
+            queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            try:
+                message = read_message(queue, item, str(self.installation))
+            except Unreadable as error:
+                # It has left the queue, and nothing remembers it: it is gone.
+                refused(error.label, queue, str(error), size=len(item))
+                return True
+            self.connection._deliver(message, queue)  # noqa: SLF001
+            return True
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+
+    def _deliver_fanout_message(self, message: Any, exchange: str) -> bool:
+        """Hand on what was published to all: commands to workers, and their events."""
+        try:
+            _check_envelope(message)
+            _content(message)
+        except Unreadable as error:
+            refused(error.label, exchange, str(error))
+            return True
+        return bool(super()._deliver_fanout_message(message, exchange))
+
+    def close(self) -> None:
+        """Close, whatever happens on the way."""
+        connection = self.connection
+        try:
+            super().close()
+        except (redis.RedisError, OSError, KeyError, AttributeError, AssertionError) as error:
+            # The server is away: what is left to do is done here alone.
+            log.debug("channel_closed_without_its_server", reason=type(error).__name__)
+            self.closed = True
+            self._in_poll = self._in_listen = None
+            if connection is not None:
+                connection.cycle.discard(self)
+                connection.close_channel(self)
+
+
+class Transport(_Redis.Transport):  # type: ignore[misc]
+    """kombu's Redis transport with our channels."""
+
+    Channel = Channel
+
+
+def use_our_transport() -> None:
+    """Have every ``redis://`` and ``rediss://`` of this process opened by our transport."""
+    name = f"{__name__}:{Transport.__name__}"
+    TRANSPORT_ALIASES.update(redis=name, rediss=name)

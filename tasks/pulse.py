@@ -1,0 +1,101 @@
+"""Signs of life of this process, and what they say about it: does it still do what it is there for?
+
+A port that answers proves nothing: a worker whose consumer has stopped serves its metrics for ever. So each process
+notes here what it has just done, and ``/health`` beside its metrics, ``segsvc doctor`` and the watchdog ask.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+TURN_MAX_S: Final = 20.0
+"""A loop that has not turned for this long stands still: each turn takes a second or two, and what may block it within
+one is bounded by the timeouts of its servers."""
+ANSWER_MAX_S: Final = 20.0
+"""The broker answers a consumer that waits for messages every second, with a message or without."""
+
+
+class Pulse:
+    """What a process has done last. For any number of threads: each value is written by one of them.
+
+    Args:
+        turn_max_s: a loop that has not turned for this long stands still; None: ``TURN_MAX_S``.
+        ended_max_s: how long a worker whose places are all taken may go without an end of any task.
+        takes_messages: whether it is there to take messages from the broker.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        turn_max_s: float | None = None,
+        ended_max_s: float = 0.0,
+        takes_messages: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._turn_max_s = turn_max_s
+        self._ended_max_s = ended_max_s
+        self._takes_messages = takes_messages
+        self._lock = threading.Lock()
+        self._waits_for: str | None = "it is starting"
+        self._turned_at = self._answered_at = self._ended_at = clock()
+        self._has_room = True
+        self.has_turned = False
+
+    def begins(self) -> None:
+        """The loop runs from now on."""
+        with self._lock:
+            self._waits_for = None
+            self._turned_at = self._answered_at = self._ended_at = self._clock()
+
+    def waits(self, what: str) -> None:
+        """The loop does not run, for a reason that is known: ``the broker cannot be reached``."""
+        self._waits_for = what
+
+    def turned(self, *, has_room: bool = True) -> None:
+        """The loop came round.
+
+        Args:
+            has_room: whether it takes messages now; a worker whose processes are all busy does not.
+        """
+        now = self._clock()
+        if not has_room or not self._has_room:
+            # Nobody waits for the broker's answer while there is no room, nor until it has been asked again.
+            self._answered_at = now
+        if has_room:
+            self._ended_at = now
+        self._has_room = has_room
+        self._turned_at = now
+        self.has_turned = True
+
+    def answered(self) -> None:
+        """The broker has answered the consumer, with a message or without."""
+        self._answered_at = self._clock()
+
+    def ended(self) -> None:
+        """A task has ended and its message was acknowledged."""
+        self._ended_at = self._clock()
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether the loop should run and does not turn."""
+        return self._waits_for is None and self._clock() - self._turned_at > (self._turn_max_s or TURN_MAX_S)
+
+    def complaint(self) -> str | None:
+        """What is wrong, in words; None: it does what it is there for."""
+        if self._waits_for is not None:
+            return self._waits_for
+        now = self._clock()
+        if self.stands_still:
+            return f"its loop has stood still for {now - self._turned_at:.0f} s"
+        if not self._takes_messages:
+            return None
+        if self._has_room and now - self._answered_at > ANSWER_MAX_S:
+            return f"it has taken no message, and heard nothing from the broker, for {now - self._answered_at:.0f} s"
+        if not self._has_room and now - self._ended_at > self._ended_max_s:
+            return f"its processes are all busy, and none has ended a task for {now - self._ended_at:.0f} s"
+        return None

@@ -1,0 +1,84 @@
+"""A process that ends must end, and one that stands still must not stay: what a supervisor cannot see by itself.
+
+Celery ends in the order of its parts, and some of them wait for others without a bound: after an unrecoverable error a
+worker's main process can wait for a child for ever, and the child for somebody to read what it writes. To its
+supervisor such a process lives. So a thread of its own watches: from the moment when the process begins to end it has
+``END_WITHIN_S``, and a loop that stands still has ``STILL_MAX_S``; then its children are killed and it is gone at once.
+Whatever they were at is done again: every message is acknowledged only when its effects are there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from tasks.pulse import Pulse
+
+END_WITHIN_S: Final = 50.0
+"""Less than supervisors wait before they kill, and enough for two statements of an operation."""
+STILL_MAX_S: Final = 120.0
+"""Longer than anything that may block a loop: its servers' timeouts, tried again a few times."""
+EXIT_CODE: Final = 70
+"""EX_SOFTWARE. Not 0: a supervisor that starts only what has failed starts it again."""
+_LOOK_EVERY_S: Final = 1.0
+
+
+class Watchdog(threading.Thread):
+    """Ends this process if it does not end itself, or stands still.
+
+    Args:
+        pulses: of the loops that must not stand still.
+        children: process ids of what this process has forked.
+        end_within_s: from the moment when the process begins to end.
+        still_max_s: how long the loop may stand still.
+        leave: ends the process at once, without asking anybody.
+    """
+
+    def __init__(
+        self,
+        *pulses: Pulse,
+        children: Callable[[], Iterable[int]] = tuple,
+        end_within_s: float,
+        still_max_s: float,
+        look_every_s: float = _LOOK_EVERY_S,
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._pulses = pulses
+        self._children = children
+        self._end_within_s = end_within_s
+        self._still_max_s = still_max_s
+        self._look_every_s = look_every_s
+        self._leave = leave
+        # A plain flag, since a signal's handler sets it, which may have interrupted whoever holds a lock.
+        self._ends = False
+
+    def process_ends(self) -> None:
+        """From now on the time of the end runs. Safe to call again, and from a signal handler."""
+        self._ends = True
+
+    def run(self) -> None:
+        """Thread body."""
+        # Both times are counted in own looks, not by the clock: a process that was stopped as a whole, or a machine
+        # that slept, has not looked meanwhile, and its loop has a chance to turn before the next look.
+        still_s = ending_s = 0.0
+        while still_s < self._still_max_s and ending_s < self._end_within_s:
+            time.sleep(self._look_every_s)
+            ending_s = ending_s + self._look_every_s if self._ends else 0.0
+            stand = any(pulse.stands_still for pulse in self._pulses)
+            still_s = still_s + self._look_every_s if stand else 0.0
+        self._end(f"it has not ended within {ending_s:.0f} s" if self._ends else "its loop stands still")
+
+    def _end(self, why: str) -> None:
+        # Straight to standard error: what stands still may hold the log's lock.
+        os.write(2, f'{{"event": "killed_by_its_watchdog", "level": "critical", "why": "{why}"}}\n'.encode())
+        for pid in self._children():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._leave(EXIT_CODE)

@@ -1,0 +1,20 @@
+"""A Celery application that is none of our processes, and sends to their workers all the same."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from segsvc.bootstrap import whose
+from segsvc.config import Settings
+from tasks.broker import use_our_transport
+
+
+def celery_beside(settings: Settings) -> Celery:
+    """Its results can be waited for, unlike those of our processes."""
+    use_our_transport()
+    installation = whose(settings)
+    app = Celery("beside", broker=settings.broker_url, backend=settings.broker_url, set_as_current=False)
+    prefix = {"global_keyprefix": installation.broker_prefix}
+    app.conf.broker_transport_options = {**prefix, "installation": installation.name}
+    app.conf.result_backend_transport_options = prefix
+    return app

@@ -1,0 +1,126 @@
+"""A worker survives its broker, a worker that ends is gone, and one that does nothing is seen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from segsvc.local.processes import free_ports
+from tests.eventually import eventually
+from tests.integration.broker.conftest import Workplace
+
+HASTY = """\
+import tasks.watchdog as watchdog
+watchdog.END_WITHIN_S = 3.0
+watchdog.STILL_MAX_S = 15.0
+import tasks.pulse as pulse
+pulse.TURN_MAX_S = pulse.ANSWER_MAX_S = 3.0
+"""
+"""The bounds of tests."""
+
+WAITS_FOR_EVER = (
+    HASTY + "import threading, billiard.pool\nbilliard.pool.Pool.join = lambda *_: threading.Event().wait()\n"
+)
+"""Its main process waits at its end for a child that never ends."""
+
+
+HOLDS = """\
+import os, time
+from pathlib import Path
+from tasks.app import app
+
+@app.task(name="segsvc.held")
+def held(*, folder):
+    (Path(folder) / f"started-{os.getpid()}").touch()
+    while (Path(folder) / "hold").exists():
+        time.sleep(0.01)
+"""
+"""A task that lasts as long as a test wants."""
+
+
+def test_a_worker_survives_a_restart_of_its_broker_with_messages_in_its_hands(workplace: Workplace) -> None:
+    worker = workplace.worker(code=HOLDS)
+    folder = workplace.folder / "held"
+    folder.mkdir()
+    for released in ("before", "after", "before"):
+        (folder / "hold").touch()
+        for _ in range(4):
+            workplace.put_task("segsvc.held", folder=str(folder))
+        eventually(lambda: len(list(folder.glob("started-*"))) == 2)
+        seen = workplace.log().count("Cannot connect to")
+        workplace.broker.kill()
+        if released == "before":
+            # What has ended cannot be acknowledged, nor put back what was only taken.
+            (folder / "hold").unlink()
+        eventually(lambda seen=seen: workplace.log().count("Cannot connect to") > seen + 1)  # type: ignore[misc]
+        workplace.broker.start()
+        (folder / "hold").unlink(missing_ok=True)
+        workplace.await_work()
+        for started in folder.glob("started-*"):
+            started.unlink()
+    assert worker.poll() is None
+    assert "Unrecoverable error" not in workplace.log()
+
+
+@pytest.mark.parametrize("why", ["asked", "broken"])
+def test_a_worker_that_ends_is_gone(workplace: Workplace, why: str) -> None:
+    broken = "import tasks.steps\ntasks.steps.PulseStep._turn = staticmethod(lambda consumer: 1 / 0)\n"
+    worker = workplace.worker(code=WAITS_FOR_EVER + (broken if why == "broken" else ""))
+    children = psutil.Process(worker.pid).children()
+    assert children
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(30) != 0
+    eventually(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+
+
+def test_a_worker_whose_loop_stands_still_is_gone(workplace: Workplace) -> None:
+    blocks = (
+        "import tasks.broker, os, threading\n"
+        "def stand(self, **_):\n"
+        "    if os.path.exists(os.environ['STAND']): threading.Event().wait()\n"
+        "    return read(self)\n"
+        "read, tasks.broker.Channel._brpop_read = tasks.broker.Channel._brpop_read, stand\n"
+    )
+    stand = workplace.folder / "stand"
+    os.environ["STAND"] = str(stand)
+    worker = workplace.worker(code=HASTY + blocks)
+    stand.touch()
+    assert worker.wait(60) == 70
+
+
+def healthy(port: int) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_worker_that_takes_nothing_is_not_well(workplace: Workplace, tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    serves = (
+        "from contextlib import ExitStack; from segsvc.metrics_http import serving; from tasks.broker import pulse\n"
+        f"stack = ExitStack(); stack.enter_context(serving('127.0.0.1:{port}', health=pulse.complaint))\n"
+    )
+    deaf = (
+        "import tasks.broker, os\n"
+        "def start(self, timeout=None):\n"
+        f"    if not os.path.exists({str(tmp_path / 'deaf')!r}): begin(self, timeout)\n"
+        "begin, tasks.broker.Channel._brpop_start = tasks.broker.Channel._brpop_start, start\n"
+    )
+    worker = workplace.worker(code=HASTY + serves + deaf)
+    assert healthy(port) == (200, "ok\n")
+    (tmp_path / "deaf").touch()
+    eventually(lambda: healthy(port)[0] == 503)
+    assert "heard nothing from the broker" in healthy(port)[1]
+    (tmp_path / "deaf").unlink()
+    eventually(lambda: healthy(port)[0] == 200)
+    workplace.broker.stop()
+    eventually(lambda: healthy(port) == (503, "the broker cannot be reached, or the worker ends\n"))
+    assert worker.poll() is None
