@@ -47,8 +47,8 @@ SAMPLES = {
     "shard": "0", "to": "postgresql+psycopg2://u@127.0.0.1:1/x", "fence": "postgresql+psycopg2://u@127.0.0.1:1/x",
 }  # fmt: skip
 """A value for each argument or option that a command demands."""
-ONE_OF = {"segments edit": ["--name", "x"], "events dead retry": ["--all"]}
-"""What a command demands one of."""
+ONE_OF = {"segments edit": ["--name", "x"]}
+"""What a command demands one of; those that take all of something get --all."""
 
 MISHAP = re.compile(r"Traceback|ImportError|ModuleNotFoundError|No module named")
 
@@ -69,6 +69,8 @@ def administration() -> list[list[str]]:
         if len(path) > 1:
             words = [*path, *ONE_OF.get(" ".join(path), [])]
             for parameter in command.params:
+                if "--all" in parameter.opts:
+                    words.append("--all")
                 if parameter.required:
                     option = parameter.opts[0]
                     words += [option] if option.startswith("--") else []
