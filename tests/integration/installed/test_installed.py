@@ -13,7 +13,7 @@ import re
 import signal
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -135,12 +135,11 @@ def installed(
     return Environment(python, folder, variables)
 
 
-def outcome(environment: Environment, command: str, folder: Path) -> str:
+def outcome(environment: Environment, command: str, ports: Sequence[int], folder: Path) -> str:
     """Run a command until it has said what is expected, or has ended; what is wrong, empty if nothing is."""
     place = folder / re.sub(r"\W+", "-", command)
     place.mkdir()
     output = place / "output"
-    ports = free_ports(2)
     process = environment.start(
         *("-m", "segsvc", *command.split()),
         output=output,
@@ -172,8 +171,12 @@ def outcome(environment: Environment, command: str, folder: Path) -> str:
 
 def outcomes(environment: Environment, commands: Iterable[str], folder: Path) -> str:
     """What is wrong with any of these commands, run side by side: most of them wait for one refusal after the other."""
+    commands = list(commands)
+    # Drawn at once: a port that one command has not bound yet would be given to another one, too.
+    ports = free_ports(2 * len(commands))
+    pairs = list(zip(ports[::2], ports[1::2], strict=True))
     with ThreadPoolExecutor(8) as threads:
-        return "".join(threads.map(lambda command: outcome(environment, command, folder), commands))
+        return "".join(threads.map(lambda c, pair: outcome(environment, c, pair, folder), commands, pairs))
 
 
 def packages(environment: Environment) -> set[str]:
@@ -200,7 +203,7 @@ def test_the_image_runs_what_it_is_for(image: Environment, tmp_path: Path) -> No
     assert outcomes(image, ("demo --running", *RUN), tmp_path) == ""
     # Nothing of them answers, so nothing is well.
     checks = [image.start("docker/health.py", what, output=tmp_path / what) for what in ("front", "1")]
-    assert [check.wait(timeout=TIMEOUT_S) for check in checks] == [1, 1, 1]
+    assert [check.wait(timeout=TIMEOUT_S) for check in checks] == [1] * len(checks)
     for what in ("front", "1"):
         assert not MISHAP.search((tmp_path / what).read_text())
 
