@@ -9,6 +9,8 @@ import sqlalchemy as sa
 
 _SOME: Final = "(SELECT attributes FROM users LIMIT 2000)"
 """Users among whom nearly every attribute is found that there is: the others are looked at only for the rest."""
+_NEWEST: Final = "(SELECT attributes FROM users ORDER BY slot DESC LIMIT 2000)"
+"""Users who have what producers have begun to send since then."""
 _AT_ONCE: Final = 500
 """Names that one statement asks for: PostgreSQL allows 1664 columns."""
 
@@ -39,8 +41,9 @@ def _absent_among(connection: sa.Connection, users: str, names: Sequence[str]) -
 
 
 def attribute_names(connection: sa.Connection) -> list[str]:
-    """Attributes of some users, by name."""
-    found = connection.execute(
-        sa.text(f"SELECT DISTINCT jsonb_object_keys(chosen.attributes) AS name FROM {_SOME} AS chosen ORDER BY name")  # noqa: S608
+    """Attributes of some of the oldest and the newest users, by name."""
+    names = " UNION ".join(
+        f"SELECT jsonb_object_keys(chosen.attributes) AS name FROM {users} AS chosen"  # noqa: S608  # no value is in it
+        for users in (_SOME, _NEWEST)
     )
-    return list(found.scalars())
+    return list(connection.execute(sa.text(f"{names} ORDER BY name")).scalars())

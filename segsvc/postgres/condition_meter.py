@@ -65,6 +65,10 @@ _SAMPLE: Final = sa.text(
 ).columns(attributes=JSONB)
 
 
+_ALONE, _BESIDE, _LOOKED_UP = "segsvc_cost_alone", "segsvc_cost_beside", "segsvc_cost_looked_up"
+"""Names of the prepared statements."""
+
+
 class PostgresMeter:
     """Measures on the shards of an installation."""
 
@@ -89,25 +93,32 @@ class PostgresMeter:
             groups = range(0 if slots else 1, len(made) + 1)
             # Planned once: a plan for each run would take longer than the run.
             connection.exec_driver_sql("SET LOCAL plan_cache_mode TO force_generic_plan")
-            # Left over, if the one before was cut short.
-            connection.exec_driver_sql("DEALLOCATE ALL")
+            # Left over, if the measurement before was cut short.
+            _drop_prepared(connection)
             users = _SAMPLE.bindparams(slots=slots, made=list(map(json.dumps, made))).subquery("users")
             lookups, in_batch = _of_batch(parts, sorted(attributes), users)
             sizes = {0: len(slots)} | dict.fromkeys(range(1, len(made) + 1), 1)
-            alone = _Timed(connection, "alone", _of_rollout(parts, users), sizes, enough_us)
-            beside = _Timed(connection, "beside", in_batch, sizes, enough_us)
-            looked_up = _Timed(connection, "looked_up", lookups, sizes, enough_us)
+            alone = _Timed(connection, _ALONE, _of_rollout(parts, users), sizes, enough_us)
+            beside = _Timed(connection, _BESIDE, in_batch, sizes, enough_us)
+            looked_up = _Timed(connection, _LOOKED_UP, lookups, sizes, enough_us)
             rollout_us, _ = alone.worst(groups)
             # Of one group, the dearest for a batch, so that the difference is that of the same users.
             batch_us, group = beside.worst(groups)
             lookups_us, _ = looked_up.worst([group])
-            connection.exec_driver_sql("DEALLOCATE ALL")
+            _drop_prepared(connection)
         return ConditionCost(
             rollout_us=rollout_us,
             batch_us=max(0.0, batch_us - lookups_us) + max(0.0, beside.fixed_us - looked_up.fixed_us) / BATCH,
             lookup_us=lookups_us / max(1, len(attributes)),
             attributes=attributes,
         )
+
+
+def _drop_prepared(connection: sa.Connection) -> None:
+    """Drop the statements of a measurement, and no other: the session keeps one for its reads (``reads``)."""
+    statement = sa.text("SELECT name FROM pg_prepared_statements WHERE name = ANY(:names)")
+    for name in connection.execute(statement, {"names": [_ALONE, _BESIDE, _LOOKED_UP]}).scalars().all():
+        connection.exec_driver_sql(f"DEALLOCATE {name}")
 
 
 class _Timed:

@@ -132,8 +132,8 @@ def _blocks_statement() -> sa.Select[Any]:
 
 
 # Prepared on each connection: to plan it takes about as long as to run it for one user.
-# The only one of its session. If the message that prepared it was cut short, it may be there all the same, and to
-# prepare it a second time would be refused for as long as the connection lives. So whatever is there is dropped first.
+# If the message that prepared it was cut short, it may be there all the same, and to prepare it a second time would be
+# refused for as long as the connection lives. So whatever is there is dropped first: nothing else stays prepared.
 _PREPARE_USERS = "DEALLOCATE ALL; PREPARE segsvc_users (bigint[]) AS " + str(
     _users_statement().compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})  # type: ignore[no-untyped-call]
 )

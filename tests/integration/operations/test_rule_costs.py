@@ -11,6 +11,9 @@ from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.operation import Operation, OperationState
 from segsvc.domain.segment import Policy, Rule
 from segsvc.postgres import tables
+from segsvc.postgres.condition_meter import PostgresMeter
+from segsvc.postgres.engine import Databases, Pool
+from segsvc.postgres.reads import select_users
 from tests.integration.operations.conftest import Rig
 from tests.integration.operations.test_maintenance import upkeep
 
@@ -140,6 +143,18 @@ def test_rules_of_a_release_that_did_not_measure_are_measured_by_upkeep(rig: Rig
     assert rolled_out(rig, "checkout", PAIRS).state is OperationState.DONE
     assert rolled_out(rig, "checkout", "").state is OperationState.DONE
     assert stored(rig, "checkout") is None
+
+
+def test_a_measurement_leaves_what_the_session_has_prepared(rig: Rig) -> None:
+    """A measurement and the reads of a front share their connections."""
+    databases = Databases(rig.installation.settings, "test", Pool(1))
+    try:
+        for _ in range(2):
+            with databases.shard_tx(0) as connection:
+                assert select_users(connection, [0]) == []
+            PostgresMeter(databases).measure(USUAL, 0, enough_us=1000, timeout_s=None)
+    finally:
+        databases.close()
 
 
 def test_a_cost_grows_with_the_condition(rig: Rig) -> None:
