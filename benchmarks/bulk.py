@@ -36,7 +36,7 @@ from segsvc.postgres.copying import append_rows
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.participant import PostgresParticipant
 from segsvc.services.shard_work import perform
-from segsvc.twophase_ports import Finish, ProgressHook
+from segsvc.twophase.ports import Finish, ProgressHook
 from tests.celery_client import celery_beside
 from tests.installation import Installation
 

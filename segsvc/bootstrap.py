@@ -56,8 +56,8 @@ from segsvc.services.slug_map import SlugMap
 from segsvc.services.statistics import StatisticsService
 from segsvc.services.users import UserService
 from segsvc.services.warming import Warmer
-from segsvc.twophase import Coordinator
-from segsvc.twophase_ports import Dispatcher, Invalidation, ProgressHook
+from segsvc.twophase.ports import Dispatcher, Invalidation, ProgressHook
+from segsvc.twophase.protocol import Coordinator
 
 log = get_logger(__name__)
 

@@ -14,7 +14,7 @@ from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, ServiceError
 from segsvc.log import get_logger
 from segsvc.metrics import recovery_time
-from segsvc.twophase_ports import Dispatcher
+from segsvc.twophase.ports import Dispatcher
 from tasks.pulse import Pulse
 
 log = get_logger(__name__)

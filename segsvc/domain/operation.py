@@ -3,7 +3,7 @@
     QUEUED → PREPARING → COMMITTED → DONE
     QUEUED | PREPARING → ABORTED
 
-Every arrow is a compare-and-set on the operation's row in the catalog (``segsvc.twophase``).
+Every arrow is a compare-and-set on the operation's row in the catalog (``segsvc.twophase.protocol``).
 """
 
 from __future__ import annotations

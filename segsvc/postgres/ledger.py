@@ -45,7 +45,7 @@ from segsvc.postgres.ledger_views import (
     select_votes,
 )
 from segsvc.postgres.locks import ACCEPT_LOCK
-from segsvc.twophase_ports import Answer, OpenOperation, WorkFailed
+from segsvc.twophase.ports import Answer, OpenOperation, WorkFailed
 
 log = get_logger(__name__)
 

@@ -21,7 +21,7 @@ from segsvc.log import get_logger
 from segsvc.postgres import tables
 from segsvc.postgres.blocks import PostgresShardTransaction, lock_exclusive
 from segsvc.postgres.engine import Databases, sqlstate
-from segsvc.twophase_ports import Finish, ProgressHook, WorkFailed
+from segsvc.twophase.ports import Finish, ProgressHook, WorkFailed
 
 log = get_logger(__name__)
 

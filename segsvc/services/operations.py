@@ -41,8 +41,8 @@ from segsvc.domain.operation import (
 )
 from segsvc.domain.segment import SEGMENTS_MAX, Rule, Segment, SegmentState, SegmentText
 from segsvc.log import get_logger
-from segsvc.twophase import Coordinator
-from segsvc.twophase_ports import FanOut, ProgressHook
+from segsvc.twophase.ports import FanOut, ProgressHook
+from segsvc.twophase.protocol import Coordinator
 
 log = get_logger(__name__)
 

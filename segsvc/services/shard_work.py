@@ -26,7 +26,7 @@ from segsvc.domain.operation import (
 from segsvc.domain.segment import Policy, Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
-from segsvc.twophase_ports import ProgressHook, WorkFailed
+from segsvc.twophase.ports import ProgressHook, WorkFailed
 
 CHUNK_BLOCKS = 1000
 """Blocks worked on at a time: about 8 MB of user ids, so that memory does not grow with the users."""

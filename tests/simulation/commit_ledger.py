@@ -1,6 +1,6 @@
 """The ledger in memory: the statements of ``segsvc.postgres.ledger``, each a step in which the world may change.
 
-It stands behind ``segsvc.twophase_ports.Ledger``; the protocol above it is the real one. Methods that a mutant replaces
+It stands behind ``segsvc.twophase.ports.Ledger``; the protocol above it is the real one. Methods that a mutant replaces
 are small on purpose.
 """
 
@@ -20,7 +20,7 @@ from segsvc.domain.operation import (
     OperationState,
     ShardCounts,
 )
-from segsvc.twophase_ports import Answer, OpenOperation, WorkFailed
+from segsvc.twophase.ports import Answer, OpenOperation, WorkFailed
 from tests.simulation.database import Lock, Server, Transaction
 from tests.simulation.scheduler import Scheduler, Violation
 

@@ -7,8 +7,8 @@ from typing import Any
 from uuid import UUID
 
 from segsvc.domain.operation import Failure, Gid, Operation, OperationState, ShardCounts, ShardProgress
-from segsvc.twophase import Coordinator
-from segsvc.twophase_ports import Answer, Finish, Participant
+from segsvc.twophase.ports import Answer, Finish, Participant
+from segsvc.twophase.protocol import Coordinator
 from tests.simulation.commit_ledger import Row, SimulatedLedger
 from tests.simulation.commit_shard import SimulatedShard
 from tests.simulation.commit_world import Parts

@@ -1,6 +1,6 @@
 """Shards in memory: the statements of ``segsvc.postgres.participant``, each a step in which the world may change.
 
-They stand behind ``segsvc.twophase_ports.Participant``; the protocol above them is the real one. Methods that a mutant
+They stand behind ``segsvc.twophase.ports.Participant``; the protocol above them is the real one. Methods that a mutant
 replaces are small on purpose.
 """
 
@@ -20,7 +20,7 @@ from segsvc.domain.operation import (
     PreparedTransaction,
     ShardCounts,
 )
-from segsvc.twophase_ports import Finish, ProgressHook, WorkFailed
+from segsvc.twophase.ports import Finish, ProgressHook, WorkFailed
 from tests.simulation.commit_ledger import Catalog
 from tests.simulation.database import Lock, Server, Transaction
 from tests.simulation.scheduler import Scheduler, Violation

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-import segsvc.twophase
+import segsvc.twophase.protocol
 from segsvc.domain.errors import LockTimeout, ServiceError, broker_unavailable, cache_unavailable
 from segsvc.domain.operation import Gid, Operation, OperationKind, OperationPlan, OperationState, ShardProgress
 from segsvc.domain.segment import Rule
-from segsvc.twophase import Coordinator
-from segsvc.twophase_ports import Participant
+from segsvc.twophase.ports import Participant
+from segsvc.twophase.protocol import Coordinator
 from tests.simulation.commit_ledger import Catalog, Row, SimulatedLedger
 from tests.simulation.commit_shard import ShardData, SimulatedShard, is_member
 from tests.simulation.database import Server, Transaction
@@ -294,12 +294,12 @@ class World:
 
     def run(self) -> None:
         """Raises Violation."""
-        kept, segsvc.twophase.log = segsvc.twophase.log, Silent()  # type: ignore[assignment]
+        kept, segsvc.twophase.protocol.log = segsvc.twophase.protocol.log, Silent()  # type: ignore[assignment]
         try:
             self._run()
         finally:
             self.scheduler.close()
-            segsvc.twophase.log = kept
+            segsvc.twophase.protocol.log = kept
 
     def _run(self) -> None:
         scheduler = self.scheduler

@@ -14,7 +14,7 @@ from segsvc.domain.errors import Reason, ServiceError, catalog_unavailable
 from segsvc.domain.operation import Accepted, Failure, Operation, OperationState
 from segsvc.domain.segment import SegmentText
 from segsvc.services.operations import EndWatcher, OperationService, OperationStore
-from segsvc.twophase import Coordinator
+from segsvc.twophase.protocol import Coordinator
 
 
 @pytest.fixture

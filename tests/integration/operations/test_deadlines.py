@@ -11,7 +11,7 @@ import pytest
 from segsvc.domain.operation import Operation, OperationState, ShardCounts
 from segsvc.postgres import audit
 from segsvc.services.deadlines import DeadlineKeeper
-from segsvc.twophase_ports import Answer
+from segsvc.twophase.ports import Answer
 from tests.eventually import eventually
 from tests.integration.operations.conftest import SHARDS, Rig, roll_out
 

@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 from segsvc import metrics
 from segsvc.domain.errors import ServiceError, catalog_unavailable
 from segsvc.domain.segment import Rule
-from segsvc.twophase_ports import STANDINGS
+from segsvc.twophase.ports import STANDINGS
 from tests.integration.operations.conftest import SHARDS, Rig, roll_out
 
 

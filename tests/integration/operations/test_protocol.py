@@ -22,7 +22,7 @@ from segsvc.domain.segment import Rule
 from segsvc.failpoints import NoFailpoints
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.participant import PostgresParticipant
-from segsvc.twophase_ports import Answer, Finish
+from segsvc.twophase.ports import Answer, Finish
 from tests.integration.operations.conftest import SHARDS, USERS, Rig, roll_out
 
 CANCELLED = Failure(Reason.OPERATION_ABORTED.text, "cancelled", {"why": "CANCELLED"})

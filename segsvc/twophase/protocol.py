@@ -53,7 +53,7 @@ from segsvc.domain.operation import (
 )
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
-from segsvc.twophase_ports import (
+from segsvc.twophase.ports import (
     STANDINGS,
     UNKNOWN,
     UNREAD,
