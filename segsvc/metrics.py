@@ -82,7 +82,7 @@ events_unreadable = Counter(
     "Messages or batches of Kafka that could not be read, by topic and why.",
     ["topic", "why"],
 )
-"""why: damaged, codec, inflates, record, too-large, fault; what each means is in ``tasks.kafka_batches``."""
+"""why: damaged, codec, inflates, record, too-large, fault; what each means is in ``segsvc.bridge.batches``."""
 UNREADABLE_WHYS = ("damaged", "codec", "inflates", "record", "too-large", "fault")
 for _topic in TOPICS:
     for _why in UNREADABLE_WHYS:

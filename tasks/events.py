@@ -12,12 +12,12 @@ from celery.utils import uuid
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
+from segsvc.bridge.lanes import BATCH_LOST, Outcome, TryAgain
 from segsvc.config import load_settings
 from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError, broker_unavailable
 from segsvc.domain.events import UserEvent, from_wire, to_wire
 from segsvc.services.ingestion import BatchReport
 from tasks.app import app, installation, runtime
-from tasks.event_lanes import BATCH_LOST, Outcome, TryAgain
 from tasks.queues import EVENTS_QUEUE
 
 LOCK_TIMEOUT: Final = "LOCK_TIMEOUT"

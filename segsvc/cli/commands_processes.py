@@ -142,8 +142,8 @@ def beat() -> None:
 
 def bridge() -> None:
     """Run the bridge from Kafka to the workers."""
+    from segsvc.bridge.bridge import pulse, run_bridge  # noqa: PLC0415
     from segsvc.cli.startup import start_process  # noqa: PLC0415
-    from tasks.kafka_bridge import pulse, run_bridge  # noqa: PLC0415
 
     settings = settings_of_process()
     with _serving(settings.bridge_metrics_address, "bridge", pulse.complaint):

@@ -11,11 +11,11 @@ from typing import Final
 from kafka import TopicPartition
 
 from segsvc.bootstrap import EventRecords
+from segsvc.bridge.kafka_state import KafkaState, PartitionState
 from segsvc.cli.doctor_items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.event_records import FoundLoss
-from tasks.kafka_state import KafkaState, PartitionState
 
 WATCH_S: Final = 5.0
 """For how long a lag that does not move is watched before anything is made of it."""

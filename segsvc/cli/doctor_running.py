@@ -17,6 +17,7 @@ from kafka.errors import KafkaError
 from kombu.exceptions import OperationalError
 
 from segsvc.bootstrap import Check, whose
+from segsvc.bridge.dead_letters import SUFFIX
 from segsvc.cache.connection import CacheConnection
 from segsvc.cli import doctor_events
 from segsvc.cli.base import Refusal
@@ -29,7 +30,6 @@ from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import SEGMENT_EVENTS_TOPIC, TOPICS
 from tasks.app import app
 from tasks.broker import InstallationUnknown
-from tasks.dead_letters import SUFFIX
 from tasks.dispatcher import CeleryDispatcher
 from tasks.queues import QUEUES
 from tasks.steps import HEALTH_COMMAND

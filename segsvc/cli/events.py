@@ -14,9 +14,9 @@ import typer
 from segsvc.cli.base import Json, Refusal, bar, console, plain, print_json, settings_of_process, short_time, table
 
 if TYPE_CHECKING:
+    from segsvc.bridge.dead_letter_box import DeadLetterBox, Letter
     from segsvc.domain.event_records import FoundLoss
     from segsvc.postgres.event_records import PostgresEventRecords
-    from tasks.dead_letter_box import DeadLetterBox, Letter
 
 app = typer.Typer(no_args_is_help=True, help="Look after users' events.", rich_markup_mode=None)
 dead = typer.Typer(
@@ -42,7 +42,7 @@ def _box() -> Iterator[DeadLetterBox]:
     from kafka.errors import KafkaError  # noqa: PLC0415
 
     from segsvc.bootstrap import EventRecords  # noqa: PLC0415
-    from tasks.dead_letter_box import DeadLetterBox, LetterNotFound  # noqa: PLC0415
+    from segsvc.bridge.dead_letter_box import DeadLetterBox, LetterNotFound  # noqa: PLC0415
 
     settings = settings_of_process()
     # What it cannot reach is said below, once.

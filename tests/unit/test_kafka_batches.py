@@ -12,8 +12,8 @@ import pytest
 import zstandard
 from kafka.record.memory_records import MemoryRecordsBuilder
 
-from tasks.kafka_batches import PREFIX_BYTES_MAX, Damaged, Record, Unreadable, batches_of, headers_of
-from tasks.kafka_codecs import INFLATED_BYTES_MAX
+from segsvc.bridge.batches import PREFIX_BYTES_MAX, Damaged, Record, Unreadable, batches_of, headers_of
+from segsvc.bridge.codecs import INFLATED_BYTES_MAX
 from tests import kafka_raw as raw
 
 CODECS = [0, raw.GZIP, raw.SNAPPY, raw.LZ4, raw.ZSTD]

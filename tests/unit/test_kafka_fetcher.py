@@ -15,10 +15,10 @@ from kafka.consumer.subscription_state import TopicPartitionState
 from kafka.record.legacy_records import LegacyRecordBatch
 from kafka.record.memory_records import MemoryRecords
 
+from segsvc.bridge import event_watch
+from segsvc.bridge.event_watch import loss_of
+from segsvc.bridge.fetcher import REST_S, TRIES, Reset, Trials
 from segsvc.domain.event_records import EventLoss, EventPosition
-from tasks import event_watch
-from tasks.event_watch import loss_of
-from tasks.kafka_fetcher import REST_S, TRIES, Reset, Trials
 
 WHERE = TopicPartition("create-user", 3)
 
@@ -38,8 +38,8 @@ WHERE = TopicPartition("create-user", 3)
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
 def test_kafka_python_is_what_the_fetcher_was_written_for(method: Callable[..., Any], digest: str) -> None:
-    """If this fails, kafka-python has changed: read what is new in that method, mend ``tasks.kafka_fetcher`` and
-    ``tasks.kafka_batches`` if they must be, and only then write the new digest here."""
+    """If this fails, kafka-python has changed: read what is new in that method, mend ``segsvc.bridge.fetcher`` and
+    ``segsvc.bridge.batches`` if they must be, and only then write the new digest here."""
     found = hashlib.sha256(inspect.getsource(method).encode()).hexdigest()[:16]
     assert found == digest, f"{method.__qualname__} of kafka-python {kafka.__version__} is not that of 3.0.12"
 

@@ -8,9 +8,9 @@ from unittest.mock import Mock
 import pytest
 from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
 
+from segsvc.bridge import clients
+from segsvc.bridge.clients import Sender
 from segsvc.config import Settings
-from tasks import kafka_clients
-from tasks.kafka_clients import Sender
 
 MESSAGE = (b"7", b"{}", [("reason", b"why")])
 
@@ -31,7 +31,7 @@ class Gone:
 
 
 def test_what_the_client_refuses_before_it_sends_is_refused_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kafka_clients, "make_producer", lambda _: Gone(MessageSizeTooLargeError("70 MB")))
+    monkeypatch.setattr(clients, "make_producer", lambda _: Gone(MessageSizeTooLargeError("70 MB")))
     sender = Sender(Settings(_env_file=None))  # type: ignore[call-arg]
     assert sender.send("create-user.dlq", [MESSAGE, MESSAGE]) == [False, False]
     assert sender.too_large
@@ -44,7 +44,7 @@ def test_a_failure_of_the_client_is_one_of_the_message(
     monkeypatch: pytest.MonkeyPatch, sending: Exception, closing: Exception | None
 ) -> None:
     producers = [Gone(sending, closing), Gone(sending)]
-    monkeypatch.setattr(kafka_clients, "make_producer", lambda _: producers.pop(0))
+    monkeypatch.setattr(clients, "make_producer", lambda _: producers.pop(0))
     sender = Sender(Settings(_env_file=None))  # type: ignore[call-arg]
     for _ in range(2):  # each time with a producer of its own
         assert sender.send("create-user.dlq", [MESSAGE, MESSAGE]) == [False, False]

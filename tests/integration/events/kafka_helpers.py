@@ -12,15 +12,15 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from kafka.consumer.fetcher import ConsumerRecord
 
+from segsvc.bridge.bridge import Bridge
+from segsvc.bridge.clients import make_producer
+from segsvc.bridge.lanes import Outcome, TryAgain
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, ServiceError, broker_unavailable
 from segsvc.domain.events import TOPICS, UserEvent
 from segsvc.failpoints import CrashPoints, NoFailpoints
 from segsvc.local.kafka import KafkaServer
 from segsvc.services.ingestion import Ingestion
-from tasks.event_lanes import Outcome, TryAgain
-from tasks.kafka_bridge import Bridge
-from tasks.kafka_clients import make_producer
 
 PARTITIONS = 3
 

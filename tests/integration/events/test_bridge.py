@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
+from segsvc.bridge.clients import Sender
 from segsvc.cli import doctor_running
 from segsvc.domain.events import TOPICS
 from segsvc.local.kafka import KafkaServer, RealKafka
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
-from tasks.kafka_clients import Sender
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
 from tests.integration.events.shard_view import view
@@ -165,7 +165,7 @@ def test_a_sender_whose_messages_are_not_taken_in_time_gives_them_up(
     sender = Sender(bench.topics.settings)
     topic = f"{bench.topics.settings.kafka_topic_prefix}create-user"
     assert sender.send(topic, [(b"1", b"first", [])]) == [True]
-    monkeypatch.setattr("tasks.kafka_clients.SEND_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("segsvc.bridge.clients.SEND_TIMEOUT_S", 0.0)
     # Ten megabytes are not there at once, however the threads are scheduled.
     assert not all(sender.send(topic, [(b"1", bytes(100_000), [])] * 100))
     assert sender.failure == "KafkaTimeoutError"
@@ -179,7 +179,7 @@ def test_a_dead_letter_too_large_for_its_topic_holds_back_nothing_else(
 ) -> None:
     if bench.topics.server.stand_in:
         pytest.skip("the stand-in has no limits")
-    monkeypatch.setattr("tasks.dead_letters.TOO_LARGE_AGAIN_S", 0.5)
+    monkeypatch.setattr("segsvc.bridge.dead_letters.TOO_LARGE_AGAIN_S", 0.5)
     bench.topics.allow("create-user.dlq", 20_000)
     large = b"large" * 6_000
     for value in (b"small", large, b"small"):  # one request, as long as it is not refused

@@ -15,11 +15,11 @@ import redis
 import sqlalchemy as sa
 
 from segsvc.bootstrap import whose
+from segsvc.bridge.lanes import RESULT_WAIT_S
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.local.redis import RedisServer
 from segsvc.postgres import tables
-from tasks.event_lanes import RESULT_WAIT_S
 from tasks.events import EVENTS_MARGIN_S
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import Topics
@@ -27,7 +27,7 @@ from tests.integration.events.shard_view import view
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BRIDGE = (
-    "from segsvc.config import load_settings; from tasks.kafka_bridge import run_bridge; run_bridge(load_settings())"
+    "from segsvc.config import load_settings; from segsvc.bridge.bridge import run_bridge; run_bridge(load_settings())"
 )
 WORKER = [
     "-m",

@@ -13,14 +13,14 @@ import sqlalchemy as sa
 from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
+from segsvc.bridge import dead_letters, event_watch
+from segsvc.bridge.dead_letter_box import DeadLetterBox, LetterNotFound
 from segsvc.cli import doctor_events, doctor_running
 from segsvc.cli.doctor_items import Item
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
 from segsvc.postgres.event_records import PostgresEventRecords
-from tasks import dead_letters, event_watch
-from tasks.dead_letter_box import DeadLetterBox, LetterNotFound
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
 

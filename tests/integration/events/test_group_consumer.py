@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from kafka import TopicPartition
 
+from segsvc.bridge.clients import make_consumer
 from segsvc.config import Settings
 from segsvc.local.kafka import KafkaServer
-from tasks.kafka_clients import make_consumer
 from tests.eventually import eventually
 from tests.integration.events.kafka_helpers import Topics
 

@@ -11,12 +11,12 @@ import sqlalchemy as sa
 from kafka import TopicPartition
 from kafka.admin import KafkaAdminClient
 
+from segsvc.bridge import event_watch
 from segsvc.domain.event_records import EventLoss
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
 from segsvc.postgres.event_records import PostgresEventRecords
-from tasks import event_watch
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
 

@@ -14,10 +14,10 @@ from kafka import TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord, Fetcher
 
 from segsvc import metrics
+from segsvc.bridge import dead_letters, fetcher
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
-from tasks import dead_letters, kafka_fetcher
 from tests import kafka_raw as raw
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
@@ -71,7 +71,7 @@ def header(letter: ConsumerRecord, name: str) -> str:
 def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     if kafka_server.stand_in:
         pytest.skip("the stand-in looks at what it is given in its own way")
-    monkeypatch.setattr(kafka_fetcher, "REST_S", 0.2)
+    monkeypatch.setattr(fetcher, "REST_S", 0.2)
     shards.reset()
     prefix = f"poison-{next(_numbers)}."
     settings = shards.settings.model_copy(
@@ -168,7 +168,7 @@ def flip(at: int) -> Any:
 def test_what_was_damaged_on_its_way_is_fetched_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.produce(raw.event_batch([event(1), event(2)]))
     bench.produce(raw.event_batch([event(3)]), partition=1)
-    Damaging(monkeypatch, TopicPartition(f"{bench.prefix}create-user", 0), flip(-1), times=kafka_fetcher.TRIES - 1)
+    Damaging(monkeypatch, TopicPartition(f"{bench.prefix}create-user", 0), flip(-1), times=fetcher.TRIES - 1)
     with bench.bridge():
         bench.wait(3)
 
@@ -211,16 +211,16 @@ def test_an_error_of_one_partition_is_its_own(bench: Bench, monkeypatch: pytest.
 
 
 def test_a_fault_of_ours_costs_the_event_that_meets_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import kafka_bridge
+    from segsvc.bridge import bridge
 
-    read = kafka_bridge.parse
+    read = bridge.parse
 
     def parse(topic: str, value: bytes | None) -> Any:
         if value == b"unlucky":
             raise RecursionError
         return read(topic, value)
 
-    monkeypatch.setattr(kafka_bridge, "parse", parse)
+    monkeypatch.setattr(bridge, "parse", parse)
     bench.produce(raw.event_batch([event(1), b"unlucky", event(2)]))
     with bench.bridge():
         bench.wait(2)
@@ -251,9 +251,9 @@ def test_a_letter_that_its_topic_never_takes_goes_in_part(bench: Bench, monkeypa
 
 
 def test_dead_letters_that_wait_pause_their_own_partition(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import kafka_bridge
+    from segsvc.bridge import bridge
 
-    monkeypatch.setattr(kafka_bridge, "DEAD_EVENTS_MAX", 50)
+    monkeypatch.setattr(bridge, "DEAD_EVENTS_MAX", 50)
     monkeypatch.setattr(dead_letters, "TOO_LARGE_AGAIN_S", 0.2)
     bench.topics.allow("create-user.dlq", 100)  # no letter fits, whatever is cut from it
     bench.produce(raw.event_batch([b"junk"] * 400))

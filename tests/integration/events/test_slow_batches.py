@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from segsvc.bridge import lanes
+from segsvc.bridge.lanes import Lanes
+from segsvc.bridge.offsets import PartitionProgress
+from segsvc.bridge.waiting import Waits
 from segsvc.domain.events import CreateUser, UpdateUser, UserEvent
 from segsvc.services import ingestion
-from tasks import event_lanes
-from tasks.event_lanes import Lanes
-from tasks.kafka_offsets import PartitionProgress
-from tasks.waiting import Waits
 from tests.eventually import eventually
 from tests.integration.events.conftest import Shards
 from tests.integration.events.kafka_helpers import InProcessBatches
@@ -61,7 +61,7 @@ def test_a_batch_that_takes_too_long_is_halved_until_it_passes(
     slow_shard: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ingestion, "BATCH_S", 0.5)
-    monkeypatch.setattr(event_lanes, "QUICK_S", 0.15)
+    monkeypatch.setattr(lanes, "QUICK_S", 0.15)
     bridge = Bridge(slow_shard)
     bridge.add([CreateUser(number, "{}") for number in range(1, USERS + 1)])
     eventually(bridge.is_done, within_s=60)

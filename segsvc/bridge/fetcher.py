@@ -25,8 +25,8 @@ from kafka.errors import NoError, OffsetOutOfRangeError, for_code
 from kafka.protocol.consumer import IsolationLevel
 from kafka.record import MemoryRecords
 
+from segsvc.bridge.batches import DAMAGED, FAULT, INFLATES, LARGE, Batch, Damaged, Record, Unreadable, batches_of
 from segsvc.log import get_logger
-from tasks.kafka_batches import DAMAGED, FAULT, INFLATES, LARGE, Batch, Damaged, Record, Unreadable, batches_of
 
 log = get_logger(__name__)
 

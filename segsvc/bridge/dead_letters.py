@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from segsvc import metrics
+from segsvc.bridge.batches import Unreadable
+from segsvc.bridge.clients import SEND_TIMEOUT_S, Sender
+from segsvc.bridge.offsets import Taken
+from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.config import Settings
 from segsvc.log import get_logger
-from tasks.kafka_batches import Unreadable
-from tasks.kafka_clients import SEND_TIMEOUT_S, Sender
-from tasks.kafka_offsets import Taken
-from tasks.waiting import Backoff, Waits
 
 log = get_logger(__name__)
 

@@ -22,13 +22,13 @@ from kafka.errors import KafkaError
 
 from segsvc import metrics
 from segsvc.bootstrap import EventRecords
+from segsvc.bridge.fetcher import Reset
+from segsvc.bridge.kafka_state import KafkaState, position
+from segsvc.bridge.waiting import Waits
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.event_records import EventLoss, EventPosition
 from segsvc.log import get_logger
-from tasks.kafka_fetcher import Reset
-from tasks.kafka_state import KafkaState, position
-from tasks.waiting import Waits
 
 log = get_logger(__name__)
 

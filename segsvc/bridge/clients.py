@@ -10,10 +10,10 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import InvalidRecordError, KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
+from segsvc.bridge.fetcher import make_safe
+from segsvc.bridge.waiting import Sparse
 from segsvc.config import Settings
 from segsvc.log import get_logger
-from tasks.kafka_fetcher import make_safe
-from tasks.waiting import Sparse
 
 log = get_logger(__name__)
 

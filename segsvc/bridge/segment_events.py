@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from segsvc.bootstrap import OutboxServices
+from segsvc.bridge.clients import Sender
+from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import SEGMENT_EVENTS_TOPIC
 from segsvc.log import get_logger
-from tasks.kafka_clients import Sender
-from tasks.waiting import Backoff, Waits
 
 log = get_logger(__name__)
 

@@ -34,22 +34,22 @@ from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.errors import KafkaError, RebalanceInProgressError
 
 from segsvc import metrics
+from segsvc.bridge.batches import FAULT, Unreadable
+from segsvc.bridge.clients import make_consumer, quieten_client_log
+from segsvc.bridge.dead_letters import DeadLetters
+from segsvc.bridge.event_watch import EventWatch
+from segsvc.bridge.lanes import Batches, Lanes
+from segsvc.bridge.offsets import PartitionProgress
+from segsvc.bridge.segment_events import SegmentEvents
+from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.config import Settings
 from segsvc.domain.events import TOPICS, BadEvent, parse
 from segsvc.domain.sharding import shard_of
 from segsvc.failpoints import CrashPoints, failpoints
 from segsvc.log import get_logger
 from tasks import watchdog
-from tasks.dead_letters import DeadLetters
-from tasks.event_lanes import Batches, Lanes
-from tasks.event_watch import EventWatch
 from tasks.events import CeleryBatches
-from tasks.kafka_batches import FAULT, Unreadable
-from tasks.kafka_clients import make_consumer, quieten_client_log
-from tasks.kafka_offsets import PartitionProgress
 from tasks.pulse import Pulse
-from tasks.segment_events import SegmentEvents
-from tasks.waiting import Backoff, Waits
 
 log = get_logger(__name__)
 

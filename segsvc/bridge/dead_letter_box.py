@@ -14,11 +14,9 @@ from typing import Final
 
 from kafka import TopicPartition
 
-from segsvc.config import Settings
-from segsvc.domain.event_records import Ranges, contains
-from segsvc.domain.events import TOPICS
-from segsvc.postgres.event_records import PostgresEventRecords
-from tasks.dead_letters import (
+from segsvc.bridge.batches import Record, Unreadable, headers_of
+from segsvc.bridge.clients import Message, Sender
+from segsvc.bridge.dead_letters import (
     BYTES_HEADER,
     CONTENT_HEADER,
     EVENT,
@@ -27,9 +25,11 @@ from tasks.dead_letters import (
     REASON_HEADER,
     SUFFIX,
 )
-from tasks.kafka_batches import Record, Unreadable, headers_of
-from tasks.kafka_clients import Message, Sender
-from tasks.kafka_state import KafkaState
+from segsvc.bridge.kafka_state import KafkaState
+from segsvc.config import Settings
+from segsvc.domain.event_records import Ranges, contains
+from segsvc.domain.events import TOPICS
+from segsvc.postgres.event_records import PostgresEventRecords
 
 GROUP_SUFFIX: Final = "-dead-letters"
 """Of the group by whose name the brokers' logs know who reads here; nobody is in it, and it has no offsets."""

@@ -20,8 +20,8 @@ from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.legacy_records import LegacyRecordBatch
 from kafka.record.util import calc_crc32c, decode_varint
 
+from segsvc.bridge.codecs import Garbled, Inflated, TooLarge, inflate, slices
 from segsvc.domain.event_limits import EVENT_BYTES_MAX
-from tasks.kafka_codecs import Garbled, Inflated, TooLarge, inflate, slices
 
 RECORD_BYTES_MAX: Final = 1_048_588
 """A larger record is not taken into memory. No event is that large, and no topic takes more unless it is told to."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from segsvc import metrics
+from segsvc.bridge.offsets import Taken
+from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.events import UserEvent
 from segsvc.log import get_logger
 from segsvc.services.ingestion import BatchReport
-from tasks.kafka_offsets import Taken
-from tasks.waiting import Backoff, Waits
 
 log = get_logger(__name__)
 

@@ -9,12 +9,12 @@ from typing import Any, Final
 
 from kafka import TopicPartition
 
+from segsvc.bridge.batches import Record
+from segsvc.bridge.clients import GroupConsumer, make_consumer
+from segsvc.bridge.dead_letters import SUFFIX
 from segsvc.config import Settings
 from segsvc.domain.event_records import EventPosition, Ranges, covered
 from segsvc.domain.events import TOPICS
-from tasks.dead_letters import SUFFIX
-from tasks.kafka_batches import Record
-from tasks.kafka_clients import GroupConsumer, make_consumer
 
 _POLL_MS: Final = 100
 
