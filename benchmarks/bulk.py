@@ -31,10 +31,10 @@ from segsvc.local.postgres import PostgresServer
 from segsvc.local.processes import free_ports
 from segsvc.local.redis import BROKER_CONFIG, RedisServer
 from segsvc.postgres import tables
-from segsvc.postgres.blocks import PostgresShardTransaction
 from segsvc.postgres.copying import append_rows
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.participant import PostgresParticipant
+from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
+from segsvc.postgres.shard.participant import PostgresParticipant
 from segsvc.services.shard_work import perform
 from segsvc.twophase.ports import Finish, ProgressHook
 from tests.celery_client import celery_beside

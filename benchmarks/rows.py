@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from benchmarks.seed import Shape
 from segsvc.domain import bits
 from segsvc.domain.sharding import BLOCK_SLOTS
-from segsvc.postgres.blocks import PostgresShardTransaction
+from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
 
 SCHEMA = """
     CREATE SCHEMA peer;

@@ -24,7 +24,7 @@ from segsvc.domain.bucketing import buckets
 from segsvc.domain.segment import Rule, SegmentState, ShardSegment
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.postgres import tables
-from segsvc.postgres.blocks import PostgresShardTransaction
+from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
 
 FORMAT: Final = 1
 """Raised when what is written here changes: installations kept from earlier runs are then made anew."""

@@ -28,7 +28,7 @@ from segsvc.local.processes import Daemon, LocalStackError, ended_as_interrupted
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import write_env
-from segsvc.postgres.migrate import head, migrate
+from segsvc.postgres.installation.migrate import head, migrate
 from tests.installation import Installation
 
 FOLDER = Path("build/bench")

@@ -17,8 +17,8 @@ from alembic import command
 from alembic.script import Script, ScriptDirectory
 
 from segsvc.local.postgres import PostgresServer
-from segsvc.postgres.identity import Kind
-from segsvc.postgres.migrate import alembic_config
+from segsvc.postgres.installation.identity import Kind
+from segsvc.postgres.installation.migrate import alembic_config
 
 
 def write(kind: Kind, message: str) -> Path:

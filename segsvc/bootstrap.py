@@ -18,24 +18,24 @@ from segsvc.failpoints import failpoints
 from segsvc.fan_out import ThreadFanOut
 from segsvc.log import get_logger
 from segsvc.metrics import in_doubt_seconds, operations_not_ended_seconds, recovery_alarms
-from segsvc.postgres import moving
-from segsvc.postgres.audit_reads import PostgresCheckReads
-from segsvc.postgres.blocks import PostgresShardSnapshots, PostgresShardTransaction
-from segsvc.postgres.catalog import PostgresSegmentCatalog
-from segsvc.postgres.condition_meter import PostgresMeter
+from segsvc.postgres.catalog.event_records import PostgresEventRecords
+from segsvc.postgres.catalog.ledger import PostgresLedger
+from segsvc.postgres.catalog.outbox import PostgresOutboxStore
+from segsvc.postgres.catalog.segments import PostgresSegmentCatalog
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.event_records import PostgresEventRecords
-from segsvc.postgres.export import PostgresMemberReader
-from segsvc.postgres.ledger import PostgresLedger
+from segsvc.postgres.installation import moving
+from segsvc.postgres.installation.check_reads import PostgresCheckReads
+from segsvc.postgres.installation.probes import PostgresProbes
 from segsvc.postgres.maintenance import PostgresMaintainedCatalog, PostgresMaintainedShards
-from segsvc.postgres.outbox import PostgresOutboxStore
-from segsvc.postgres.overrides import PostgresOverrideStore
-from segsvc.postgres.participant import PostgresParticipant
-from segsvc.postgres.probes import PostgresProbes
-from segsvc.postgres.reads import PostgresMemberships
+from segsvc.postgres.shard.condition_meter import PostgresMeter
+from segsvc.postgres.shard.members import PostgresMemberReader
+from segsvc.postgres.shard.memberships import PostgresMemberships
+from segsvc.postgres.shard.operation_transaction import PostgresShardSnapshots, PostgresShardTransaction
+from segsvc.postgres.shard.overrides import PostgresOverrideStore
+from segsvc.postgres.shard.participant import PostgresParticipant
+from segsvc.postgres.shard.statistics import PostgresShardCounter, PostgresUserReader
+from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.postgres.stalls import StallWatch
-from segsvc.postgres.statistics import PostgresShardCounter, PostgresUserReader
-from segsvc.postgres.users import PostgresUserStore
 from segsvc.postgres.whose import installation_of
 from segsvc.services.check import Checker
 from segsvc.services.cold_reads import ColdReads, Limits
@@ -387,7 +387,7 @@ def settle_shard(settings: Settings, shard: int, other_dsn: str) -> bool:
         whether the other one is shut; False: it is empty.
 
     Raises:
-        segsvc.postgres.moving.MoveRefused: these two are not the databases of one move.
+        segsvc.postgres.installation.moving.MoveRefused: these two are not the databases of one move.
         ServiceError: UNAVAILABLE, a database or the cache is away. The shard stays closed to writes; run it again.
     """
     shut = moving.fence(settings, shard, other_dsn)

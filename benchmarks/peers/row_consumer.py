@@ -28,8 +28,8 @@ from segsvc.conditions import parse_condition
 from segsvc.config import load_settings
 from segsvc.domain.bucketing import UserHashes
 from segsvc.domain.segment import ShardSegment
-from segsvc.postgres.condition_columns import clauses_over_columns
-from segsvc.postgres.user_bits import PostgresShardBits
+from segsvc.postgres.conditions.columns import clauses_over_columns
+from segsvc.postgres.shard.user_bits import PostgresShardBits
 
 RECORDS_MAX = 2000
 ROWS_A_STATEMENT = 1000

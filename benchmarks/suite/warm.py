@@ -20,7 +20,7 @@ from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.domain.membership import FIRST_SEGMENT
 from segsvc.postgres.engine import Databases
-from segsvc.postgres.reads import PostgresMemberships
+from segsvc.postgres.shard.memberships import PostgresMemberships
 from segsvc.services.slug_map import SlugMap
 from segsvc.services.warming import Warmer
 

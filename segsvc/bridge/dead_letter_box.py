@@ -29,7 +29,7 @@ from segsvc.bridge.kafka_state import KafkaState
 from segsvc.config import Settings
 from segsvc.domain.event_records import Ranges, contains
 from segsvc.domain.events import TOPICS
-from segsvc.postgres.event_records import PostgresEventRecords
+from segsvc.postgres.catalog.event_records import PostgresEventRecords
 
 GROUP_SUFFIX: Final = "-dead-letters"
 """Of the group by whose name the brokers' logs know who reads here; nobody is in it, and it has no offsets."""

@@ -68,8 +68,8 @@ def status(json_output: Json = False) -> None:
 
 def migrate(json_output: Json = False) -> None:
     """Bring the catalog and every shard to the newest schema; set up an installation that is new."""
-    from segsvc.postgres.migrate import Migrated, MigrationError  # noqa: PLC0415
-    from segsvc.postgres.migrate import migrate as run  # noqa: PLC0415
+    from segsvc.postgres.installation.migrate import Migrated, MigrationError  # noqa: PLC0415
+    from segsvc.postgres.installation.migrate import migrate as run  # noqa: PLC0415
 
     settings = settings_of_process()
     with bar("migrating", hidden=json_output) as shown_bar:

@@ -11,7 +11,7 @@ from segsvc.cli.doctor_items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
 from segsvc.fan_out import SERVERS_AT_ONCE, ThreadFanOut
-from segsvc.postgres.migrate import inspect
+from segsvc.postgres.installation.migrate import inspect
 
 SKEW_MAX: Final = 0.2
 """Shards may differ from their mean by this share before it is worth a look."""

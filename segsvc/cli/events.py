@@ -16,7 +16,7 @@ from segsvc.cli.base import Json, Refusal, bar, console, plain, print_json, sett
 if TYPE_CHECKING:
     from segsvc.bridge.dead_letter_box import DeadLetterBox, Letter
     from segsvc.domain.event_records import FoundLoss
-    from segsvc.postgres.event_records import PostgresEventRecords
+    from segsvc.postgres.catalog.event_records import PostgresEventRecords
 
 app = typer.Typer(no_args_is_help=True, help="Look after users' events.", rich_markup_mode=None)
 dead = typer.Typer(

@@ -29,7 +29,7 @@ def copy_shard(
     json_output: Json = False,
 ) -> None:
     """Close a shard to writes and copy it to an empty database. Reads go on; `segsvc shards settle` ends the move."""
-    from segsvc.postgres import moving  # noqa: PLC0415
+    from segsvc.postgres.installation import moving
 
     settings = _settings(shard, to)
     with _refused(), bar(f"copying shard {shard}: tables", hidden=json_output) as shown:
@@ -76,7 +76,7 @@ def _settings(shard: int, other_dsn: str) -> Settings:
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    from segsvc.postgres.moving import MoveRefused  # noqa: PLC0415
+    from segsvc.postgres.installation.moving import MoveRefused  # noqa: PLC0415
 
     try:
         yield

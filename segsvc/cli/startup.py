@@ -14,8 +14,8 @@ from segsvc.cli import streams
 from segsvc.cli.base import Refusal, speak_in_events
 from segsvc.config import Settings, load_settings
 from segsvc.log import configure_logging, get_logger, take_over_output
-from segsvc.postgres.identity import Finding, StartupError
-from segsvc.postgres.migrate import verify
+from segsvc.postgres.installation.identity import Finding, StartupError
+from segsvc.postgres.installation.migrate import verify
 
 log = get_logger(__name__)
 

@@ -12,7 +12,7 @@ from sqlalchemy import exc
 from segsvc.config import Settings
 from segsvc.domain.errors import catalog_unavailable
 from segsvc.domain.installation import Installation
-from segsvc.postgres import identity
+from segsvc.postgres.installation import identity
 
 _RETRY_S: Final = 1.0
 """How long after a failure the databases are asked again; until then every question fails at once."""

@@ -19,7 +19,7 @@ from segsvc.local.postgres import PostgresServer
 from segsvc.local.redis import RedisServer
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.users import PostgresUserStore
+from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.services.ingestion import Ingestion
 from tests.installation import create_databases
 

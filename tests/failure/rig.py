@@ -32,8 +32,8 @@ from segsvc.local.processes import free_ports, kill_marked, wait_until
 from segsvc.local.redis import BROKER_CONFIG, CACHE_CONFIG, RedisServer
 from segsvc.local.stack_env import write_env
 from segsvc.local.supervision import ProcessSpec, Supervisor
+from segsvc.postgres.installation.migrate import migrate
 from segsvc.postgres.locks import SHARD_LOCK
-from segsvc.postgres.migrate import migrate
 from segsvc.services.check import Checker
 from tests.celery_client import celery_beside
 from tests.failure.wire_postgres import PostgresWire

@@ -30,7 +30,7 @@ from segsvc.local.stack import service_processes
 from segsvc.local.stack_env import write_env
 from segsvc.local.supervision import Supervisor
 from segsvc.postgres import tables
-from segsvc.postgres.migrate import migrate
+from segsvc.postgres.installation.migrate import migrate
 from tests.eventually import eventually
 from tests.installation import Installation
 

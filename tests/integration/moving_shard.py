@@ -24,8 +24,8 @@ from segsvc.failpoints import NoFailpoints
 from segsvc.local.postgres import PostgresServer
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.migrate import migrate
-from segsvc.postgres.users import PostgresUserStore
+from segsvc.postgres.installation.migrate import migrate
+from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.services.ingestion import Ingestion
 from tests.contract.conftest import FrontUnderTest
 from tests.contract.installation import Installation

@@ -15,8 +15,8 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from segsvc.conditions import Condition, parse_condition, tree
 from segsvc.domain.errors import ServiceError
 from segsvc.local.postgres import PostgresServer
-from segsvc.postgres.condition_columns import clauses_over_columns
-from segsvc.postgres.condition_sql import condition_clause
+from segsvc.postgres.conditions.columns import clauses_over_columns
+from segsvc.postgres.conditions.sql import condition_clause
 from tests.conditions import NESTED, deepest, nodes, stored, users
 
 COMMON = {

@@ -14,11 +14,12 @@ from alembic.migration import MigrationContext
 
 from segsvc.config import Settings
 from segsvc.local.postgres import PostgresServer
-from segsvc.postgres import engine, identity, tables
-from segsvc.postgres.demands import Nature, unmet
-from segsvc.postgres.identity import Kind, StartupError
+from segsvc.postgres import engine, tables
+from segsvc.postgres.installation import identity
+from segsvc.postgres.installation.demands import Nature, unmet
+from segsvc.postgres.installation.identity import Kind, StartupError
+from segsvc.postgres.installation.migrate import Migrated, MigrationError, head, inspect, migrate, verify
 from segsvc.postgres.locks import MIGRATION_LOCK
-from segsvc.postgres.migrate import Migrated, MigrationError, head, inspect, migrate, verify
 
 _numbers = count()
 

@@ -17,10 +17,11 @@ from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.events import CreateUser, DeleteUser
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.redis import RedisServer
-from segsvc.postgres import moving, tables
+from segsvc.postgres import tables
+from segsvc.postgres.installation import moving
+from segsvc.postgres.installation.migrate import StartupError, verify
+from segsvc.postgres.installation.moving import MoveRefused
 from segsvc.postgres.locks import SHARD_LOCK
-from segsvc.postgres.migrate import StartupError, verify
-from segsvc.postgres.moving import MoveRefused
 from tests.contract.conftest import running_front
 from tests.eventually import eventually
 from tests.integration.moving_shard import (

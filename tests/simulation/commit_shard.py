@@ -1,4 +1,4 @@
-"""Shards in memory: the statements of ``segsvc.postgres.participant``, each a step in which the world may change.
+"""Shards in memory: the statements of ``segsvc.postgres.shard.participant``, each a step in which the world may change.
 
 They stand behind ``segsvc.twophase.ports.Participant``; the protocol above them is the real one. Methods that a mutant
 replaces are small on purpose.

@@ -15,7 +15,7 @@ from segsvc.domain.condition_cost import ConditionCost, CostLimits, RuleInForce,
 from segsvc.domain.errors import Category, Reason
 from segsvc.domain.event_limits import ATTRIBUTES_BYTES_MAX, ATTRIBUTES_MAX
 from segsvc.domain.segment import Policy, Rule
-from segsvc.postgres.condition_meter import made_up
+from segsvc.postgres.shard.condition_meter import made_up
 from tests.conditions import nodes
 
 LIMITS = CostLimits(condition_us=10, conditions_us=30)

@@ -9,7 +9,7 @@ import pytest
 
 from segsvc.conditions import parse_condition
 from segsvc.domain.segment import CONDITION_BYTES_MAX
-from segsvc.postgres.condition_statements import _clause
+from segsvc.postgres.conditions.statements import _clause
 from tests.conditions import NESTED, deepest
 
 CHARACTERS_EACH = 150

@@ -16,7 +16,7 @@ from segsvc.domain.membership import FIRST_SEGMENT, Entry
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.reads import PostgresMemberships
+from segsvc.postgres.shard.memberships import PostgresMemberships
 from tests.installation import KEYS, Installation, new_installation
 from tests.integration.cache.lane_front import LANES, Lane, Start
 from tests.integration.cache.watched import Watched

@@ -14,11 +14,11 @@ from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.operation import RequestKey
 from segsvc.domain.override import Effect, OverrideChanges, WantedOverride
 from segsvc.failpoints import FailpointError
-from segsvc.postgres import overrides
-from segsvc.postgres.blocks import lock_exclusive
-from segsvc.postgres.catalog import PostgresSegmentCatalog
+from segsvc.postgres.catalog.segments import PostgresSegmentCatalog
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.overrides import PostgresOverrideStore
+from segsvc.postgres.shard import overrides
+from segsvc.postgres.shard.operation_transaction import lock_exclusive
+from segsvc.postgres.shard.overrides import PostgresOverrideStore
 from segsvc.services.overrides import OverrideService
 from segsvc.services.segments import SegmentService
 from tests.eventually import eventually

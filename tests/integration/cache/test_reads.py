@@ -10,7 +10,7 @@ import pytest
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, LoadedUser
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.reads import PostgresMemberships
+from segsvc.postgres.shard.memberships import PostgresMemberships
 from tests.eventually import eventually
 from tests.integration.cache.conftest import SHARDS, World
 

@@ -13,7 +13,7 @@ from segsvc.config import Settings
 from segsvc.domain.operation import OperationKind, OperationState
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.redis import RedisServer
-from segsvc.postgres.migrate import migrate
+from segsvc.postgres.installation.migrate import migrate
 from tests.integration.check.world import SHARDS, World
 
 

@@ -16,7 +16,7 @@ from segsvc.failpoints import NoFailpoints
 from segsvc.local.postgres import PostgresServer
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.users import PostgresUserStore
+from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.services.ingestion import Ingestion
 from tests.installation import create_databases
 

@@ -20,7 +20,7 @@ from segsvc.cli.doctor_items import Item
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
-from segsvc.postgres.event_records import PostgresEventRecords
+from segsvc.postgres.catalog.event_records import PostgresEventRecords
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
 

@@ -19,7 +19,7 @@ from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import SHARD_LOCK
-from segsvc.postgres.users import PostgresUserStore
+from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.services.ingestion import BatchReport, Ingestion
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.shard_view import view

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from segsvc.domain.events import CreateUser
-from segsvc.postgres.condition_statements import matching, slots_where
+from segsvc.postgres.conditions.statements import matching, slots_where
 from tests.integration.events.conftest import Shards
 
 USERS = 20

@@ -16,7 +16,7 @@ from segsvc.domain.event_records import EventLoss
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
-from segsvc.postgres.event_records import PostgresEventRecords
+from segsvc.postgres.catalog.event_records import PostgresEventRecords
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
 

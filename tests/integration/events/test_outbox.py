@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from segsvc.postgres import tables
-from segsvc.postgres.outbox import PostgresOutboxStore
+from segsvc.postgres.catalog.outbox import PostgresOutboxStore
 from segsvc.services.outbox import BATCH_MAX, Outbox
 from tests.integration.events.conftest import Shards
 

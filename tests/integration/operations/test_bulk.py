@@ -12,8 +12,8 @@ from segsvc.domain.bucketing import bucket
 from segsvc.domain.segment import Rule
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.local.postgres import PostgresServer
-from segsvc.postgres.blocks import PostgresShardTransaction
 from segsvc.postgres.engine import Databases, Pool
+from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
 from segsvc.services import shard_work
 from tests.installation import Installation, new_installation
 from tests.integration.operations.conftest import SHARDS, USERS, Rig

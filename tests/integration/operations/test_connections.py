@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.reads import PostgresMemberships
+from segsvc.postgres.shard.memberships import PostgresMemberships
 from tests.eventually import eventually
 from tests.integration.operations.conftest import Rig
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from segsvc.domain.operation import Operation, OperationState, ShardCounts
-from segsvc.postgres import audit
+from segsvc.postgres.catalog import audit_trail
 from segsvc.services.deadlines import DeadlineKeeper
 from segsvc.twophase.ports import Answer
 from tests.eventually import eventually
@@ -54,13 +54,13 @@ def test_a_decision_that_waits_beyond_the_deadline_is_not_made(
     """As for the lock of another change of a segment; it has the operation's row meanwhile."""
     for shard in range(SHARDS):
         rig.prepare(started, shard)
-    record = audit.record
+    record = audit_trail.record
 
     def record_late(*args: Any, **kwargs: Any) -> int:
         eventually(rig.ledger.late, within_s=4)
         return record(*args, **kwargs)
 
-    monkeypatch.setattr(audit, "record", record_late)
+    monkeypatch.setattr(audit_trail, "record", record_late)
     rig.installation.execute(
         None, "UPDATE operations SET deadline = clock_timestamp() + interval '200 ms' WHERE id = :id", id=started.id
     )

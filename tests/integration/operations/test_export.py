@@ -8,9 +8,9 @@ import pytest
 import sqlalchemy as sa
 
 from segsvc.domain.errors import Reason, ServiceError
-from segsvc.postgres import export as reading
-from segsvc.postgres.catalog import PostgresSegmentCatalog
-from segsvc.postgres.export import PostgresMemberReader
+from segsvc.postgres.catalog.segments import PostgresSegmentCatalog
+from segsvc.postgres.shard import members as reading
+from segsvc.postgres.shard.members import PostgresMemberReader
 from segsvc.services import export as exporting
 from segsvc.services.export import ExportService
 from segsvc.services.segments import SegmentService

@@ -21,7 +21,7 @@ from segsvc.domain.operation import (
 from segsvc.domain.segment import Rule
 from segsvc.failpoints import NoFailpoints
 from segsvc.postgres.locks import SHARD_LOCK
-from segsvc.postgres.participant import PostgresParticipant
+from segsvc.postgres.shard.participant import PostgresParticipant
 from segsvc.twophase.ports import Answer, Finish
 from tests.integration.operations.conftest import SHARDS, USERS, Rig, roll_out
 

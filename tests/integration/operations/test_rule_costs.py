@@ -11,9 +11,9 @@ from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.operation import Operation, OperationState
 from segsvc.domain.segment import Policy, Rule
 from segsvc.postgres import tables
-from segsvc.postgres.condition_meter import PostgresMeter
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.reads import select_users
+from segsvc.postgres.shard.condition_meter import PostgresMeter
+from segsvc.postgres.shard.memberships import select_users
 from tests.integration.operations.conftest import Rig
 from tests.integration.operations.test_maintenance import upkeep
 

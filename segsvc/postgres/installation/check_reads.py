@@ -26,10 +26,10 @@ from segsvc.domain.stored import (
     UserColumns,
 )
 from segsvc.postgres import segment_rows, tables
-from segsvc.postgres.condition_statements import slots_where
+from segsvc.postgres.conditions.statements import slots_where
 from segsvc.postgres.copying import copy_rows
 from segsvc.postgres.engine import Databases, translated
-from segsvc.postgres.participant import select_prepared
+from segsvc.postgres.shard.participant import select_prepared
 
 
 class PostgresCheckReads:

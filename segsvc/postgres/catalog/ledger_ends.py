@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from segsvc.domain.operation import Operation
 from segsvc.postgres import tables
-from segsvc.postgres.ledger_views import select_operations
+from segsvc.postgres.catalog.ledger_views import select_operations
 
 _CHANNEL: Final = "segsvc_operation_ended"
 _SELECT_ENDED: Final = "SELECT id FROM operations WHERE id = ANY(%s::uuid[]) AND state IN ('DONE', 'ABORTED')"

@@ -22,12 +22,12 @@ from segsvc.domain.override import (
 )
 from segsvc.domain.sharding import BLOCK_SLOTS, shard_of
 from segsvc.postgres import tables
-from segsvc.postgres.blocks import PostgresShardTransaction
 from segsvc.postgres.engine import LOCK_NOT_AVAILABLE, QUERY_CANCELED, Databases, sqlstate
-from segsvc.postgres.override_terms import holds_now
-from segsvc.postgres.reads import select_users
-from segsvc.postgres.user_bits import int_array
-from segsvc.postgres.users import lock_shared
+from segsvc.postgres.shard.memberships import select_users
+from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
+from segsvc.postgres.shard.override_terms import holds_now
+from segsvc.postgres.shard.user_bits import int_array
+from segsvc.postgres.shard.user_transaction import lock_shared
 
 _users = tables.users.c
 _overrides = tables.overrides.c

@@ -21,13 +21,13 @@ from segsvc.domain.segment import Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
-from segsvc.postgres.attribute_names import absent_attributes, attribute_names
-from segsvc.postgres.condition_statements import slots_where
+from segsvc.postgres.conditions.statements import slots_where
 from segsvc.postgres.copying import append_rows, copy_rows
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import SHARD_LOCK
-from segsvc.postgres.override_terms import holds_now
 from segsvc.postgres.segment_rows import SHARD_COLUMNS, to_shard_segment
+from segsvc.postgres.shard.attribute_names import absent_attributes, attribute_names
+from segsvc.postgres.shard.override_terms import holds_now
 
 _BLOCKS_LISTED_MAX: Final = 64
 """Up to so many blocks, deleting those that are listed takes no longer than deleting a range."""

@@ -16,8 +16,8 @@ from sqlalchemy import exc
 
 from segsvc.config import Settings, mask
 from segsvc.postgres import tables
-from segsvc.postgres.demands import Nature, read_nature, unmet
 from segsvc.postgres.engine import Pool, make_engine
+from segsvc.postgres.installation.demands import Nature, read_nature, unmet
 
 Kind = Literal["catalog", "shard"]
 

@@ -18,9 +18,9 @@ from segsvc.domain.segment import SEGMENTS_MAX
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
-from segsvc.postgres.condition_columns import clauses_over_columns
-from segsvc.postgres.condition_sql import condition_clause
-from segsvc.postgres.condition_values import whole
+from segsvc.postgres.conditions.columns import clauses_over_columns
+from segsvc.postgres.conditions.sql import condition_clause
+from segsvc.postgres.conditions.values import whole
 from segsvc.postgres.copying import copy_rows
 
 _DIALECT: Final = psycopg2.dialect(paramstyle="format")  # type: ignore[no-untyped-call]

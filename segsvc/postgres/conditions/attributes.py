@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, JSONPATH
 
 from segsvc.conditions.tree import Comparison, Scalar
-from segsvc.postgres.condition_literals import decimal
-from segsvc.postgres.condition_values import Sql, ordered_to_literal, text
+from segsvc.postgres.conditions.literals import decimal
+from segsvc.postgres.conditions.values import Sql, ordered_to_literal, text
 
 
 class Attributes(Protocol):

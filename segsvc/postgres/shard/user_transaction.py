@@ -24,7 +24,7 @@ from segsvc.postgres import tables
 from segsvc.postgres.copying import append_documents, bigint_array
 from segsvc.postgres.engine import Databases, sqlstate
 from segsvc.postgres.locks import SHARD_LOCK
-from segsvc.postgres.user_bits import PostgresShardBits, int_array
+from segsvc.postgres.shard.user_bits import PostgresShardBits, int_array
 
 _REFUSED_CLASSES = ("22", "23")
 """SQLSTATE classes of data exceptions and of violated constraints: the statement fails again however often."""

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from segsvc.conditions.tree import Comparison, Constant, Scalar
-from segsvc.postgres.condition_literals import ORDER, decimal, is_large_number
+from segsvc.postgres.conditions.literals import ORDER, decimal, is_large_number
 
 Sql = sa.ColumnElement[Any]
 

@@ -34,16 +34,17 @@ from segsvc.domain.segment import Segment
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.metrics import operations_finished
-from segsvc.postgres import ledger_steps, tables
-from segsvc.postgres.engine import Databases, sqlstate
-from segsvc.postgres.ledger_ends import TELL_END, LookForEnds
-from segsvc.postgres.ledger_views import (
+from segsvc.postgres import tables
+from segsvc.postgres.catalog import ledger_steps
+from segsvc.postgres.catalog.ledger_ends import TELL_END, LookForEnds
+from segsvc.postgres.catalog.ledger_views import (
     select_operation,
     select_operations,
     select_outcomes,
     select_progress,
     select_votes,
 )
+from segsvc.postgres.engine import Databases, sqlstate
 from segsvc.postgres.locks import ACCEPT_LOCK
 from segsvc.twophase.ports import Answer, OpenOperation, WorkFailed
 

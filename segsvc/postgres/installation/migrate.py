@@ -1,7 +1,7 @@
 """Brings the catalog and every shard to the newest schema, founds an installation, and checks both at start.
 
 Founding writes into each shard which one it is, and last of all into the catalog that all of them are there. From
-then on a DSN that points elsewhere is noticed before anything is read or written (``segsvc.postgres.identity``).
+then on a DSN that points elsewhere is noticed before anything is read or written (``segsvc.postgres.installation.identity``).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import migrations
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout
 from segsvc.fan_out import SERVERS_AT_ONCE, ThreadFanOut
-from segsvc.postgres import identity, tables
+from segsvc.postgres import tables
 from segsvc.postgres.engine import translated
-from segsvc.postgres.identity import Database, Finding, FindingsError, Kind, Seen, StartupError
+from segsvc.postgres.installation import identity
+from segsvc.postgres.installation.identity import Database, Finding, FindingsError, Kind, Seen, StartupError
 from segsvc.postgres.locks import MIGRATION_LOCK
 
 _WAIT_S: Final = 60

@@ -15,7 +15,7 @@ from segsvc.domain.segment import ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
-from segsvc.postgres.condition_statements import matching
+from segsvc.postgres.conditions.statements import matching
 from segsvc.postgres.copying import append_rows, bigint_array
 from segsvc.postgres.segment_rows import SHARD_COLUMNS, to_shard_segment
 

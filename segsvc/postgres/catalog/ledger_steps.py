@@ -23,9 +23,10 @@ from segsvc.domain.errors import (
 )
 from segsvc.domain.operation import Failure, Operation, OperationKind, OperationPlan, OperationState, QueueLimits
 from segsvc.domain.segment import SEGMENTS_MAX, Segment, SegmentState, SegmentText, new_etag
-from segsvc.postgres import audit, tables
-from segsvc.postgres.catalog import select_rules_in_force
-from segsvc.postgres.ledger_ends import TELL_END
+from segsvc.postgres import tables
+from segsvc.postgres.catalog import audit_trail
+from segsvc.postgres.catalog.ledger_ends import TELL_END
+from segsvc.postgres.catalog.segments import select_rules_in_force
 from segsvc.postgres.segment_rows import COLUMNS, segment_to_json, to_segment
 
 _operations = tables.operations.c
@@ -274,7 +275,7 @@ def abort(
 
 
 def commit(connection: sa.Connection, operation: Operation) -> bool:
-    """Write the decision: the segment's change, its audit row and number, and COMMITTED. False: the operation's
+    """Write the decision: the segment's change, its audit_trail row and number, and COMMITTED. False: the operation's
     deadline has passed, and the caller must roll everything back.
 
     The caller has the operation's row and knows it to be PREPARING.
@@ -285,7 +286,7 @@ def commit(connection: sa.Connection, operation: Operation) -> bool:
         name: sum(getattr(counts, name) for counts in operation.votes)
         for name in ("matched", "added", "removed", "members")
     }
-    seq = audit.record(
+    seq = audit_trail.record(
         connection,
         action={
             OperationKind.CREATE: "created",

@@ -14,7 +14,8 @@ from segsvc.domain.catalog import EditedField, SegmentOrder, SegmentPosition, Se
 from segsvc.domain.condition_cost import RuleInForce
 from segsvc.domain.errors import etag_mismatch, segment_deleting, segment_not_found
 from segsvc.domain.segment import Segment, SegmentState
-from segsvc.postgres import audit, tables
+from segsvc.postgres import tables
+from segsvc.postgres.catalog import audit_trail
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.segment_rows import COLUMNS, IN_FORCE_COLUMNS, to_rule_in_force, to_segment
 
@@ -127,10 +128,10 @@ class PostgresSegmentCatalog:
         etag: str,
         timeout_s: float | None,
     ) -> Segment:
-        """Change an ACTIVE segment and record it in the audit trail. Raises as ``SegmentCatalog.edit`` says."""
+        """Change an ACTIVE segment and record it in the audit_trail trail. Raises as ``SegmentCatalog.edit`` says."""
         with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
             # The row lock makes compare and set one step: no other edit and no operation's decision comes in between.
-            # It is taken before the commit order lock (in audit.record), as the ledger does: no deadlock.
+            # It is taken before the commit order lock (in audit_trail.record), as the ledger does: no deadlock.
             segment = select_segment(connection, slug, for_update=True)
             if segment is None:
                 raise segment_not_found(slug)
@@ -141,7 +142,7 @@ class PostgresSegmentCatalog:
             if not changes:
                 return segment
             changed = update_text(connection, segment.id, changes, etag)
-            audit.record(
+            audit_trail.record(
                 connection,
                 action="edited",
                 segment_id=segment.id,

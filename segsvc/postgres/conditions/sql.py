@@ -23,8 +23,8 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Constant, ListOf, Node
-from segsvc.postgres.condition_attributes import Attributes, InObject, Named
-from segsvc.postgres.condition_literals import (
+from segsvc.postgres.conditions.attributes import Attributes, InObject, Named
+from segsvc.postgres.conditions.literals import (
     ORDER,
     decimal,
     is_constant,
@@ -38,7 +38,7 @@ from segsvc.postgres.condition_literals import (
     same,
     tested,
 )
-from segsvc.postgres.condition_values import (
+from segsvc.postgres.conditions.values import (
     Sql,
     concatenated,
     double,

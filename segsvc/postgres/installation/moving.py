@@ -20,13 +20,14 @@ from alembic import command
 from sqlalchemy import exc
 
 from segsvc.config import Settings
-from segsvc.postgres import identity, tables
+from segsvc.postgres import tables
 from segsvc.postgres.copying import copy_table
 from segsvc.postgres.engine import LOCK_NOT_AVAILABLE, Pool, make_engine, sqlstate, translated
-from segsvc.postgres.identity import Database, Finding, FindingsError, Identity, Seen
+from segsvc.postgres.installation import identity
+from segsvc.postgres.installation.identity import Database, Finding, FindingsError, Identity, Seen
+from segsvc.postgres.installation.migrate import alembic_config, head
 from segsvc.postgres.locks import SHARD_LOCK
-from segsvc.postgres.migrate import alembic_config, head
-from segsvc.postgres.participant import select_prepared
+from segsvc.postgres.shard.participant import select_prepared
 
 _READERS: Final = "segsvc-reads"
 """``application_name`` of sessions that never write: they are left alone, so that reads go on without a break."""

@@ -27,10 +27,10 @@ from segsvc.conditions.steps import steps
 from segsvc.conditions.tree import Node, attributes_of
 from segsvc.domain.condition_cost import ConditionCost
 from segsvc.domain.event_limits import ATTRIBUTES_BYTES_MAX, ATTRIBUTES_MAX, LIST_MAX, STRING_BYTES_MAX
-from segsvc.postgres.condition_attributes import InObject
-from segsvc.postgres.condition_columns import in_columns
-from segsvc.postgres.condition_sql import FENCE, Compiler
-from segsvc.postgres.condition_values import Sql, whole
+from segsvc.postgres.conditions.attributes import InObject
+from segsvc.postgres.conditions.columns import in_columns
+from segsvc.postgres.conditions.sql import FENCE, Compiler
+from segsvc.postgres.conditions.values import Sql, whole
 from segsvc.postgres.engine import Databases
 
 _DIALECT: Final = psycopg2.dialect(paramstyle="format")  # type: ignore[no-untyped-call]

@@ -19,8 +19,8 @@ from segsvc.domain.operation import Failure, Gid, Operation, PreparedTransaction
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.postgres import tables
-from segsvc.postgres.blocks import PostgresShardTransaction, lock_exclusive
 from segsvc.postgres.engine import Databases, sqlstate
+from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction, lock_exclusive
 from segsvc.twophase.ports import Finish, ProgressHook, WorkFailed
 
 log = get_logger(__name__)
