@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from segsvc.cli.doctor_doubt import in_doubt
+from segsvc.cli.doctor.doubt import in_doubt
 from tests.eventually import eventually
 from tests.infrastructure.system import ALONE, SHARDS, System
 

@@ -28,7 +28,7 @@ AT_ONCE = 16
 """Processes side by side: most of them wait for servers that are not there."""
 
 for _module in ("segsvc.cli.following", "segsvc.cli.tables", "segsvc.bootstrap", "typer.rich_utils", "kafka",
-                "segsvc.cli.doctor_running", "segsvc.local.stack"):  # fmt: skip
+                "segsvc.cli.doctor.running", "segsvc.local.stack"):  # fmt: skip
     importlib.import_module(_module)
 
 

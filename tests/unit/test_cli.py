@@ -17,13 +17,13 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from segsvc.cli import commands_doctor
 from segsvc.cli.app import app
 from segsvc.cli.base import Refusal, bar, plain, wrapped
-from segsvc.cli.commands_check import show
-from segsvc.cli.commands_processes import FLOWER_COLUMNS, flower_environment
-from segsvc.cli.doctor_items import Item
-from segsvc.cli.doctor_storage import skew_items
+from segsvc.cli.commands import doctor
+from segsvc.cli.commands.check import show
+from segsvc.cli.commands.processes import FLOWER_COLUMNS, flower_environment
+from segsvc.cli.doctor.items import Item
+from segsvc.cli.doctor.storage import skew_items
 from segsvc.config import BESIDE_THE_SETTINGS, Settings, descriptions
 from segsvc.domain.errors import LockTimeout, segment_not_found
 from segsvc.services.check_report import Kind, Report
@@ -362,14 +362,14 @@ def test_the_doctor_speaks_in_sentences(runner: CliRunner, monkeypatch: pytest.M
         raise ValueError("with a secret")
 
     examinations = {"well": lambda _: [], "told": lambda _: [Item("so it is")], "ill": lambda _: [Item("it is", "do")]}
-    monkeypatch.setattr(commands_doctor, "_examinations", lambda: {**examinations, "broken": breaks})
+    monkeypatch.setattr(doctor, "_examinations", lambda: {**examinations, "broken": breaks})
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert result.stdout.splitlines()[:6] == ["✓ well", "✓ told", "    so it is", "✗ ill", "    it is", "    → do"]
     assert result.stdout.splitlines()[6:8] == ["✗ broken", "    it cannot be looked at (ValueError)"]
     assert result.stdout.splitlines()[-1] == "2 of 4 are not well"
     assert "secret" not in result.output
-    monkeypatch.setattr(commands_doctor, "_examinations", lambda: {"well": lambda _: []})
+    monkeypatch.setattr(doctor, "_examinations", lambda: {"well": lambda _: []})
     assert runner.invoke(app, ["doctor"]).stdout == "✓ well\nall is well\n"
     assert wrapped("shard 1: a-very-long-id is there", 20, lead="  → ").splitlines() == [
         "  → shard 1:",

@@ -18,7 +18,7 @@ BREAKS: dict[str, tuple[str, str]] = {
     "layers": ("segsvc/domain/user.py", "import segsvc.config"),
     "core": ("segsvc/services/users.py", "import kombu"),
     "local-packages": ("segsvc/cli/base.py", "import psutil"),
-    "local": ("segsvc/cli/users.py", "import segsvc.local.redis"),
+    "local": ("segsvc/cli/commands/users.py", "import segsvc.local.redis"),
     "database": ("segsvc/services/export.py", "import psycopg2"),
     "cache": ("segsvc/postgres/locks.py", "import redis"),
     "domain": ("segsvc/domain/bucketing.py", "import structlog"),

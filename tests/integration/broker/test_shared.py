@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from segsvc.cli import doctor_running
+from segsvc.cli.doctor import running
 from tests.integration.broker.conftest import Workplace
 
 
@@ -26,10 +26,10 @@ def test_a_task_of_another_installation_is_refused_and_its_queues_are_left_alone
 def test_doctor_names_who_shares_the_broker_and_workers_that_do_nothing(workplace: Workplace) -> None:
     run = workplace.run_inside
     workplace.client.sadd("segsvc:local-07be4000:_kombu.binding.operations", b"x")
-    assert "the installation local-07be4000 uses this server too" in run(doctor_running.broker)
+    assert "the installation local-07be4000 uses this server too" in run(running.broker)
     deaf = "import tasks.broker\ntasks.broker.pulse.complaint = lambda: 'it is deaf'\n"
     workplace.worker(code=deaf)
-    said = run(doctor_running.workers)
+    said = run(running.workers)
     assert "is not well: it is deaf" in said
     assert "no worker of operations answers" not in said
     assert "no worker of events answers" in said

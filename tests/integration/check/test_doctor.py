@@ -14,7 +14,8 @@ import redis
 import typer
 
 from segsvc.cache.client import CacheClient
-from segsvc.cli import commands_doctor, doctor_doubt, doctor_running, doctor_storage
+from segsvc.cli.commands import doctor
+from segsvc.cli.doctor import doubt, running, storage
 from segsvc.config import Settings
 from segsvc.domain.operation import Failure, Gid, OperationKind, OperationState
 from segsvc.local.redis import RedisServer
@@ -25,10 +26,10 @@ from tests.integration.check.world import World
 
 
 def test_nothing_is_said_of_what_is_well(world: World, check_settings: Settings) -> None:
-    assert doctor_storage.databases(check_settings) == []
-    assert doctor_doubt.in_doubt(check_settings) == []
-    assert doctor_storage.cache(check_settings) == []
-    assert [item.text for item in doctor_storage.shard_skew(check_settings)] == ["users a shard: 1,498, 1,499"]
+    assert storage.databases(check_settings) == []
+    assert doubt.in_doubt(check_settings) == []
+    assert storage.cache(check_settings) == []
+    assert [item.text for item in storage.shard_skew(check_settings)] == ["users a shard: 1,498, 1,499"]
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +99,12 @@ def test_a_transaction_in_doubt_is_explained(
     gid = str(Gid("check", operation, 1))
     prepare(world, gid)
     try:
-        item = doctor_doubt.in_doubt(check_settings)[0]
+        item = doubt.in_doubt(check_settings)[0]
         said = f"shard 1: {gid} is prepared: operation {operation} (ROLL_OUT beta, {state.name}); {why}"
         assert ageless(item.text).startswith(said)
         assert item.remedy == ""
-        monkeypatch.setattr(doctor_doubt, "IN_DOUBT_MAX_S", 0.0)
-        item = doctor_doubt.in_doubt(check_settings)[0]
+        monkeypatch.setattr(doubt, "IN_DOUBT_MAX_S", 0.0)
+        item = doubt.in_doubt(check_settings)[0]
         assert bool(item.remedy) == item.text.endswith(", which is overdue") == overdue
     finally:
         finish(world, gid)
@@ -145,7 +146,7 @@ def test_an_operation_is_explained_when_nothing_is_prepared_any_more(world: Worl
     name = f"operation {operation} (ROLL_OUT beta, COMMITTED) for"
 
     def said() -> str:
-        [item] = doctor_doubt.in_doubt(check_settings)
+        [item] = doubt.in_doubt(check_settings)
         assert item.remedy  # 100 s is too long
         assert item.text.startswith(name)
         return item.text
@@ -162,7 +163,7 @@ def test_an_operation_is_explained_when_nothing_is_prepared_any_more(world: Worl
 def test_the_queue_is_told_of(world: World, check_settings: Settings) -> None:
     operation = begun(world, OperationState.QUEUED)
     world.on_catalog("UPDATE operations SET create_time = now() - interval '100 s' WHERE id = :id", id=operation)
-    [item] = doctor_doubt.in_doubt(check_settings)
+    [item] = doubt.in_doubt(check_settings)
     assert item.text == "1 in the queue, for up to 100 s; recovery starts the oldest, which is overdue"
     assert item.remedy
 
@@ -178,7 +179,7 @@ def test_the_queue_is_told_of(world: World, check_settings: Settings) -> None:
 def test_a_transaction_of_nobody_asks_for_a_person(world: World, check_settings: Settings, gid: str, said: str) -> None:
     prepare(world, gid)
     try:
-        [item] = doctor_doubt.in_doubt(check_settings)
+        [item] = doubt.in_doubt(check_settings)
         assert ageless(item.text) == f"shard 1: {gid} is prepared; {said}"
         assert item.remedy
     finally:
@@ -192,11 +193,11 @@ def test_what_cannot_be_asked_hides_nothing_else(world: World, check_settings: S
     nowhere = "postgresql+psycopg2:///x?host=/nowhere"
     try:
         shard_away = check_settings.model_copy(update={"shard_dsns": (nowhere, check_settings.shard_dsns[1])})
-        silent, prepared, open_operation = doctor_doubt.in_doubt(shard_away)
+        silent, prepared, open_operation = doubt.in_doubt(shard_away)
         assert silent.text == "shard 0: it cannot be asked what is prepared there"
         for item in (prepared, open_operation):
             assert "it waits for the vote of shard 0 (out of reach); recovery sends what is missing again" in item.text
-        [item] = doctor_doubt.in_doubt(check_settings.model_copy(update={"catalog_dsn": nowhere}))
+        [item] = doubt.in_doubt(check_settings.model_copy(update={"catalog_dsn": nowhere}))
         assert "the catalog, which alone decides, cannot be asked; it stays until the catalog is back" in item.text
         assert item.text.startswith(f"shard 1: {gid} is prepared for")
         assert item.remedy
@@ -211,18 +212,18 @@ def test_a_database_that_is_not_a_shard_hides_nothing_else(
     gid = str(Gid("check", ABSENT, 1))
     prepare(world, gid)
     try:
-        silent, prepared = doctor_doubt.in_doubt(wrong)
+        silent, prepared = doubt.in_doubt(wrong)
         assert silent.text == "shard 0: it cannot be asked what is prepared there"
         assert prepared.text.startswith(f"shard 1: {gid} is prepared for")
-        monkeypatch.setattr(commands_doctor, "settings_of_process", lambda: wrong)
+        monkeypatch.setattr(doctor, "settings_of_process", lambda: wrong)
         looked_at = {
-            "databases": doctor_storage.databases,
-            "spread of the users": doctor_storage.shard_skew,
-            "cache": doctor_storage.cache,
+            "databases": storage.databases,
+            "spread of the users": storage.shard_skew,
+            "cache": storage.cache,
         }
-        monkeypatch.setattr(commands_doctor, "_examinations", lambda: looked_at)
+        monkeypatch.setattr(doctor, "_examinations", lambda: looked_at)
         with pytest.raises(typer.Exit) as ended:
-            commands_doctor.doctor(json_output=True)
+            doctor.doctor(json_output=True)
     finally:
         finish(world, gid)
     assert ended.value.exit_code == 1
@@ -239,7 +240,7 @@ def test_a_role_that_may_read_nothing_is_found(world: World, check_settings: Set
         connection.exec_driver_sql("CREATE ROLE nobody_here LOGIN")
     dsn = re.sub(r"//[^@/]*@?", "//nobody_here@", check_settings.catalog_dsn, count=1)
     try:
-        [item] = doctor_storage.databases(check_settings.model_copy(update={"catalog_dsn": dsn}))
+        [item] = storage.databases(check_settings.model_copy(update={"catalog_dsn": dsn}))
     finally:
         with world.catalog.begin() as connection:
             connection.exec_driver_sql("DROP ROLE nobody_here")
@@ -253,13 +254,13 @@ def test_many_servers_out_of_reach_are_waited_for_together(check_settings: Setti
         dsn = f"postgresql+psycopg2://x@127.0.0.1:{silent.getsockname()[1]}/x"
         away = check_settings.model_copy(update={"shard_dsns": (dsn,) * 16, "connect_timeout_s": 2})
         started = time.monotonic()
-        items = doctor_storage.databases(away)
+        items = storage.databases(away)
         *unreachable, founded = items
         assert [item.text.split(" (")[0] for item in unreachable] == [
             f"shard {shard}: cannot be reached" for shard in range(16)
         ]
         assert founded.text.startswith("the catalog: it was founded with 2 shards")
-        assert len(doctor_doubt.in_doubt(away)) >= 16
+        assert len(doubt.in_doubt(away)) >= 16
         assert time.monotonic() - started < 16
 
 
@@ -267,13 +268,13 @@ def test_commits_that_nobody_publishes_are_found(world: World, check_settings: S
     settings = check_settings.model_copy(update={"kafka_stand_in": True})  # nobody is asked about groups
     with world.catalog.begin() as connection:
         connection.exec_driver_sql("UPDATE audit SET published = true")
-    assert doctor_running.bridge(settings) == []
+    assert running.bridge(settings) == []
     with world.catalog.begin() as connection:
         connection.exec_driver_sql(
             "INSERT INTO audit (seq, time, action, segment_id, slug, details)"
             " SELECT 900 + n, now() - n * interval '50 seconds', 'created', 1, 'x', '{}' FROM generate_series(1, 2) n"
         )
-    [item] = doctor_running.bridge(settings)
+    [item] = running.bridge(settings)
     assert item.text == "2 commits are not on segment-events, the oldest for 100 s"
     assert "segsvc bridge" in item.remedy
     with world.catalog.begin() as connection:
@@ -281,10 +282,10 @@ def test_commits_that_nobody_publishes_are_found(world: World, check_settings: S
 
 
 def test_a_flower_that_does_not_answer_is_found(check_settings: Settings) -> None:
-    [item] = doctor_running.flower(check_settings)
+    [item] = running.flower(check_settings)
     assert (item.text, item.remedy) == ("not looked at: SEGSVC_FLOWER_PASSWORD is empty", "")
     there = check_settings.model_copy(update={"flower_password": "x", "flower_address": "127.0.0.1:1"})
-    [item] = doctor_running.flower(there)
+    [item] = running.flower(there)
     assert item.text == "it does not answer at 127.0.0.1:1 (URLError)"
     assert "segsvc flower" in item.remedy
 
@@ -296,42 +297,42 @@ def test_recovery_that_does_not_look_is_found(world: World, check_settings: Sett
             connection.exec_driver_sql(f"UPDATE installation SET recovery_time = {now}")
 
     age(None)
-    [item] = doctor_storage.recovery(check_settings)
+    [item] = storage.recovery(check_settings)
     assert item.text == "recovery has never looked"
     assert "segsvc beat" in item.remedy
     age("5 minutes")
-    [item] = doctor_storage.recovery(check_settings)
+    [item] = storage.recovery(check_settings)
     assert item.text.startswith("recovery last looked at everything 30")
     databases = Databases(check_settings, "test")
     try:
         PostgresMaintainedCatalog(databases).note_recovery()
     finally:
         databases.close()
-    assert doctor_storage.recovery(check_settings) == []
+    assert storage.recovery(check_settings) == []
 
 
 def test_outages_are_findings(check_settings: Settings) -> None:
     gone = check_settings.model_copy(
         update={"shard_dsns": (check_settings.shard_dsns[0], "postgresql+psycopg2:///x?host=/nowhere")}
     )
-    [item] = doctor_storage.databases(gone)
+    [item] = storage.databases(gone)
     assert item.text.startswith('shard 1: cannot be reached (connection to server on socket "/nowhere/')
     assert item.remedy == "start its server or correct SEGSVC_SHARD_DSNS"
-    [item] = doctor_storage.shard_skew(gone)
+    [item] = storage.shard_skew(gone)
     assert item.text == "SHARD_UNAVAILABLE: shard 1 cannot be reached now"
 
 
 def test_a_cache_that_is_a_broker_is_found(check_settings: Settings, broker_server: RedisServer) -> None:
-    items = doctor_storage.cache(check_settings.model_copy(update={"cache_url": broker_server.url}))
+    items = storage.cache(check_settings.model_copy(update={"cache_url": broker_server.url}))
     assert any("noeviction" in item.text for item in items)
     assert all(item.remedy for item in items)
 
 
 def test_an_installation_that_shares_the_cache_is_named(check_settings: Settings, cache: CacheClient) -> None:
     cache.acquire(0, [2])
-    assert doctor_storage.cache(check_settings) == []
+    assert storage.cache(check_settings) == []
     with redis.Redis.from_url(check_settings.cache_url) as raw:
         raw.set("{07be4000:1}:g", b"x")
-    [item] = doctor_storage.cache(check_settings)
+    [item] = storage.cache(check_settings)
     assert item.text == "another installation uses this server too: its keys begin with {07be4000:"
     assert "a server of its own" in item.remedy

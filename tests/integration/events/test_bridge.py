@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from segsvc.bridge.clients import Sender
-from segsvc.cli import doctor_running
+from segsvc.cli.doctor import running
 from segsvc.domain.events import TOPICS
 from segsvc.local.kafka import KafkaServer, RealKafka
 from segsvc.local.processes import wait_until
@@ -130,16 +130,16 @@ def test_a_dead_letter_topic_that_is_missing_holds_back_offsets_and_nothing_else
     prefix = f"{bench.topics.settings.kafka_topic_prefix}without."
     settings = bench.topics.settings.model_copy(update={"kafka_topic_prefix": prefix, "kafka_group": prefix})
     topics = Topics(bench.topics.server, settings, dead_letters=False)
-    complaints = [item.text for item in doctor_running.kafka(settings) if item.remedy]
+    complaints = [item.text for item in running.kafka(settings) if item.remedy]
     assert complaints == [f"{prefix}{name}.dlq does not exist: what belongs there waits" for name in TOPICS]
     topics.send_raw("create-user", b"nonsense", b"1")
     topics.create(range(1, 101))
-    [missing] = doctor_running.bridge(settings)
+    [missing] = running.bridge(settings)
     assert missing.text == f"nobody is in the consumer group {prefix}"
     with RunningBridge(settings, bench.batches):
         bench.wait_for_users(100)
         assert topics.lag() > 0
-        assert doctor_running.bridge(settings) == []
+        assert running.bridge(settings) == []
         topics.create_dead_letters()
         assert wait_until(lambda: topics.lag() == 0, timeout_s=60)
     assert topics.read("create-user.dlq", 1)[0].value == b"nonsense"

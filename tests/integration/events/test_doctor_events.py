@@ -15,8 +15,8 @@ from kafka.admin import KafkaAdminClient
 
 from segsvc.bridge import dead_letters, event_watch
 from segsvc.bridge.dead_letter_box import DeadLetterBox, LetterNotFound
-from segsvc.cli import doctor_events, doctor_running
-from segsvc.cli.doctor_items import Item
+from segsvc.cli.doctor import events, running
+from segsvc.cli.doctor.items import Item
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
@@ -51,7 +51,7 @@ class Bench:
 
     def doctor(self) -> tuple[list[Item], list[Item]]:
         """What is wrong with the topic of creations, and what is only told of it."""
-        found = [item for item in doctor_running.kafka(self.topics.settings) if self.topic in item.text]
+        found = [item for item in running.kafka(self.topics.settings) if self.topic in item.text]
         return [item for item in found if item.remedy], [item for item in found if not item.remedy]
 
     def users(self) -> int:
@@ -77,8 +77,8 @@ class Bench:
 def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     if kafka_server.stand_in:
         pytest.skip("the stand-in knows no transactions and no groups")
-    monkeypatch.setattr(doctor_events, "WATCH_S", 1.5)
-    monkeypatch.setattr(doctor_events, "WATCH_MAX_S", 3.0)
+    monkeypatch.setattr(events, "WATCH_S", 1.5)
+    monkeypatch.setattr(events, "WATCH_MAX_S", 3.0)
     monkeypatch.setattr(event_watch, "NOTE_EVERY_S", 0.5)
     shards.reset()
     prefix = f"doctor-{next(_numbers)}."
@@ -133,7 +133,7 @@ def test_an_open_transaction_is_called_so(bench: Bench, monkeypatch: pytest.Monk
         wrong, told = bench.doctor()
         assert wrong == []
         assert "2 messages from offset 0 on are behind a producer's transaction, open for " in told[-1].text
-        monkeypatch.setattr(doctor_events, "TRANSACTION_MAX_S", 0.5)
+        monkeypatch.setattr(events, "TRANSACTION_MAX_S", 0.5)
         time.sleep(0.6)
         [item], _ = bench.doctor()
         assert "abort the transaction" in item.remedy

@@ -12,7 +12,7 @@ from kafka import TopicPartition
 
 from segsvc.bootstrap import EventRecords
 from segsvc.bridge.kafka_state import KafkaState, PartitionState
-from segsvc.cli.doctor_items import Item
+from segsvc.cli.doctor.items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.event_records import FoundLoss

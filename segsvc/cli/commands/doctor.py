@@ -11,13 +11,13 @@ from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, setti
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from segsvc.cli.doctor_items import Examination, Item, Result
+    from segsvc.cli.doctor.items import Examination, Item, Result
     from segsvc.config import Settings
 
 
 def doctor(json_output: Json = False) -> None:
     """Look at every dependency and process, and say what to do for each thing that is not well. Exit code 1 then."""
-    from segsvc.cli.doctor_items import Result  # noqa: PLC0415
+    from segsvc.cli.doctor.items import Result  # noqa: PLC0415
 
     settings = settings_of_process()
     results: list[Result] = []
@@ -36,25 +36,25 @@ def doctor(json_output: Json = False) -> None:
 
 def _examinations() -> Mapping[str, Examination]:
     """What is looked at, in the order in which things depend on each other."""
-    from segsvc.cli import doctor_doubt, doctor_running, doctor_storage  # noqa: PLC0415
+    from segsvc.cli.doctor import doubt, running, storage
 
     return {
-        "databases": doctor_storage.databases,
-        "in doubt": doctor_doubt.in_doubt,
-        "recovery": doctor_storage.recovery,
-        "spread of the users": doctor_storage.shard_skew,
-        "cache": doctor_storage.cache,
-        "broker": doctor_running.broker,
-        "Kafka": doctor_running.kafka,
-        "front": doctor_running.front,
-        "workers": doctor_running.workers,
-        "bridge": doctor_running.bridge,
-        "Flower": doctor_running.flower,
+        "databases": storage.databases,
+        "in doubt": doubt.in_doubt,
+        "recovery": storage.recovery,
+        "spread of the users": storage.shard_skew,
+        "cache": storage.cache,
+        "broker": running.broker,
+        "Kafka": running.kafka,
+        "front": running.front,
+        "workers": running.workers,
+        "bridge": running.bridge,
+        "Flower": running.flower,
     }
 
 
 def _seen(examine: Examination, settings: Settings) -> Sequence[Item]:
-    from segsvc.cli.doctor_items import Item  # noqa: PLC0415
+    from segsvc.cli.doctor.items import Item  # noqa: PLC0415
 
     try:
         return examine(settings)

@@ -19,10 +19,10 @@ from kombu.exceptions import OperationalError
 from segsvc.bootstrap import Check, whose
 from segsvc.bridge.dead_letters import SUFFIX
 from segsvc.cache.connection import CacheConnection
-from segsvc.cli import doctor_events
 from segsvc.cli.base import Refusal
-from segsvc.cli.doctor_items import Item
-from segsvc.cli.doctor_storage import SHARED
+from segsvc.cli.doctor import events
+from segsvc.cli.doctor.items import Item
+from segsvc.cli.doctor.storage import SHARED
 from segsvc.cli.front import connected
 from segsvc.cli.front_tls import reachable
 from segsvc.config import Settings, mask
@@ -110,7 +110,7 @@ def kafka(settings: Settings) -> Sequence[Item]:
         text = f"no broker of {settings.kafka_bootstrap_servers} can be reached ({type(error).__name__})"
         return [Item(text, "start Kafka or correct SEGSVC_KAFKA_BOOTSTRAP_SERVERS")]
     try:
-        return [*_topics(consumer, settings), *doctor_events.items(settings, lambda: _members(settings))]
+        return [*_topics(consumer, settings), *events.items(settings, lambda: _members(settings))]
     except (KafkaError, OSError) as error:
         return [Item(f"the brokers broke off ({type(error).__name__})", "look at the brokers' logs")]
     finally:

@@ -9,7 +9,7 @@ from typing import Final
 from uuid import UUID
 
 from segsvc.bootstrap import Check
-from segsvc.cli.doctor_items import Item
+from segsvc.cli.doctor.items import Item
 from segsvc.config import Settings
 from segsvc.domain.operation import Gid, OperationState, PreparedTransaction
 from segsvc.domain.stored import CatalogView, LedgerEntry

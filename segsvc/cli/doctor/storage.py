@@ -7,7 +7,7 @@ from typing import Final
 
 from segsvc.bootstrap import Check, whose
 from segsvc.cache.server_check import cache_findings, other_tags
-from segsvc.cli.doctor_items import Item
+from segsvc.cli.doctor.items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
 from segsvc.fan_out import SERVERS_AT_ONCE, ThreadFanOut
