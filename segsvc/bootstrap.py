@@ -37,7 +37,7 @@ from segsvc.postgres.shard.statistics import PostgresShardCounter, PostgresUserR
 from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.postgres.stalls import StallWatch
 from segsvc.postgres.whose import installation_of
-from segsvc.services.check import Checker
+from segsvc.services.check.check import Checker
 from segsvc.services.cold_reads import ColdReads, Limits
 from segsvc.services.deadlines import DeadlineKeeper
 from segsvc.services.end_watcher import OperationEndWatcher

@@ -34,7 +34,7 @@ from segsvc.local.stack_env import write_env
 from segsvc.local.supervision import ProcessSpec, Supervisor
 from segsvc.postgres.installation.migrate import migrate
 from segsvc.postgres.locks import SHARD_LOCK
-from segsvc.services.check import Checker
+from segsvc.services.check.check import Checker
 from tests.celery_client import celery_beside
 from tests.failure.wire_postgres import PostgresWire
 from tests.failure.wire_redis import RedisWire

@@ -26,7 +26,7 @@ from segsvc.cli.doctor.items import Item
 from segsvc.cli.doctor.storage import skew_items
 from segsvc.config import BESIDE_THE_SETTINGS, Settings, descriptions
 from segsvc.domain.errors import LockTimeout, segment_not_found
-from segsvc.services.check_report import Kind, Report
+from segsvc.services.check.report import Kind, Report
 from tests.local_servers import REPOSITORY
 
 HEAVY = ("grpc", "sqlalchemy", "celery", "redis", "kafka", "numpy", "pydantic", "alembic", "structlog")

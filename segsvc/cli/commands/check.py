@@ -9,7 +9,7 @@ import typer
 from segsvc.cli.base import FAILED, Json, Refusal, bar, console, plain, print_json, settings_of_process
 
 if TYPE_CHECKING:
-    from segsvc.services.check_report import Report
+    from segsvc.services.check.report import Report
 
 
 def check(

@@ -14,7 +14,7 @@ from segsvc.config import Settings
 from segsvc.domain.operation import Gid, OperationState, PreparedTransaction
 from segsvc.domain.stored import CatalogView, LedgerEntry
 from segsvc.fan_out import SERVERS_AT_ONCE, ThreadFanOut
-from segsvc.services.check_ledger import IN_DOUBT_MAX_S, overdue_s
+from segsvc.services.check.ledger import IN_DOUBT_MAX_S, overdue_s
 
 _START: Final = "start `segsvc worker --queue operations` and `segsvc beat`, or read their logs"
 _SEE_ABOVE: Final = "see the databases above"

@@ -8,8 +8,8 @@ import sqlalchemy as sa
 
 from segsvc.bootstrap import Check
 from segsvc.config import Settings
-from segsvc.services.check import Checker
-from segsvc.services.check_report import Report
+from segsvc.services.check.check import Checker
+from segsvc.services.check.report import Report
 from tests.integration.check.world import World
 
 SETTLE_S = 0.3

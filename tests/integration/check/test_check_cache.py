@@ -9,7 +9,7 @@ from segsvc.bootstrap import Check
 from segsvc.cache.client import CacheClient
 from segsvc.config import Settings
 from segsvc.domain.membership import Entry
-from segsvc.services.check import Checker
+from segsvc.services.check.check import Checker
 from tests.integration.check.checking import SETTLE_S, run, texts
 from tests.integration.check.world import World
 

@@ -87,7 +87,7 @@ def test_a_prepared_transaction_without_a_reason_is_named(
     prepare(world, gid)
     try:
         assert texts(run(service, check_settings, cache=False)) == []  # not for long enough
-        monkeypatch.setattr("segsvc.services.check_ledger.IN_DOUBT_MAX_S", 0.0)
+        monkeypatch.setattr("segsvc.services.check.ledger.IN_DOUBT_MAX_S", 0.0)
         found = texts(run(service, check_settings, cache=False))
         wanted = [f"shard 1, prepared transaction {gid}: it is prepared, {expected}"] if expected else []
         assert found == wanted

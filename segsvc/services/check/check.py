@@ -16,10 +16,10 @@ from uuid import UUID
 from segsvc.domain.operation import PreparedTransaction
 from segsvc.domain.segment import ShardSegment
 from segsvc.domain.stored import CatalogView, Int64s
-from segsvc.services.check_blocks import ShardCheck, ShardSnapshot
-from segsvc.services.check_cache import SETTLE_S, CacheCheck, CacheReader
-from segsvc.services.check_ledger import LedgerCheck
-from segsvc.services.check_report import Report
+from segsvc.services.check.blocks import ShardCheck, ShardSnapshot
+from segsvc.services.check.cache import SETTLE_S, CacheCheck, CacheReader
+from segsvc.services.check.ledger import LedgerCheck
+from segsvc.services.check.report import Report
 
 _DELETED_PAGE: Final = 10_000
 

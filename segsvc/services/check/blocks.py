@@ -19,7 +19,7 @@ from segsvc.domain.bucketing import buckets
 from segsvc.domain.segment import Policy, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS, shard_of
 from segsvc.domain.stored import DirectoryRows, Int64s, OverrideColumns, StateRow, UserColumns
-from segsvc.services.check_report import Difference, Kind, Report
+from segsvc.services.check.report import Difference, Kind, Report
 
 CHUNK_BLOCKS_MAX: Final = 128
 """Blocks at a time: the arrays of one segment (1 MB) then stay in the processor's cache."""

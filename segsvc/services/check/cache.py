@@ -19,8 +19,8 @@ from segsvc.domain import bits
 from segsvc.domain.membership import FIRST_SEGMENT, Entry
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.domain.stored import Int64s, OverrideColumns
-from segsvc.services.check_blocks import Chunk, ShardSnapshot, load_chunk
-from segsvc.services.check_report import Difference, Kind, Report
+from segsvc.services.check.blocks import Chunk, ShardSnapshot, load_chunk
+from segsvc.services.check.report import Difference, Kind, Report
 
 SETTLE_S: Final = 5.0
 """How long a difference must stay before it is one: many times what a change takes from its commit to its

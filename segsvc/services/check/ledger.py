@@ -15,7 +15,7 @@ from uuid import UUID
 from segsvc.domain.operation import Gid, OperationKind, OperationState, PreparedTransaction
 from segsvc.domain.segment import Rule, Segment, SegmentState, ShardSegment
 from segsvc.domain.stored import CatalogView, LedgerEntry
-from segsvc.services.check_report import Kind, Report
+from segsvc.services.check.report import Kind, Report
 
 IN_DOUBT_MAX_S: Final = 30.0
 """How long a prepared transaction may stay once nothing stands in the way of its end: recovery runs every 2 s."""
