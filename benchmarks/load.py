@@ -24,8 +24,8 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
-from grpc_api.membership_wire import varint
+from grpc_api.hot.calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
+from grpc_api.hot.wire import varint
 
 __all__ = ["BATCH_GET_USER_SEGMENTS", "GET_USER_SEGMENTS", "Body", "Load", "LoadError", "LoadReport"]
 

@@ -41,11 +41,11 @@ from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
 
 from grpc_api.call_scope import BlockingCalls
 from grpc_api.health import HealthMonitor, HealthServicer
-from grpc_api.hot_metrics import hot_calls
+from grpc_api.hot.calls import EXPORT_SEGMENT_USERS, MESSAGE_BYTES_MAX, STREAMS, WATCH_OPERATION, native_front
+from grpc_api.hot.lane import HotLane
+from grpc_api.hot.metrics import hot_calls
+from grpc_api.hot.wire import encode_slug
 from grpc_api.interceptors import OneMessage, interceptors
-from grpc_api.lane import HotLane
-from grpc_api.lane_calls import EXPORT_SEGMENT_USERS, MESSAGE_BYTES_MAX, STREAMS, WATCH_OPERATION, native_front
-from grpc_api.membership_wire import encode_slug
 from grpc_api.memory_watch import MemoryWatch
 from grpc_api.native_streams import NativeStreams, with_interceptors
 from grpc_api.places import Places

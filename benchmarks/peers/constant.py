@@ -13,7 +13,7 @@ import sys
 from pygrpc_native import EVENT_CALL
 
 from grpc_api.call_scope import REQUEST_ID_KEY
-from grpc_api.lane_calls import native_front
+from grpc_api.hot.calls import native_front
 
 
 def main() -> None:

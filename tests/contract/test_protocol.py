@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from segmentation.v1 import membership_pb2, segments_pb2
 
-from grpc_api.membership_wire import varint
+from grpc_api.hot.wire import varint
 from tests.contract.conftest import FrontUnderTest
 from tests.contract.refusals import refused
 from tests.eventually import eventually

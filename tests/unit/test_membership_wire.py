@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from segmentation.v1 import membership_pb2 as pb
 
-from grpc_api import membership_wire as wire
 from grpc_api.errors import status_of
+from grpc_api.hot import wire
 from segsvc.domain.errors import Reason, ServiceError, user_not_found
 from segsvc.domain.membership import NEVER_US
 

@@ -16,9 +16,9 @@ from segmentation.v1 import membership_pb2 as pb
 
 from grpc_api.call_scope import REQUEST_ID_KEY
 from grpc_api.errors import DETAILS_KEY, status_of
-from grpc_api.lane import HotLane
-from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, native_front
-from grpc_api.membership_wire import encode_slug
+from grpc_api.hot.calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, native_front
+from grpc_api.hot.lane import HotLane
+from grpc_api.hot.wire import encode_slug
 from segsvc.bootstrap import HotReads
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError

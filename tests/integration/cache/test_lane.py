@@ -12,9 +12,9 @@ import pytest
 from google.rpc import code_pb2
 from segmentation.v1 import membership_pb2 as pb
 
-import grpc_api.lane
+import grpc_api.hot.lane
 from grpc_api.call_scope import REQUEST_ID_KEY
-from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
+from grpc_api.hot.calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
 from tests.eventually import eventually
 from tests.installation import KEYS
 from tests.integration.cache.conftest import World
@@ -238,7 +238,7 @@ def test_override_ends_without_any_write(world: World, lane: Lane) -> None:
 
 
 def test_reads_are_counted_for_the_warmer(world: World, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_api.lane, "COUNTS_EVERY_S", 0.2)
+    monkeypatch.setattr(grpc_api.hot.lane, "COUNTS_EVERY_S", 0.2)
     users = world.add_users(2 * 1100)
     lane = start(world)
     for _ in range(3):

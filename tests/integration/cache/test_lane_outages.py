@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from google.rpc import code_pb2
 
-from grpc_api.lane import BATCH_SHARE
+from grpc_api.hot.lane import BATCH_SHARE
 from segsvc.local.postgres import PostgresServer
 from tests.eventually import eventually
 from tests.installation import KEYS

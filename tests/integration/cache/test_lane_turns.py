@@ -10,8 +10,8 @@ from concurrent.futures import Future
 import pytest
 from segmentation.v1 import membership_pb2 as pb
 
-from grpc_api.lane_calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
-from grpc_api.membership_wire import BATCH_USERS_MAX
+from grpc_api.hot.calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS
+from grpc_api.hot.wire import BATCH_USERS_MAX
 from segsvc.domain.errors import Reason, ServiceError
 from tests.eventually import eventually
 from tests.integration.cache.conftest import World

@@ -10,7 +10,7 @@ import time
 from collections import deque
 
 from grpc_api.call_scope import answer_by, deadline_exceeded
-from grpc_api.lane_calls import Call
+from grpc_api.hot.calls import Call
 from segsvc.domain.pace import Pace, fits, overloaded
 
 

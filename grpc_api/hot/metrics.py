@@ -10,7 +10,7 @@ import grpc
 from prometheus_client import Metric
 from pygrpc_native import NativeGrpcFront
 
-from grpc_api.lane_calls import METHODS
+from grpc_api.hot.calls import METHODS
 from segsvc import metrics
 
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}

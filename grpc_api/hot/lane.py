@@ -31,10 +31,10 @@ from typing import Final, Protocol
 from pygrpc_native import NativeGrpcFront
 
 from grpc_api import call_scope
-from grpc_api import membership_wire as wire
-from grpc_api.lane_answers import Batch, BatchPlace, Single
-from grpc_api.lane_batches import WaitingBatches
-from grpc_api.lane_calls import Call, Calls, NativeCalls, QueuedCalls, Streams
+from grpc_api.hot import wire
+from grpc_api.hot.answers import Batch, BatchPlace, Single
+from grpc_api.hot.batches import WaitingBatches
+from grpc_api.hot.calls import Call, Calls, NativeCalls, QueuedCalls, Streams
 from segsvc import metrics
 from segsvc.domain.errors import ServiceError, internal_error
 from segsvc.domain.membership import BLOCK, Entry
@@ -94,7 +94,7 @@ class HotLane:
         front: from ``lane_calls.native_front``; None: calls come by ``submit``.
         entries: used by the lane's thread alone.
         streams: takes calls of streams that come by the same front; None: there are none.
-        slugs: made with ``encode=membership_wire.encode_slug``.
+        slugs: made with ``encode=wire.encode_slug``.
     """
 
     def __init__(

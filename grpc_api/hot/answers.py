@@ -6,9 +6,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from grpc_api import membership_wire as wire
 from grpc_api.errors import status_of
-from grpc_api.lane_calls import Call
+from grpc_api.hot import wire
+from grpc_api.hot.calls import Call
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import Entry
 from segsvc.services.cold_reads import Outcome
