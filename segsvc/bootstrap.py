@@ -20,14 +20,15 @@ from segsvc.log import get_logger
 from segsvc.metrics import in_doubt_seconds, operations_not_ended_seconds, recovery_alarms
 from segsvc.postgres.catalog.event_records import PostgresEventRecords
 from segsvc.postgres.catalog.ledger import PostgresLedger
+from segsvc.postgres.catalog.maintenance import PostgresMaintainedCatalog
 from segsvc.postgres.catalog.outbox import PostgresOutboxStore
 from segsvc.postgres.catalog.segments import PostgresSegmentCatalog
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.installation import moving
 from segsvc.postgres.installation.check_reads import PostgresCheckReads
 from segsvc.postgres.installation.probes import PostgresProbes
-from segsvc.postgres.maintenance import PostgresMaintainedCatalog, PostgresMaintainedShards
 from segsvc.postgres.shard.condition_meter import PostgresMeter
+from segsvc.postgres.shard.maintenance import PostgresMaintainedShards
 from segsvc.postgres.shard.members import PostgresMemberReader
 from segsvc.postgres.shard.memberships import PostgresMemberships
 from segsvc.postgres.shard.operation_transaction import PostgresShardSnapshots, PostgresShardTransaction

@@ -9,9 +9,9 @@ again from the last commit; applying them twice has no effect.
 What may fail at any time, and who goes on:
 
     Kafka              the client reconnects; a consumer that fails is replaced, and begins at the committed offsets
-    the task broker    batches wait and are sent again; a batch without a result is sent again (``event_lanes``)
+    the task broker    batches wait and are sent again; a batch without a result is sent again (``lanes``)
     a shard, the cache the batches concerned wait; their topics pause when too much is held; the others go on
-    a message          what cannot be read is let go to the dead letters, whatever it is (``kafka_fetcher``)
+    a message          what cannot be read is let go to the dead letters, whatever it is (``fetcher``)
     Kafka's retention  what it has dropped unread is noted in the catalog before the offset passes it (``event_watch``)
     this process       its partitions go to another member, or wait for its return
     the group moves    what is finished is committed before a partition is given up; the rest comes again elsewhere

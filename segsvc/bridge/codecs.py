@@ -36,7 +36,7 @@ class Garbled(Exception):
     """The data is not what it is said to be.
 
     Attributes:
-        why: one of those of ``kafka_batches``.
+        why: one of those of ``batches``.
     """
 
     def __init__(self, why: str, reason: str) -> None:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from kafka import TopicPartition
+from kafka.errors import KafkaError
 
 from segsvc.bridge.batches import Record, Unreadable, headers_of
 from segsvc.bridge.clients import Message, Sender
@@ -66,6 +67,10 @@ class Letter:
     def whole(self) -> bool:
         """Whether it is the event as it was: only such a one can be sent again."""
         return self.size is None and self.content == EVENT
+
+
+KAFKA_ERRORS: Final = (KafkaError, OSError)
+"""What a box raises while the brokers cannot be reached, or refuse."""
 
 
 class LetterNotFound(Exception):

@@ -45,7 +45,7 @@ class _Letter:
     """A dead letter on its way.
 
     Attributes:
-        content: what its value is; see ``kafka_batches.Unreadable``.
+        content: what its value is; see ``batches.Unreadable``.
         size: how many bytes there were of that; None: they are all here.
         tries: how often it was refused as too large.
         bytes_max: so much of the value goes; None: all of it.

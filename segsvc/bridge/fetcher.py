@@ -6,7 +6,7 @@ A test holds the methods that are replaced or relied on here to the text that th
 
 Four things are different here:
 
-- Batches are read by ``kafka_batches``: in bounded memory, and what cannot be read is told in its place.
+- Batches are read by ``batches``: in bounded memory, and what cannot be read is told in its place.
 - What may be well if it comes again is fetched again ``TRIES`` times, while its partition rests; then it is let go.
 - An error that the broker has for one partition makes that partition rest.
 - A position that is set anew is noted: what lies between it and the one before may be lost.
@@ -146,7 +146,7 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
     _bytes_left: int
 
     class PartitionRecords(_Fetcher.PartitionRecords):  # type: ignore[misc]
-        """Fetched data of one partition. ``kafka_batches`` reads it."""
+        """Fetched data of one partition. ``batches`` reads it."""
 
         trials: Trials
         bytes_taken = 0

@@ -20,6 +20,7 @@ from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.events import UserEvent
 from segsvc.log import get_logger
 from segsvc.services.ingestion import BatchReport
+from tasks.outcomes import BATCH_LOST, Outcome
 
 log = get_logger(__name__)
 
@@ -35,8 +36,6 @@ far from its bound."""
 GATHER_MAX_S: Final = 0.5
 """Longest wait for a batch to become full, while more events are at hand and the workers are busy with others."""
 
-BATCH_LOST: Final = "BATCH_LOST"
-"""Why a batch must come again: its task came without its events. The broker has lost them, or the task was late."""
 _LANE_REASONS: Final = (
     Reason.CACHE_UNAVAILABLE.text,
     Reason.INTERNAL.text,
@@ -44,16 +43,6 @@ _LANE_REASONS: Final = (
     BATCH_LOST,
 )
 """Failures that say nothing about the shard: only this topic waits. Any other, and the whole shard waits."""
-
-
-@dataclass(frozen=True, slots=True)
-class TryAgain:
-    """A batch could not be finished now, for a reason that is none of its events' fault."""
-
-    reason: str
-
-
-Outcome = BatchReport | TryAgain
 
 
 class Batches(Protocol):

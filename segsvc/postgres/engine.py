@@ -59,7 +59,7 @@ SESSION_SETTINGS: Final = {
     "transform_null_equals": "off",
     "extra_float_digits": "1",
 }
-"""What our SQL relies on, whatever the database, its role or its server is set to (``segsvc.postgres.installation.demands``)."""
+"""What our SQL relies on, whatever the database, its role or its server is set to (``installation.demands``)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The ledger in memory: the statements of ``segsvc.postgres.catalog.ledger``, each a step in which the world may change.
+"""The ledger in memory: the statements of ``catalog.ledger``, each a step in which the world may change.
 
 It stands behind ``segsvc.twophase.ports.Ledger``; the protocol above it is the real one. Methods that a mutant replaces
 are small on purpose.

@@ -22,7 +22,7 @@ def test_each_key_is_its_own() -> None:
 def test_every_advisory_lock_has_a_key_of_the_list() -> None:
     used = {
         argument
-        for path in PACKAGE.glob("*.py")
+        for path in PACKAGE.rglob("*.py")
         for argument in re.findall(r"pg_(?:try_)?advisory_\w+\(([^()]*)\)", path.read_text(encoding="utf-8"))
     }
     assert used == set(keys()), "a number of its own, or a key that nobody uses"

@@ -222,7 +222,7 @@ def test_log_events_exist() -> None:
 
 
 def test_alarms_are_explained() -> None:
-    code = read(REPOSITORY / "segsvc" / "twophase.py")
+    code = read(REPOSITORY / "segsvc" / "twophase" / "protocol.py")
     raised = set(re.findall(r'raise_alarm\(\s*"([a-z-]+)"', code))
     explained = first_column(section(read(DOCS / "operations.md"), "### An alarm of recovery"))[1:]
     assert set(explained) == raised == set(metrics.ALARMS)
@@ -265,7 +265,7 @@ def test_every_table_is_explained() -> None:
 
 def test_every_failpoint_of_the_protocol_is_in_the_crash_table() -> None:
     reached: set[str] = set()
-    for name in ("twophase.py", "postgres/ledger.py", "postgres/participant.py"):
+    for name in ("twophase/protocol.py", "postgres/catalog/ledger.py", "postgres/shard/participant.py"):
         reached |= set(re.findall(r'\.reach\(\s*"([a-z-]+)"', read(REPOSITORY / "segsvc" / name)))
     table = section(read(DOCS / "commit-protocol.md"), "## What survives a crash")
     assert set(first_column(table)) == reached

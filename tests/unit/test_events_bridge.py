@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segsvc.bridge.lanes import BATCH_BYTES_MAX, BATCH_LOST, GATHER_MAX_S, RESULT_WAIT_S, Lanes, Outcome, TryAgain
+from segsvc.bridge.lanes import BATCH_BYTES_MAX, GATHER_MAX_S, RESULT_WAIT_S, Lanes
 from segsvc.bridge.offsets import PartitionProgress, Taken
 from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.domain.errors import broker_unavailable
 from segsvc.domain.events import DeleteUser, UserEvent
 from segsvc.services.ingestion import BatchReport
+from tasks.outcomes import BATCH_LOST, Outcome, TryAgain
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=30), st.randoms(use_true_random=False))

@@ -17,6 +17,11 @@ PACKAGES = ("segsvc", "grpc_api", "tasks", "migrations")
 BREAKS: dict[str, tuple[str, str]] = {
     "layers": ("segsvc/domain/user.py", "import segsvc.config"),
     "core": ("segsvc/services/users.py", "import kombu"),
+    "front": ("grpc_api/health.py", "import celery"),
+    "kafka": ("tasks/schedule.py", "import kafka"),
+    "databases": ("segsvc/postgres/shard/statistics.py", "import segsvc.postgres.catalog.outbox"),
+    "postgres": ("segsvc/postgres/conditions/literals.py", "import segsvc.postgres.shard.members"),
+    "protocol": ("segsvc/twophase/ports.py", "import segsvc.twophase.protocol"),
     "local-packages": ("segsvc/cli/base.py", "import psutil"),
     "local": ("segsvc/cli/commands/users.py", "import segsvc.local.redis"),
     "database": ("segsvc/services/export.py", "import psycopg2"),

@@ -36,7 +36,7 @@ def doctor(json_output: Json = False) -> None:
 
 def _examinations() -> Mapping[str, Examination]:
     """What is looked at, in the order in which things depend on each other."""
-    from segsvc.cli.doctor import doubt, running, storage
+    from segsvc.cli.doctor import doubt, running, storage  # noqa: PLC0415
 
     return {
         "databases": storage.databases,

@@ -39,10 +39,8 @@ LetterId = Annotated[str, typer.Argument(help="As in the list: topic/partition/o
 @contextmanager
 def _box() -> Iterator[DeadLetterBox]:
     """The letters, connected; an outage in a line."""
-    from kafka.errors import KafkaError  # noqa: PLC0415
-
     from segsvc.bootstrap import EventRecords  # noqa: PLC0415
-    from segsvc.bridge.dead_letter_box import DeadLetterBox, LetterNotFound  # noqa: PLC0415
+    from segsvc.bridge.dead_letter_box import KAFKA_ERRORS, DeadLetterBox, LetterNotFound  # noqa: PLC0415
 
     settings = settings_of_process()
     # What it cannot reach is said below, once.
@@ -54,7 +52,7 @@ def _box() -> Iterator[DeadLetterBox]:
         yield box
     except LetterNotFound as error:
         raise Refusal(f"{error}: there is no such dead letter; see `segsvc events dead list`") from None
-    except (KafkaError, OSError) as error:
+    except KAFKA_ERRORS as error:
         where = settings.kafka_bootstrap_servers
         raise Refusal(f"Kafka at {where}: {type(error).__name__}; nothing was lost, try again") from None
     finally:

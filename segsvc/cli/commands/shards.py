@@ -29,7 +29,7 @@ def copy_shard(
     json_output: Json = False,
 ) -> None:
     """Close a shard to writes and copy it to an empty database. Reads go on; `segsvc shards settle` ends the move."""
-    from segsvc.postgres.installation import moving
+    from segsvc.postgres.installation import moving  # noqa: PLC0415
 
     settings = _settings(shard, to)
     with _refused(), bar(f"copying shard {shard}: tables", hidden=json_output) as shown:

@@ -275,8 +275,9 @@ def abort(
 
 
 def commit(connection: sa.Connection, operation: Operation) -> bool:
-    """Write the decision: the segment's change, its audit_trail row and number, and COMMITTED. False: the operation's
-    deadline has passed, and the caller must roll everything back.
+    """Write the decision: the segment's change, its row of the audit trail with its number, and COMMITTED.
+
+    False: the operation's deadline has passed, and the caller must roll everything back.
 
     The caller has the operation's row and knows it to be PREPARING.
     """

@@ -128,7 +128,7 @@ class PostgresSegmentCatalog:
         etag: str,
         timeout_s: float | None,
     ) -> Segment:
-        """Change an ACTIVE segment and record it in the audit_trail trail. Raises as ``SegmentCatalog.edit`` says."""
+        """Change an ACTIVE segment and record it in the audit trail. Raises as ``SegmentCatalog.edit`` says."""
         with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
             # The row lock makes compare and set one step: no other edit and no operation's decision comes in between.
             # It is taken before the commit order lock (in audit_trail.record), as the ledger does: no deadlock.

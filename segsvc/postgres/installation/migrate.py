@@ -1,7 +1,7 @@
 """Brings the catalog and every shard to the newest schema, founds an installation, and checks both at start.
 
 Founding writes into each shard which one it is, and last of all into the catalog that all of them are there. From
-then on a DSN that points elsewhere is noticed before anything is read or written (``segsvc.postgres.installation.identity``).
+then on a DSN that points elsewhere is noticed before anything is read or written (``identity``).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from segsvc.cli.doctor import doubt, running, storage
 from segsvc.config import Settings
 from segsvc.domain.operation import Failure, Gid, OperationKind, OperationState
 from segsvc.local.redis import RedisServer
+from segsvc.postgres.catalog.maintenance import PostgresMaintainedCatalog
 from segsvc.postgres.engine import Databases
-from segsvc.postgres.maintenance import PostgresMaintainedCatalog
 from tests.integration.check.checking import ABSENT, ageless, finish, prepare
 from tests.integration.check.world import World
 

@@ -14,13 +14,13 @@ from kafka.consumer.fetcher import ConsumerRecord
 
 from segsvc.bridge.bridge import Bridge
 from segsvc.bridge.clients import make_producer
-from segsvc.bridge.lanes import Outcome, TryAgain
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, ServiceError, broker_unavailable
 from segsvc.domain.events import TOPICS, UserEvent
 from segsvc.failpoints import CrashPoints, NoFailpoints
 from segsvc.local.kafka import KafkaServer
 from segsvc.services.ingestion import Ingestion
+from tasks.outcomes import Outcome, TryAgain
 
 PARTITIONS = 3
 
@@ -98,7 +98,7 @@ def _partitions(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
 
 
 class InProcessBatches:
-    """Workers as threads of this process, with the faults that a test asks for. Implements ``event_lanes.Batches``."""
+    """Workers as threads of this process, with the faults that a test asks for. Implements ``lanes.Batches``."""
 
     def __init__(self, ingestion: Ingestion) -> None:
         self._ingestion = ingestion

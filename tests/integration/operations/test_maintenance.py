@@ -10,9 +10,10 @@ import sqlalchemy as sa
 
 from segsvc.bootstrap import make_rule_costs
 from segsvc.domain.operation import OperationState
-from segsvc.postgres import maintenance
+from segsvc.postgres import forgetting
+from segsvc.postgres.catalog.maintenance import PostgresMaintainedCatalog
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.maintenance import PostgresMaintainedCatalog, PostgresMaintainedShards
+from segsvc.postgres.shard.maintenance import PostgresMaintainedShards
 from segsvc.services.maintenance import MaintenanceService
 from tests.integration.operations.conftest import SHARDS, USERS, Rig, roll_out
 
@@ -166,7 +167,7 @@ def left(rig: Rig, shard: int) -> dict[str, int]:
 def test_what_is_old_is_forgotten_and_nothing_else(
     old_rows: Rig, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(maintenance, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(forgetting, "ROWS_AT_ONCE", at_once)
     upkeep(old_rows).run()
     assert [left(old_rows, shard) for shard in range(SHARDS)] == [_LEFT] * SHARDS
 
