@@ -72,14 +72,14 @@ def _events_key(batch_id: str) -> str:
 
 
 class CeleryBatches:
-    """Sends batches as tasks and polls for their results. Implements ``segsvc.bridge.lanes.Batches``.
+    """Sends batches as tasks and polls for their results. Implements ``segsvc.bridge.flows.Batches``.
 
     The events themselves lie beside the task, under a key of the broker. Celery takes a message apart and writes it
     anew some six times on its way: for thousands of events that cost more than to apply them.
     """
 
     def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
-        """See ``segsvc.bridge.lanes.Batches.send``."""
+        """See ``segsvc.bridge.flows.Batches.send``."""
         batch_id = uuid()
         options: dict[str, Any] = {
             "task_id": batch_id,
@@ -100,7 +100,7 @@ class CeleryBatches:
         return batch_id
 
     def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
-        """See ``segsvc.bridge.lanes.Batches.collect``."""
+        """See ``segsvc.bridge.flows.Batches.collect``."""
         backend: Any = app.backend
         keys = [backend.get_key_for_task(batch_id) for batch_id in batch_ids]
         outcomes: dict[str, Outcome] = {}

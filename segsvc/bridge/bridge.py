@@ -1,6 +1,6 @@
 """The bridge: user events from Kafka become batches for the workers; offsets follow the effects.
 
-    poll → parse → lane (topic, shard) → batch task → report → finished → offset commit
+    poll → parse → flow (topic, shard) → batch task → report → finished → offset commit
 
 An offset is committed only when every event before it is finished: its effects are in PostgreSQL and the cache knows
 (the worker's report says so), or its dead letter is acknowledged. So whatever dies, whatever is lost, the events come
@@ -9,7 +9,7 @@ again from the last commit; applying them twice has no effect.
 What may fail at any time, and who goes on:
 
     Kafka              the client reconnects; a consumer that fails is replaced, and begins at the committed offsets
-    the task broker    batches wait and are sent again; a batch without a result is sent again (``lanes``)
+    the task broker    batches wait and are sent again; a batch without a result is sent again (``flows``)
     a shard, the cache the batches concerned wait; their topics pause when too much is held; the others go on
     a message          what cannot be read is let go to the dead letters, whatever it is (``fetcher``)
     Kafka's retention  what it has dropped unread is noted in the catalog before the offset passes it (``event_watch``)
@@ -38,7 +38,7 @@ from segsvc.bridge.batches import FAULT, Unreadable
 from segsvc.bridge.clients import make_consumer, quieten_client_log
 from segsvc.bridge.dead_letters import DeadLetters
 from segsvc.bridge.event_watch import EventWatch
-from segsvc.bridge.lanes import Batches, Lanes
+from segsvc.bridge.flows import Batches, Flows
 from segsvc.bridge.offsets import PartitionProgress
 from segsvc.bridge.segment_events import SegmentEvents
 from segsvc.bridge.waiting import Backoff, Waits
@@ -102,7 +102,7 @@ class BridgeConsumer:
         """Partitions whose position was set anew: nothing is committed before it is noted what that loses."""
         self._standing: set[str] = set()
         self._next_commit = 0.0
-        self._lanes = Lanes(
+        self._flows = Flows(
             batches,
             dead_letters.put,
             waits,
@@ -122,22 +122,22 @@ class BridgeConsumer:
         Raises:
             KafkaError: the consumer failed; replace it.
         """
-        busy = self._lanes.in_flight or self._lanes.held_back
+        busy = self._flows.in_flight or self._flows.held_back
         polled = self._consumer.poll(timeout_ms=POLL_BUSY_MS if busy else POLL_IDLE_MS)
         self._take(polled)
         self._follow_positions()
-        self._lanes.step(more=sum(map(len, polled.values())) >= POLL_RECORDS_MAX)
+        self._flows.step(more=sum(map(len, polled.values())) >= POLL_RECORDS_MAX)
         self._after_step()
 
     def leave(self) -> None:
         """Take no more, wait a while for what is with the workers, commit, and leave the group."""
         deadline = time.monotonic() + LEAVE_TIMEOUT_S
-        while self._lanes.in_flight and time.monotonic() < deadline:
+        while self._flows.in_flight and time.monotonic() < deadline:
             self._consumer.pause(*self._consumer.assignment())
             # The membership must live until the commit; polling keeps it. Paused partitions bring nothing, and what
             # one brings that was just assigned is not taken: it comes again.
             self._consumer.poll(timeout_ms=POLL_BUSY_MS)
-            self._lanes.step(send=False)
+            self._flows.step(send=False)
         self._dead_letters.close(max(1.0, deadline - time.monotonic()))
         self._finish_dead()
         self._commit()
@@ -190,7 +190,7 @@ class BridgeConsumer:
                     self._dead_letters.put(taken, f"event: reading it failed ({type(error).__name__})")
                 else:
                     taken = progress.take(record.offset, event, record.key, record.value)
-                    self._lanes.add(taken, shard_of(event.user_id, self._shard_count))
+                    self._flows.add(taken, shard_of(event.user_id, self._shard_count))
 
     def _let_go(self, progress: PartitionProgress, topic: str, told: Unreadable) -> None:
         """What cannot be read becomes a dead letter, and the partition goes on behind it."""

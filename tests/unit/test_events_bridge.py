@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segsvc.bridge.lanes import BATCH_BYTES_MAX, GATHER_MAX_S, RESULT_WAIT_S, Lanes
+from segsvc.bridge.flows import BATCH_BYTES_MAX, GATHER_MAX_S, RESULT_WAIT_S, Flows
 from segsvc.bridge.offsets import PartitionProgress, Taken
 from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.domain.errors import broker_unavailable
@@ -69,7 +69,7 @@ class Bench:
         self.batches = FakeBatches()
         self.dead: list[tuple[int, str]] = []
         self.progress = {topic: PartitionProgress(topic, 0) for topic in ("create-user", "delete-user")}
-        self.lanes = Lanes(
+        self.flows = Flows(
             self.batches,
             lambda taken, reason: self.dead.append((taken.offset, reason)),
             Waits(lambda: self.now),
@@ -82,16 +82,16 @@ class Bench:
     def add(self, *offsets: int, shard: int = 0, topic: str = "create-user", raw: bytes = b"x") -> list[Taken]:
         events = [self.progress[topic].take(offset, DeleteUser(offset), None, raw) for offset in offsets]
         for taken in events:
-            self.lanes.add(taken, shard)
+            self.flows.add(taken, shard)
         return events
 
     def step(self, after_s: float = 0.0, *, more: bool = False, **answers: Outcome) -> None:
         self.now += after_s
         self.batches.answers.update({batch_id.removeprefix("b"): outcome for batch_id, outcome in answers.items()})
-        self.lanes.step(more=more)
+        self.flows.step(more=more)
 
 
-def test_one_batch_of_a_lane_at_a_time_and_in_order() -> None:
+def test_one_batch_of_a_flow_at_a_time_and_in_order() -> None:
     bench = Bench(batch_max=3)
     events = bench.add(*range(5))
     bench.step()
@@ -102,8 +102,8 @@ def test_one_batch_of_a_lane_at_a_time_and_in_order() -> None:
     assert [event.finished for event in events] == [True, True, True, False, False]
     assert bench.batches.sent[1:] == [("create-user", 0, [3, 4, 5])]
     bench.step(b1=BatchReport(3, 0))
-    assert bench.lanes.in_flight == 0
-    assert not bench.lanes.held_back
+    assert bench.flows.in_flight == 0
+    assert not bench.flows.held_back
 
 
 def test_topics_and_shards_go_side_by_side_up_to_the_limit_and_by_turns() -> None:
@@ -261,7 +261,7 @@ def test_events_of_a_lost_partition_are_not_sent_any_more() -> None:
     bench.step(60.0)
     bench.step(60.0)
     assert len(bench.batches.sent) == 2
-    assert not bench.lanes.held_back
+    assert not bench.flows.held_back
 
 
 def test_backoff_grows_to_its_bound_and_starts_over() -> None:
@@ -288,7 +288,7 @@ def test_a_batch_that_the_database_does_not_get_through_is_halved_down_to_one_ev
     assert bench.batches.sent[3:] == [("create-user", 0, [0])]
     # One event cannot be halved: it waits as for any outage, and is no dead letter.
     bench.step(b3=TryAgain("DEADLINE_EXCEEDED"))
-    assert bench.lanes.in_flight == 0
+    assert bench.flows.in_flight == 0
     bench.step(1.0)
     assert bench.batches.sent[4:] == [("create-user", 0, [0])]
     # What passes slowly stays as small as it is; what passes quickly grows, and keeps its order.

@@ -98,7 +98,7 @@ def _partitions(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
 
 
 class InProcessBatches:
-    """Workers as threads of this process, with the faults that a test asks for. Implements ``lanes.Batches``."""
+    """Workers as threads of this process, with the faults that a test asks for. Implements ``flows.Batches``."""
 
     def __init__(self, ingestion: Ingestion) -> None:
         self._ingestion = ingestion

@@ -15,7 +15,7 @@ import redis
 import sqlalchemy as sa
 
 from segsvc.bootstrap import whose
-from segsvc.bridge.lanes import RESULT_WAIT_S
+from segsvc.bridge.flows import RESULT_WAIT_S
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.local.redis import RedisServer

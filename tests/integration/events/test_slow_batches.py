@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from segsvc.bridge import lanes
-from segsvc.bridge.lanes import Lanes
+from segsvc.bridge import flows
+from segsvc.bridge.flows import Flows
 from segsvc.bridge.offsets import PartitionProgress
 from segsvc.bridge.waiting import Waits
 from segsvc.domain.events import CreateUser, UpdateUser, UserEvent
@@ -37,31 +37,31 @@ def slow_shard(one_shard: Shards) -> Iterator[Shards]:
 
 
 class Bridge:
-    """The bridge's lanes, with events from nowhere."""
+    """The bridge's flows, with events from nowhere."""
 
     def __init__(self, shards: Shards) -> None:
         self.progress = PartitionProgress("create-user", 0)
         self.offsets = itertools.count()
         self.dead: list[str] = []
         self.batches = InProcessBatches(shards.ingestion)
-        self.lanes = Lanes(
+        self.flows = Flows(
             self.batches, lambda taken, reason: self.dead.append(reason), Waits(), batch_max=USERS, in_flight_max=1
         )
 
     def add(self, events: list[UserEvent]) -> None:
         for event in events:
-            self.lanes.add(self.progress.take(next(self.offsets), event, None, b"x"), 0)
+            self.flows.add(self.progress.take(next(self.offsets), event, None, b"x"), 0)
 
     def is_done(self) -> bool:
-        self.lanes.step()
-        return not self.lanes.held_back and self.lanes.in_flight == 0
+        self.flows.step()
+        return not self.flows.held_back and self.flows.in_flight == 0
 
 
 def test_a_batch_that_takes_too_long_is_halved_until_it_passes(
     slow_shard: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ingestion, "BATCH_S", 0.5)
-    monkeypatch.setattr(lanes, "QUICK_S", 0.15)
+    monkeypatch.setattr(flows, "QUICK_S", 0.15)
     bridge = Bridge(slow_shard)
     bridge.add([CreateUser(number, "{}") for number in range(1, USERS + 1)])
     eventually(bridge.is_done, within_s=60)

@@ -1,6 +1,6 @@
 """From events to batches and back: which batch goes to the workers when, and what becomes of its events.
 
-A *lane* is one topic of one shard. It has at most one batch under way: so the events of one user and topic are applied
+A *flow* is one topic of one shard. It has at most one batch under way: so the events of one user and topic are applied
 in their order (nothing depends on it), and batches grow by themselves to what the shard can take. Creations, updates
 and deletions go separately, because creations need no cache: they go on while it is down.
 """
@@ -81,7 +81,7 @@ class _Batch:
     lost_at: float = 0.0
 
 
-class _Lane:
+class _Flow:
     def __init__(self, topic: str, shard: int, events_max: int) -> None:
         self.topic = topic
         self.shard = shard
@@ -127,8 +127,8 @@ class _Lane:
         return self.batch
 
 
-class Lanes:
-    """All lanes of this bridge. Used by one thread.
+class Flows:
+    """All flows of this bridge. Used by one thread.
 
     Args:
         batch_max: events in one batch.
@@ -154,21 +154,21 @@ class Lanes:
         self._in_flight_max = in_flight_max
         self._busy_from = busy_from
         self._clock = clock
-        self._lanes: dict[tuple[str, int], _Lane] = {}
-        self._turn: deque[_Lane] = deque()
+        self._flows: dict[tuple[str, int], _Flow] = {}
+        self._turn: deque[_Flow] = deque()
         self._shards: dict[int, Backoff] = {}
         self._broker = Backoff(0.2, 5.0)
-        self._in_flight: dict[str, _Lane] = {}
+        self._in_flight: dict[str, _Flow] = {}
 
     def add(self, taken: Taken, shard: int) -> None:
-        """Let an event join its lane."""
+        """Let an event join its flow."""
         key = (taken.partition.topic, shard)
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = _Lane(*key, self._batch_max)
-            self._turn.append(lane)
+        flow = self._flows.get(key)
+        if flow is None:
+            flow = self._flows[key] = _Flow(*key, self._batch_max)
+            self._turn.append(flow)
             self._shards.setdefault(shard, Backoff(0.2, 5.0))
-        lane.waiting.append(taken)
+        flow.waiting.append(taken)
 
     @property
     def in_flight(self) -> int:
@@ -178,7 +178,7 @@ class Lanes:
     @property
     def held_back(self) -> bool:
         """Whether events wait for something other than new events."""
-        return any(lane.batch is not None or lane.waiting for lane in self._turn)
+        return any(flow.batch is not None or flow.waiting for flow in self._turn)
 
     def step(self, *, send: bool = True, more: bool = False) -> None:
         """Take results in, and send what may go now.
@@ -209,55 +209,55 @@ class Lanes:
         if not self._in_flight:
             return
         for batch_id, outcome in self._batches.collect(list(self._in_flight)).items():
-            lane = self._in_flight.pop(batch_id)
+            flow = self._in_flight.pop(batch_id)
             if isinstance(outcome, BatchReport):
-                self._finish(lane, outcome, now)
+                self._finish(flow, outcome, now)
             else:
-                self._hold_back(lane, outcome.reason, now)
-        for batch_id, lane in list(self._in_flight.items()):
-            batch = lane.batch
+                self._hold_back(flow, outcome.reason, now)
+        for batch_id, flow in list(self._in_flight.items()):
+            batch = flow.batch
             if batch is not None and now >= batch.lost_at:
                 # Lost, or only late: if it is applied twice, the second time has no effect.
-                log.warning("batch_sent_again", lane=lane.name, after_s=batch.wait_s)
+                log.warning("batch_sent_again", lane=flow.name, after_s=batch.wait_s)
                 del self._in_flight[batch_id]
                 batch.id = None
                 batch.wait_s = min(batch.wait_s * 2, RESULT_WAIT_MAX_S)
-                lane.halve()
+                flow.halve()
 
-    def _finish(self, lane: _Lane, report: BatchReport, now: float) -> None:
-        batch, lane.batch = lane.batch, None
+    def _finish(self, flow: _Flow, report: BatchReport, now: float) -> None:
+        batch, flow.batch = flow.batch, None
         if batch is None:
             raise AssertionError("a report belongs to a batch")
         if now - batch.sent_at < QUICK_S:
-            lane.events_max = min(lane.events_max * 2, self._batch_max)
-        lane.backoff.succeeded()
-        self._shards[lane.shard].succeeded()
-        self._waits.ends(lane.name)
-        self._waits.ends(f"shard {lane.shard}")
+            flow.events_max = min(flow.events_max * 2, self._batch_max)
+        flow.backoff.succeeded()
+        self._shards[flow.shard].succeeded()
+        self._waits.ends(flow.name)
+        self._waits.ends(f"shard {flow.shard}")
         dead = dict(report.dead)
         for index, taken in enumerate(batch.events):
             if index in dead:
                 self._dead_letters(taken, dead[index])
             else:
                 taken.partition.finish(taken)
-        metrics.events.labels(lane.topic, "applied").inc(report.applied)
-        metrics.events.labels(lane.topic, "ignored").inc(report.ignored)
+        metrics.events.labels(flow.topic, "applied").inc(report.applied)
+        metrics.events.labels(flow.topic, "ignored").inc(report.ignored)
 
-    def _hold_back(self, lane: _Lane, reason: str, now: float) -> None:
-        if lane.batch is not None:
-            lane.batch.id = None
-        if reason == Reason.DEADLINE_EXCEEDED.text and lane.halve():
+    def _hold_back(self, flow: _Flow, reason: str, now: float) -> None:
+        if flow.batch is not None:
+            flow.batch.id = None
+        if reason == Reason.DEADLINE_EXCEEDED.text and flow.halve():
             # The database was at work and did not get through it: half of it is tried at once. A single event that
             # takes longer than a statement may waits below: rules become cheaper and machines free, and the event is
             # as good as any other.
-            log.warning("batch_halved", lane=lane.name, events=lane.events_max)
+            log.warning("batch_halved", lane=flow.name, events=flow.events_max)
             return
         if reason in _LANE_REASONS:
-            lane.backoff.failed(now)
-            self._waits.begins(lane.name, reason)
+            flow.backoff.failed(now)
+            self._waits.begins(flow.name, reason)
         else:
-            self._shards[lane.shard].failed(now)
-            self._waits.begins(f"shard {lane.shard}", reason)
+            self._shards[flow.shard].failed(now)
+            self._waits.begins(f"shard {flow.shard}", reason)
 
     # -- sending ----------------------------------------------------------------------------------------------------
 
@@ -265,36 +265,36 @@ class Lanes:
         for _ in range(len(self._turn)):
             if len(self._in_flight) >= self._in_flight_max:
                 return
-            lane = self._turn[0]
+            flow = self._turn[0]
             self._turn.rotate(-1)  # whoever had a turn is last the next time
-            if self._may_go(lane, now) and not (more and self._gathers(lane, now)):
-                self._send(lane, now)
+            if self._may_go(flow, now) and not (more and self._gathers(flow, now)):
+                self._send(flow, now)
 
-    def _gathers(self, lane: _Lane, now: float) -> bool:
-        """Whether the lane's next batch had better become larger first: nobody would work sooner for it now."""
-        if len(self._in_flight) < self._busy_from or lane.batch is not None or len(lane.waiting) >= lane.events_max:
+    def _gathers(self, flow: _Flow, now: float) -> bool:
+        """Whether the flow's next batch had better become larger first: nobody would work sooner for it now."""
+        if len(self._in_flight) < self._busy_from or flow.batch is not None or len(flow.waiting) >= flow.events_max:
             return False
-        if lane.gathers_until is None:
-            lane.gathers_until = now + GATHER_MAX_S
-        return now < lane.gathers_until
+        if flow.gathers_until is None:
+            flow.gathers_until = now + GATHER_MAX_S
+        return now < flow.gathers_until
 
-    def _may_go(self, lane: _Lane, now: float) -> bool:
-        if lane.in_flight or not (lane.batch or lane.waiting):
+    def _may_go(self, flow: _Flow, now: float) -> bool:
+        if flow.in_flight or not (flow.batch or flow.waiting):
             return False
-        shard = self._shards[lane.shard]
-        if now < max(lane.backoff.ready_at, shard.ready_at):
+        shard = self._shards[flow.shard]
+        if now < max(flow.backoff.ready_at, shard.ready_at):
             return False
         # A shard in trouble gets one batch at a time: each keeps a worker busy until it times out.
-        return not (shard.failing and any(other.shard == lane.shard for other in self._in_flight.values()))
+        return not (shard.failing and any(other.shard == flow.shard for other in self._in_flight.values()))
 
-    def _send(self, lane: _Lane, now: float) -> None:
-        batch = lane.next_batch()
-        lane.gathers_until = None
+    def _send(self, flow: _Flow, now: float) -> None:
+        batch = flow.next_batch()
+        flow.gathers_until = None
         if batch is None:
             return
         # Unreadable events have no shard, so they never come here.
         events = [taken.event for taken in batch.events if taken.event is not None]
-        batch.id = self._batches.send(lane.topic, lane.shard, events, batch.wait_s)
+        batch.id = self._batches.send(flow.topic, flow.shard, events, batch.wait_s)
         batch.sent_at = now
         batch.lost_at = now + batch.wait_s
-        self._in_flight[batch.id] = lane
+        self._in_flight[batch.id] = flow
