@@ -109,7 +109,7 @@ class Batch:
 
     def _may_exist(self, index: int, user_id: int) -> bool:
         try:
-            wire.check_user_id(user_id, f"user_ids[{index}]")
+            wire.require_user_id(user_id, f"user_ids[{index}]")
         except ServiceError as error:
             self._put({index: wire.encode_error_result(status_of(error))})
             return False

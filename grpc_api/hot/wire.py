@@ -92,7 +92,7 @@ def user_id_of(payload: bytes) -> int:
     except DecodeError:
         raise _not_a_message() from None
     if user_id <= 0:
-        check_user_id(user_id)
+        require_user_id(user_id)
     return user_id
 
 
@@ -115,7 +115,7 @@ def plain_user_ids(payloads: list[bytes]) -> list[int] | None:
     return user_ids if encode_user_ids(user_ids) == payloads else None
 
 
-def check_user_id(user_id: int, field: str = "user_id") -> None:
+def require_user_id(user_id: int, field: str = "user_id") -> None:
     """Raises ServiceError FIELD_REQUIRED (0, which protobuf cannot tell from absent) or FIELD_INVALID."""
     if not user_id:
         raise required_field(field)

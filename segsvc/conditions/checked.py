@@ -11,6 +11,7 @@ from typing import Any, Final
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
 
 from segsvc.conditions import tree
+from segsvc.domain.event_limits import ATTRIBUTE_NAME
 
 LIST_MAX: Final = 1000
 _F: Final = descriptor_pb2.FieldDescriptorProto
@@ -151,8 +152,8 @@ class _Builder:
         return tree.Has(name) if select.test_only else tree.Attribute(name)
 
     def _name(self, name: str, expr: Any) -> str:
-        if not name.isidentifier() or not name.isascii() or len(name) > 64:
-            raise self._refuse("names of attributes match [A-Za-z_][A-Za-z0-9_]{0,63}", expr)
+        if not ATTRIBUTE_NAME.fullmatch(name):
+            raise self._refuse(f"names of attributes match {ATTRIBUTE_NAME.pattern}", expr)
         return name
 
     def _call(self, expr: Any) -> tree.Node:

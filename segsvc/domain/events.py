@@ -24,6 +24,7 @@ from typing import Any, Final, Never
 
 import msgspec
 
+from segsvc.domain.event_fast_path import read_create, read_update
 from segsvc.domain.event_limits import (
     ATTRIBUTE_NAME,
     ATTRIBUTES_BYTES_MAX,
@@ -36,7 +37,6 @@ from segsvc.domain.event_limits import (
     STRING_BYTES_MAX,
 )
 from segsvc.domain.sharding import USER_ID_MAX
-from segsvc.domain.usual_events import read_create, read_update
 
 CREATE_TOPIC: Final = "create-user"
 UPDATE_TOPIC: Final = "update-user"
@@ -45,7 +45,7 @@ TOPICS: Final = (CREATE_TOPIC, UPDATE_TOPIC, DELETE_TOPIC)
 SEGMENT_EVENTS_TOPIC: Final = "segment-events"
 """What happened to segments, told to the world; the others tell us of users."""
 
-_NAME_ALLOWED: Final = "names must match [A-Za-z_][A-Za-z0-9_]{0,63}"
+_NAME_ALLOWED: Final = f"names must match {ATTRIBUTE_NAME.pattern}"
 # A string that is never closed is taken to the end, so that the pattern passes over its input once, whatever it is.
 _STRUCTURE: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 

@@ -14,7 +14,7 @@ from uuid import UUID
 from segsvc.domain.errors import invalid_field, required_field
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-SLUG_ALLOWED = "must match [a-z0-9][a-z0-9._-]{0,62}"
+SLUG_ALLOWED = f"must match {SLUG.pattern}"
 SEGMENTS_MAX = 4096
 DISPLAY_NAME_MAX = 200
 DESCRIPTION_MAX = 4000

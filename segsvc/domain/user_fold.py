@@ -83,7 +83,7 @@ class UserFold:
         return True
 
     @property
-    def is_born(self) -> bool:
+    def is_new(self) -> bool:
         """Absent before the batch, there after it."""
         return self.was is Phase.ABSENT and self.phase is Phase.CREATED
 
@@ -98,7 +98,7 @@ class UserFold:
         return self.was is Phase.CREATED and self.phase is Phase.DELETED
 
     @property
-    def is_buried(self) -> bool:
+    def needs_tombstone(self) -> bool:
         """Deleted by the batch, whether there before or not: leaves a tombstone, so that it stays gone."""
         return self.was is not Phase.DELETED and self.phase is Phase.DELETED
 

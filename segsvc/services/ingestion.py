@@ -207,14 +207,14 @@ def _fold(tx: UserTransaction, next_slot: int, events: Sequence[UserEvent]) -> t
     buried: dict[int, int] = {}
     # Ascending ids throughout: rows are written in the order in which they were locked.
     for user_id, user in users.items():
-        if user.is_born:
+        if user.is_new:
             born.append(_row(user_id, user, next_slot + len(born)))
             continue
         if user.is_changed:
             changed.append(_row(user_id, user, user.slot))
         elif user.is_removed:
             removed.append((user_id, user))
-        if user.is_buried:
+        if user.needs_tombstone:
             buried[user_id] = user.version
     if born:
         user_ids = np.array([user.user_id for user in born], dtype=np.int64)

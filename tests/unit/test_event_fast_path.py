@@ -1,4 +1,4 @@
-"""The quick way of reading events gives what the thorough way gives, or nothing."""
+"""The fast path of reading events gives what the thorough reader gives, or nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from segsvc.domain.event_fast_path import read_create, read_update
 from segsvc.domain.events import BadEvent, CreateUser, UpdateUser, UserEvent, parse_any
-from segsvc.domain.usual_events import read_create, read_update
 
 MAX = 2**63 - 1
 
@@ -122,5 +122,5 @@ def test_the_usual_event_is_read_quickly(value: bytes) -> None:
         b"",
     ],
 )
-def test_what_is_not_usual_is_left_to_the_thorough_way(value: bytes) -> None:
+def test_an_unusual_event_is_left_to_the_thorough_reader(value: bytes) -> None:
     assert read_create(value) is None
