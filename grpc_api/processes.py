@@ -28,7 +28,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = get_logger(__name__)
 
 
-class Supervisor:
+class PreforkParent:
     """Starts children, starts those anew that die, and ends with them.
 
     Args:

@@ -49,7 +49,7 @@ from grpc_api.interceptors import OneMessage, interceptors
 from grpc_api.memory_watch import MemoryWatch
 from grpc_api.native_streams import NativeStreams, with_interceptors
 from grpc_api.places import Places
-from grpc_api.processes import Supervisor
+from grpc_api.processes import PreforkParent
 from grpc_api.servicers.membership import MembershipServicer, Submit
 from grpc_api.servicers.operations import OperationsServicer, WatchServicer
 from grpc_api.servicers.segments import SegmentServicer
@@ -98,7 +98,7 @@ def serve(settings: Settings, *, make_sender: MakeSender) -> int:
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departure)
     if settings.front_processes == 1:
         return _serve_one(settings, make_sender)
-    return Supervisor(settings.front_processes, functools.partial(_serve_one, settings, make_sender)).run()
+    return PreforkParent(settings.front_processes, functools.partial(_serve_one, settings, make_sender)).run()
 
 
 def _raise_open_files() -> None:

@@ -22,7 +22,7 @@ from tasks import steps
 from tasks.broker import InstallationUnknown, use_our_transport
 from tasks.dispatcher import CeleryDispatcher
 from tasks.logs import be_quiet_about_periodic_tasks
-from tasks.queues import EVENTS_QUEUE, OPERATIONS_QUEUE, WARMING_QUEUE
+from tasks.queues import Queue
 from tasks.schedule import beat_schedule
 
 TASK_TIME_LIMIT_S = 600
@@ -99,11 +99,11 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_track_started": True,
         # An hour: nothing reads a result later, and 0 would lose a chord's body.
         "result_expires": 3600,
-        "task_default_queue": OPERATIONS_QUEUE,
+        "task_default_queue": Queue.OPERATIONS.value,
         "task_routes": {
-            "segsvc.apply_events": {"queue": EVENTS_QUEUE},
-            "segsvc.warm_*": {"queue": WARMING_QUEUE},
-            "segsvc.*": {"queue": OPERATIONS_QUEUE},
+            "segsvc.apply_events": {"queue": Queue.EVENTS.value},
+            "segsvc.warm_*": {"queue": Queue.WARMING.value},
+            "segsvc.*": {"queue": Queue.OPERATIONS.value},
         },
         # A publisher tells its caller soon that the broker is down; the ledger remembers what was to be sent.
         "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1},

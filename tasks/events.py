@@ -18,7 +18,7 @@ from segsvc.domain.events import UserEvent, from_wire, to_wire
 from segsvc.services.ingestion import BatchReport
 from tasks.app import app, installation, runtime
 from tasks.outcomes import BATCH_LOST, Outcome, TryAgain
-from tasks.queues import EVENTS_QUEUE
+from tasks.queues import Queue
 
 LOCK_TIMEOUT: Final = "LOCK_TIMEOUT"
 """Why a batch must come again: an operation held the shard for longer than ``lock_timeout_s``."""
@@ -83,7 +83,7 @@ class CeleryBatches:
         batch_id = uuid()
         options: dict[str, Any] = {
             "task_id": batch_id,
-            "queue": EVENTS_QUEUE,
+            "queue": Queue.EVENTS.value,
             "expires": expire_s,
             # What the logs show.
             "kwargsrepr": f"{{shard {shard}: {len(events)} × {topic}}}",

@@ -3,9 +3,17 @@ running."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Final
 
-OPERATIONS_QUEUE: Final = "operations"
-EVENTS_QUEUE: Final = "events"
-WARMING_QUEUE: Final = "warming"
-QUEUES: Final = (OPERATIONS_QUEUE, EVENTS_QUEUE, WARMING_QUEUE)
+
+class Queue(StrEnum):
+    """The queues by name. A worker works on one of them (``segsvc worker --queue``)."""
+
+    OPERATIONS = "operations"
+    EVENTS = "events"
+    WARMING = "warming"
+
+
+QUEUES: Final = tuple(queue.value for queue in Queue)
+"""Their names as Celery takes them."""

@@ -124,7 +124,7 @@ class HotLane:
         self._reads: Counter[int] = Counter()
         self._hits = metrics.reads.labels("hit")
         self._thread = threading.Thread(target=self._run, name="hot-lane", daemon=True)
-        self._housekeeper = threading.Thread(target=self._keep_house, name="hot-lane-housekeeping", daemon=True)
+        self._housekeeper = threading.Thread(target=self._run_housekeeping, name="hot-lane-housekeeping", daemon=True)
 
     def start(self) -> None:
         """Begin to take calls. A cache that is down does not keep the lane from starting."""
@@ -320,7 +320,7 @@ class HotLane:
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
-    def _keep_house(self) -> None:
+    def _run_housekeeping(self) -> None:
         next_counts = time.monotonic() + COUNTS_EVERY_S
         while not self._closing.wait(HOUSEKEEPING_S):
             try:

@@ -22,7 +22,7 @@ MEMORY_BYTES_MIN = 3 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class MissingRequirement:
     """Something missing. ``fatal``: the stack cannot start without it; else it starts, but not as it should be.
     ``remedy`` is a command or an action."""
 
@@ -34,7 +34,7 @@ class Finding:
         return f"{self.problem}. Remedy: {self.remedy}"
 
 
-def check(home: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+def check(home: Path, environ: Mapping[str, str] = os.environ) -> list[MissingRequirement]:
     """Look at everything the stack needs; an empty list means that nothing is missing.
 
     Args:
@@ -43,7 +43,7 @@ def check(home: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
     return [*_python(), *_machine(home), *_system_user(), *_kafka(environ)]
 
 
-def require(home: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+def require(home: Path, environ: Mapping[str, str] = os.environ) -> list[MissingRequirement]:
     """Like ``check``; returns what is not fatal.
 
     Raises:
@@ -55,26 +55,30 @@ def require(home: Path, environ: Mapping[str, str] = os.environ) -> list[Finding
     return findings
 
 
-def _python() -> list[Finding]:
+def _python() -> list[MissingRequirement]:
     if sys.version_info >= PYTHON_MIN:
         return []
     wanted = ".".join(map(str, PYTHON_MIN))
     found = ".".join(map(str, sys.version_info[:3]))
-    return [Finding(f"Python {wanted} or later is needed, this is {found}", f"apt-get install python{wanted}")]
+    return [
+        MissingRequirement(f"Python {wanted} or later is needed, this is {found}", f"apt-get install python{wanted}")
+    ]
 
 
-def _machine(home: Path) -> list[Finding]:
+def _machine(home: Path) -> list[MissingRequirement]:
     place = home.absolute()
     while not place.exists():
         place = place.parent
     findings = []
     if "," in str(home.absolute()):
         # To PostgreSQL's clients and to Kafka it separates the elements of a list.
-        findings.append(Finding(f"{home.absolute()} has a comma in its path", "set SEGSVC_STACK_DIR to another folder"))
+        findings.append(
+            MissingRequirement(f"{home.absolute()} has a comma in its path", "set SEGSVC_STACK_DIR to another folder")
+        )
     free = shutil.disk_usage(place).free
     if free < DISK_BYTES_MIN:
         findings.append(
-            Finding(
+            MissingRequirement(
                 f"{place} has {free >> 20} MiB free, {DISK_BYTES_MIN >> 20} MiB are needed",
                 "free some, or set SEGSVC_STACK_DIR to a folder on a larger disk",
             )
@@ -82,7 +86,7 @@ def _machine(home: Path) -> list[Finding]:
     memory = psutil.virtual_memory().available
     if memory < MEMORY_BYTES_MIN:
         findings.append(
-            Finding(
+            MissingRequirement(
                 f"{memory >> 20} MiB of memory are available, {MEMORY_BYTES_MIN >> 20} MiB are advised",
                 "close other programs, or send fewer users (USERS=50000)",
                 fatal=False,
@@ -91,7 +95,7 @@ def _machine(home: Path) -> list[Finding]:
     return findings
 
 
-def _system_user() -> list[Finding]:
+def _system_user() -> list[MissingRequirement]:
     """PostgreSQL does not run as root: root needs a user for it, or the means to make one, and to become it."""
     if os.geteuid() != 0:
         return []
@@ -99,17 +103,17 @@ def _system_user() -> list[Finding]:
     try:
         as_user(SYSTEM_USER, [])
     except LocalStackError as error:
-        findings.append(Finding(str(error), "apt-get install util-linux, or run as an ordinary user"))
+        findings.append(MissingRequirement(str(error), "apt-get install util-linux, or run as an ordinary user"))
     try:
         pwd.getpwnam(SYSTEM_USER)
     except KeyError:
         if not shutil.which("useradd"):
             problem = f"the user {SYSTEM_USER} is missing and there is no useradd"
-            findings.append(Finding(problem, "apt-get install passwd, or run as an ordinary user"))
+            findings.append(MissingRequirement(problem, "apt-get install passwd, or run as an ordinary user"))
     return findings
 
 
-def _kafka(environ: Mapping[str, str]) -> list[Finding]:
+def _kafka(environ: Mapping[str, str]) -> list[MissingRequirement]:
     if environ.get("SEGSVC_KAFKA_BOOTSTRAP_SERVERS"):
         return []
     missing = why_no_real_kafka()
@@ -120,7 +124,7 @@ def _kafka(environ: Mapping[str, str]) -> list[Finding]:
         "and SEGSVC_REQUIRE_REAL_KAFKA=1 forbids the stand-in" if required else "so an in-memory stand-in will be used"
     )
     return [
-        Finding(
+        MissingRequirement(
             f"no real Kafka can be started: {missing.split(' (')[0]}, {effect}",
             "apt-get install openjdk-17-jre-headless maven, or set SEGSVC_KAFKA_BOOTSTRAP_SERVERS to brokers of yours",
             fatal=required,

@@ -41,7 +41,8 @@ from segsvc.local.processes import (
 )
 from segsvc.local.servers import Servers
 from segsvc.local.stack_env import Kept, choose_ports, read_env, usual_ports, write_env
-from segsvc.local.supervision import ProcessSpec, Supervisor
+from segsvc.local.supervision import ProcessSpec, Supervisord
+from tasks.queues import QUEUES
 
 RUNNING_TIMEOUT_S = 90.0
 READY_TIMEOUT_S = 60.0
@@ -67,10 +68,9 @@ def service_processes() -> tuple[ProcessSpec, ...]:
     def segsvc(name: str, *arguments: str, stop_as_group: bool = True) -> ProcessSpec:
         return ProcessSpec(name, (sys.executable, "-m", "segsvc", *arguments), stop_as_group=stop_as_group)
 
-    queues = ("operations", "events", "warming")
     return (
         segsvc("serve", "serve"),
-        *(segsvc(f"worker-{queue}", "worker", "--queue", queue, stop_as_group=False) for queue in queues),
+        *(segsvc(f"worker-{queue}", "worker", "--queue", queue, stop_as_group=False) for queue in QUEUES),
         segsvc("beat", "beat"),
         segsvc("bridge", "bridge"),
         segsvc("flower", "flower"),
@@ -120,7 +120,7 @@ class LocalStack:
         self._migrate = migrate
         self._settings: Settings | None = None
         self._stack = contextlib.ExitStack()
-        self.supervisor = Supervisor(self.home / "run", logs=self.logs, mark=self.home)
+        self.supervisor = Supervisord(self.home / "run", logs=self.logs, mark=self.home)
 
     # -- what people call -------------------------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ class ProcessState:
     description: str
 
 
-class Supervisor:
+class Supervisord:
     """supervisord with a fixed set of processes.
 
     Args:

@@ -31,7 +31,7 @@ from segsvc.local.postgres import PostgresServer
 from segsvc.local.processes import free_ports, kill_marked, wait_until
 from segsvc.local.redis import BROKER_CONFIG, CACHE_CONFIG, RedisServer
 from segsvc.local.stack_env import write_env
-from segsvc.local.supervision import ProcessSpec, Supervisor
+from segsvc.local.supervision import ProcessSpec, Supervisord
 from segsvc.postgres.installation.migrate import migrate
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.services.check.check import Checker
@@ -89,7 +89,7 @@ class Rig:
         self._server = PostgresServer(folder / "pg", mark=folder, fast=True)
         self._broker = RedisServer("broker", folder / "broker", BROKER_CONFIG, mark=folder)
         self._cache = RedisServer("cache", folder / "cache", CACHE_CONFIG, mark=folder)
-        self._supervisor = Supervisor(folder / "run", logs=folder / "logs", mark=folder)
+        self._supervisor = Supervisord(folder / "run", logs=folder / "logs", mark=folder)
         self._random = random.Random(1)
         self._read_up_to: dict[str, int] = {}
 

@@ -28,7 +28,7 @@ from segsvc.local.processes import Daemon, free_ports
 from segsvc.local.redis import BROKER_CONFIG, CACHE_CONFIG, RedisServer
 from segsvc.local.stack import service_processes
 from segsvc.local.stack_env import write_env
-from segsvc.local.supervision import Supervisor
+from segsvc.local.supervision import Supervisord
 from segsvc.postgres import tables
 from segsvc.postgres.installation.migrate import migrate
 from tests.eventually import eventually
@@ -106,7 +106,7 @@ class System:
         self.installation.add_users(USERS)
         env_file = home / "stack.env"
         write_env(env_file, self.settings)
-        self.supervisor = Supervisor(home / "run", logs=home / "logs", mark=mark)
+        self.supervisor = Supervisord(home / "run", logs=home / "logs", mark=mark)
         self.closing.callback(self.supervisor.stop)
         processes = [process for process in service_processes() if process.name in PROCESSES]
         self.supervisor.start(processes, env={"SEGSVC_ENV_FILE": str(env_file)})

@@ -21,7 +21,7 @@ from segsvc.local.folders import make_private, socket_folder
 from segsvc.local.kafka_jars import fetch_jars
 from segsvc.local.processes import Daemon, LocalStackError, free_ports, kill_marked, tail, wait_until
 from segsvc.local.stack_env import Kept, read_env, write_env
-from segsvc.local.supervision import ProcessSpec, Supervisor
+from segsvc.local.supervision import ProcessSpec, Supervisord
 
 PYTHON = sys.executable
 
@@ -236,7 +236,7 @@ def test_every_queue_has_a_worker_of_its_own() -> None:
 
 def test_the_supervisors_configuration_survives_odd_arguments(tmp_path: Path) -> None:
     said = "100% 'quoted' \"twice\" and spaced"
-    supervisor = Supervisor(tmp_path / "run", logs=tmp_path / "logs")
+    supervisor = Supervisord(tmp_path / "run", logs=tmp_path / "logs")
     try:
         supervisor.start(
             [ProcessSpec("odd", (PYTHON, "-c", f"import signal; print({said!r}, flush=True); signal.pause()"))], env={}

@@ -7,13 +7,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from segsvc.cli.base import FAILED, Refusal, settings_of_process
+from tasks.queues import Queue
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
     from segsvc.metrics_http import Health
 
 PANEL: Final = "Processes"
-
-
-class Queue(StrEnum):
-    """The queues; each has a worker of its own, so that none starves another."""
-
-    OPERATIONS = "operations"
-    EVENTS = "events"
-    WARMING = "warming"
 
 
 def serve() -> None:

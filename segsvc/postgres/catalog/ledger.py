@@ -385,7 +385,7 @@ class PostgresLedger:
     def live_segments(self) -> int:
         """Segments that count towards the limit."""
         with self._databases.catalog_tx() as connection:
-            return ledger_steps.count_segments(connection)
+            return ledger_steps.count_taken_slugs(connection)
 
     def draw_segment_id(self) -> int:
         """A numeric id for a new segment; never given twice."""

@@ -104,7 +104,7 @@ def find_segment(connection: sa.Connection, slug: str) -> Segment | None:
     return to_segment(row) if row else None
 
 
-def count_segments(connection: sa.Connection) -> int:
+def count_taken_slugs(connection: sa.Connection) -> int:
     """Slugs that are taken, reserved ones included: what the limit is about."""
     return int(connection.execute(sa.select(sa.func.count()).select_from(tables.segments)).scalar_one())
 
@@ -237,7 +237,7 @@ def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
     )
     if not result.rowcount:
         return Failure.of(segment_exists(plan.slug))
-    if count_segments(connection) > SEGMENTS_MAX:
+    if count_taken_slugs(connection) > SEGMENTS_MAX:
         connection.execute(sa.delete(tables.segments).where(_segments.id == plan.segment_id))
         return Failure.of(too_many_segments(SEGMENTS_MAX))
     return None
