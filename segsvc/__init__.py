@@ -1,3 +1,3 @@
 """segsvc: which segments is this user in? Answered at every login, correct under faults."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
