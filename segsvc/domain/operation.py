@@ -18,7 +18,7 @@ from uuid import UUID
 
 from segsvc.domain.condition_cost import ConditionCost
 from segsvc.domain.errors import Reason, ServiceError
-from segsvc.domain.segment import Policy, Rule, Segment, SegmentText
+from segsvc.domain.segment import Rule, Segment, SegmentText
 
 
 class OperationKind(IntEnum):
@@ -152,11 +152,7 @@ class OperationPlan:
             "etag": self.etag,
         }
         if self.rule is not None:
-            plan["rule"] = {
-                "threshold": self.rule.threshold,
-                "condition": self.rule.condition,
-                "policy": self.rule.policy.name,
-            }
+            plan["rule"] = self.rule.to_json()
         if self.cost is not None:
             plan["cost"] = self.cost.to_json()
         if self.text is not None:
@@ -178,7 +174,7 @@ class OperationPlan:
             segment_id=value["segment_id"],
             segment_uid=UUID(value["segment_uid"]),
             salt=int(value["salt"]),
-            rule=Rule(rule["threshold"], rule["condition"], Policy[rule["policy"]]) if rule else None,
+            rule=Rule.from_json(rule) if rule else None,
             text=SegmentText(text["display_name"], text["description"], text["labels"]) if text else None,
             etag=value["etag"],
             cost=ConditionCost.from_json(cost) if cost else None,

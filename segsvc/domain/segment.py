@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from enum import IntEnum
+from typing import Any
 from uuid import UUID
 
 from segsvc.domain.errors import invalid_field, required_field
@@ -55,6 +56,15 @@ class Rule:
     @property
     def percent(self) -> float:
         return self.threshold / 1000
+
+    def to_json(self) -> dict[str, Any]:
+        """The rule as the catalog keeps it in an operation's plan and in a segment as it was at a commit."""
+        return {"threshold": self.threshold, "condition": self.condition, "policy": self.policy.name}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Rule:
+        """The rule that ``to_json`` wrote."""
+        return cls(value["threshold"], value["condition"], Policy[value["policy"]])
 
 
 @dataclass(frozen=True, slots=True)

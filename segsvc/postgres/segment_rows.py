@@ -106,7 +106,6 @@ def _rule(threshold: int, condition: str, policy: int) -> Rule:
 
 def segment_to_json(segment: Segment) -> dict[str, Any]:
     """A segment as it is now, to be kept."""
-    rule = segment.rule
     return {
         "id": segment.id,
         "slug": segment.slug,
@@ -115,7 +114,7 @@ def segment_to_json(segment: Segment) -> dict[str, Any]:
         "display_name": segment.display_name,
         "description": segment.description,
         "labels": dict(segment.labels),
-        "rule": rule and {"threshold": rule.threshold, "condition": rule.condition, "policy": rule.policy.name},
+        "rule": segment.rule and segment.rule.to_json(),
         "state": segment.state.name,
         "etag": segment.etag,
         "create_time": segment.create_time.isoformat(),
@@ -138,7 +137,7 @@ def segment_from_json(value: dict[str, Any]) -> Segment:
         display_name=value["display_name"],
         description=value["description"],
         labels=value["labels"],
-        rule=Rule(rule["threshold"], rule["condition"], Policy[rule["policy"]]) if rule else None,
+        rule=Rule.from_json(rule) if rule else None,
         state=SegmentState[value["state"]],
         etag=value["etag"],
         create_time=datetime.fromisoformat(value["create_time"]),
