@@ -16,7 +16,7 @@ from segsvc.log import get_logger
 log = get_logger(__name__)
 
 
-class Look(Protocol):
+class EndListener(Protocol):
     """Both raise what the block turns into CATALOG_UNAVAILABLE."""
 
     def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
@@ -27,8 +27,8 @@ class Look(Protocol):
 
 
 class FinalOperations(Protocol):
-    def looking(self) -> AbstractContextManager[Look]:
-        """What the block looks with. Raises CATALOG_UNAVAILABLE, in the block too."""
+    def listening(self) -> AbstractContextManager[EndListener]:
+        """A listener for the block. Raises CATALOG_UNAVAILABLE, in the block too."""
 
 
 class OperationEndWatcher:
@@ -76,10 +76,10 @@ class OperationEndWatcher:
     def _run(self) -> None:
         while self._wanted(wait=True):
             try:
-                with self._store.looking() as look:
+                with self._store.listening() as listener:
                     while wanted := self._wanted(wait=False):
-                        self._hand_over(look.final_among(wanted))
-                        look.await_end(self._POLL_S)
+                        self._hand_over(listener.final_among(wanted))
+                        listener.await_end(self._POLL_S)
             except ServiceError as error:
                 log.warning("watching_paused", reason=error.reason.text)
                 self._pause(self._OUTAGE_POLL_S)

@@ -63,7 +63,7 @@ class UserTransaction(ShardBits, Protocol):
     def remove(self, user_ids: Sequence[int]) -> None:
         """Delete users and their overrides."""
 
-    def bury(self, versions: Mapping[int, int]) -> None:
+    def insert_tombstones(self, versions: Mapping[int, int]) -> None:
         """Write tombstones: user id → version of the newest event."""
 
     def advance(self, next_slot: int, users_added: int) -> None:
@@ -201,25 +201,25 @@ def _fold(tx: UserTransaction, next_slot: int, events: Sequence[UserEvent]) -> t
     """Apply events of any kinds, user by user."""
     users = _load(tx, sorted({event.user_id for event in events}))
     effects = fold(users, events)
-    born: list[UserRow] = []
+    created: list[UserRow] = []
     changed: list[UserRow] = []
     removed: list[tuple[int, UserFold]] = []
-    buried: dict[int, int] = {}
+    tombstones: dict[int, int] = {}
     # Ascending ids throughout: rows are written in the order in which they were locked.
     for user_id, user in users.items():
         if user.is_new:
-            born.append(_row(user_id, user, next_slot + len(born)))
+            created.append(_row(user_id, user, next_slot + len(created)))
             continue
         if user.is_changed:
             changed.append(_row(user_id, user, user.slot))
         elif user.is_removed:
             removed.append((user_id, user))
         if user.needs_tombstone:
-            buried[user_id] = user.version
-    if born:
-        user_ids = np.array([user.user_id for user in born], dtype=np.int64)
-        versions = np.array([user.version for user in born], dtype=np.int64)
-        tx.insert(user_ids, next_slot, versions, [user.attributes for user in born])
+            tombstones[user_id] = user.version
+    if created:
+        user_ids = np.array([user.user_id for user in created], dtype=np.int64)
+        versions = np.array([user.version for user in created], dtype=np.int64)
+        tx.insert(user_ids, next_slot, versions, [user.attributes for user in created])
         place_users(tx, next_slot, user_ids)
     if changed:
         tx.update(changed)
@@ -231,10 +231,10 @@ def _fold(tx: UserTransaction, next_slot: int, events: Sequence[UserEvent]) -> t
     if removed:
         clear_users(tx, np.array([user.slot for _, user in removed], dtype=np.int64))
         tx.remove([user_id for user_id, _ in removed])
-    if buried:
-        tx.bury(buried)
-    if born or removed:
-        tx.advance(next_slot + len(born), len(born) - len(removed))
+    if tombstones:
+        tx.insert_tombstones(tombstones)
+    if created or removed:
+        tx.advance(next_slot + len(created), len(created) - len(removed))
     return effects, {user_id for user_id, user in users.items() if user.may_be_cached_stale}
 
 

@@ -32,7 +32,7 @@ class Store:
         self.told = threading.Event()
 
     @contextmanager
-    def looking(self) -> Iterator[Store]:
+    def listening(self) -> Iterator[Store]:
         yield self
 
     def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:

@@ -36,7 +36,6 @@ from segsvc.log import get_logger
 from segsvc.metrics import operations_finished
 from segsvc.postgres import tables
 from segsvc.postgres.catalog import ledger_steps
-from segsvc.postgres.catalog.ledger_ends import TELL_END, LookForEnds
 from segsvc.postgres.catalog.ledger_views import (
     select_operation,
     select_operations,
@@ -44,6 +43,7 @@ from segsvc.postgres.catalog.ledger_views import (
     select_progress,
     select_votes,
 )
+from segsvc.postgres.catalog.operation_ends import NOTIFY_END, PostgresEndListener
 from segsvc.postgres.engine import Databases, sqlstate
 from segsvc.postgres.locks import ACCEPT_LOCK
 from segsvc.twophase.ports import Answer, OpenOperation, WorkFailed
@@ -83,7 +83,7 @@ _FINISH: Final = (
     sa.update(tables.operations)
     .where(_operations.id == sa.bindparam("operation_id"), _operations.state == OperationState.COMMITTED.name)
     .values(state=OperationState.DONE.name, end_time=sa.func.clock_timestamp())
-    .returning(_operations.kind, _operations.segment_id, TELL_END)
+    .returning(_operations.kind, _operations.segment_id, NOTIFY_END)
 )
 
 
@@ -153,14 +153,14 @@ class PostgresLedger:
         return {row.id: OperationState[row.state] for row in rows}
 
     @contextmanager
-    def looking(self) -> Iterator[LookForEnds]:
-        """Look for operations that end, on one connection held for the block. See ``LookForEnds``."""
+    def listening(self) -> Iterator[PostgresEndListener]:
+        """Listen for ends of operations, on one connection held for the block. See ``PostgresEndListener``."""
         with self._databases.catalog_autocommit() as connection:
-            look = LookForEnds(connection)
+            listener = PostgresEndListener(connection)
             try:
-                yield look
+                yield listener
             finally:
-                look.close()
+                listener.close()
 
     def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]:
         """Operations that match, newest first; ``before_seq``: only older ones than this."""

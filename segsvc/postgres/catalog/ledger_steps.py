@@ -25,7 +25,7 @@ from segsvc.domain.operation import Failure, Operation, OperationKind, Operation
 from segsvc.domain.segment import SEGMENTS_MAX, Segment, SegmentState, SegmentText, new_etag
 from segsvc.postgres import tables
 from segsvc.postgres.catalog import audit_trail
-from segsvc.postgres.catalog.ledger_ends import TELL_END
+from segsvc.postgres.catalog.operation_ends import NOTIFY_END
 from segsvc.postgres.catalog.segments import select_rules_in_force
 from segsvc.postgres.segment_rows import COLUMNS, segment_to_json, to_segment
 
@@ -261,7 +261,7 @@ def abort(
             sa.not_(IN_TIME) if if_late else sa.true(),
         )
         .values(state=OperationState.ABORTED.name, failure=failure.to_json(), end_time=sa.func.clock_timestamp())
-        .returning(_operations.kind, _operations.segment_id, TELL_END)
+        .returning(_operations.kind, _operations.segment_id, NOTIFY_END)
     ).one_or_none()
     if row is None:
         return None

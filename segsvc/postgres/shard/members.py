@@ -19,7 +19,7 @@ from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.statistics import MemberPage
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
-from segsvc.postgres.shard.override_terms import holds_now
+from segsvc.postgres.shard.override_expiry import holds_now
 
 WINDOW_BLOCKS = 256
 WINDOW_OVERRIDES = 10_000

@@ -24,7 +24,7 @@ from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, bound_ms
 from segsvc.postgres.locks import WARM_LOCK
-from segsvc.postgres.shard.override_terms import holds_now
+from segsvc.postgres.shard.override_expiry import holds_now
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.segment_rows import SHARD_COLUMNS, to_shard_segment
 from segsvc.postgres.shard.attribute_names import absent_attributes, attribute_names
-from segsvc.postgres.shard.override_terms import holds_now
+from segsvc.postgres.shard.override_expiry import holds_now
 
 _BLOCKS_LISTED_MAX: Final = 64
 """Up to so many blocks, deleting those that are listed takes no longer than deleting a range."""

@@ -25,7 +25,7 @@ from segsvc.postgres import tables
 from segsvc.postgres.engine import LOCK_NOT_AVAILABLE, QUERY_CANCELED, Databases, sqlstate
 from segsvc.postgres.shard.memberships import select_users
 from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
-from segsvc.postgres.shard.override_terms import holds_now
+from segsvc.postgres.shard.override_expiry import holds_now
 from segsvc.postgres.shard.user_bits import int_array
 from segsvc.postgres.shard.user_transaction import lock_shared
 

@@ -13,7 +13,7 @@ from segsvc.domain.statistics import ShardStatistics
 from segsvc.domain.user import User
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
-from segsvc.postgres.shard.override_terms import holds_now
+from segsvc.postgres.shard.override_expiry import holds_now
 
 
 def _override_effects() -> sa.Subquery:

@@ -151,7 +151,7 @@ class PostgresUserTransaction(PostgresShardBits):
             self._connection.execute(sa.delete(table).where(table.c.user_id == sa.any_(ids)))
         self._connection.execute(sa.delete(tables.users).where(tables.users.c.id == sa.any_(ids)))
 
-    def bury(self, versions: Mapping[int, int]) -> None:
+    def insert_tombstones(self, versions: Mapping[int, int]) -> None:
         """Write tombstones."""
         self._connection.execute(
             sa.text(

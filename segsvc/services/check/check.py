@@ -27,7 +27,7 @@ Progress = Callable[[int, int, int], None]
 """Told (shard, blocks done, blocks in all) as the check goes on."""
 
 
-class AuditedShard(ShardSnapshot, Protocol):
+class CheckedShard(ShardSnapshot, Protocol):
     """A shard's snapshot with what is compared with the catalog."""
 
     def fences(self) -> frozenset[UUID]: ...
@@ -46,7 +46,7 @@ class CheckReads(Protocol):
         """The catalog now, in one snapshot: with the operations that are not final, ended within this time, or are
         asked for, and the whole history of the segments that are in the queue or being changed."""
 
-    def shard(self, shard: int) -> AbstractContextManager[AuditedShard]:
+    def shard(self, shard: int) -> AbstractContextManager[CheckedShard]:
         """A snapshot of a shard, for as long as the block lasts."""
 
     def changing_segments(self) -> frozenset[int]:
@@ -142,7 +142,7 @@ class Checker:
         )
 
 
-def _pages_of_deleted(snapshot: AuditedShard) -> Iterator[Int64s]:
+def _pages_of_deleted(snapshot: CheckedShard) -> Iterator[Int64s]:
     last = 0
     while (page := snapshot.deleted_users(last, _DELETED_PAGE)).size:
         yield page

@@ -35,7 +35,7 @@ def test_the_end_is_told(rig: Rig, end: OperationState) -> None:
 
 
 def test_a_connection_that_listened_goes_back_as_it_was(rig: Rig) -> None:
-    with rig.ledger.looking():
+    with rig.ledger.listening():
         pass
     rig.create()
     # Told to a connection in the pool, it would lie there unread, and the connection would be taken for a dead one.

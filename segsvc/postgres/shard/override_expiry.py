@@ -1,4 +1,4 @@
-"""What statements say of overrides."""
+"""Whether an override still holds: the condition that every statement about overrides shares."""
 
 from __future__ import annotations
 

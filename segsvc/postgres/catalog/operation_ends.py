@@ -16,11 +16,11 @@ from segsvc.postgres.catalog.ledger_views import select_operations
 _CHANNEL: Final = "segsvc_operation_ended"
 _SELECT_ENDED: Final = "SELECT id FROM operations WHERE id = ANY(%s::uuid[]) AND state IN ('DONE', 'ABORTED')"
 
-TELL_END: Final = sa.func.pg_notify(_CHANNEL, "")
+NOTIFY_END: Final = sa.func.pg_notify(_CHANNEL, "")
 """In the statement that makes an operation final: told when its transaction commits, and only then."""
 
 
-class LookForEnds:
+class PostgresEndListener:
     """Those of some operations that have ended, on a connection on which every statement is its own transaction.
 
     What is told is a hint to look: it may be lost (a pooler between, a connection that broke), and says of nobody
