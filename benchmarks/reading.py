@@ -28,6 +28,9 @@ class NoDispatcher:
     def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
         raise RuntimeError(f"a benchmark of reads dispatched {operation.id} to {shards}")
 
+    def check(self) -> None:
+        raise RuntimeError("a benchmark of reads accepted an operation")
+
 
 @dataclass(frozen=True, slots=True)
 class Server:
@@ -91,7 +94,7 @@ def warm(settings: Settings) -> None:
     Raises:
         RuntimeError: a user is not a hit afterwards.
     """
-    services = WorkerServices(settings, dispatcher=NoDispatcher())
+    services = WorkerServices(settings, sender=NoDispatcher())
     try:
         for shard in range(settings.shard_count):
             services.warming.warm_shard(shard)

@@ -202,7 +202,7 @@ class FrontProcess:
         stack.push_async_callback(_drain, server, streams)
         # Unwound before the server stops: calls that wait for an operation answer now, so draining is short.
         stack.push_async_callback(asyncio.to_thread, self._services.watcher.close)
-        stack.callback(self._services.operations.close)
+        stack.callback(self._services.creations.close)
         stack.push_async_callback(monitor.stop)
         if native is not None:
             native.start()
@@ -249,10 +249,12 @@ class FrontProcess:
             statistics=services.statistics,
             preview=services.preview,
             export=services.export,
+            acceptance=services.acceptance,
+            creations=services.creations,
             operations=services.operations,
             reading=self._reading,
             changes=self._changes,
-            creations=self._creations,
+            creating=self._creations,
             bulk=self._bulk,
             previews=self._previews,
             exports=self._exports,
@@ -283,7 +285,7 @@ class FrontProcess:
         )
         watch_pb2_grpc.add_OperationServiceServicer_to_server(watches, server)
         operations_pb2_grpc.add_OperationsServicer_to_server(  # type: ignore[no-untyped-call]
-            OperationsServicer(services.operations, self._reading, self._changes), server
+            OperationsServicer(services.operations, services.acceptance, self._reading, self._changes), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.grpc_reflection:

@@ -38,15 +38,17 @@ from segsvc.postgres.shard.statistics import PostgresShardCounter, PostgresUserR
 from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.postgres.stalls import StallWatch
 from segsvc.postgres.whose import installation_of
+from segsvc.services.acceptance import Acceptance, Broker
 from segsvc.services.check.check import Checker
 from segsvc.services.cold_reads import ColdReads, Limits
+from segsvc.services.creations import Creations
 from segsvc.services.deadlines import DeadlineKeeper
 from segsvc.services.end_watcher import OperationEndWatcher
 from segsvc.services.explain import ExplainService
 from segsvc.services.export import ExportService
 from segsvc.services.ingestion import Ingestion
 from segsvc.services.maintenance import MaintenanceService
-from segsvc.services.operations import Broker, OperationService
+from segsvc.services.operations import OperationService
 from segsvc.services.outbox import Outbox, SegmentEventPublisher
 from segsvc.services.overrides import OverrideService
 from segsvc.services.preview import PreviewService
@@ -165,13 +167,15 @@ class OperationParts:
 class WorkerServices:
     """What the tasks of one worker process use. Made after the fork."""
 
-    def __init__(self, settings: Settings, *, dispatcher: Dispatcher) -> None:
+    def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
         # A worker process runs one task at a time; its own thread and a fan-out visit may need a connection each.
         self.databases = Databases(settings, "worker", Pool(2))
         self.cache = make_cache(settings)
-        parts = OperationParts(settings, self.databases, self.cache, dispatcher)
+        parts = OperationParts(settings, self.databases, self.cache, sender)
         self.ledger = parts.ledger
         self.coordinator = parts.coordinator
+        costs = make_rule_costs(settings, self.databases)
+        self.acceptance = Acceptance(store=parts.ledger, coordinator=parts.coordinator, broker=sender, costs=costs)
         self._fan_out = parts.fan_out
         self.ingestion = Ingestion(PostgresUserStore(self.databases), self.cache, failpoints(settings.failpoint_dir))
         memberships = PostgresMemberships(self.databases)
@@ -186,7 +190,7 @@ class WorkerServices:
         self.maintenance = MaintenanceService(
             catalog=PostgresMaintainedCatalog(self.databases),
             shards=PostgresMaintainedShards(self.databases),
-            costs=make_rule_costs(settings, self.databases),
+            costs=costs,
             shard_numbers=range(settings.shard_count),
             request_id_ttl_s=settings.request_id_ttl_s,
             tombstone_ttl_s=settings.tombstone_ttl_s,
@@ -304,14 +308,16 @@ class Front:
         self.explain = ExplainService(overrides)
         self.probes = PostgresProbes(self._reads)
         self.watcher = OperationEndWatcher(parts.ledger)
-        self.operations = OperationService(
+        shards = range(settings.shard_count)
+        self.operations = OperationService(store=parts.ledger, watcher=self.watcher, shards=shards)
+        self.acceptance = Acceptance(store=parts.ledger, coordinator=parts.coordinator, broker=sender, costs=costs)
+        self.creations = Creations(
             store=parts.ledger,
+            acceptance=self.acceptance,
+            operations=self.operations,
             coordinator=parts.coordinator,
-            broker=sender,
-            watcher=self.watcher,
-            shards=range(settings.shard_count),
+            shards=shards,
             fan_out=for_creations,
-            costs=costs,
         )
         self._deadlines = DeadlineKeeper(parts.coordinator, interval_s=settings.recovery_interval_s)
 

@@ -140,7 +140,7 @@ class _Process:
 def runtime() -> WorkerServices:
     """This worker process's services; built on first use, so always after the fork."""
     if _Process.services is None:
-        _Process.services = WorkerServices(load_settings(), dispatcher=CeleryDispatcher(app))
+        _Process.services = WorkerServices(load_settings(), sender=CeleryDispatcher(app))
     return _Process.services
 
 

@@ -20,7 +20,7 @@ CHECK_TIMEOUT_S = 0.5
 
 
 class CeleryDispatcher:
-    """Implements ``twophase.Dispatcher`` and ``services.operations.Broker``."""
+    """Implements ``twophase.Dispatcher`` and ``services.acceptance.Broker``."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app

@@ -21,6 +21,7 @@ from grpc_api.watching import OperationWatch, View
 from segsvc.domain.errors import Reason, ServiceError, invalid_field, operation_not_found
 from segsvc.domain.operation import OperationFilter
 from segsvc.domain.paging import decode_token, encode_token, page_size_of
+from segsvc.services.acceptance import Acceptance
 from segsvc.services.operations import OperationService
 
 COLLECTION = "operations"
@@ -31,8 +32,15 @@ PAGE_BYTES_MAX = 2 << 20
 class OperationsServicer(operations_pb2_grpc.OperationsServicer):
     """google.longrunning.Operations."""
 
-    def __init__(self, operations: OperationService, reading: BlockingCalls, changes: BlockingCalls) -> None:
+    def __init__(
+        self,
+        operations: OperationService,
+        acceptance: Acceptance,
+        reading: BlockingCalls,
+        changes: BlockingCalls,
+    ) -> None:
         self._operations = operations
+        self._acceptance = acceptance
         self._views = OperationViews(operations, reading)
         self._reading = reading
         self._changes = changes
@@ -77,7 +85,7 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):
 
     async def CancelOperation(self, request: operations_pb2.CancelOperationRequest, context: Context) -> Empty:
         operation_id = convert.operation_id_of(request.name)
-        await self._changes.run(lambda _: self._operations.cancel(operation_id))
+        await self._changes.run(lambda _: self._acceptance.cancel(operation_id))
         return Empty()
 
     async def DeleteOperation(self, request: operations_pb2.DeleteOperationRequest, context: Context) -> Empty:

@@ -18,6 +18,8 @@ from grpc_api.servicers.views import OperationViews
 from segsvc.domain.errors import required_field
 from segsvc.domain.paging import page_size_of
 from segsvc.domain.segment import check_slug, check_text
+from segsvc.services.acceptance import Acceptance
+from segsvc.services.creations import Creations
 from segsvc.services.export import ExportService
 from segsvc.services.operations import OperationService
 from segsvc.services.preview import PreviewService
@@ -36,7 +38,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     Args:
         reading: threads for what is looked up.
         changes: threads of their own for what changes something.
-        creations: threads of their own for CreateSegment, which waits for its turn among the operations.
+        creating: threads of their own for CreateSegment, which waits for its turn among the operations.
         bulk: threads of their own for what counts all members.
         previews: threads of their own for PreviewRollOut, which takes as long as its condition.
         exports: threads of their own for ExportSegmentUsers, which has as many batches as there are members.
@@ -50,10 +52,12 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         statistics: StatisticsService,
         preview: PreviewService,
         export: ExportService,
+        acceptance: Acceptance,
+        creations: Creations,
         operations: OperationService,
         reading: BlockingCalls,
         changes: BlockingCalls,
-        creations: BlockingCalls,
+        creating: BlockingCalls,
         bulk: BlockingCalls,
         previews: BlockingCalls,
         exports: BlockingCalls,
@@ -63,12 +67,13 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         self._statistics = statistics
         self._preview = preview
         self._export = export
-        self._operations = operations
+        self._acceptance = acceptance
+        self._creations = creations
         self._views = OperationViews(operations, changes)
         self._reading = reading
         self._changes = changes
         self._bulk = bulk
-        self._creations = creations
+        self._creating = creating
         self._previews = previews
         self._exports = exports
         self._export_places = export_places
@@ -80,8 +85,8 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         check_text(text)
         key = convert.request_key_of(call_scope.current().method, request)
         call = call_scope.current()
-        segment = await self._creations.run(
-            lambda _: self._operations.create_segment(slug, text, request=key, deadline_s=call.patience_s())
+        segment = await self._creating.run(
+            lambda _: self._creations.create_segment(slug, text, request=key, deadline_s=call.patience_s())
         )
         return convert.segment_message(segment)
 
@@ -120,7 +125,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     async def DeleteSegment(self, request: segments_pb2.DeleteSegmentRequest, context: Context) -> OperationMessage:
         slug, etag = check_slug(request.slug), convert.etag_of(request.etag, "etag")
         key = convert.request_key_of(call_scope.current().method, request)
-        accepted = await self._changes.run(lambda _: self._operations.delete(slug, etag=etag, request=key))
+        accepted = await self._changes.run(lambda _: self._acceptance.delete(slug, etag=etag, request=key))
         patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()
         return convert.operation_message(await self._views.answer(accepted, patience_s))
 
@@ -141,7 +146,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         etag = convert.etag_of(request.etag, "etag")
         key = convert.request_key_of(call_scope.current().method, request)
         accepted = await self._changes.run(
-            lambda timeout_s: self._operations.roll_out(
+            lambda timeout_s: self._acceptance.roll_out(
                 slug, rule, etag=etag, request=key, replace_queued=request.replace_queued, timeout_s=timeout_s
             )
         )

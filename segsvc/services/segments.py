@@ -1,4 +1,5 @@
-"""Segments as people see them: get, list, edit. What decides memberships changes in ``services.operations``."""
+"""Segments as people see them: get, list, edit. What decides memberships changes in ``services.acceptance`` and
+``services.creations``."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ The ledger (the operations of the catalog database) is the only truth. Messages,
 process may be lost at any moment; whoever comes next reads the ledger and goes on. The protocol knows two small
 interfaces, ``Ledger`` and ``Participant``, so that a simulation and PostgreSQL run the same code.
 
-    accept    insert QUEUED                                       (services.operations; only then answer or dispatch)
+    accept    insert QUEUED                                       (services.acceptance; only then answer or dispatch)
     start     QUEUED → PREPARING, one in flight, deadline starts  Ledger.start_next
     prepare   on each shard: lock, fence, work, PREPARE           Participant.prepare
     vote      on the catalog, only while PREPARING and in time    Ledger.vote

@@ -190,5 +190,5 @@ def front(installation: Installation, workers: tuple[Worker, Worker], beat: Beat
     """Everything runs; this accepts operations."""
     made = Front(installation.settings, sender=CeleryDispatcher(celery_of(installation.settings)))
     yield made
-    made.operations.close()
+    made.creations.close()
     made.close()

@@ -22,8 +22,8 @@ HELD_SHARD = 1
 
 
 def start(front: Front, slug: str) -> Operation:
-    front.operations.create_segment(slug, SegmentText(), request=None, deadline_s=END_S)
-    return front.operations.roll_out(slug, Rule(THRESHOLD), etag="", request=None)
+    front.creations.create_segment(slug, SegmentText(), request=None, deadline_s=END_S)
+    return front.acceptance.roll_out(slug, Rule(THRESHOLD), etag="", request=None)
 
 
 def hold(workers: tuple[Worker, Worker]) -> None:

@@ -33,7 +33,7 @@ class NoTasks:
 def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     settings = Settings(_env_file=None, **job["settings"])
-    worker = WorkerServices(settings, dispatcher=NoTasks())
+    worker = WorkerServices(settings, sender=NoTasks())
     front = Front(settings, sender=NoTasks())
     outcomes: list[dict[str, Any]] = []
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import chain, repeat
-from typing import cast
+from typing import Protocol, cast
 from unittest.mock import Mock
 
 import pytest
@@ -13,14 +13,20 @@ import pytest
 from segsvc.domain.errors import Reason, ServiceError, catalog_unavailable
 from segsvc.domain.operation import Accepted, Failure, Operation, OperationState
 from segsvc.domain.segment import SegmentText
+from segsvc.services.acceptance import Acceptance, AcceptanceStore
+from segsvc.services.creations import Creations, CreationStore
 from segsvc.services.operations import EndWatcher, OperationService, OperationStore
 from segsvc.twophase.protocol import Coordinator
+
+
+class Ledger(AcceptanceStore, CreationStore, OperationStore, Protocol):
+    """What a front's services need of it."""
 
 
 @pytest.fixture
 def store() -> Mock:
     """Creations are accepted, and others are before them."""
-    store = Mock(spec=OperationStore)
+    store = Mock(spec=Ledger)
     store.segment.return_value = None
     store.live_segments.return_value = 0
     store.draw_segment_id.return_value = 1
@@ -31,7 +37,7 @@ def store() -> Mock:
 
 
 @pytest.fixture
-def service(store: Mock) -> Iterator[OperationService]:
+def creations(store: Mock) -> Iterator[Creations]:
     coordinator = Mock(spec=Coordinator)
 
     def abort(*_: object, **__: object) -> bool:
@@ -40,40 +46,40 @@ def service(store: Mock) -> Iterator[OperationService]:
         return True
 
     coordinator.abort.side_effect = abort
-    service = OperationService(
+    shards = range(2)
+    made = Creations(
         store=store,
+        acceptance=Acceptance(store=store, coordinator=coordinator, broker=Mock(), costs=Mock()),
+        operations=OperationService(store=store, watcher=cast(EndWatcher, Mock()), shards=shards),
         coordinator=coordinator,
-        broker=Mock(),
-        watcher=cast(EndWatcher, Mock()),
-        shards=range(2),
+        shards=shards,
         fan_out=Mock(),
-        costs=Mock(),
     )
-    yield service
-    service.close()
+    yield made
+    made.close()
 
 
-def test_a_creation_gives_up_when_its_time_is_up_and_not_at_its_next_look(service: OperationService) -> None:
+def test_a_creation_gives_up_when_its_time_is_up_and_not_at_its_next_look(creations: Creations) -> None:
     begin = time.monotonic()
     with pytest.raises(ServiceError) as refused:
         # Its looks are after 0.42 and 0.64 s.
-        service.create_segment("late", SegmentText(), request=None, deadline_s=0.45)
+        creations.create_segment("late", SegmentText(), request=None, deadline_s=0.45)
     assert time.monotonic() - begin < 0.6
     assert refused.value.reason is Reason.OPERATION_QUEUE_BUSY
 
 
-def test_who_stands_still_with_the_queue_does_not_end_the_wait(service: OperationService, store: Mock) -> None:
+def test_who_stands_still_with_the_queue_does_not_end_the_wait(creations: Creations, store: Mock) -> None:
     store.start_next.side_effect = chain(
         [ServiceError(Reason.OVERLOADED, "held up"), ServiceError(Reason.OVERLOADED, "held up")], repeat(None)
     )
     with pytest.raises(ServiceError) as refused:
-        service.create_segment("late", SegmentText(), request=None, deadline_s=0.2)
+        creations.create_segment("late", SegmentText(), request=None, deadline_s=0.2)
     assert refused.value.reason is Reason.OPERATION_QUEUE_BUSY
     assert store.start_next.call_count > 3
 
 
-def test_a_catalog_that_is_away_ends_it(service: OperationService, store: Mock) -> None:
+def test_a_catalog_that_is_away_ends_it(creations: Creations, store: Mock) -> None:
     store.start_next.side_effect = catalog_unavailable()
     with pytest.raises(ServiceError) as refused:
-        service.create_segment("late", SegmentText(), request=None, deadline_s=5.0)
+        creations.create_segment("late", SegmentText(), request=None, deadline_s=5.0)
     assert refused.value.reason is Reason.CATALOG_UNAVAILABLE

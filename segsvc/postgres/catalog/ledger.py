@@ -1,6 +1,7 @@
 """The ledger: operations in the catalog. Every transition is one compare-and-set in one transaction.
 
-Implements ``twophase.Ledger`` and the store of ``services.operations``. Times are the catalog's clock.
+Implements ``twophase.Ledger`` and the stores of ``services.acceptance``, ``services.creations`` and
+``services.operations``. Times are the catalog's clock.
 """
 
 from __future__ import annotations

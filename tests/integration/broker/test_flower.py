@@ -25,8 +25,8 @@ from tasks.app import app
 from tasks.dispatcher import CeleryDispatcher
 
 front = Front(load_settings(), sender=CeleryDispatcher(app))
-front.operations.create_segment("checkout", SegmentText(), request=None, deadline_s=30)
-operation = front.operations.roll_out("checkout", Rule(30_000), etag="", request=None)
+front.creations.create_segment("checkout", SegmentText(), request=None, deadline_s=30)
+operation = front.acceptance.roll_out("checkout", Rule(30_000), etag="", request=None)
 while not front.operations.get(operation.id).state.final:
     time.sleep(0.05)
 print(front.operations.get(operation.id).state.name)

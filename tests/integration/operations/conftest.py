@@ -16,6 +16,8 @@ from segsvc.failpoints import FailpointError
 from segsvc.fan_out import ThreadFanOut
 from segsvc.local.postgres import PostgresServer
 from segsvc.postgres.engine import Databases, Pool
+from segsvc.services.acceptance import Acceptance
+from segsvc.services.creations import Creations
 from segsvc.services.end_watcher import OperationEndWatcher
 from segsvc.services.operations import OperationService
 from tests.installation import Installation, new_installation
@@ -65,14 +67,21 @@ class Rig:
         self.coordinator = self.parts.coordinator
         self.watcher = OperationEndWatcher(self.ledger)
         self._creation_fan_out = ThreadFanOut(installation.shard_count)
-        self.service = OperationService(
+        shards = range(installation.shard_count)
+        self.operations = OperationService(store=self.ledger, watcher=self.watcher, shards=shards)
+        self.acceptance = Acceptance(
             store=self.ledger,
             coordinator=self.coordinator,
             broker=self.messages,
-            watcher=self.watcher,
-            shards=range(installation.shard_count),
-            fan_out=self._creation_fan_out,
             costs=make_rule_costs(installation.settings, databases),
+        )
+        self.creations = Creations(
+            store=self.ledger,
+            acceptance=self.acceptance,
+            operations=self.operations,
+            coordinator=self.coordinator,
+            shards=shards,
+            fan_out=self._creation_fan_out,
         )
 
     def close(self) -> None:
@@ -104,11 +113,11 @@ class Rig:
         raise AssertionError(f"still open: {self.ledger.open_operations()}")
 
     def state(self, operation: Operation) -> OperationState:
-        return self.service.get(operation.id).state
+        return self.operations.get(operation.id).state
 
     def create(self, slug: str = "checkout") -> int:
         """A new segment; its id."""
-        return self.service.create_segment(slug, SegmentText(), request=None, deadline_s=10).id
+        return self.creations.create_segment(slug, SegmentText(), request=None, deadline_s=10).id
 
     def expected(self, slug: str, threshold: int) -> set[int]:
         """Who the published hash says is in."""
@@ -135,7 +144,7 @@ class Rig:
 
 
 def roll_out(rig: Rig, threshold: int, slug: str = "checkout") -> Operation:
-    return rig.service.roll_out(slug, Rule(threshold), etag="", request=None)
+    return rig.acceptance.roll_out(slug, Rule(threshold), etag="", request=None)
 
 
 def _ignore(_: ShardProgress) -> None:

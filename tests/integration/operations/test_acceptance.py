@@ -21,13 +21,13 @@ def test_what_changed_while_it_queued_is_found_at_the_start(rig: Rig) -> None:
     rig.create()
     segment = rig.ledger.segment("checkout")
     assert segment is not None
-    first = rig.service.roll_out("checkout", Rule(1000), etag=segment.etag, request=None)
-    stale = rig.service.roll_out("checkout", Rule(2000), etag=segment.etag, request=None)
-    deletion = rig.service.delete("checkout", etag="", request=None)
+    first = rig.acceptance.roll_out("checkout", Rule(1000), etag=segment.etag, request=None)
+    stale = rig.acceptance.roll_out("checkout", Rule(2000), etag=segment.etag, request=None)
+    deletion = rig.acceptance.delete("checkout", etag="", request=None)
     orphan = roll_out(rig, 3000)
     rig.deliver()
     assert [rig.state(op) for op in (first, deletion)] == [OperationState.DONE] * 2
-    failures = [rig.service.get(op.id).failure for op in (stale, orphan)]
+    failures = [rig.operations.get(op.id).failure for op in (stale, orphan)]
     assert [failure and failure.reason for failure in failures] == ["ETAG_MISMATCH", "SEGMENT_NOT_FOUND"]
     rig.check_invariants()
 
@@ -35,13 +35,13 @@ def test_what_changed_while_it_queued_is_found_at_the_start(rig: Rig) -> None:
 def test_a_request_id_makes_one_operation(rig: Rig) -> None:
     rig.create()
     request = RequestKey("RollOutSegment", uuid4(), b"a" * 32)
-    first = rig.service.roll_out("checkout", Rule(1000), etag="", request=request)
+    first = rig.acceptance.roll_out("checkout", Rule(1000), etag="", request=request)
     rig.deliver()
-    again = rig.service.roll_out("checkout", Rule(1000), etag="", request=request)
+    again = rig.acceptance.roll_out("checkout", Rule(1000), etag="", request=request)
     assert again.id == first.id
     assert again.state is OperationState.DONE
     with pytest.raises(ServiceError) as caught:
-        rig.service.roll_out(
+        rig.acceptance.roll_out(
             "checkout", Rule(2000), etag="", request=RequestKey("RollOutSegment", request.request_id, b"b" * 32)
         )
     assert caught.value.reason is Reason.REQUEST_ID_REUSED
@@ -51,7 +51,7 @@ def test_twins_of_a_request_at_once_make_one_segment(rig: Rig) -> None:
     request = RequestKey("CreateSegment", uuid4(), b"a" * 32)
 
     def create(_: int) -> UUID:
-        return rig.service.create_segment("twin", SegmentText(), request=request, deadline_s=10).uid
+        return rig.creations.create_segment("twin", SegmentText(), request=request, deadline_s=10).uid
 
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(create, range(4)))) == 1
@@ -63,12 +63,12 @@ def test_a_creation_whose_turn_does_not_come_leaves_nothing(rig: Rig) -> None:
     blocker = roll_out(rig, 1000, "other")
     request = RequestKey("CreateSegment", uuid4(), b"a" * 32)
     with pytest.raises(ServiceError) as caught:
-        rig.service.create_segment("late", SegmentText(), request=request, deadline_s=0.1)
+        rig.creations.create_segment("late", SegmentText(), request=request, deadline_s=0.1)
     assert caught.value.reason is Reason.OPERATION_QUEUE_BUSY
     rig.deliver()
     assert rig.state(blocker) is OperationState.DONE
     # Only successes are kept: the same request works now.
-    created = rig.service.create_segment("late", SegmentText(), request=request, deadline_s=10)
+    created = rig.creations.create_segment("late", SegmentText(), request=request, deadline_s=10)
     assert created.slug == "late"
     rig.check_invariants()
 
@@ -78,7 +78,7 @@ def test_existing_slugs_and_the_limit_are_refused(rig: Rig, monkeypatch: pytest.
     with pytest.raises(ServiceError) as caught:
         rig.create()
     assert caught.value.reason is Reason.SEGMENT_EXISTS
-    monkeypatch.setattr("segsvc.services.operations.SEGMENTS_MAX", 2)
+    monkeypatch.setattr("segsvc.services.creations.SEGMENTS_MAX", 2)
     monkeypatch.setattr("segsvc.postgres.catalog.ledger_steps.SEGMENTS_MAX", 2)
     with ThreadPoolExecutor(4) as pool:
         creations = [pool.submit(rig.create, f"s{i}") for i in range(4)]
@@ -111,9 +111,9 @@ def test_progress_says_what_is_certain_first(rig: Rig) -> None:
     rig.create()
     operation = roll_out(rig, 50_000)
     rig.prepare(operation, 1)
-    _, shards = rig.service.progress_of([operation.id])[operation.id]
+    _, shards = rig.operations.progress_of([operation.id])[operation.id]
     assert [progress.state for progress in shards] == [ShardState.WAITING, ShardState.PREPARED, ShardState.WAITING]
     assert shards[1].added > 0
     rig.deliver()
-    _, shards = rig.service.progress_of([operation.id])[operation.id]
+    _, shards = rig.operations.progress_of([operation.id])[operation.id]
     assert {progress.state for progress in shards} == {ShardState.FINISHED}

@@ -82,7 +82,7 @@ def test_a_condition_is_asked_of_a_shard_in_parts(rig: Rig, monkeypatch: pytest.
         rig.installation.execute(shard, "UPDATE users SET attributes = '{\"odd\": true}' WHERE id % 2 = 1")
     try:
         segment_id = rig.create()
-        rig.service.roll_out("checkout", Rule(40_000, "user.odd"), etag="", request=None)
+        rig.acceptance.roll_out("checkout", Rule(40_000, "user.odd"), etag="", request=None)
         rig.deliver()
         segment = rig.ledger.segment("checkout")
         assert segment is not None

@@ -56,16 +56,16 @@ def test_a_crash_before_the_end_delays_it(rig: Rig, arm: Callable[[str, str], No
     slug = "checkout"
     if kind != "create":
         segment_id = rig.create()
-        rig.service.roll_out(slug, Rule(20_000), etag="", request=None)
+        rig.acceptance.roll_out(slug, Rule(20_000), etag="", request=None)
         rig.deliver()
     arm(point, "fail shard=1" if point in BY_SHARD else "fail")
     try:
         if kind == "create":
-            rig.service.create_segment(slug, SegmentText(), request=None, deadline_s=10)
+            rig.creations.create_segment(slug, SegmentText(), request=None, deadline_s=10)
         elif kind == "roll_out":
-            rig.service.roll_out(slug, Rule(60_000), etag="", request=None)
+            rig.acceptance.roll_out(slug, Rule(60_000), etag="", request=None)
         else:
-            rig.service.delete(slug, etag="", request=None)
+            rig.acceptance.delete(slug, etag="", request=None)
         rig.deliver()
     except FailpointError:
         pass
@@ -87,7 +87,7 @@ def test_a_crash_before_the_end_delays_it(rig: Rig, arm: Callable[[str, str], No
         assert rig.ledger.segment(slug) is not None
     # A second operation succeeds.
     rig.create("second")
-    rig.service.roll_out("second", Rule(10_000), etag="", request=None)
+    rig.acceptance.roll_out("second", Rule(10_000), etag="", request=None)
     rig.settle()
     rig.check_invariants()
 
@@ -95,7 +95,7 @@ def test_a_crash_before_the_end_delays_it(rig: Rig, arm: Callable[[str, str], No
 @pytest.mark.parametrize("point", ["before-abort", "aborted-not-rolled-back", "vote-refused"])
 def test_a_crash_while_aborting_leaves_nothing_prepared(rig: Rig, arm: Callable[[str, str], None], point: str) -> None:
     segment_id = rig.create()
-    operation = rig.service.roll_out("checkout", Rule(60_000), etag="", request=None)
+    operation = rig.acceptance.roll_out("checkout", Rule(60_000), etag="", request=None)
     rig.messages.sent.clear()
     rig.prepare(operation, 0)
     if point == "vote-refused":
@@ -105,12 +105,12 @@ def test_a_crash_while_aborting_leaves_nothing_prepared(rig: Rig, arm: Callable[
         arm("prepared-not-voted", "")
         arm("aborted-not-rolled-back", "fail")
         with pytest.raises(FailpointError):
-            rig.service.cancel(operation.id)
+            rig.acceptance.cancel(operation.id)
         arm("aborted-not-rolled-back", "")
     else:
         arm(point, "fail")
         with pytest.raises(FailpointError):
-            rig.service.cancel(operation.id)
+            rig.acceptance.cancel(operation.id)
         arm(point, "")
     rig.settle()
     state = rig.state(operation)

@@ -21,7 +21,7 @@ def pass_deadline(rig: Rig, operation: Operation) -> None:
 
 
 def assert_aborted_late(rig: Rig, operation: Operation, *, missing: str = "") -> None:
-    ended = rig.service.get(operation.id)
+    ended = rig.operations.get(operation.id)
     assert ended.state is OperationState.ABORTED
     assert ended.failure is not None
     assert ended.failure.reason == "OPERATION_ABORTED"
@@ -108,7 +108,7 @@ def test_before_the_deadline_nobody_aborts_for_it(rig: Rig, started: Operation) 
 def test_without_any_worker_a_front_keeps_deadlines_and_the_queue_goes_on(rig: Rig, started: Operation) -> None:
     following, last = roll_out(rig, 20_000), roll_out(rig, 30_000)
     rig.prepare(started, 0)
-    ended = rig.service.watch_end(started.id)
+    ended = rig.operations.watch_end(started.id)
     keeper = DeadlineKeeper(rig.coordinator, interval_s=0.02)
     try:
         pass_deadline(rig, started)

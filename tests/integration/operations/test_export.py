@@ -72,7 +72,7 @@ def test_a_segment_that_is_deleted_between_two_batches(rig: Rig, monkeypatch: py
     assert step is not None
     batch, cursor = step
     assert len(batch.user_ids) == 500
-    rig.service.delete("checkout", etag="", request=None)
+    rig.acceptance.delete("checkout", etag="", request=None)
     rig.settle()
     with pytest.raises(ServiceError) as refused:
         own.next(cursor)

@@ -27,16 +27,16 @@ def test_each_operation_that_ends_is_counted_once(rig: Rig) -> None:
     rig.create()
     segment = rig.ledger.segment("checkout")
     assert segment is not None
-    done = rig.service.roll_out("checkout", Rule(1000), etag=segment.etag, request=None)
-    rig.service.roll_out("checkout", Rule(2000), etag=segment.etag, request=None)  # aborted when its turn comes
+    done = rig.acceptance.roll_out("checkout", Rule(1000), etag=segment.etag, request=None)
+    rig.acceptance.roll_out("checkout", Rule(2000), etag=segment.etag, request=None)  # aborted when its turn comes
     rig.deliver()
     cancelled = roll_out(rig, 3000)
     rig.prepare(cancelled, 0)
     for _ in range(2):
-        rig.service.cancel(cancelled.id)
+        rig.acceptance.cancel(cancelled.id)
         rig.coordinator.finalize(done.id)
         rig.coordinator.recover()
-    rig.service.delete("checkout", etag="", request=None)
+    rig.acceptance.delete("checkout", etag="", request=None)
     rig.deliver()
     counted = {label: count - before.get(label, 0) for label, count in ended().items()}
     assert {label: count for label, count in counted.items() if count} == {

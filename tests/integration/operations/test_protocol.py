@@ -38,7 +38,7 @@ def test_ramp_keeps_who_is_in_and_a_lowered_percentage_removes_only_what_a_raise
         members = rig.installation.members(segment_id)
         assert members == rig.expected("checkout", threshold)
         seen.append(members)
-        result = rig.service.result(rig.service.get(operation.id))
+        result = rig.operations.result(rig.operations.get(operation.id))
         assert result.segment is not None
         assert result.segment.rule == Rule(threshold)
         assert result.segment.member_count == len(members) == sum(counts.members for counts in result.counts)
@@ -76,19 +76,19 @@ def test_counts_lay_overrides_over_the_rule(rig: Rig) -> None:
     )
     operation = roll_out(rig, 100_000)
     rig.deliver()
-    counts = rig.service.get(operation.id).votes
+    counts = rig.operations.get(operation.id).votes
     assert sum(c.members for c in counts) == len(USERS) - 1  # the excluded one stays out
     assert sum(c.added for c in counts) == len(USERS) - len(by_rule) - 1  # the included one was in
-    operation = rig.service.delete("checkout", etag="", request=None)
+    operation = rig.acceptance.delete("checkout", etag="", request=None)
     rig.deliver()
-    assert sum(c.removed for c in rig.service.get(operation.id).votes) == len(USERS) - 1
+    assert sum(c.removed for c in rig.operations.get(operation.id).votes) == len(USERS) - 1
     assert rig.installation.execute(out % SHARDS, "SELECT FROM overrides") == []
 
 
 def test_a_deleted_segments_slug_is_free_for_a_new_one_with_other_buckets(rig: Rig) -> None:
     first = rig.create()
     before = rig.ledger.segment("checkout")
-    rig.service.delete("checkout", etag="", request=None)
+    rig.acceptance.delete("checkout", etag="", request=None)
     rig.deliver()
     assert rig.ledger.segment("checkout") is None
     second = rig.create()
@@ -112,7 +112,7 @@ def test_one_is_in_flight_and_the_queue_keeps_its_order(rig: Rig) -> None:
     ]
     assert rig.coordinator.start_next() is None
     rig.deliver()
-    ended = rig.service.list(OperationFilter(), page_size=3, before_seq=None)
+    ended = rig.operations.list(OperationFilter(), page_size=3, before_seq=None)
     assert [op.id for op in ended] == [third.id, second.id, first.id]
     assert [op.commit_seq for op in ended] == sorted((op.commit_seq or 0 for op in ended), reverse=True)
 
@@ -182,7 +182,7 @@ def test_a_duplicate_vote_is_no_refusal(rig: Rig) -> None:
     operation = roll_out(rig, 10_000)
     rig.prepare(operation, 0)
     rig.prepare(operation, 0)  # finds its gid, counts again, votes again
-    votes = rig.service.get(operation.id).votes
+    votes = rig.operations.get(operation.id).votes
     assert [vote.shard for vote in votes] == [0]
     assert rig.ledger.vote(operation.id, votes[0]) is Answer.TAKEN
     rig.deliver()
@@ -281,7 +281,7 @@ def test_past_its_deadline_an_operation_is_aborted_and_the_next_starts(rig: Rig)
     rig.prepare(late, 0)
     rig.installation.execute(None, "UPDATE operations SET deadline = now() WHERE id = :id", id=late.id)
     rig.settle()
-    ended = rig.service.get(late.id)
+    ended = rig.operations.get(late.id)
     assert ended.state is OperationState.ABORTED
     assert ended.failure is not None
     assert (ended.failure.reason, ended.failure.metadata["why"]) == ("OPERATION_ABORTED", "DEADLINE")
@@ -296,14 +296,14 @@ def test_cancel_aborts_until_the_commit(rig: Rig) -> None:
     rig.messages.sent.clear()
     for shard in range(SHARDS):
         rig.prepare(operation, shard)
-    assert rig.service.cancel(operation.id).state is OperationState.ABORTED
-    assert rig.service.cancel(operation.id).state is OperationState.ABORTED
+    assert rig.acceptance.cancel(operation.id).state is OperationState.ABORTED
+    assert rig.acceptance.cancel(operation.id).state is OperationState.ABORTED
     rig.check_invariants()
     committed = roll_out(rig, 10_000)
     rig.deliver()
     with pytest.raises(ServiceError) as caught:
-        rig.service.cancel(committed.id)
+        rig.acceptance.cancel(committed.id)
     assert caught.value.reason is Reason.OPERATION_NOT_CANCELLABLE
     with pytest.raises(ServiceError) as caught:
-        rig.service.cancel(UUID(int=0))
+        rig.acceptance.cancel(UUID(int=0))
     assert caught.value.reason is Reason.OPERATION_NOT_FOUND

@@ -30,13 +30,13 @@ def queued(rig: Rig) -> int:
 
 
 def started_in_order(rig: Rig, operations: Sequence[Operation]) -> list[Operation]:
-    moments = {one.id: rig.service.get(one.id).start_time for one in operations}
+    moments = {one.id: rig.operations.get(one.id).start_time for one in operations}
     assert all(moments.values())
     return sorted(operations, key=lambda one: str(moments[one.id]))
 
 
 def replace(rig: Rig, threshold: int, request: RequestKey | None = None) -> Operation:
-    return rig.service.roll_out("checkout", Rule(threshold), etag="", request=request, replace_queued=True)
+    return rig.acceptance.roll_out("checkout", Rule(threshold), etag="", request=request, replace_queued=True)
 
 
 def test_a_flood_of_one_segment_is_refused_and_the_others_are_not(rig: Rig, limits: QueueLimits) -> None:
@@ -50,7 +50,7 @@ def test_a_flood_of_one_segment_is_refused_and_the_others_are_not(rig: Rig, limi
     assert refused.value.metadata == {"limit": "3", "slug": "checkout"}
     assert refused.value.retry_after_s
     with pytest.raises(ServiceError):
-        rig.service.delete("checkout", etag="", request=None)
+        rig.acceptance.delete("checkout", etag="", request=None)
     others = [roll_out(rig, 1000, "other") for _ in range(2)]
     with pytest.raises(ServiceError) as full:
         roll_out(rig, 1000, "other")
@@ -87,10 +87,10 @@ def test_a_repeated_request_is_answered_though_the_queue_is_full(rig: Rig, limit
     rig.create()
     key = RequestKey("/RollOut", uuid4(), b"content")
     roll_out(rig, 1000)
-    known = rig.service.roll_out("checkout", Rule(2000), etag="", request=key)
+    known = rig.acceptance.roll_out("checkout", Rule(2000), etag="", request=key)
     for _ in range(limits.per_segment - 1):
         roll_out(rig, 3000)
-    again = rig.service.roll_out("checkout", Rule(2000), etag="", request=key)
+    again = rig.acceptance.roll_out("checkout", Rule(2000), etag="", request=key)
     assert again.id == known.id
     rig.settle()
 
@@ -115,7 +115,7 @@ def test_new_segments_take_turns_with_a_flood(rig: Rig) -> None:
         eventually(lambda: queued(rig) == len(flood))
         while not created.done():
             rig.settle()
-    [creation] = rig.service.list(OperationFilter(slug="new"), page_size=9, before_seq=None)
+    [creation] = rig.operations.list(OperationFilter(slug="new"), page_size=9, before_seq=None)
     # The second one's turn is older than the creation: it had waited when the creation came.
     assert started_in_order(rig, [creation, *flood]) == [flood[0], flood[1], creation, flood[2], flood[3]]
 
@@ -125,7 +125,7 @@ def test_a_rollout_takes_the_place_of_those_that_wait_only_if_it_asks_for_it(rig
     rig.create("other")
     in_flight, *waiting = [roll_out(rig, 10_000 * n) for n in range(1, 2 + limits.per_segment)]
     other = roll_out(rig, 10_000, "other")
-    ends = [rig.service.watch_end(one.id) for one in waiting]
+    ends = [rig.operations.watch_end(one.id) for one in waiting]
     key = RequestKey("/RollOut", uuid4(), b"content")
     newest = replace(rig, 70_000, key)
     for one, end in zip(waiting, ends, strict=True):
@@ -149,7 +149,7 @@ def test_deletions_and_other_segments_are_never_replaced(rig: Rig) -> None:
     rig.create()
     rig.create("other")
     roll_out(rig, 1000)
-    deletion = rig.service.delete("checkout", etag="", request=None)
+    deletion = rig.acceptance.delete("checkout", etag="", request=None)
     other = roll_out(rig, 1000, "other")
     newest = replace(rig, 2000)
     rig.settle()

@@ -23,13 +23,13 @@ LISTED = " || ".join(f"user.country == 'x{n}'" for n in range(100))
 
 
 def accept(rig: Rig, slug: str, condition: str, percent: int = 10, policy: Policy = Policy.LIVE) -> Operation:
-    return rig.service.roll_out(slug, Rule(percent * 1000, condition, policy), etag="", request=None)
+    return rig.acceptance.roll_out(slug, Rule(percent * 1000, condition, policy), etag="", request=None)
 
 
 def rolled_out(rig: Rig, slug: str, condition: str) -> Operation:
     operation = accept(rig, slug, condition)
     rig.settle()
-    return rig.service.get(operation.id)
+    return rig.operations.get(operation.id)
 
 
 def measured(rig: Rig, condition: str) -> ConditionCost:
@@ -118,7 +118,7 @@ def test_a_rollout_accepted_beside_another_is_judged_again_when_its_turn_comes(r
         )
     rig.settle()
     assert rig.state(first) is OperationState.DONE
-    ended = rig.service.get(second.id)
+    ended = rig.operations.get(second.id)
     assert ended.state is OperationState.ABORTED
     assert ended.failure is not None
     assert ended.failure.reason == "CONDITION_TOO_COSTLY"

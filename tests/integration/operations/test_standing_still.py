@@ -83,7 +83,7 @@ def test_a_cancellation_stands_though_the_next_cannot_be_started(rig: Rig, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(rig.ledger, "start_next", refuse)
-        assert rig.service.cancel(operation.id).state is OperationState.ABORTED
+        assert rig.acceptance.cancel(operation.id).state is OperationState.ABORTED
     rig.settle()
     assert rig.state(operation) is OperationState.ABORTED
 
