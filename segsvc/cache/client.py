@@ -95,29 +95,30 @@ class CacheClient:
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
-    def block(self, shard: int, user_id: int) -> bytes:
-        """Before the COMMIT of a change of one user: make the entry a miss and keep it one. Returns the block's token.
+    def bar(self, shard: int, user_id: int) -> bytes:
+        """Before the COMMIT of a change of one user: make the entry a miss and keep it one. Returns the bar's token.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE.
         """
         token = _token()
         with self.connection() as connection:
-            connection.run("SET", self.keys.user(shard, user_id), b"B" + token, "PX", scripts.BLOCK_MS)
+            connection.run("SET", self.keys.user(shard, user_id), b"B" + token, "PX", scripts.BAR_MS)
         return token
 
-    def unblock(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None:
+    def drop_entries(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None:
         """After the COMMIT of changes of users, before they are acknowledged: what later reads find is newer.
 
         Args:
-            token: of the own ``block``; None: the changes went without one. Another writer's block stays.
+            token: of the own ``bar``; None: the changes were made without one. Another writer's bar stays.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE: some may not be done, and the changes may not be acknowledged.
         """
         own = token or _token()
         calls = [
-            _call(scripts.UNBLOCK, self.keys.users(shard, chunk), [own]) for chunk in _chunks(user_ids, KEYS_PER_CALL)
+            _call(scripts.DROP_ENTRIES, self.keys.users(shard, chunk), [own])
+            for chunk in _chunks(user_ids, KEYS_PER_CALL)
         ]
         if calls:
             with self.connection() as connection:
@@ -148,7 +149,7 @@ class CacheClient:
     def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant:
         """Ask to fill users of one shard. The shard is read only after this has returned.
 
-        Not granted for users whose entry is in use, leased to another load or blocked by a writer.
+        Not granted for users whose entry is in use, leased to another load or barred by a writer.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE.

@@ -4,7 +4,7 @@ they are, too: an installation never meets the keys of another one in the same s
 ::
 
     {1f3a99c0:3}:g          generation: run_id of the server (40 bytes) and a random nonce. Never expires
-    {1f3a99c0:3}:u:<id>     one user: L<token> (lease), B<token> (block) or V… (value, see ``entry``). Always expires
+    {1f3a99c0:3}:u:<id>     one user: L<token> (lease), B<token> (bar) or V… (value, see ``entry``). Always expires
     {1f3a99c0:3}:hot        sorted set: block -> reads counted by the fronts. Expires, and fades with every sweep of the
                             warmer
     {1f3a99c0:3}:warm       what the warmer's last sweep covered. Expires when the next full sweep is due

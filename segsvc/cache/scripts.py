@@ -14,8 +14,8 @@ from segsvc.cache.entry import HEADER_BYTES, NONCE_BYTES, PREFIX_BYTES, RUN_ID_B
 
 LEASE_MS: Final = 10_000
 """Life of a lease: longer than any load takes; a load that was slower may not fill any more."""
-BLOCK_MS: Final = 60_000
-"""Life of a block: longer than any transaction of one user, so that a writer's crash is forgotten in the end."""
+BAR_MS: Final = 60_000
+"""Life of a bar: longer than any transaction of one user. It ends by itself if its writer has crashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Script:
 ACQUIRE: Final = Script(
     f"""#!lua
 -- KEYS: g, then users' keys. ARGV: run_id, a fresh nonce, token, lease in ms, now in us, format.
--- Gives the nonce in force, and for each user '1' (the lease was given), '0' (a hit) or '2' (leased or blocked).
+-- Gives the nonce in force, and for each user '1' (the lease was given), '0' (a hit) or '2' (leased or barred).
 local g = redis.pcall('GET', KEYS[1])
 if type(g) ~= 'string' or #g ~= {RUN_ID_BYTES + NONCE_BYTES} or string.sub(g, 1, {RUN_ID_BYTES}) ~= ARGV[1] then
   -- Lost, another run's, or no generation at all: a new one, under which nothing filled before is a hit.
@@ -50,12 +50,12 @@ for i, u in ipairs(users) do
   local given = '1'
   if u then
     local kind = string.byte(u)
-    -- A lease or a block is another's. A value is refused exactly if a read would call it a hit: any other value
+    -- A lease or a bar is another process's. A value is refused exactly if a read would call it a hit: any other value
     -- would stay a miss for ever if it could not be replaced.
     if kind == {ord("L")} or kind == {ord("B")} then
       -- Ours end soon, always. One that does not is nobody's, and would keep its user out for ever.
       local left = call('PTTL', KEYS[i + 1])
-      if left >= 0 and left <= {BLOCK_MS} then
+      if left >= 0 and left <= {BAR_MS} then
         given = '2'
       end
     elseif string.sub(u, 1, {PREFIX_BYTES}) == prefix and #u >= {HEADER_BYTES} and #u % 4 == 0
@@ -109,10 +109,10 @@ return removed
 """
 )
 
-UNBLOCK: Final = Script(
+DROP_ENTRIES: Final = Script(
     """#!lua flags=allow-oom
 -- KEYS: users' keys. ARGV: token. Removes values, leases (so that loads begun before this cannot fill) and the own
--- block. Another writer's block stays: its change is not visible yet. Works without memory to spare: it only frees.
+-- bar. Another writer's bar stays: its change is not visible yet. Works without memory to spare: it only frees.
 local own = 'B' .. ARGV[1]
 local removed = 0
 for i = 1, #KEYS do
@@ -126,5 +126,5 @@ return removed
 """
 )
 
-ALL: Final = (ACQUIRE, FILL, RELEASE, UNBLOCK)
+ALL: Final = (ACQUIRE, FILL, RELEASE, DROP_ENTRIES)
 """Loaded when a connection is made: after a restart or a SCRIPT FLUSH the next connection brings them back."""

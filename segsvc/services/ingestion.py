@@ -94,7 +94,7 @@ class UserStore(Protocol):
 class CacheInvalidation(Protocol):
     """The cache, as far as a change of users must reach it."""
 
-    def unblock(self, shard: int, user_ids: Sequence[int]) -> None:
+    def drop_entries(self, shard: int, user_ids: Sequence[int]) -> None:
         """Drop what the cache holds of these users, and end fills that began before.
 
         Raises:
@@ -161,7 +161,7 @@ class Ingestion:
             # After COMMIT, before the report. If it fails, or this process dies, there is no report and the batch
             # comes again: its events then have no effect, and drop the entries all the same. Creations of new users
             # are never among them, so those go on while the cache is down.
-            self._cache.unblock(shard, sorted(stale))
+            self._cache.drop_entries(shard, sorted(stale))
         dead.sort()
         return BatchReport(applied, len(events) - applied - len(dead), tuple(dead))
 

@@ -74,12 +74,12 @@ class OverrideStore(Protocol):
         """Overrides that hold, by slug, after this one; None: there is no such user."""
 
 
-class UserBlocks(Protocol):
+class UserBars(Protocol):
     """The cache, as far as a change of one user needs it. Both raise CACHE_UNAVAILABLE."""
 
-    def block(self, shard: int, user_id: int) -> bytes: ...
+    def bar(self, shard: int, user_id: int) -> bytes: ...
 
-    def unblock(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None: ...
+    def drop_entries(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class OverridePage:
 
 class OverrideService:
     def __init__(
-        self, store: OverrideStore, cache: UserBlocks, segments: SegmentService, crash_points: CrashPoints
+        self, store: OverrideStore, cache: UserBars, segments: SegmentService, crash_points: CrashPoints
     ) -> None:
         self._store = store
         self._cache = cache
@@ -115,19 +115,19 @@ class OverrideService:
         shard = shard_of(user_id, self._store.shard_count)
         token: bytes | None = None
 
-        def block() -> None:
-            # Before COMMIT: from here on the user's key holds our block, so no fill succeeds and no read hits, until
-            # the unblock below; if this process dies, until the block's life is over. It is refused: nothing is
+        def bar() -> None:
+            # Before COMMIT: from here on the user's key holds our bar, so no fill succeeds and no read hits, until
+            # drop_entries below; if this process dies, until the bar expires. If the cache refuses the bar, nothing is
             # committed.
             nonlocal token
             self._crash.reach("override-not-blocked", shard=shard)
-            token = self._cache.block(shard, user_id)
+            token = self._cache.bar(shard, user_id)
             self._crash.reach("override-blocked", shard=shard)
 
         left_s = timeout_s
         while True:
             try:
-                changed = self._store.modify(user_id, changes, request, block, timeout_s=left_s)
+                changed = self._store.modify(user_id, changes, request, bar, timeout_s=left_s)
                 break
             except LockTimeout as held:
                 # Nothing was done, and what holds the lock ends by itself: an operation that is in doubt on this shard,
@@ -143,9 +143,9 @@ class OverrideService:
         if changed is None:
             raise user_not_found(user_id)
         self._crash.reach("override-committed", shard=shard)
-        # After COMMIT, before the answer. A repeated request comes here without a block of its own: the first one may
-        # have died between its COMMIT and its unblock.
-        self._cache.unblock(shard, [user_id], token)
+        # After COMMIT, before the answer. A repeated request comes here without a bar of its own: the first one may
+        # have died between its COMMIT and drop_entries.
+        self._cache.drop_entries(shard, [user_id], token)
         return changed
 
     def list(self, user_id: int, *, page_size: int, page_token: str, timeout_s: float | None = None) -> OverridePage:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 DEAD = -1
-"""Owner of a lease or block whose process will never come back for it."""
+"""Owner of a lease or bar whose process will never come back for it."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Rules:
         lease_replaces_stale: a lease may replace a value that no read would use.
         select_after_lease: the shard is read after the lease's reply, not before.
         nonce_of_lease: the value carries the generation of its lease, not the one at the fill.
-        block: a writer whom nobody repeats puts a block in before its commit.
+        bar: a writer that is not repeated puts a bar in before its commit.
         delete_after_commit: a writer deletes the key before it acknowledges.
         duplicates_delete: so does an event that finds itself applied already.
         drop_after_commit: the generation is dropped after the bulk commit, not before.
-        leases_end: leases and blocks of the dead end by themselves.
+        leases_end: leases and bars of dead processes end by themselves.
     """
 
     own_token: bool = True
     lease_replaces_stale: bool = True
     select_after_lease: bool = True
     nonce_of_lease: bool = True
-    block: bool = True
+    bar: bool = True
     delete_after_commit: bool = True
     duplicates_delete: bool = True
     drop_after_commit: bool = True
@@ -57,7 +57,7 @@ class Bounds:
     restores: int = 1
 
 
-# The user's key: None; ("L", load); ("B",) a block; ("V", nonce in force?, operation, version).
+# The user's key: None; ("L", load); ("B",) a bar; ("V", nonce in force?, operation, version).
 Key = tuple[object, ...] | None
 # A load: None, or (nonce in force?, what it read: None or (operation, version)).
 Load = tuple[bool, tuple[int, int] | None] | None
@@ -204,15 +204,15 @@ def _early_loads(state: State, rules: Rules, n: int) -> Iterator[State]:
 
 def _writer(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
     if state.writer == "idle" and state.version < bounds.versions:
-        yield replace(state, writer="begun", intact=True, user=("B",) if rules.block else state.user)
-        # An event, which is delivered until it is acknowledged, needs no block.
+        yield replace(state, writer="begun", intact=True, user=("B",) if rules.bar else state.user)
+        # An event, which is delivered until it is acknowledged, needs no bar.
         yield replace(state, writer="committed", version=state.version + 1)
     elif state.writer == "begun":
         yield replace(state, writer="called", version=state.version + 1)
         yield replace(state, writer="idle")  # it died before its commit
     elif state.writer == "called":
         yield _acknowledged(state, rules.delete_after_commit)
-        # It dies, and nobody comes for it. What it has committed must be seen all the same, once its block has ended.
+        # It dies and is not repeated. What it has committed must be seen all the same, once its bar has ended.
         yield replace(state, writer="idle", acknowledged=state.version if state.intact else state.acknowledged)
     elif state.writer == "committed":
         yield _acknowledged(state, rules.delete_after_commit)
@@ -239,7 +239,7 @@ def _bulk(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
 
 
 def _ends(state: State, rules: Rules) -> Iterator[State]:
-    """Leases and blocks end by themselves; a block not before its writer's commit, since its session ends first."""
+    """Leases and bars end by themselves; a bar not before its writer's commit, since its session ends first."""
     held = state.user is not None and state.user[0]
     if rules.leases_end and (held == "L" or (held == "B" and state.writer != "begun")):
         yield replace(state, user=None)

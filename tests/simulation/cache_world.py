@@ -266,7 +266,7 @@ class CacheWorld:
                 duplicate = self._apply(server, user, number)
                 created = not duplicate and self.truth.users[user] == 1
                 if not created and (self.habits.delete_for_duplicates or not duplicate):
-                    client.unblock(SHARD, [user])
+                    client.drop_entries(SHARD, [user])
             except UNAVAILABLE:
                 self.scheduler.sleep(0.1)
                 continue

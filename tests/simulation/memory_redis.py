@@ -75,7 +75,7 @@ class MemoryRedis:
             scripts.ACQUIRE.sha: self.acquire,
             scripts.FILL.sha: self.fill,
             scripts.RELEASE.sha: self.release,
-            scripts.UNBLOCK.sha: self.unblock,
+            scripts.DROP_ENTRIES.sha: self.drop_entries,
         }[sha]
         return script(rest[:count], rest[count:])
 
@@ -102,7 +102,7 @@ class MemoryRedis:
 
     def _ends_soon(self, key: bytes) -> bool:
         _, end = self.values[key]
-        return end is not None and end - self._now() <= scripts.BLOCK_MS / 1000
+        return end is not None and end - self._now() <= scripts.BAR_MS / 1000
 
     def _is_hit(self, value: bytes, prefix: bytes, now_us: int) -> bool:
         if not value.startswith(prefix) or len(value) < HEADER_BYTES or len(value) % 4:
@@ -124,7 +124,7 @@ class MemoryRedis:
     def release(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> int:
         return sum(self._del(key) for key in keys if self._get(key) == b"L" + arguments[0])
 
-    def unblock(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> int:
+    def drop_entries(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> int:
         removed = 0
         for key in keys:
             value = self._get(key)

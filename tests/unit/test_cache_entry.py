@@ -44,7 +44,7 @@ def test_layout_is_the_documented_one() -> None:
         pytest.param(None, id="absent"),
         pytest.param(b"", id="empty"),
         pytest.param(b"Ltoken", id="lease"),
-        pytest.param(b"Btoken", id="block"),
+        pytest.param(b"Btoken", id="bar"),
         pytest.param(entries.encode(NONCE, ENTRY).replace(b"V", b"W", 1), id="other kind"),
         pytest.param(entries.encode(b"x" * 10, ENTRY), id="other generation"),
         pytest.param(PREFIX[:-1] + b"\x02" + entries.encode(NONCE, ENTRY)[12:], id="other format"),

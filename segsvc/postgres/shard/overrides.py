@@ -36,8 +36,8 @@ _requests = tables.user_requests.c
 
 
 STUCK_MAX_S = 30
-"""Half the life of a block in the cache: a process that is frozen between its block and its COMMIT, and dies before it
-unblocks, must not commit when the block is gone and an old entry may be there again."""
+"""Half the life of a bar in the cache: a process that is frozen between its bar and its COMMIT, and dies before it
+drops the entry, must not commit when the bar is gone and an old entry may be there again."""
 
 
 LOCK_SHARE = 0.9

@@ -80,8 +80,8 @@ def test_server_that_is_down_and_back(own_world: World) -> None:
     server.kill()
     steps = [
         lambda: client.acquire(SHARD, [USER]),
-        lambda: client.block(SHARD, USER),
-        lambda: client.unblock(SHARD, [USER]),
+        lambda: client.bar(SHARD, USER),
+        lambda: client.drop_entries(SHARD, [USER]),
         lambda: client.drop_generations([SHARD]),
     ]
     for step in steps:
@@ -92,7 +92,7 @@ def test_server_that_is_down_and_back(own_world: World) -> None:
 
     def back() -> bool:
         try:
-            client.unblock(SHARD, [USER])
+            client.drop_entries(SHARD, [USER])
         except ServiceError:
             return False
         return True
@@ -157,11 +157,11 @@ def test_every_step_stays_within_one_shards_hash_slot(cluster_client: CacheClien
     notes = WarmNotes(cluster_client)
     for shard in (0, 1):
         users = list(range(shard + 2, 1000, 2))
-        token = cluster_client.block(shard, users[0])
+        token = cluster_client.bar(shard, users[0])
         grant = cluster_client.acquire(shard, users)
         assert cluster_client.fill(shard, grant, [(user, ENTRY) for user in users[5:]]) == len(users) - 5
         cluster_client.release(shard, grant, users[:5])
-        cluster_client.unblock(shard, users, token)
+        cluster_client.drop_entries(shard, users, token)
         notes.add_reads(shard, {1: 8, 2: 9})
         notes.fade(shard)
         assert notes.hottest(shard) == [2, 1]

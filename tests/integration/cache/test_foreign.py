@@ -25,8 +25,8 @@ Write = Callable[[redis.Redis, bytes], object]
 
 FOREIGN: dict[str, Write] = {
     "lease without an end": lambda raw, key: raw.set(key, b"Lforeign"),
-    "block without an end": lambda raw, key: raw.set(key, b"Bforeign"),
-    "block for a day": lambda raw, key: raw.set(key, b"Bforeign", ex=86_400),
+    "bar without an end": lambda raw, key: raw.set(key, b"Bforeign"),
+    "bar for a day": lambda raw, key: raw.set(key, b"Bforeign", ex=86_400),
     "value without a head": lambda raw, key: raw.set(key, b"V"),
     "nothing": lambda raw, key: raw.set(key, b""),
     "list": lambda raw, key: raw.rpush(key, b"a"),
@@ -53,7 +53,7 @@ def fill(client: CacheClient, user: int = USER) -> int:
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_user_whose_key_holds_something_foreign_is_cached_again(world: World, kind: str) -> None:
     key = KEYS.user(SHARD, USER)
-    for heal in (lambda: None, lambda: world.client.unblock(SHARD, [USER])):
+    for heal in (lambda: None, lambda: world.client.drop_entries(SHARD, [USER])):
         world.raw.delete(key)
         FOREIGN[kind](world.raw, key)
         heal()
@@ -121,7 +121,7 @@ def test_two_installations_do_not_see_each_other(world: World, other: CacheClien
     assert theirs.lookup([USER]) == [None]
     assert fill(other) == 1
     world.client.drop_generations([SHARD])
-    world.client.block(SHARD, USER)
+    world.client.bar(SHARD, USER)
     assert world.reader.lookup([USER]) == [None]
     assert theirs.lookup([USER]) == [ENTRY]
     assert WarmNotes(other).hottest(SHARD) == []
@@ -138,7 +138,7 @@ def test_without_a_name_there_is_no_cache(world: World) -> None:
 
     client = CacheClient(world.server.url, find_keys=find, timeout_s=0.5, ttl_s=60)
     reader = CacheReader(client, 2)
-    for step in (lambda: client.acquire(SHARD, [USER]), lambda: client.block(SHARD, USER), reader.connect):
+    for step in (lambda: client.acquire(SHARD, [USER]), lambda: client.bar(SHARD, USER), reader.connect):
         with pytest.raises(ServiceError, match="CACHE_UNAVAILABLE"):
             step()
     known = True

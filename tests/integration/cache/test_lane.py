@@ -214,14 +214,14 @@ def test_change_of_one_user_is_seen_when_it_is_acknowledged(world: World, lane: 
     lane.segments(4)
     eventually(lambda: world.is_cached(4))
     world.installation.execute(0, "DELETE FROM users WHERE id = 4")
-    world.client.unblock(0, [4])
+    world.client.drop_entries(0, [4])
     with pytest.raises(RefusedError) as refused:
         lane.segments(4)
     assert refused.value.reason == "USER_NOT_FOUND"
 
 
-def test_reads_of_a_blocked_user_go_to_the_shard(world: World, lane: Lane) -> None:
-    token = world.client.block(0, 4)
+def test_reads_of_a_barred_user_go_to_the_shard(world: World, lane: Lane) -> None:
+    token = world.client.bar(0, 4)
     assert lane.segments(4) == ["alpha", "beta"]
     assert world.raw.get(KEYS.user(0, 4)) == b"B" + token
 

@@ -47,7 +47,7 @@ def command(draw: random.Random, run_id: bytes) -> tuple[bytes | str | int, ...]
             ("EVALSHA", scripts.ACQUIRE.sha, 1 + len(keys), NAMES.generation(SHARD), *keys, *acquire),
             ("EVALSHA", scripts.FILL.sha, len(keys), *keys, token, b"60000", *stored),
             ("EVALSHA", scripts.RELEASE.sha, len(keys), *keys, token),
-            ("EVALSHA", scripts.UNBLOCK.sha, len(keys), *keys, token),
+            ("EVALSHA", scripts.DROP_ENTRIES.sha, len(keys), *keys, token),
             ("SET", keys[0], b"B" + token, "PX", 60_000),
             ("SET", keys[0], stored[0], "PX", 60_000),
             ("DEL", NAMES.generation(SHARD)),

@@ -73,11 +73,11 @@ def test_cut_off_before_the_commit_nothing_has_changed(world: World, alpha: int,
     if point == "override-not-blocked":
         assert world.cached_segments(USER) == (alpha,)
         return
-    # The block is the crash's: reads of the user go to the shard until it ends by itself.
+    # The bar is the crashed call's: reads of the user go to the shard until it ends by itself.
     assert world.cached_segments(USER) is None
     assert not world.client.acquire(SHARD, [USER]).user_ids
     left_ms = world.raw.pttl(KEYS.user(SHARD, USER))
-    assert 0 < left_ms <= scripts.BLOCK_MS
+    assert 0 < left_ms <= scripts.BAR_MS
     # It is in nobody's way.
     assert list(service(world, FailsAt()).modify(USER, EXCLUDE_ALPHA, REQUEST).slugs) == []
     assert world.client.acquire(SHARD, [USER]).user_ids == {USER}
@@ -87,17 +87,17 @@ def test_cut_off_after_the_commit_no_old_entry_is_left_and_a_repetition_ends_it(
     with pytest.raises(FailpointError):
         service(world, FailsAt("override-committed")).modify(USER, EXCLUDE_ALPHA, REQUEST)
     assert on_the_shard(world) == set()
-    assert world.cached_segments(USER) is None, "the block keeps the old entry away"
+    assert world.cached_segments(USER) is None, "the bar keeps the old entry away"
     crash = FailsAt()
     repeated = service(world, crash).modify(USER, EXCLUDE_ALPHA, REQUEST)
     assert list(repeated.slugs) == []
     assert [own.slug for own in repeated.overrides] == ["alpha"]
-    # It had its answer already, and changed nothing: no block. The crash's own ends by itself.
+    # It had its answer already, and changed nothing: no bar. The crashed call's bar ends by itself.
     assert crash.reached == ["override-committed"]
     assert on_the_shard(world) == set()
 
 
-def test_a_reader_between_block_and_commit_fills_nothing(world: World, alpha: int) -> None:
+def test_a_reader_between_bar_and_commit_fills_nothing(world: World, alpha: int) -> None:
     lease = world.client.acquire(SHARD, [USER])
     assert not lease.user_ids, "it is cached"
     world.raw.delete(KEYS.user(SHARD, USER))
@@ -168,7 +168,7 @@ def test_an_override_may_end_with_the_last_second_there_is(world: World, alpha: 
 
 
 class Stuck(FailsAt):
-    """A process that is frozen between its block and its COMMIT until PostgreSQL has ended its session."""
+    """A process that is frozen between its bar and its COMMIT until PostgreSQL has ended its session."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Stuck(FailsAt):
 def test_who_is_stuck_cannot_commit_when_the_block_has_ended(
     world: World, alpha: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert overrides.STUCK_MAX_S * 1000 <= scripts.BLOCK_MS / 2
+    assert overrides.STUCK_MAX_S * 1000 <= scripts.BAR_MS / 2
     monkeypatch.setattr(overrides, "STUCK_MAX_S", 1)
     with pytest.raises(ServiceError) as refused:
         service(world, Stuck(world)).modify(USER, EXCLUDE_ALPHA, REQUEST)

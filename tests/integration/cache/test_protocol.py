@@ -127,7 +127,7 @@ def test_bulk_change_between_the_calls_of_one_acquire(world: World, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "now", [None, b"Lother", b"Bother", b"L", b"Vsomething"], ids=["lost", "leased again", "blocked", "odd", "value"]
+    "now", [None, b"Lother", b"Bother", b"L", b"Vsomething"], ids=["lost", "leased again", "barred", "odd", "value"]
 )
 def test_fill_needs_its_own_lease_still_in_place(world: World, now: bytes | None) -> None:
     grant = world.client.acquire(SHARD, [USER])
@@ -171,54 +171,54 @@ def test_lease_is_given_back_only_by_its_owner(world: World) -> None:
 # -- changes of one user --------------------------------------------------------------------------------------------
 
 
-def test_blocked_user_is_a_miss_that_nobody_fills(filled: World) -> None:
-    filled.client.block(SHARD, USER)
+def test_barred_user_is_a_miss_that_nobody_fills(filled: World) -> None:
+    filled.client.bar(SHARD, USER)
     assert filled.cached(USER) == [None]
     assert filled.client.acquire(SHARD, [USER]).user_ids == frozenset()
-    assert 0 < filled.raw.pttl(KEY) <= scripts.BLOCK_MS
+    assert 0 < filled.raw.pttl(KEY) <= scripts.BAR_MS
 
 
-def test_block_takes_a_load_its_permission(world: World) -> None:
+def test_bar_takes_a_load_its_permission(world: World) -> None:
     grant = world.client.acquire(SHARD, [USER])
-    token = world.client.block(SHARD, USER)
+    token = world.client.bar(SHARD, USER)
     assert world.client.fill(SHARD, grant, [(USER, ENTRY)]) == 0
-    world.client.unblock(SHARD, [USER], token)
+    world.client.drop_entries(SHARD, [USER], token)
     assert world.raw.get(KEY) is None
     assert world.client.fill(SHARD, grant, [(USER, ENTRY)]) == 0, "it was read before the change"
 
 
-def test_unblock_takes_value_lease_and_own_block_away(world: World) -> None:
+def test_drop_takes_value_lease_and_own_bar_away(world: World) -> None:
     world.client.acquire(SHARD, [2])
-    token = world.client.block(SHARD, 4)
+    token = world.client.bar(SHARD, 4)
     filled = world.client.acquire(SHARD, [6])
     world.client.fill(SHARD, filled, [(6, ENTRY)])
-    world.client.unblock(SHARD, [2, 4, 6, 8], token)
+    world.client.drop_entries(SHARD, [2, 4, 6, 8], token)
     assert not world.raw.exists(*KEYS.users(SHARD, [2, 4, 6, 8]))
 
 
-def test_unblock_leaves_another_writers_block(world: World) -> None:
-    theirs = world.client.block(SHARD, USER)
-    world.client.unblock(SHARD, [USER])
-    world.client.unblock(SHARD, [USER], b"0123456789abcdef")
+def test_drop_leaves_another_writers_bar(world: World) -> None:
+    theirs = world.client.bar(SHARD, USER)
+    world.client.drop_entries(SHARD, [USER])
+    world.client.drop_entries(SHARD, [USER], b"0123456789abcdef")
     assert world.raw.get(KEY) == b"B" + theirs
 
 
-def test_unblock_of_very_many(world: World) -> None:
+def test_drop_of_very_many(world: World) -> None:
     users = list(range(2, 2 + 2 * 5000, 2))
     world.raw.mset({KEYS.user(SHARD, user): b"V" for user in users})
-    world.client.unblock(SHARD, users)
+    world.client.drop_entries(SHARD, users)
     assert not world.raw.exists(*KEYS.users(SHARD, users))
-    world.client.unblock(SHARD, [])
+    world.client.drop_entries(SHARD, [])
 
 
-def test_unblock_works_without_memory_to_spare(own_world: World) -> None:
+def test_drop_works_without_memory_to_spare(own_world: World) -> None:
     raw = own_world.raw
     raw.set(KEY, b"V" * 50)
     raw.config_set("maxmemory-policy", "noeviction")
     raw.config_set("maxmemory", "1mb")
     with pytest.raises(ServiceError):
         own_world.client.acquire(SHARD, [8])
-    own_world.client.unblock(SHARD, [USER])
+    own_world.client.drop_entries(SHARD, [USER])
     own_world.client.drop_generations([SHARD])
     assert not raw.exists(KEY)
 

@@ -53,7 +53,7 @@ class Walk:
     rng: random.Random
     read_first: bool = False
     drop_first: bool = False
-    skip_unblock: bool = False
+    skip_drop: bool = False
     operations: int = 0
     versions: dict[int, int] = field(default_factory=lambda: dict.fromkeys(USERS, 0))
     acknowledged_operations: int = 0
@@ -120,7 +120,7 @@ class Walk:
     def begin_write(self) -> None:
         if len(self.writes) < 3:
             user = self.rng.choice(USERS)
-            self.writes.append(Write(user, self.client.block(SHARD, user) if self.rng.random() < 0.7 else None))
+            self.writes.append(Write(user, self.client.bar(SHARD, user) if self.rng.random() < 0.7 else None))
 
     def go_on_with_write(self) -> None:
         if not self.writes:
@@ -136,8 +136,8 @@ class Walk:
             if self.rng.random() < 0.2:
                 write.token = None  # a crash: somebody else goes on, without the token
                 return
-            if not self.skip_unblock:
-                self.client.unblock(SHARD, [write.user], write.token)
+            if not self.skip_drop:
+                self.client.drop_entries(SHARD, [write.user], write.token)
             write.visible = True
         else:
             self.acknowledged[write.user] = max(self.acknowledged[write.user], write.committed)
@@ -210,7 +210,7 @@ WEAKENINGS: dict[str, tuple[type[CacheClient], dict[str, bool]]] = {
     "nonce taken at the fill": (NonceAtFill, {}),
     "shard read before the lease": (CacheClient, {"read_first": True}),
     "generation dropped before the commit": (CacheClient, {"drop_first": True}),
-    "no unblock after the commit": (CacheClient, {"skip_unblock": True}),
+    "no drop after the commit": (CacheClient, {"skip_drop": True}),
 }
 
 

@@ -72,7 +72,7 @@ def test_user_changed_while_the_block_is_warmed_is_not_filled(world: World, watc
 
     def change() -> None:
         world.installation.execute(0, "DELETE FROM memberships WHERE segment_id = :id", id=segment)
-        world.client.unblock(SHARD, [4])
+        world.client.drop_entries(SHARD, [4])
 
     watched.before_fill = change
     assert watched.warmer().warm_shard(SHARD).entries == 9
@@ -216,7 +216,7 @@ def test_lost_entries_come_back_within_a_minute(world: World, watched: Watched) 
     warmer.warm_shard(SHARD)
     watched.filled.clear()
     watched.asked = 0
-    world.client.unblock(SHARD, [4, 8])
+    world.client.drop_entries(SHARD, [4, 8])
     watched.now_s += 59
     assert warmer.warm_shard(SHARD).blocks == 0
     watched.now_s += 1

@@ -18,7 +18,7 @@ def test_a_stale_entry_is_named(world: World, cache: CacheClient, service: Check
     world.fill(cache)
     right = world.listed(42)
     wrong = tuple(segment for segment in right if segment != 8)
-    cache.unblock(0, [42])
+    cache.drop_entries(0, [42])
     world.fill_users(cache, {42: wrong})
     report = run(service, check_settings)
     assert texts(report) == [
@@ -70,7 +70,7 @@ def test_a_change_between_commit_and_acknowledgement_is_waited_for(
 
     def acknowledge() -> None:
         looked.wait(10)
-        cache.unblock(0, [42])
+        cache.drop_entries(0, [42])
 
     thread = threading.Thread(target=acknowledge)
     thread.start()

@@ -47,7 +47,7 @@ def test_the_command_names_each_of_four_faults_and_ends_with_1(
 ) -> None:
     """One bit, one id of the directory, one counter, one cache entry."""
     world.fill(cache)
-    cache.unblock(1, [43])
+    cache.drop_entries(1, [43])
     world.fill_users(cache, {43: ()})
     flip(world, 1, 8, 2001)
     world.on_shard(1, "UPDATE segments SET rule_count = rule_count - 1 WHERE id = 8")

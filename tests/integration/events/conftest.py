@@ -31,7 +31,7 @@ class FakeCache:
         self.down = False
         self._lock = threading.Lock()
 
-    def unblock(self, shard: int, user_ids: Sequence[int]) -> None:
+    def drop_entries(self, shard: int, user_ids: Sequence[int]) -> None:
         if self.down:
             raise cache_unavailable()
         with self._lock:
