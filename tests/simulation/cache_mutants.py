@@ -44,13 +44,13 @@ class SelectBeforeTheLeasesReply(SimulatedColdReads):
 class JoiningAnyLoad(SimulatedColdReads):
     """Also one that has read the shard already."""
 
-    def _enqueue(self, user_id: int, waiter: Any) -> ServiceError | None:
+    def _enqueue(self, user_id: int, waiter: Any, places: int) -> ServiceError | None:
         for load in self._shards[0].loads:
             if user_id in load.waiting:
                 load.waiting[user_id].append(waiter)
                 self._shards[0].waiting += 1
                 return None
-        return super()._enqueue(user_id, waiter)
+        return super()._enqueue(user_id, waiter, places)
 
 
 MUTANTS = {
