@@ -29,7 +29,7 @@ must still reach the client. A call that works may go on until less than the sma
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallScope:
     """One call while it is served.
 
     Attributes:
@@ -66,15 +66,15 @@ def answer_by(start: float, deadline: float) -> float:
     return deadline - min(ANSWER_SHARE * max(0.0, deadline - start), ANSWER_MIN_S)
 
 
-_current: ContextVar[Call] = ContextVar("call")
+_current: ContextVar[CallScope] = ContextVar("call")
 
 
-def enter(call: Call) -> None:
+def enter(call: CallScope) -> None:
     """Make a call the current one of this task, for as long as the task lives: a task serves one call."""
     _current.set(call)
 
 
-def current() -> Call:
+def current() -> CallScope:
     """The call that this task serves."""
     return _current.get()
 
@@ -135,7 +135,7 @@ class BlockingCalls:
             raise deadline_exceeded() from None
 
     @staticmethod
-    def _end_s(call: Call) -> float | None:
+    def _end_s(call: CallScope) -> float | None:
         """Half way between the end of the work's time and the deadline: what the work itself says of its end is better
         than that nothing was heard, and comes just after its time."""
         work_s, remaining_s = call.work_s(), call.remaining_s()
@@ -145,7 +145,7 @@ class BlockingCalls:
         """Let go of the threads; calls that have begun still end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _take_place(self, call: Call) -> None:
+    def _take_place(self, call: CallScope) -> None:
         """Raises ServiceError OVERLOADED, DEADLINE_EXCEEDED."""
         left_s = call.work_s()
         if left_s is not None and left_s <= 0:
@@ -162,7 +162,7 @@ class BlockingCalls:
         with self._lock:
             self._taken -= 1
 
-    def _begin(self, call: Call, work: Callable[[float | None], T]) -> T:
+    def _begin(self, call: CallScope, work: Callable[[float | None], T]) -> T:
         left_s = call.work_s()
         if left_s is not None and left_s <= 0:
             raise deadline_exceeded()

@@ -161,7 +161,7 @@ class EnterCall(Around):
         remaining_s: float | None = context.time_remaining()
         request_id = _request_id(context)
         deadline = None if remaining_s is None else start + remaining_s
-        call_scope.enter(call_scope.Call(method, request_id, start, deadline))
+        call_scope.enter(call_scope.CallScope(method, request_id, start, deadline))
         # Bound for the life of the task, which serves this call alone.
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:

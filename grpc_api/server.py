@@ -54,7 +54,7 @@ from grpc_api.servicers.membership import MembershipServicer, Submit
 from grpc_api.servicers.operations import OperationsServicer, WatchServicer
 from grpc_api.servicers.segments import SegmentServicer
 from grpc_api.watching import OperationWatch
-from segsvc.bootstrap import Front, HotReads, TaskSender
+from segsvc.bootstrap import FrontServices, HotReads, TaskSender
 from segsvc.config import Settings
 from segsvc.log import get_logger
 from segsvc.metrics_http import MetricsAddressError, of_role, serving
@@ -162,7 +162,7 @@ class FrontProcess:
     def __init__(self, settings: Settings, make_sender: MakeSender, index: int) -> None:
         self._settings = settings
         self._index = index
-        self._services = Front(settings, sender=make_sender(settings))
+        self._services = FrontServices(settings, sender=make_sender(settings))
         # By what a call costs: those that cost much must not keep those that cost little, or change something, waiting.
         self._reading = self._threads_for("reading", READING_THREADS, READING_WAITING_MAX)
         self._changes = self._threads_for("changes", CHANGE_THREADS, CHANGE_WAITING_MAX)
@@ -191,7 +191,7 @@ class FrontProcess:
         if native is None:
             self._listen(server)
         else:
-            native.set_fallback(_listen_without_name(server, stack))
+            native.set_fallback(_listen_on_unlinked_socket(server, stack))
         port = native.bound_port if native is not None else int(self._settings.grpc_address.rpartition(":")[2])
         watch = MemoryWatch(port, self._settings.front_memory_max_bytes)
         watch.start()
@@ -365,7 +365,7 @@ async def _native_streams(front: NativeGrpcFront, segments: SegmentServicer, wat
     return NativeStreams(front, [await with_interceptors(handlers[method], method, around) for method in STREAMS])
 
 
-def _listen_without_name(server: aio.Server, stack: contextlib.AsyncExitStack) -> str:
+def _listen_on_unlinked_socket(server: aio.Server, stack: contextlib.AsyncExitStack) -> str:
     """Let grpcio listen on a Unix socket that only this process can find. Returns a path to connect to.
 
     Whoever reaches the socket goes past the front, and a front that is killed removes nothing. So the name is removed

@@ -122,7 +122,7 @@ class OperationWatch:
             while self._watched:
                 began = time.monotonic()
                 self._wake.clear()
-                call_scope.enter(call_scope.Call(_METHOD, "", began, None))
+                call_scope.enter(call_scope.CallScope(_METHOD, "", began, None))
                 changed = await self._look()
                 pause_s = INTERVAL_S if changed else min(2 * pause_s, PAUSE_MAX_S)
                 crowd_s = WATCHER_S * sum(watched.watchers for watched in self._watched.values())

@@ -271,7 +271,7 @@ class HotReads:
         self._databases.close()
 
 
-class Front:
+class FrontServices:
     """What one front process serves with, the hot lane apart. Made after the fork."""
 
     READ_CONNECTIONS = 8

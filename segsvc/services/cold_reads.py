@@ -291,13 +291,13 @@ class ColdReads:
         self, shard: _Shard, user_ids: Sequence[int], timeout_s: float | None
     ) -> list[tuple[LoadedUser, list[int]]]:
         """The users and their segments in the order of the slugs."""
-        rows, nameless = self._slugs.read_named(
+        rows, without_slug = self._slugs.read_named(
             shard.number,
             lambda: self._reads.load(shard.number, user_ids, timeout_s=timeout_s),
             lambda rows: set[int]().union(*(row.segment_ids for row in rows)),
         )
         return [
-            (row, self._slugs.in_slug_order(set(row.segment_ids) - nameless if nameless else row.segment_ids))
+            (row, self._slugs.in_slug_order(set(row.segment_ids) - without_slug if without_slug else row.segment_ids))
             for row in rows
         ]
 

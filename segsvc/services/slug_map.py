@@ -79,13 +79,13 @@ class SlugMap:
         """
         for _ in range(_READS_MAX):
             result = read()
-            nameless = self.unknown(segment_ids(result))
-            if nameless:
-                nameless = self.learn(shard, nameless)
-            if not nameless:
-                return result, nameless
-        log.error("bits_without_segment", shard=shard, segment_ids=sorted(nameless))
-        return result, nameless
+            without_slug = self.unknown(segment_ids(result))
+            if without_slug:
+                without_slug = self.learn(shard, without_slug)
+            if not without_slug:
+                return result, without_slug
+        log.error("bits_without_segment", shard=shard, segment_ids=sorted(without_slug))
+        return result, without_slug
 
     def in_slug_order(self, segment_ids: Iterable[int]) -> list[int]:
         """Known ids, sorted by their slugs. Raises KeyError for an unknown one."""

@@ -21,15 +21,15 @@ def segments_of(blocks: Sequence[UserBlock]) -> set[int]:
 
 
 def entry_columns(
-    blocks: Sequence[UserBlock], granted: npt.NDArray[np.int64], nameless: set[int], slugs: SlugMap
+    blocks: Sequence[UserBlock], granted: npt.NDArray[np.int64], without_slug: set[int], slugs: SlugMap
 ) -> EntryColumns:
     """Entries of the users of these blocks who are among the granted ones.
 
     Args:
         blocks: at least one, all of one statement.
-        nameless: segments to leave out, see ``SlugMap.read_named``.
+        without_slug: segments to leave out, see ``SlugMap.read_named``.
     """
-    by_slug = np.array(slugs.in_slug_order(segments_of(blocks) - nameless), dtype=np.int64)
+    by_slug = np.array(slugs.in_slug_order(segments_of(blocks) - without_slug), dtype=np.int64)
     flags, valid_until_us = _flags(blocks, by_slug)
     user_ids = np.concatenate([block.user_ids for block in blocks])
     wanted = np.flatnonzero((user_ids > 0) & np.isin(user_ids, granted))

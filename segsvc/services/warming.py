@@ -241,11 +241,11 @@ class Warmer:
         return True
 
     def _fill(self, run: _Run, grant: Grant, blocks: Sequence[int]) -> None:
-        read, nameless = self._slugs.read_named(run.shard, lambda: run.session.read(blocks), segments_of)
+        read, without_slug = self._slugs.read_named(run.shard, lambda: run.session.read(blocks), segments_of)
         if not read:
             return
         granted = np.fromiter(grant.user_ids, dtype=np.int64, count=len(grant.user_ids))
-        columns = entry_columns(read, granted, nameless, self._slugs)
+        columns = entry_columns(read, granted, without_slug, self._slugs)
         run.await_filling()
         run.filling = run.filler.submit(self._cache.fill_columns, run.shard, grant, columns)
         gone = grant.user_ids.difference(columns.user_ids.tolist())

@@ -16,7 +16,7 @@ from docker.models.networks import Network
 from pytest_celery import RedisContainer
 from pytest_docker_tools import build, container, fxtr, network
 
-from segsvc.bootstrap import Front
+from segsvc.bootstrap import FrontServices
 from segsvc.config import Settings
 from tasks.app import celery_config
 from tasks.dispatcher import CeleryDispatcher
@@ -186,9 +186,9 @@ def workers(
 
 
 @pytest.fixture
-def front(installation: Installation, workers: tuple[Worker, Worker], beat: BeatContainer) -> Iterator[Front]:
+def front(installation: Installation, workers: tuple[Worker, Worker], beat: BeatContainer) -> Iterator[FrontServices]:
     """Everything runs; this accepts operations."""
-    made = Front(installation.settings, sender=CeleryDispatcher(celery_of(installation.settings)))
+    made = FrontServices(installation.settings, sender=CeleryDispatcher(celery_of(installation.settings)))
     yield made
     made.creations.close()
     made.close()

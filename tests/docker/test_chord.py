@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_celery import RedisContainer
 
-from segsvc.bootstrap import Front
+from segsvc.bootstrap import FrontServices
 from segsvc.domain.bucketing import bucket
 from segsvc.domain.operation import Operation, OperationState
 from segsvc.domain.segment import Rule, SegmentText
@@ -21,7 +21,7 @@ PREPARED = "prepared-not-voted"
 HELD_SHARD = 1
 
 
-def start(front: Front, slug: str) -> Operation:
+def start(front: FrontServices, slug: str) -> Operation:
     front.creations.create_segment(slug, SegmentText(), request=None, deadline_s=END_S)
     return front.acceptance.roll_out(slug, Rule(THRESHOLD), etag="", request=None)
 
@@ -32,7 +32,7 @@ def hold(workers: tuple[Worker, Worker]) -> None:
         worker.arm(PREPARED, f"hold shard={HELD_SHARD}")
 
 
-def assert_done(front: Front, installation: Installation, operation: Operation) -> None:
+def assert_done(front: FrontServices, installation: Installation, operation: Operation) -> None:
     """The roll-out ends by itself, on all shards, with the members that the published hash says."""
     ended = front.operations.watch_end(operation.id).result(END_S)
     assert ended.state is OperationState.DONE
@@ -43,12 +43,12 @@ def assert_done(front: Front, installation: Installation, operation: Operation) 
     assert [installation.prepared(shard) for shard in range(SHARDS)] == [[]] * SHARDS
 
 
-def test_a_roll_out_is_one_chord(front: Front, installation: Installation) -> None:
+def test_a_roll_out_is_one_chord(front: FrontServices, installation: Installation) -> None:
     assert_done(front, installation, start(front, "undisturbed"))
 
 
 def test_a_worker_is_killed_between_prepare_and_vote(
-    front: Front, installation: Installation, workers: tuple[Worker, Worker]
+    front: FrontServices, installation: Installation, workers: tuple[Worker, Worker]
 ) -> None:
     hold(workers)
     operation = start(front, "worker-killed")
@@ -61,7 +61,7 @@ def test_a_worker_is_killed_between_prepare_and_vote(
 
 
 def test_the_broker_is_emptied_during_a_chord(
-    front: Front, installation: Installation, workers: tuple[Worker, Worker], broker: RedisContainer
+    front: FrontServices, installation: Installation, workers: tuple[Worker, Worker], broker: RedisContainer
 ) -> None:
     hold(workers)
     operation = start(front, "broker-emptied")

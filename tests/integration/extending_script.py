@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import segsvc
-from segsvc.bootstrap import Front, WorkerServices
+from segsvc.bootstrap import FrontServices, WorkerServices
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import TOPICS, BadEvent, from_wire, parse, to_wire
@@ -34,7 +34,7 @@ def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     settings = Settings(_env_file=None, **job["settings"])
     worker = WorkerServices(settings, sender=NoTasks())
-    front = Front(settings, sender=NoTasks())
+    front = FrontServices(settings, sender=NoTasks())
     outcomes: list[dict[str, Any]] = []
     try:
         for topic, text in job["messages"]:

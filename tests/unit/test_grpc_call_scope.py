@@ -9,13 +9,13 @@ import time
 import pytest
 
 from grpc_api import call_scope
-from grpc_api.call_scope import BlockingCalls, Call
+from grpc_api.call_scope import BlockingCalls, CallScope
 from segsvc.domain.errors import Reason, ServiceError
 
 
-def call_with(deadline_s: float | None) -> Call:
+def call_with(deadline_s: float | None) -> CallScope:
     now = time.monotonic()
-    return Call("/a.B/C", "id", now, None if deadline_s is None else now + deadline_s)
+    return CallScope("/a.B/C", "id", now, None if deadline_s is None else now + deadline_s)
 
 
 @pytest.mark.parametrize(

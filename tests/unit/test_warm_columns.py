@@ -60,9 +60,9 @@ def test_columns_are_what_the_bits_say(seed: int) -> None:
     made = [make_block(rng, number) for number in (4, 2, 9)]
     expected = {user: facts for _, users in made for user, facts in users.items()}
     granted = rng.sample(sorted(expected), 500)
-    nameless = set(rng.sample(sorted(SLUGS), 3))
+    without_slug = set(rng.sample(sorted(SLUGS), 3))
 
-    columns = entry_columns([block for block, _ in made], np.array(granted), nameless, slugs)
+    columns = entry_columns([block for block, _ in made], np.array(granted), without_slug, slugs)
 
     assert sorted(columns.user_ids.tolist()) == sorted(granted)
     ends = np.cumsum(columns.counts).tolist()
@@ -72,9 +72,9 @@ def test_columns_are_what_the_bits_say(seed: int) -> None:
         for _, segment, included, _ in overrides:
             member = member | {segment} if included else member - {segment}
         ids = columns.segment_ids[ends[index] - columns.counts[index] : ends[index]].tolist()
-        assert ids == sorted(member - nameless, key=SLUGS.__getitem__)
+        assert ids == sorted(member - without_slug, key=SLUGS.__getitem__)
         assert columns.row_versions[index] == version
-        until = [override[3] for override in overrides if override[1] not in nameless]
+        until = [override[3] for override in overrides if override[1] not in without_slug]
         assert columns.valid_until_us[index] == min(until, default=NEVER_US)
         assert columns.blocks[index] == (user - 1) // 10_000
 

@@ -18,13 +18,13 @@ from tests.integration.broker.conftest import SHARDS, Workplace
 
 ROLL_OUT = """\
 import time
-from segsvc.bootstrap import Front
+from segsvc.bootstrap import FrontServices
 from segsvc.config import load_settings
 from segsvc.domain.segment import Rule, SegmentText
 from tasks.app import app
 from tasks.dispatcher import CeleryDispatcher
 
-front = Front(load_settings(), sender=CeleryDispatcher(app))
+front = FrontServices(load_settings(), sender=CeleryDispatcher(app))
 front.creations.create_segment("checkout", SegmentText(), request=None, deadline_s=30)
 operation = front.acceptance.roll_out("checkout", Rule(30_000), etag="", request=None)
 while not front.operations.get(operation.id).state.final:
