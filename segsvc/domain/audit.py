@@ -16,8 +16,8 @@ class AuditEntry:
     Attributes:
         seq: orders all commits and edits; gaps are normal.
         action: created, edited, rolled_out or deleted.
-        operation_id: the operation that did it; None: an edit, which is none.
-        details: JSON; what depends on the action: counts, the rule, the fields that were edited.
+        operation_id: the operation that made the change; None: an edit, which is not an operation.
+        details: JSON; its fields depend on the action: counts, the rule, the edited fields.
     """
 
     seq: int

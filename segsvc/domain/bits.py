@@ -1,4 +1,4 @@
-"""Blocks of bits as numpy sees them: little-endian within a byte, as PostgreSQL's ``get_bit`` on bytea reads them."""
+"""Blocks of bits as numpy arrays: little-endian within a byte, as PostgreSQL's ``get_bit`` on bytea reads them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy.typing as npt
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 
 Flags = npt.NDArray[np.bool_]
-"""One boolean a slot, shape (blocks, 1024)."""
+"""One boolean per slot, shape (blocks, 1024)."""
 Packed = npt.NDArray[np.uint8]
-"""Eight slots a byte, shape (blocks, 128)."""
+"""Eight slots per byte, shape (blocks, 128)."""
 UserIds = npt.NDArray[np.int64]
-"""One user id a slot, 0 for none, shape (blocks, 1024)."""
+"""One user id per slot, 0 for an empty slot, shape (blocks, 1024)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class OverriddenSlots:
 class BitRows:
     """Bits of many segments in some blocks: block ``blocks[i]`` of segment ``segment_ids[i]`` is ``packed[i]``.
 
-    Two of the columns have one type, so they are given by name only.
+    Two of the columns have the same type, so the fields are keyword-only.
     """
 
     blocks: npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ def unpack(packed: Packed) -> Flags:
 
 
 def popcount(packed: Packed) -> int:
-    """Bits set in all."""
+    """Total number of set bits."""
     return int(np.bitwise_count(packed).sum(dtype=np.int64))
 
 

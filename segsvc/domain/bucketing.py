@@ -1,7 +1,8 @@
-"""The published hash that decides who is below a percentage. ``docs/architecture.md`` has its test vectors.
+"""The published hash that decides which users are below a percentage. ``docs/architecture.md`` has its test vectors.
 
 The mixing step is the finaliser of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
-2014). Both forms below give the same numbers; the tests hold them against the published vectors and each other.
+2014). Both implementations below give the same numbers; the tests compare them with the published vectors and with
+each other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ BUCKETS = 100_000
 """Buckets are 0 … 99,999: a thousandth of a percent each."""
 
 _IN_CACHE = 32_768
-"""Users hashed at a time: the twelve passes over them stay in a core's cache, and need no new memory."""
+"""Users hashed per chunk: the twelve passes over a chunk stay in a core's cache and allocate no memory."""
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -38,10 +39,10 @@ def bucket(user_id: int, salt: int) -> int:
 
 
 class UserHashes:
-    """Many users' buckets in one segment after the other, told only whether they are below a threshold.
+    """Many users, asked for one segment after another whether their bucket is below a threshold.
 
-    What does not depend on the segment is done once, and what only turns a hash into a bucket is not done at all: so a
-    segment costs half of ``buckets``.
+    The part of the hash that does not depend on the segment is computed once. The step that turns a hash into a bucket
+    is left out. So a segment costs half of what ``buckets`` costs.
     """
 
     def __init__(self, user_ids: npt.NDArray[np.int64]) -> None:
@@ -54,6 +55,7 @@ class UserHashes:
         """``buckets(user_ids, salt) < threshold``."""
         if threshold >= BUCKETS:
             return np.ones(self._spread.shape, dtype=np.bool_)
+
         z, t = self._hashed, self._shifted
         np.add(self._spread, np.uint64(salt), out=z)
         z ^= np.right_shift(z, np.uint64(30), out=t)
@@ -61,19 +63,21 @@ class UserHashes:
         z ^= np.right_shift(z, np.uint64(27), out=t)
         z *= np.uint64(_MIX_2)
         z ^= np.right_shift(z, np.uint64(31), out=t)
+
         # bucket = (high × BUCKETS) >> 32 < threshold, exactly if high < threshold × 2**32 / BUCKETS, rounded up.
         high = -(-(max(threshold, 0) << 32) // BUCKETS)
         return z < np.uint64(high << 32)
 
 
 def buckets(user_ids: npt.NDArray[np.int64], salt: int) -> npt.NDArray[np.int64]:
-    """Buckets of many users in one segment; any shape, kept.
+    """Buckets of many users in one segment. ``user_ids`` has any shape; the result has the same one.
 
-    Unsigned 64-bit arithmetic wraps in numpy as the definition wants it.
+    Unsigned 64-bit arithmetic wraps in numpy, as the definition requires.
     """
     hashed = user_ids.astype(np.uint64, order="C")
     flat = hashed.reshape(-1)  # a view
     shifted = np.empty(min(flat.size, _IN_CACHE), dtype=np.uint64)
+
     for first in range(0, flat.size, _IN_CACHE):
         z = flat[first : first + _IN_CACHE]
         t = shifted[: z.size]
@@ -87,4 +91,5 @@ def buckets(user_ids: npt.NDArray[np.int64], salt: int) -> npt.NDArray[np.int64]
         z >>= np.uint64(32)
         z *= np.uint64(BUCKETS)
         z >>= np.uint64(32)
+
     return hashed.view(np.int64)

@@ -1,4 +1,4 @@
-"""How segments are listed and edited: what the catalog is asked for."""
+"""How segments are listed and edited: the arguments of the catalog's reads and edits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from segsvc.domain.errors import invalid_field
 
 
 class SegmentOrder(Enum):
-    """What a list can be ordered by; the values are the public interface's."""
+    """Fields that a list can be ordered by; the values are the public interface's names."""
 
     SLUG = "slug"
     CREATE_TIME = "create_time"
@@ -20,8 +20,8 @@ class SegmentOrder(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SegmentPosition:
-    """Where a page ended: the last segment's key, made unique by its id. Later pages go on after it, so they stay
-    right while segments come and go."""
+    """Where a page ended: the last segment's key, made unique by its id. The next page continues after it, so
+    pages stay correct while segments are created and deleted."""
 
     key: str | int | datetime
     id: int
@@ -33,7 +33,7 @@ class SegmentQuery:
 
     Attributes:
         labels: only segments that have all of these; empty: all.
-        descending: turns the order round.
+        descending: reverses the order.
     """
 
     order: SegmentOrder = SegmentOrder.SLUG
@@ -42,7 +42,7 @@ class SegmentQuery:
 
 
 class EditedField(Enum):
-    """What can be edited; the values are the public interface's names."""
+    """Fields that can be edited; the values are the public interface's names."""
 
     DISPLAY_NAME = "display_name"
     DESCRIPTION = "description"
@@ -50,10 +50,10 @@ class EditedField(Enum):
 
 
 def parse_order(text: str) -> tuple[SegmentOrder, bool]:
-    """``order_by`` of the public interface: a field, with `` desc`` after it if it is to be turned round.
+    """``order_by`` of the public interface: a field, followed by `` desc`` for descending order.
 
     Returns:
-        The order and whether it is descending; an empty text means by slug.
+        The order and whether it is descending; an empty text means ascending by slug.
 
     Raises:
         ServiceError: FIELD_INVALID.
@@ -61,6 +61,7 @@ def parse_order(text: str) -> tuple[SegmentOrder, bool]:
     words = text.split()
     if not words:
         return SegmentOrder.SLUG, False
+
     names = {order.value: order for order in SegmentOrder}
     if words[0] not in names or words[1:] not in ([], ["desc"]):
         raise invalid_field("order_by", f'must be {", ".join(names)}, or one of these and " desc", is {text[:80]!r}')

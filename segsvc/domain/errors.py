@@ -1,7 +1,7 @@
-"""What can go wrong, as its users see it: a category, a stable reason, a message without internals.
+"""Errors as clients see them: a category, a stable reason, a message without internals.
 
-Every refusal of the service is a ``ServiceError``. `grpc_api.errors` maps the category to a status code, in that one
-place; a driver's text never goes into a message.
+Every refusal of the service is a ``ServiceError``. Only `grpc_api.errors` maps a category to a status code. The text of
+a driver's error never goes into a message.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import Enum
 
 
 class Category(Enum):
-    """Canonical status codes in use, by their gRPC names."""
+    """The canonical status codes that the service uses, by their gRPC names."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     NOT_FOUND = "NOT_FOUND"
@@ -67,7 +67,8 @@ class Reason(Enum):
 
 
 QUEUE_RETRY_S = 2.0
-"""An operation takes a tenth of a second to some seconds: by then the queue is shorter, or will not be for long."""
+"""When to try again after a full queue. An operation takes between a tenth of a second and a few seconds: after this
+time the queue is shorter, or it will stay full for a long time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +81,14 @@ class FieldViolation:
 
 @dataclass(slots=True)
 class ServiceError(Exception):
-    """A refusal with everything that a client may see of it.
+    """A refusal, with all that a client may see.
 
     Attributes:
-        reason: which refusal; decides the status code.
-        message: for people; says what, where and what is allowed. No internals.
+        reason: which refusal it is; decides the status code.
+        message: for people: what is wrong, where, and what is allowed. No internals.
         metadata: for programs (ErrorInfo.metadata); small strings.
-        violations: of INVALID_ARGUMENT: each field that is wrong.
-        retry_after_s: when trying again makes sense (RetryInfo); absent: not said.
+        violations: for INVALID_ARGUMENT: each field that is wrong.
+        retry_after_s: seconds after which a retry makes sense (RetryInfo); None: not given.
     """
 
     reason: Reason
@@ -107,11 +108,11 @@ class ServiceError(Exception):
 
 
 class LockTimeout(Exception):
-    """A lock was not to be had within ``lock_timeout``: nothing was done, come back a little later."""
+    """A lock was not acquired within ``lock_timeout``. Nothing was done; callers try again a little later."""
 
 
 class UserLockTimeout(LockTimeout):
-    """The lock was one user's: another change of that user holds it."""
+    """The lock of one user was not acquired: another change of that user holds it."""
 
 
 def invalid_field(name: str, description: str, reason: Reason = Reason.FIELD_INVALID) -> ServiceError:
@@ -120,7 +121,7 @@ def invalid_field(name: str, description: str, reason: Reason = Reason.FIELD_INV
 
 
 def required_field(name: str) -> ServiceError:
-    """An INVALID_ARGUMENT about a field that must be there and is not."""
+    """An INVALID_ARGUMENT about a required field that is missing."""
     return invalid_field(name, "is required", Reason.FIELD_REQUIRED)
 
 
@@ -133,7 +134,7 @@ def segment_not_found(slug: str) -> ServiceError:
 
 
 def segment_deleting(slug: str) -> ServiceError:
-    """The segment's deletion is decided: nothing of it can change any more."""
+    """The segment's deletion is decided: it can no longer change."""
     return ServiceError(Reason.SEGMENT_DELETING, f"segment {slug!r} is being deleted", {"slug": slug})
 
 
@@ -148,7 +149,7 @@ def too_many_segments(limit: int) -> ServiceError:
 
 
 def queue_full(limit: int) -> ServiceError:
-    """As many operations wait as may; those that wait go on."""
+    """The queue holds as many operations as it may. The operations in it are not affected."""
     return ServiceError(
         Reason.OVERLOADED,
         f"{limit} operations wait in the queue, which is the limit; nothing was accepted",
@@ -158,7 +159,7 @@ def queue_full(limit: int) -> ServiceError:
 
 
 def queue_of_segment_full(slug: str, limit: int) -> ServiceError:
-    """As many operations of this segment wait as may; those that wait go on."""
+    """The queue holds as many operations of this segment as it may. The operations in it are not affected."""
     return ServiceError(
         Reason.OVERLOADED,
         f"{limit} operations of segment {slug!r} wait in the queue, which is the limit for one; nothing was accepted. "
@@ -169,7 +170,7 @@ def queue_of_segment_full(slug: str, limit: int) -> ServiceError:
 
 
 def condition_too_costly(what: str, cost_us: float, limit_us: float, setting: str) -> ServiceError:
-    """A condition, or all that rules have together, would slow everybody's events down. Costs are a user's."""
+    """A condition, or all rules' conditions together, would slow down the events of all users. Costs are per user."""
     return ServiceError(
         Reason.CONDITION_TOO_COSTLY,
         f"rule.condition: {what} up to {cost_us:.1f} µs a user, and the limit is {limit_us:.1f} ({setting}); "
@@ -179,7 +180,7 @@ def condition_too_costly(what: str, cost_us: float, limit_us: float, setting: st
 
 
 def etag_mismatch(slug: str, current: str) -> ServiceError:
-    """The caller has seen an older state of the segment than that of the etag ``current``."""
+    """The caller's etag is of an older state of the segment; ``current`` is the etag of its present state."""
     return ServiceError(
         Reason.ETAG_MISMATCH,
         f"segment {slug!r} has changed since this etag was given; read it again",
@@ -210,7 +211,7 @@ def cache_unavailable() -> ServiceError:
 
 
 def internal_error() -> ServiceError:
-    """A fault of ours, which whoever makes this has logged."""
+    """A fault of the service. The code that makes this error has logged the fault."""
     return ServiceError(Reason.INTERNAL, "an internal error; the service's log has it")
 
 

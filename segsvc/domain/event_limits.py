@@ -1,4 +1,4 @@
-"""What an event may hold; see ``docs/events.md``."""
+"""Limits of an event; see ``docs/events.md``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is remembered of Kafka's topics: how far they were read, what was lost in them, which dead letters are done."""
+"""What the catalog records of Kafka's topics: how far they were read, lost events, dead letters that are done."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class EventPosition:
     """How far a partition was read.
 
     Attributes:
-        topic_id: Kafka's own name of the topic, another one if the topic is made again; empty: it has none.
-        next_offset: everything before it is finished.
+        topic_id: Kafka's own id of the topic, a new one if the topic is created again; empty: the topic has none.
+        next_offset: all messages before it are finished.
     """
 
     topic: str
@@ -26,8 +26,8 @@ class EventLoss:
     """Events that Kafka dropped before they were read.
 
     Attributes:
-        end_offset: behind the last of them; None: nobody knows.
-        reason: how it came about, for people.
+        end_offset: one after the last of them; None: not known.
+        reason: how the loss came about, for people.
     """
 
     topic: str
@@ -38,7 +38,7 @@ class EventLoss:
 
     @property
     def count_max(self) -> int | None:
-        """How many at most: markers of transactions and what compaction has taken are among the offsets."""
+        """Upper bound of the lost events: transaction markers and messages removed by compaction have offsets, too."""
         return None if self.end_offset is None else self.end_offset - self.first_offset
 
     @property
@@ -51,7 +51,7 @@ class EventLoss:
 
 @dataclass(frozen=True, slots=True)
 class FoundLoss:
-    """A loss as it was noted."""
+    """A loss as the catalog recorded it."""
 
     id: int
     loss: EventLoss
@@ -60,7 +60,7 @@ class FoundLoss:
 
 
 Ranges = tuple[tuple[int, int], ...]
-"""Offsets as half-open ranges, ascending, apart from each other."""
+"""Offsets as half-open ranges, ascending and separate from each other."""
 
 
 def covered(ranges: Ranges, start: int, end: int) -> int:

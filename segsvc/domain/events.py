@@ -1,16 +1,16 @@
-"""Events about users as they arrive over Kafka: what is accepted, and the exact reason why something is not.
+"""Events about users as they arrive over Kafka: which are accepted, and the exact reason for each refusal.
 
-An event is read once, here. What goes on from here is canonical: ids and versions as integers, attributes as the
-compact JSON text that is stored. So a duplicate key or an odd spelling of a number cannot be read in two ways.
+An event is read once, here. The result is canonical: ids and versions as integers, attributes as the compact JSON text
+that is stored. So a duplicate key or an odd spelling of a number cannot be read in two ways.
 
 Rules that the public interface leaves open:
 
-- Of a key that comes twice, the last one counts, as in PostgreSQL's jsonb and in most JSON parsers.
-- A JSON number with a point or an exponent is a double, any other an integer. The text keeps that apart for good: an
-  integer has neither, a double always has a point and never an exponent (``1e2`` becomes ``100.0``), for jsonb keeps
-  the digits behind the point but not the exponent. In SQL, ``scale(value::numeric) > 0`` tells a double.
-- A creation without ``attributes`` (or with null) has none; an update must say which attributes remain.
-- The 8 KiB are those of the attributes that are kept, as compact JSON in UTF-8, numbers in their shortest form.
+- If a key comes twice, the last one counts, as in PostgreSQL's jsonb and in most JSON parsers.
+- A JSON number with a point or an exponent is a double, any other an integer. The stored text keeps the two apart: an
+  integer has neither, a double always has a point and never an exponent (``1e2`` becomes ``100.0``), as jsonb keeps
+  the digits behind the point but not the exponent. In SQL, ``scale(value::numeric) > 0`` identifies a double.
+- A creation without ``attributes`` (or with null) has none; an update must state all attributes that remain.
+- The limit of 8 KiB is for the attributes that are kept, as compact JSON in UTF-8 with numbers in their shortest form.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ UPDATE_TOPIC: Final = "update-user"
 DELETE_TOPIC: Final = "delete-user"
 TOPICS: Final = (CREATE_TOPIC, UPDATE_TOPIC, DELETE_TOPIC)
 SEGMENT_EVENTS_TOPIC: Final = "segment-events"
-"""What happened to segments, told to the world; the others tell us of users."""
+"""Topic that segsvc writes: changes of segments. It reads the other topics: changes of users."""
 
 _NAME_ALLOWED: Final = f"names must match {ATTRIBUTE_NAME.pattern}"
-# A string that is never closed is taken to the end, so that the pattern passes over its input once, whatever it is.
+# A string that is never closed matches to the end, so the pattern passes over any input once.
 _STRUCTURE: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 class BadEvent(Exception):
-    """An event outside the contract: it goes to the dead letters with this reason. Trying again cannot help."""
+    """An event outside the contract: it becomes a dead letter with this reason. A retry cannot help."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -59,10 +59,10 @@ class BadEvent(Exception):
 
 
 class Unstorable(Exception):
-    """The database refused the data of a batch, and will again. Nothing of the batch was stored.
+    """The database refused the data of a batch, and would refuse it again. Nothing of the batch was stored.
 
     Attributes:
-        code: the SQLSTATE, for the reason; the driver's text stays behind.
+        code: the SQLSTATE, for the dead letter's reason. The driver's text is left out.
     """
 
     def __init__(self, code: str) -> None:
@@ -71,7 +71,7 @@ class Unstorable(Exception):
 
 
 class CreateUser(msgspec.Struct, frozen=True, gc=False, array_like=True, forbid_unknown_fields=True, tag="c"):
-    """A user is there. ``attributes`` is compact JSON. Its version is 0."""
+    """A user arrives. ``attributes`` is compact JSON. Their version is 0."""
 
     user_id: int
     attributes: str
@@ -86,7 +86,7 @@ class UpdateUser(msgspec.Struct, frozen=True, gc=False, array_like=True, forbid_
 
 
 class DeleteUser(msgspec.Struct, frozen=True, gc=False, array_like=True, forbid_unknown_fields=True, tag="d"):
-    """A user is gone, for ever."""
+    """A user is deleted, permanently."""
 
     user_id: int
 
@@ -99,7 +99,7 @@ def parse(topic: str, raw: bytes | None) -> UserEvent:
 
     Args:
         topic: one of ``TOPICS``.
-        raw: the bytes of the value; None: the message has none. The key is not looked at: it is not trusted.
+        raw: the bytes of the value; None: the message has none. The key is ignored: it is not trusted.
 
     Raises:
         BadEvent: the event is outside the contract.
@@ -114,7 +114,7 @@ def parse(topic: str, raw: bytes | None) -> UserEvent:
 
 
 def parse_any(topic: str, raw: bytes | None) -> UserEvent:
-    """As ``parse``, by the steps that know every event, usual or not."""
+    """As ``parse``, without the fast path: this reader knows every event."""
     return _READERS[topic](_document(raw))
 
 
@@ -123,7 +123,7 @@ _decode_events: Final = msgspec.msgpack.Decoder(list[UserEvent]).decode
 
 
 def to_wire(events: Sequence[UserEvent]) -> bytes:
-    """Events as they go to a worker; ``from_wire`` reads them."""
+    """Events as bytes for a worker; ``from_wire`` reads them."""
     return _encode_events(events)
 
 
@@ -140,8 +140,8 @@ def _no_constant(name: str) -> Never:
 
 
 _decode: Final = json.JSONDecoder(parse_constant=_no_constant).decode
-# Python refuses to convert integers of thousands of digits. Where such a one stands in a field that is ignored, it
-# must not matter; anywhere else its digits do not, only that it is out of range.
+# Python refuses to convert integers of thousands of digits. In a field that is ignored, such a number must not matter.
+# In any other field it is out of range, so only its first digits are read.
 _decode_long_integers: Final = json.JSONDecoder(
     parse_constant=_no_constant, parse_int=lambda digits: int(digits[:40])
 ).decode
@@ -154,28 +154,32 @@ def _document(raw: bytes | None) -> Mapping[str, Any]:
         raise BadEvent(f"event: must be at most {EVENT_BYTES_MAX} bytes, is {len(raw)}")
     if _deeper_than_allowed(raw):
         raise BadEvent(f"event: must be at most {DEPTH_MAX} levels deep")
+
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadEvent(f"event: is not UTF-8 at byte {error.start}") from None
+
     try:
         document = _decode(text)
     except json.JSONDecodeError as error:
         raise BadEvent(f"event: is not JSON: {error.msg.removesuffix(' at')} at character {error.pos}") from None
     except ValueError:
         document = _decode_long_integers(text)
+
     if not isinstance(document, dict):
         raise BadEvent(f"event: must be a JSON object, is {_shown(document)}")
     return document
 
 
 def _deeper_than_allowed(raw: bytes) -> bool:
-    """Whether arrays and objects are nested too deep; known before the parser, which recurses, sees them.
+    """Whether arrays and objects are nested too deep. This is checked before the parser, which recurses, sees them.
 
-    As long as the bytes are JSON, strings are told as the parser tells them; it stops where they are not.
+    As long as the bytes are JSON, strings are recognised as the parser recognises them. It stops where they are not.
     """
     if raw.count(b"{") + raw.count(b"[") <= DEPTH_MAX:
-        return False  # nearly always: it cannot be deeper than it has brackets
+        return False  # nearly always: the depth is at most the number of opening brackets
+
     depth = 0
     for match in _STRUCTURE.finditer(raw):
         if match[0] in b"[{":
@@ -239,9 +243,10 @@ _encode: Final = json.JSONEncoder(
 
 
 def _attributes(value: Any) -> str:
-    """Hold attributes to their limits; the text to store, with those that are null left out."""
+    """Check attributes against their limits. Returns the text to store; attributes that are null are left out."""
     if type(value) is not dict:
         raise BadEvent(f"attributes: must be a JSON object, is {_shown(value)}")
+
     kept: dict[str, Any] = {}
     for name, item in value.items():
         if not ATTRIBUTE_NAME.fullmatch(name):
@@ -255,12 +260,15 @@ def _attributes(value: Any) -> str:
             )
         check(name, item)
         kept[name] = item
+
     if len(kept) > ATTRIBUTES_MAX:
         raise BadEvent(f"attributes: must be at most {ATTRIBUTES_MAX}, are {len(kept)}")
+
     text = _encode(kept)
     size = len(text) if text.isascii() else len(text.encode("utf-8"))
     if size > ATTRIBUTES_BYTES_MAX:
         raise BadEvent(f"attributes: must be at most {ATTRIBUTES_BYTES_MAX} bytes in all, are {size}")
+
     if any(type(item) is float and "e" in repr(item) for item in kept.values()):
         return _without_exponents(kept)
     return text
@@ -281,7 +289,7 @@ def _check_string(where: str, value: str) -> None:
 
 
 def _check_bool(where: str, value: bool) -> None:
-    """Both are allowed."""
+    """Both values are allowed."""
 
 
 def _check_int(where: str, value: int) -> None:
@@ -328,12 +336,12 @@ def _value_text(item: Any) -> str:
 
 
 def _quoted(name: str) -> str:
-    """A name as JSON text, short enough for a reason; ASCII, since it may hold anything."""
+    """A name as JSON text, short enough for a reason. ASCII only, because a name may contain any character."""
     return json.dumps(name if len(name) <= 80 else name[:80] + "…")
 
 
 def _shown(value: Any) -> str:
-    """What a value is, for a reason: numbers and constants as they are, anything that may be personal by its type."""
+    """A value as a reason shows it: numbers and constants as they are, what may be personal by its type only."""
     match value:
         case None:
             return "null"

@@ -1,4 +1,4 @@
-"""What an installation is called in servers that it may share with another one."""
+"""The names of an installation on servers that it may share with another installation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Installation:
     """One installation: a catalog, its shards, and all processes that work on them.
 
     Attributes:
-        cluster: its name, which people choose. Two installations may have the same one.
-        id: drawn when its catalog was founded.
+        cluster: its name, chosen by people. Two installations may have the same name.
+        id: random; drawn when its catalog was founded.
     """
 
     cluster: str
@@ -20,16 +20,16 @@ class Installation:
 
     @property
     def tag(self) -> str:
-        """What tells its names apart from another installation's: eight characters, since every key of the cache has
-        them, and every read sends them."""
+        """The part that makes its names differ from another installation's. Eight characters only, because every key
+        of the cache contains them and every read sends them."""
         return self.id.hex[:8]
 
     @property
     def name(self) -> str:
-        """For people, who know the cluster's name, and for servers: ``local-1f3a99c0``."""
+        """Name for people (who know the cluster's name) and for servers: ``local-1f3a99c0``."""
         return f"{self.cluster}-{self.tag}"
 
     @property
     def broker_prefix(self) -> str:
-        """What each of its keys and channels on the broker begins with."""
+        """Prefix of each of its keys and channels on the broker."""
         return f"segsvc:{self.name}:"

@@ -1,4 +1,4 @@
-"""What is known of one user's memberships, as the shards give it, the cache keeps it and the front answers with it."""
+"""One user's memberships: as the shards return them, as the cache stores them, as the front answers with them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy.typing as npt
 Entry = tuple[int, ...]
 """One user's memberships: ``(valid_until_us, row_version, read_time_us, block, *segment_ids)``.
 
-A plain tuple, because the hot path makes one for every call. Times are microseconds since 1970 by the shard's clock;
-the segment ids stand in the order of their slugs, so that an answer needs no sorting.
+A plain tuple, because the hot path creates one for every call. Times are microseconds since 1970 by the shard's clock.
+The segment ids are in the order of their slugs, so an answer needs no sorting.
 """
 
 VALID_UNTIL: Final = 0
-"""The nearest expiry of an override that this entry depends on; NEVER_US: there is none."""
+"""The earliest expiry of an override that this entry depends on; NEVER_US: none expires."""
 ROW_VERSION: Final = 1
 READ_TIME: Final = 2
-"""When the shard was read: the entry holds at least everything that was acknowledged before this."""
+"""When the shard was read: the entry includes at least every change that was acknowledged before this time."""
 BLOCK: Final = 3
 FIRST_SEGMENT: Final = 4
 
@@ -28,11 +28,11 @@ NEVER_US: Final = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class LoadedUser:
-    """One user as a shard gives it, overrides laid over the rule's bits.
+    """One user as a shard returns it, with the overrides applied to the rule's bits.
 
     Attributes:
-        segment_ids: segments the user is in, in no order.
-        valid_until_us: nearest expiry of an override of this user; NEVER_US: none expires.
+        segment_ids: segments the user is in, unordered.
+        valid_until_us: earliest expiry of an override of this user; NEVER_US: none expires.
         read_time_us: the shard's clock when the statement began.
     """
 
@@ -46,13 +46,13 @@ class LoadedUser:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Permission to fill some users' entries of one shard: only while the lease with this token is in place.
+    """Permission to fill the entries of some users of one shard, as long as the lease with this token exists.
 
     Attributes:
-        nonce: the shard's cache generation when the lease was given; entries filled under it carry it.
+        nonce: the shard's cache generation when the lease was given; entries filled under the lease carry it.
         token: the lease's token, used in one call only.
-        user_ids: the users for whom the lease was given; for others the cache is in use or blocked.
-        busy: how many were refused although no entry of theirs is a hit: leased to others, or blocked by a writer.
+        user_ids: the users for whom the lease was given; the entries of the rest are in use or barred by a writer.
+        busy: number of users refused although their entry is no hit: leased to another reader, or barred by a writer.
     """
 
     nonce: bytes
@@ -63,16 +63,16 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class EntryColumns:
-    """Entries of many users side by side, for filling in bulk.
+    """Entries of many users as columns, for filling in bulk.
 
     Attributes:
-        user_ids: int64, one a user.
-        blocks: uint32, one a user.
-        row_versions: int64, one a user.
-        valid_until_us: int64, one a user.
-        read_time_us: of all of them.
-        counts: int64, segments of each user.
-        segment_ids: uint32, all users' one after another, each user's in the order of the slugs.
+        user_ids: int64, one per user.
+        blocks: uint32, one per user.
+        row_versions: int64, one per user.
+        valid_until_us: int64, one per user.
+        read_time_us: the same for all of them.
+        counts: int64, number of segments of each user.
+        segment_ids: uint32, the users' lists one after another, each in the order of the slugs.
     """
 
     user_ids: npt.NDArray[np.int64]
@@ -86,15 +86,15 @@ class EntryColumns:
 
 @dataclass(frozen=True, slots=True)
 class UserBlock:
-    """All users of one block and what their memberships depend on, of one moment.
+    """All users of one block and all that their memberships depend on, as of one moment.
 
     Attributes:
-        user_ids: int64, one a slot; 0: no user.
-        row_versions: int64, one a slot; 0 where there is no user.
+        user_ids: int64, one per slot; 0: no user.
+        row_versions: int64, one per slot; 0 where there is no user.
         segment_ids: int64: segments with a bit set in this block.
         packed: uint8, shape (segments, 128): their bits, in the order of ``segment_ids``.
         overrides: int64, shape (overrides, 4): bit in the block, segment id, 1 for in or 0 for out, valid_until_us.
-            Only those that have not expired.
+            Only overrides that have not expired.
         read_time_us: the shard's clock when the statement began.
     """
 
@@ -112,9 +112,9 @@ class Sweep:
     """A complete run of the warmer over one shard.
 
     Attributes:
-        nonce: of the generation under which all entries were filled.
+        nonce: the cache generation under which all entries were filled.
         next_slot: every user below it was warmed.
-        ended_s: when, in seconds since 1970.
+        ended_s: end of the run, in seconds since 1970.
     """
 
     nonce: bytes
@@ -124,7 +124,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class CacheMemory:
-    """Memory of the cache's server. ``max_bytes`` None: it has no bound of its own."""
+    """Memory of the cache's server. ``max_bytes`` None: the server has no limit of its own."""
 
     used_bytes: int
     max_bytes: int | None

@@ -1,4 +1,4 @@
-"""Operations: a change of a segment on all shards, from its acceptance to its end.
+"""Operations: changes of a segment on all shards, from acceptance to end.
 
     QUEUED → PREPARING → COMMITTED → DONE
     QUEUED | PREPARING → ABORTED
@@ -48,7 +48,7 @@ class OperationState(IntEnum):
 
 
 class ShardState(IntEnum):
-    """Where one shard is; numbers as in the protos. A hint for people: it decides nothing."""
+    """How far one shard is; numbers as in the protos. A hint for people: no decision depends on it."""
 
     WAITING = 1
     WORKING = 2
@@ -59,12 +59,12 @@ class ShardState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ShardCounts:
-    """What an operation does to one shard, counted while it did it; all are users.
+    """What an operation changed on one shard, counted during the change; all counts are users.
 
     Attributes:
-        matched: for whom the condition holds, whatever their bucket.
-        members: members afterwards, overrides included.
-        absent_attributes: names that the condition reads and no user of the shard has, in their order.
+        matched: users for whom the condition holds, whatever their bucket.
+        members: members after the operation, overrides included.
+        absent_attributes: attributes that the condition reads and no user of the shard has, sorted by name.
     """
 
     shard: int
@@ -76,7 +76,7 @@ class ShardCounts:
 
 
 def unknown_attributes(counts: Iterable[ShardCounts]) -> list[str]:
-    """Names that the condition reads and no user of any of these shards has, in their order."""
+    """Attributes that the condition reads and no user of any of these shards has, sorted by name."""
     absent = [set(shard.absent_attributes) for shard in counts]
     return sorted(set.intersection(*absent)) if absent else []
 
@@ -101,12 +101,12 @@ class Failure:
 
     @classmethod
     def of(cls, refusal: ServiceError) -> Failure:
-        """The same refusal, to be kept."""
+        """The same refusal, in the form that is stored."""
         return cls(refusal.reason.text, refusal.message, refusal.metadata)
 
     def to_error(self) -> ServiceError:
-        """What the operation's caller gets for it. A reason that this release does not know, which a newer one wrote
-        while the service is upgraded, is OPERATION_ABORTED."""
+        """The error that the operation's caller gets. During an upgrade, a newer release may have written a reason that
+        this release does not know: that becomes OPERATION_ABORTED."""
         if self.reason not in Reason.__members__:
             return ServiceError(Reason.OPERATION_ABORTED, self.message, {"why": self.reason})
         return ServiceError(Reason[self.reason], self.message, self.metadata)
@@ -121,14 +121,14 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class OperationPlan:
-    """What an operation is to do: everything a shard needs to do it again with the same result.
+    """What an operation will do: all that a shard needs to repeat it with the same result.
 
     Attributes:
-        segment_id: numeric id; of a CREATE, drawn when it was accepted.
+        segment_id: numeric id; for a CREATE, drawn at acceptance.
         salt: the segment's salt, 0 … 2**64 - 1.
-        rule: of a ROLL_OUT, the rule to put in force; None otherwise.
-        cost: what the rule's condition costs; None: it has none, or a release accepted it that did not measure.
-        text: of a CREATE, what people will read; None otherwise.
+        rule: for a ROLL_OUT, the rule to put in force; None otherwise.
+        cost: what the rule's condition costs; None: no condition, or accepted by a release that did not measure costs.
+        text: for a CREATE, display name, description and labels; None otherwise.
         etag: the etag the caller expects; empty: none.
     """
 
@@ -186,13 +186,13 @@ class Operation:
     """A row of the ledger with its votes.
 
     Attributes:
-        seq: order of acceptance; of one segment's, the oldest starts first.
-        deadline: on the catalog's clock; None until it started.
+        seq: order of acceptance; among one segment's operations, the oldest starts first.
+        deadline: by the catalog's clock; None until it started.
         failure: why it was aborted; None otherwise.
         votes: counts of the shards that voted, by shard.
         commit_seq: order of the commits; None until COMMITTED.
-        late: PREPARING when it was read, and past its deadline by the catalog's clock: it will be aborted, by whoever
-            comes first.
+        late: PREPARING when it was read, and past its deadline by the catalog's clock: the next process that handles
+            it will abort it.
     """
 
     id: UUID
@@ -216,7 +216,7 @@ class Operation:
 
     @property
     def title(self) -> str:
-        """What it does, for people: ``roll out checkout to 30 %``."""
+        """What the operation does, for people: ``roll out checkout to 30 %``."""
         plan = self.plan
         if plan.rule is not None:
             condition = " under a condition" if plan.rule.condition else ""
@@ -226,12 +226,12 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class RequestKey:
-    """What makes a repeated request recognisable: the same key answers as the first time.
+    """Identifies a repeated request: the same key gets the same answer as the first time.
 
     Attributes:
-        method: full name of the method; a request_id is unique for its method only.
+        method: full name of the method; a request_id is unique per method.
         request_id: chosen by the caller.
-        content_hash: SHA-256 of the request, its request_id apart; another hash under the same id is REQUEST_ID_REUSED.
+        content_hash: SHA-256 of the request without its request_id; another hash with the same id: REQUEST_ID_REUSED.
     """
 
     method: str
@@ -241,7 +241,7 @@ class RequestKey:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """How many operations may be QUEUED: in all, and of one segment (by its slug)."""
+    """How many operations may be QUEUED: in total, and per segment (by its slug)."""
 
     all: int
     per_segment: int
@@ -249,11 +249,11 @@ class QueueLimits:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What came of an operation that was to be accepted.
+    """The outcome of an attempt to accept an operation.
 
     Attributes:
-        operation: as it is now; None: a twin of its request was first, and nothing was accepted.
-        replaced: rollouts whose place in the queue it has taken: they are ABORTED.
+        operation: as it is now; None: a twin of its request came first, and nothing was accepted.
+        replaced: queued rollouts that it replaced; they are ABORTED.
     """
 
     operation: Operation | None
@@ -262,7 +262,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class OperationFilter:
-    """Which operations to list; what is None does not restrict."""
+    """Which operations to list; a field that is None does not restrict the list."""
 
     slug: str | None = None
     kind: OperationKind | None = None
@@ -271,11 +271,11 @@ class OperationFilter:
 
 @dataclass(frozen=True, slots=True)
 class OperationDetails:
-    """What the catalog keeps of an operation beside its row.
+    """What the catalog stores about an operation beside its row.
 
     Attributes:
-        progress: what the shards last said; those that said nothing are left out.
-        segment: of one that is committed, the segment as it was then; None: deleted, or not committed.
+        progress: the last report of each shard; shards without a report are left out.
+        segment: the segment as it was at the commit; None: a deletion, or not committed.
     """
 
     progress: Sequence[ShardProgress]
@@ -286,8 +286,8 @@ class OperationDetails:
 class Gid:
     """Id of a shard's prepared transaction: ``segsvc:<cluster>:<operation uuid>:<shard>``, at most 199 bytes.
 
-    The only builder and the only parser. The cluster name (at most 32 characters, no colon) keeps two installations
-    that share a server apart; recovery never touches a gid it cannot parse or of another cluster.
+    Only this class builds and parses gids. The cluster name (at most 32 characters, no colon) separates two
+    installations that share a server. Recovery never touches a gid that it cannot parse or that is of another cluster.
     """
 
     cluster: str
@@ -299,7 +299,7 @@ class Gid:
 
     @classmethod
     def parse(cls, text: str) -> Gid | None:
-        """None for whatever ``str(Gid(…))`` does not produce."""
+        """None for any text that ``str(Gid(…))`` does not produce."""
         match = _GID_PATTERN.fullmatch(text)
         return cls(match[1], UUID(match[2]), int(match[3])) if match else None
 
@@ -312,8 +312,8 @@ _GID_PATTERN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PreparedTransaction:
-    """A prepared transaction of a shard's database; ``gid`` is not ours unless ``Gid.parse`` says so. Its age is by the
-    shard's clock."""
+    """A prepared transaction in a shard's database. The ``gid`` is ours only if ``Gid.parse`` accepts it. The age is
+    by the shard's clock."""
 
     gid: str
     age_s: float
@@ -321,11 +321,11 @@ class PreparedTransaction:
 
 @dataclass(frozen=True, slots=True)
 class OperationResult:
-    """What an operation that is DONE has to say.
+    """The result of an operation that is DONE.
 
     Attributes:
-        segment: as it was at the commit; None: of a deletion.
-        counts: of each shard, counted while it changed.
+        segment: as it was at the commit; None: for a deletion.
+        counts: one per shard, counted during the change.
     """
 
     segment: Segment | None

@@ -1,4 +1,4 @@
-"""Overrides: single users put in or out of segments by hand, whatever the rules say."""
+"""Overrides: single users put into or kept out of segments by hand, whatever the rules say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Effect(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class WantedOverride:
-    """``expire_time`` None: for ever."""
+    """An override to set. ``expire_time`` None: it never expires."""
 
     slug: str
     effect: Effect
@@ -32,7 +32,7 @@ class WantedOverride:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """An override that has not expired. ``expire_time`` None: it holds for ever."""
+    """An override that has not expired. ``expire_time`` None: it never expires."""
 
     slug: str
     effect: Effect
@@ -42,7 +42,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class OverrideChanges:
-    """What one call asks for: all of it, or nothing."""
+    """The changes of one call: all of them are made, or none."""
 
     put: Sequence[WantedOverride]
     clear: Sequence[str]
@@ -59,7 +59,7 @@ class UserOverrides:
     Attributes:
         slugs: segments the user is in, sorted.
         read_time_us: when the shard was read, microseconds since 1970.
-        overrides: those that hold, by slug.
+        overrides: the unexpired ones, by slug.
     """
 
     slugs: Sequence[str]
@@ -69,11 +69,11 @@ class UserOverrides:
 
 @dataclass(frozen=True, slots=True)
 class MembershipFacts:
-    """All that one membership depends on, of one moment.
+    """All that one membership depends on, as of one moment.
 
     Attributes:
-        bit: what the rule's materialisation says.
-        override: the one that holds; None: none does.
+        bit: the stored bit, which is the rule's result.
+        override: the unexpired one; None: there is none.
     """
 
     segment: ShardSegment
@@ -91,7 +91,7 @@ class UnknownSlug(Exception):
 
 
 class ExpiryPassed(Exception):
-    """An override would have expired already, by the shard's clock. Nothing was changed. ``index``: in the call."""
+    """Override number ``index`` of the call would already have expired, by the shard's clock. Nothing was changed."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
@@ -99,18 +99,20 @@ class ExpiryPassed(Exception):
 
 
 def check_changes(changes: OverrideChanges) -> None:
-    """Hold a call's changes to their limits.
+    """Check a call's changes against their limits.
 
     Raises:
         ServiceError: FIELD_REQUIRED, FIELD_INVALID.
     """
     if len(changes.slugs) > CHANGES_MAX:
         raise invalid_field("set", f"must be at most {CHANGES_MAX} changes with clear, are {len(changes.slugs)}")
+
     seen: set[str] = set()
     names = [
         *(f"set[{n}].slug" for n in range(len(changes.put))),
         *(f"clear[{n}]" for n in range(len(changes.clear))),
     ]
+
     for name, slug in zip(names, changes.slugs, strict=True):
         check_slug(slug, name)
         if slug in seen:

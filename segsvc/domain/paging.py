@@ -1,8 +1,9 @@
 """Page tokens and page sizes of the public interface.
 
-A token is ``base64url(digest ‖ JSON)``: where the page ended, under a digest of that together with the scope (which
-list, with which parameters). So a token that was cut, altered by accident or taken from another list is recognised.
-It protects from mistakes, not from malice: a forged token can only ask for another place in the same list.
+A token is ``base64url(digest ‖ JSON)``. The JSON says where the page ended; the digest covers the JSON and the scope
+(which list, with which parameters). So a token that was cut, altered by accident or taken from another list is
+recognised. This protects from mistakes, not from malice: a forged token can only ask for another place in the same
+list.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _DIGEST_BYTES = 8
 
 
 def page_size_of(requested: int) -> int:
-    """The page size that a request means: 0 is the default, more than the maximum is the maximum.
+    """The page size of a request: 0 means the default, and more than the maximum means the maximum.
 
     Raises:
-        ServiceError: FIELD_INVALID for a negative one.
+        ServiceError: FIELD_INVALID for a negative size.
     """
     if requested < 0:
         raise invalid_field("page_size", f"must not be negative, is {requested}")
@@ -51,10 +52,12 @@ def decode_token(scope: str, token: str, field: str) -> Any:
         raw = base64.b64decode(token.encode("ascii") + b"=" * (-len(token) % 4), altchars=b"-_", validate=True)
     except (UnicodeEncodeError, binascii.Error, ValueError):
         raise token_invalid(field) from None
+
     digest, payload = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
-    # Base64 has several spellings of the same bytes; only one of them was given.
+    # Base64 has several spellings of the same bytes; encode_token writes only one of them.
     if digest != _digest(scope, payload) or token != _spelled(raw):
         raise token_invalid(field)
+
     return json.loads(payload)
 
 

@@ -1,4 +1,4 @@
-"""Segments and rules: values, and the limits they are held to."""
+"""Segments and rules: values and their limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Policy(IntEnum):
 
 
 class SegmentState(IntEnum):
-    """Numbers as in the protos, RESERVED apart: a slug held by a creation that has started and is not decided."""
+    """Numbers as in the protos, except RESERVED: it holds a slug for a creation that has started and is not decided."""
 
     RESERVED = 0
     ACTIVE = 1
@@ -41,12 +41,12 @@ class SegmentState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Who is in, overrides apart: those for whom the condition holds and whose bucket is below ``threshold``.
+    """The members, apart from overrides: users for whom the condition holds and whose bucket is below ``threshold``.
 
     Attributes:
-        threshold: buckets that are in, 0 … 100,000: percent × 1000.
+        threshold: number of buckets that are in, 0 … 100,000: percent × 1000.
         condition: CEL over ``user``; empty: everyone.
-        policy: for users who come or change later.
+        policy: for users who arrive or change later.
     """
 
     threshold: int
@@ -73,11 +73,11 @@ class Segment:
 
     Attributes:
         id: number used on the shards and in the cache; never reused.
-        uid: tells it from an earlier segment of the same slug.
-        salt: 0 … 2**64 - 1; decides its buckets.
+        uid: distinguishes it from an earlier segment with the same slug.
+        salt: 0 … 2**64 - 1; input of its bucket hash.
         rule: the rule in force; None until the first rollout.
         member_count: members at member_count_time; a count for lists, not for decisions.
-        last_operation: id of the operation that last changed it; None: none since its creation was recorded.
+        last_operation: id of the operation that last changed it; None: none was recorded.
     """
 
     id: int
@@ -99,7 +99,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class SegmentText:
-    """What people read of a segment: the part that can be edited without touching memberships."""
+    """The texts of a segment, for people: the part that can be edited without a change of memberships."""
 
     display_name: str = ""
     description: str = ""
@@ -108,12 +108,12 @@ class SegmentText:
 
 @dataclass(frozen=True, slots=True)
 class ShardSegment:
-    """A segment as a shard knows it: what its user events are evaluated against.
+    """A segment as a shard knows it: user events are evaluated against this.
 
     Attributes:
         rule: None until the first rollout.
-        rule_count: members on this shard by the rule, overrides apart.
-        frozen_slot: of a FROZEN rule: the highest slot that the rollout saw; None otherwise.
+        rule_count: members on this shard by the rule, without overrides.
+        frozen_slot: for a FROZEN rule, the highest slot that the rollout saw; None otherwise.
     """
 
     id: int
@@ -125,7 +125,7 @@ class ShardSegment:
 
 
 def new_etag() -> str:
-    """A fresh etag: opaque, at random, so that no two states of a segment share one."""
+    """A new etag: opaque and random, so that no two states of a segment share one."""
     return secrets.token_hex(8)
 
 
@@ -139,7 +139,7 @@ def check_slug(slug: str, name: str = "slug") -> str:
 
 
 def check_text(text: SegmentText, prefix: str = "segment") -> None:
-    """Hold display name, description and labels to their limits. Raises ServiceError FIELD_INVALID."""
+    """Check display name, description and labels against their limits. Raises ServiceError FIELD_INVALID."""
     for name, value, limit in (
         ("display_name", text.display_name, DISPLAY_NAME_MAX),
         ("description", text.description, DESCRIPTION_MAX),
@@ -148,13 +148,15 @@ def check_text(text: SegmentText, prefix: str = "segment") -> None:
             raise invalid_field(f"{prefix}.{name}", f"must be at most {limit} characters, is {len(value)}")
         if "\0" in value:
             raise invalid_field(f"{prefix}.{name}", "must not contain U+0000")
+
     check_labels(text.labels, f"{prefix}.labels")
 
 
 def check_labels(labels: Mapping[str, str], name: str) -> None:
-    """Hold labels to their limits. Raises ServiceError FIELD_INVALID."""
+    """Check labels against their limits. Raises ServiceError FIELD_INVALID."""
     if len(labels) > LABELS_MAX:
         raise invalid_field(name, f"must be at most {LABELS_MAX} labels, are {len(labels)}")
+
     for key, value in labels.items():
         if not SLUG.fullmatch(key):
             raise invalid_field(f"{name}[{key[:80]!r}]", f"key {SLUG_ALLOWED}")
@@ -165,7 +167,8 @@ def check_labels(labels: Mapping[str, str], name: str) -> None:
 
 
 def make_rule(percent: float | None, condition: str, policy: Policy, prefix: str = "rule") -> Rule:
-    """Build a rule from what a request says, exact in decimal. Whoever puts it in force parses the condition.
+    """Build a rule from a request, exact in decimal. The condition is not parsed here: the code that puts the rule in
+    force does that.
 
     Raises:
         ServiceError: FIELD_REQUIRED without a percent; FIELD_INVALID outside 0 to 100 or with more than three decimals.
@@ -174,8 +177,10 @@ def make_rule(percent: float | None, condition: str, policy: Policy, prefix: str
         raise required_field(f"{prefix}.percent")
     if not 0 <= percent <= 100:  # also refuses NaN
         raise invalid_field(f"{prefix}.percent", f"must be 0 to 100, is {percent!r}")
-    # repr() is the shortest text that gives this double: what the caller wrote, so "three decimals" can be exact.
+
+    # repr() is the shortest text that gives this double. That is what the caller wrote, so the check is exact.
     thousandths = Decimal(repr(percent)) * 1000
     if thousandths != thousandths.to_integral_value():
         raise invalid_field(f"{prefix}.percent", f"must have at most three decimals, is {percent!r}")
+
     return Rule(int(thousandths), condition, policy)

@@ -1,4 +1,4 @@
-"""Which shard, and which block of it, a user lives in."""
+"""The shard of a user, and the size of its blocks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from segsvc.domain.errors import invalid_field
 
 USER_ID_MAX = 2**63 - 1
 BLOCK_SLOTS = 1024
-"""Users a block: one directory row, and one row of 1024 bits for each segment with a member in it."""
+"""Users per block: one directory row, and one row of 1024 bits for each segment with a member in it."""
 BLOCK_BYTES = BLOCK_SLOTS // 8
 
 
 def shard_of(user_id: int, shard_count: int) -> int:
-    """The shard of a user: ``user_id mod N``, given from outside and fixed for the life of an installation."""
+    """The shard of a user: ``user_id mod N``, prescribed from outside and fixed for the life of an installation."""
     return user_id % shard_count
 
 

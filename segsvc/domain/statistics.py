@@ -1,4 +1,4 @@
-"""A segment in numbers, counted on the shards when asked."""
+"""The numbers of a segment, counted on the shards on request."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from segsvc.domain.segment import Segment
 
 @dataclass(frozen=True, slots=True)
 class ShardStatistics:
-    """What one shard counted, in one statement; all are users.
+    """The counts of one shard, from one statement; all counts are users.
 
     Attributes:
         known: whether the shard has the segment; if not, its counts are 0.
-        rule_count: in by the rule, overrides apart.
-        included_count: in by an unexpired override though not by the rule.
-        excluded_count: kept out by an unexpired override though in by the rule.
+        rule_count: members by the rule, without overrides.
+        included_count: members by an unexpired override and not by the rule.
+        excluded_count: members by the rule that an unexpired override keeps out.
         user_count: all users of the shard.
         read_time: by the shard's clock.
     """
@@ -37,8 +37,8 @@ class ShardStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SegmentStatistics:
-    """The sums over all shards. Each shard is right in itself; while an operation is committed, some may be counted
-    before it and some after."""
+    """The sums over all shards. Each shard's counts are consistent; while an operation commits, some shards may be
+    counted before the commit and some after it."""
 
     segment: Segment
     shards: Sequence[ShardStatistics]
@@ -70,7 +70,7 @@ class SegmentStatistics:
 
     @property
     def read_time(self) -> datetime:
-        """The earliest of the shards' times: nothing here is older."""
+        """The earliest of the shards' times: no count is older."""
         return min(shard.read_time for shard in self.shards)
 
 
@@ -80,8 +80,8 @@ class MemberPage:
 
     Attributes:
         known: whether the shard has the segment; if not, there are no members.
-        last_slot: everything up to here has been looked at.
-        exhausted: nothing follows on this shard.
+        last_slot: all slots up to this one were examined.
+        exhausted: no members follow on this shard.
     """
 
     known: bool

@@ -1,4 +1,4 @@
-"""What the checker reads, side by side in columns: the stored state exactly as it is, right or wrong."""
+"""What the checker reads, as columns: the stored state exactly as it is, right or wrong."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """An operation as the checker and the doctor need it. Times are the catalog's clock; None: it did not get there.
+    """An operation as the checker and the doctor need it. Times are by the catalog's clock; None: not reached.
 
     Attributes:
-        shards_committed_time: all shards are known to have committed since then; noted only when the cache cannot be
-            told.
-        voted: shards that have voted for it.
+        shards_committed_time: all shards are known to have committed by then; recorded only when the cache cannot be
+            reached.
+        voted: shards that voted for it.
         failure: why it was aborted; None otherwise.
     """
 
@@ -52,8 +52,8 @@ class CatalogView:
     Attributes:
         time: that moment, by the catalog's clock.
         segments: all rows, RESERVED and DELETING ones included.
-        operations: those that are not final, ended lately, or were asked for, and all earlier ones of segments that
-            have one which is not final.
+        operations: the ones that are not final, ended lately, or were asked for; and for each segment with an operation
+            that is not final, all its earlier operations.
     """
 
     time: datetime
@@ -71,7 +71,7 @@ class StateRow:
 
 @dataclass(frozen=True, slots=True)
 class UserColumns:
-    """Users: their slots and ids, one a user."""
+    """Slots and ids of users, one entry per user."""
 
     slots: Int64s
     ids: Int64s
@@ -79,7 +79,7 @@ class UserColumns:
 
 @dataclass(frozen=True, slots=True)
 class DirectoryRows:
-    """Directory rows of the right size: their blocks, and the user ids of each (n × 1024)."""
+    """Directory rows of the right size: their blocks, and the user ids in each (n × 1024)."""
 
     blocks: Int64s
     user_ids: bits.UserIds
@@ -87,7 +87,7 @@ class DirectoryRows:
 
 @dataclass(frozen=True, slots=True)
 class OverrideColumns:
-    """Overrides that hold now: the user's slot, the segment, and whether it puts the user in (else out)."""
+    """Unexpired overrides: the user's slot, the segment, and whether the override includes the user (else excludes)."""
 
     slots: Int64s
     segment_ids: Int64s

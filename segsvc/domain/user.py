@@ -1,4 +1,4 @@
-"""A user, as the events have described them."""
+"""A user, as described by the events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 AttributeValue = str | bool | int | float | Sequence[str]
-"""What an attribute can be; one that is null is absent."""
+"""The types of an attribute's value. An attribute that is null counts as absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +15,8 @@ class User:
     """One row of a shard.
 
     Attributes:
-        version: of the newest event applied; 0 after the creation.
-        shard: where the user lives.
+        version: version of the newest event applied; 0 after the creation.
+        shard: the shard that stores the user.
     """
 
     id: int
