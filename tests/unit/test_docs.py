@@ -254,6 +254,40 @@ def test_every_call_has_its_row() -> None:
     assert set(first_column(table)) == calls
 
 
+PORTS_DECLARED_IN = ("segsvc/services", "segsvc/twophase", "segsvc/bridge")
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of each row of a table."""
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def test_every_port_is_in_the_table() -> None:
+    listed: set[tuple[str, str]] = set()
+    file = ""
+    for declared_in, ports, implemented_in in table_rows(section(read(DOCS / "architecture.md"), "## Ports"))[2:]:
+        file = declared_in.strip("`") or file
+        listed |= {(file, port) for port in re.findall(r"`(\w+)`", ports)}
+        assert "`" in implemented_in, ports
+
+    declared = {
+        (str(path.relative_to(REPOSITORY)), port)
+        for folder in PORTS_DECLARED_IN
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for port in re.findall(r"^class (\w+)\((?:\w+, )*Protocol\)", read(path), flags=re.MULTILINE)
+    }
+    assert {port for port in listed if port[0].startswith(PORTS_DECLARED_IN)} == declared
+
+
+def test_behaviours_are_where_the_table_says() -> None:
+    rows = table_rows(section(read(DOCS / "architecture.md"), "## Where a behaviour is"))[2:]
+    assert len(rows) > 10
+    for behaviour, files, names in rows:
+        code = "\n".join(read(REPOSITORY / file) for file in re.findall(r"`([^`]+)`", files))
+        for name in re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", names))):
+            assert re.search(rf"\b(?:def|class) {name}\b", code), f"{behaviour}: there is no {name} in {files}"
+
+
 def test_every_table_is_explained() -> None:
     catalog, shard = section(read(DOCS / "architecture.md"), "## Data").split("**Shard databases**")
     assert set(first_column(catalog)) == set(tables.catalog.tables)
