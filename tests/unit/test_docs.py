@@ -299,7 +299,12 @@ def test_every_table_is_explained() -> None:
 
 def test_every_failpoint_of_the_protocol_is_in_the_crash_table() -> None:
     reached: set[str] = set()
-    for name in ("twophase/protocol.py", "postgres/catalog/ledger.py", "postgres/shard/participant.py"):
+    for name in (
+        "twophase/protocol.py",
+        "postgres/catalog/ledger.py",
+        "postgres/catalog/acceptance.py",
+        "postgres/shard/participant.py",
+    ):
         reached |= set(re.findall(r'\.reach\(\s*"([a-z-]+)"', read(REPOSITORY / "segsvc" / name)))
     table = section(read(DOCS / "commit-protocol.md"), "## What survives a crash")
     assert set(first_column(table)) == reached

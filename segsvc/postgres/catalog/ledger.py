@@ -1,52 +1,50 @@
-"""The ledger: operations in the catalog. Every transition is one compare-and-set in one transaction.
+"""The ledger's transitions. Each is one compare-and-set in one transaction, and its statements are here with it.
 
-Implements ``twophase.Ledger`` and the stores of ``services.acceptance``, ``services.creations`` and
-``services.operations``. Times are the catalog's clock.
+Implements ``twophase.Ledger`` and, with what it inherits from ``acceptance`` and ``operation_reads``, the stores of
+``services.acceptance``, ``services.creations`` and ``services.operations``. Times are the catalog's clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql import Insert, insert
 
-from segsvc.domain.condition_cost import CostLimits
-from segsvc.domain.errors import Reason
+from segsvc.domain.condition_cost import CostLimits, refusal_of
+from segsvc.domain.errors import (
+    Reason,
+    etag_mismatch,
+    segment_deleting,
+    segment_exists,
+    segment_not_found,
+    too_many_segments,
+)
 from segsvc.domain.operation import (
-    Accepted,
     Failure,
     Operation,
-    OperationDetails,
-    OperationFilter,
     OperationKind,
     OperationPlan,
-    OperationResult,
     OperationState,
     QueueLimits,
     ShardCounts,
     ShardProgress,
 )
-from segsvc.domain.segment import Segment
+from segsvc.domain.segment import SEGMENTS_MAX, Segment, SegmentState, SegmentText, new_etag
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
-from segsvc.metrics import operations_finished
 from segsvc.postgres import tables
-from segsvc.postgres.catalog import ledger_steps
-from segsvc.postgres.catalog.ledger_views import (
-    select_operation,
-    select_operations,
-    select_outcomes,
-    select_progress,
-    select_votes,
-)
-from segsvc.postgres.catalog.operation_ends import NOTIFY_END, PostgresEndListener
+from segsvc.postgres.catalog import audit_trail
+from segsvc.postgres.catalog.acceptance import PostgresAcceptance
+from segsvc.postgres.catalog.operation_ends import NOTIFY_END, abort, count_ended
+from segsvc.postgres.catalog.operation_rows import IN_TIME, select_operation, select_operations
+from segsvc.postgres.catalog.segments import count_taken_slugs, select_rules_in_force
 from segsvc.postgres.engine import Databases, sqlstate
-from segsvc.postgres.locks import ACCEPT_LOCK
+from segsvc.postgres.segment_rows import COLUMNS, segment_to_json, to_segment
 from segsvc.twophase.ports import Answer, OpenOperation, WorkFailed
 
 log = get_logger(__name__)
@@ -58,6 +56,7 @@ _IN_FLIGHT = (OperationState.PREPARING.name, OperationState.COMMITTED.name)
 _operations = tables.operations.c
 _votes = tables.votes.c
 _progress = tables.progress.c
+_segments = tables.segments.c
 
 # Statements of every operation's way are built once: to build one takes as long as to run it.
 _SELECT_STATE_SHARED: Final = (
@@ -72,7 +71,7 @@ _INSERT_VOTE: Final = (
         ["operation_id", *_VOTE_NAMES],
         sa.select(
             _operations.id, *(sa.bindparam(name, type_=_votes[name].type).label(name) for name in _VOTE_NAMES)
-        ).where(_operations.id == sa.bindparam("operation_id"), ledger_steps.IN_TIME),
+        ).where(_operations.id == sa.bindparam("operation_id"), IN_TIME),
         include_defaults=False,
     )
     .on_conflict_do_nothing()
@@ -100,7 +99,7 @@ def _put_progress() -> Insert:
 _PUT_PROGRESS: Final = _put_progress()
 
 
-class PostgresLedger:
+class PostgresLedger(PostgresAcceptance):
     """The operations of one catalog.
 
     Args:
@@ -122,60 +121,129 @@ class PostgresLedger:
         cost_limits: CostLimits,
         crash_points: CrashPoints,
     ) -> None:
-        self._databases = databases
+        super().__init__(databases, queue=queue, crash_points=crash_points)
         self._shard_count = shard_count
         self._deadline_s = deadline_s
         self._quiet_s = quiet_s
-        self._queue = queue
         self._cost_limits = cost_limits
-        self._crash = crash_points
 
-    # -- reading ----------------------------------------------------------------------------------------------------
+    # -- transitions ------------------------------------------------------------------------------------------------
 
-    def get(self, operation_id: UUID) -> Operation | None:
-        """The operation as it is now, its votes included; None: there is none of this id."""
-        with self._databases.catalog_tx() as connection:
-            return select_operation(connection, operation_id)
+    def start_next(self) -> Operation | None:
+        """Move the operation whose turn it is to PREPARING; those that are not valid any more become ABORTED on the
+        way.
 
-    def get_many(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
-        """Those of these operations that exist, their votes included."""
-        if not operation_ids:
-            return []
-        with self._databases.catalog_tx() as connection:
-            return select_operations(connection, _operations.id.in_(operation_ids))
-
-    def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
-        """States of those operations that exist."""
-        ids = list(operation_ids)
-        if not ids:
-            return {}
-        with self._databases.catalog_tx() as connection:
-            rows = connection.execute(sa.select(_operations.id, _operations.state).where(_operations.id.in_(ids))).all()
-        return {row.id: OperationState[row.state] for row in rows}
-
-    @contextmanager
-    def listening(self) -> Iterator[PostgresEndListener]:
-        """Listen for ends of operations, on one connection held for the block. See ``PostgresEndListener``."""
-        with self._databases.catalog_autocommit() as connection:
-            listener = PostgresEndListener(connection)
+        None: the queue is empty, or an operation is in flight.
+        """
+        while True:
             try:
-                yield listener
-            finally:
-                listener.close()
+                with self._databases.catalog_tx() as connection:
+                    dequeued = _start_next(connection, self._deadline_s, self._cost_limits)
+            except exc.IntegrityError as error:
+                if sqlstate(error) != UNIQUE_VIOLATION:
+                    raise
+                # uq_operations_in_flight: another process started one between our look and our write.
+                return None
+            if dequeued is None:
+                return None
+            if dequeued.valid:
+                self._crash.reach("started", operation=dequeued.operation_id)
+                return self.get(dequeued.operation_id)
+            count_ended(dequeued.kind, OperationState.ABORTED)
 
-    def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]:
-        """Operations that match, newest first; ``before_seq``: only older ones than this."""
-        conditions: list[sa.ColumnElement[bool]] = []
-        if wanted.slug is not None:
-            conditions.append(_operations.slug == wanted.slug)
-        if wanted.kind is not None:
-            conditions.append(_operations.kind == wanted.kind)
-        if wanted.state is not None:
-            conditions.append(_operations.state == wanted.state.name)
-        if before_seq is not None:
-            conditions.append(_operations.seq < before_seq)
+    def claim_dispatch(self, operation_id: UUID) -> bool:
+        """Whether the caller sends the fresh chord; the row lock lets one of several recoveries win."""
+        now = sa.func.clock_timestamp()
         with self._databases.catalog_tx() as connection:
-            return select_operations(connection, *conditions, order=_operations.seq.desc(), limit=page_size)
+            result = connection.execute(
+                sa.update(tables.operations)
+                .where(
+                    _operations.id == operation_id,
+                    _operations.state == OperationState.PREPARING.name,
+                    IN_TIME,
+                    _operations.dispatch_time < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s),
+                )
+                .values(dispatch_time=now)
+            )
+        return bool(result.rowcount)
+
+    def vote(self, operation_id: UUID, counts: ShardCounts) -> Answer:
+        """Record a shard's vote. FOR SHARE keeps a decision out until the vote is in, or sees the decision."""
+        with self._databases.catalog_tx() as connection:
+            state = connection.execute(_SELECT_STATE_SHARED, {"operation_id": operation_id}).scalar_one_or_none()
+            if state != OperationState.PREPARING.name:
+                return Answer.REFUSED
+            vote = {name: getattr(counts, name) for name in _VOTE_NAMES}
+            vote["absent_attributes"] = list(counts.absent_attributes)
+            inserted = connection.execute(_INSERT_VOTE, {"operation_id": operation_id, **vote}).rowcount
+            if not inserted:
+                twin = {"operation_id": operation_id, "shard": counts.shard}
+                return Answer.TAKEN if connection.execute(_HAS_VOTED, twin).scalar_one() else Answer.LATE
+            self._crash.reach("vote-not-committed", operation=operation_id, shard=counts.shard)
+        return Answer.TAKEN
+
+    def commit(self, operation_id: UUID) -> Answer:
+        """The commit point: all votes there → COMMITTED, the segment changed and the sequence number drawn, at once.
+
+        Raises:
+            WorkFailed: the catalog refuses the change for ever (an integrity error); nothing was decided.
+        """
+        try:
+            with self._databases.catalog_tx() as connection:
+                operation = select_operation(connection, operation_id, lock=True)
+                if operation is None or operation.state is not OperationState.PREPARING:
+                    return Answer.REFUSED
+                if len(operation.votes) < self._shard_count:
+                    return Answer.REFUSED
+                if not _commit(connection, operation):
+                    connection.rollback()  # what was changed for it is undone, and the number drawn for it stays unused
+                    return Answer.LATE
+                self._crash.reach("decision-not-committed", operation=operation_id)
+        except exc.DBAPIError as error:
+            if not sqlstate(error).startswith(_INTEGRITY_CLASS):
+                raise
+            log.exception("commit_point_refused", operation=str(operation_id), sqlstate=sqlstate(error))
+            raise WorkFailed(
+                Failure(Reason.INTERNAL.text, "the catalog refused the change", {"why": "INTEGRITY"})
+            ) from error
+        return Answer.TAKEN
+
+    def abort(
+        self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
+    ) -> bool:
+        """Decide against: one of ``from_states`` → ABORTED, what was reserved given back, in one transaction."""
+        with self._databases.catalog_tx() as connection:
+            kind = abort(connection, operation_id, failure, from_states, if_late=if_late)
+        if kind is None:
+            return False
+        count_ended(kind, OperationState.ABORTED)
+        return True
+
+    def all_shards_committed(self, operation_id: UUID) -> float:
+        """Note it once, by the catalog's clock; seconds since it was noted first, 0 if it is not COMMITTED any more."""
+        now = sa.func.clock_timestamp()
+        noted = _operations.shards_committed_time
+        with self._databases.catalog_tx() as connection:
+            waited_s = connection.execute(
+                sa.update(tables.operations)
+                .where(_operations.id == operation_id, _operations.state == OperationState.COMMITTED.name)
+                .values(shards_committed_time=sa.func.coalesce(noted, now))
+                .returning(sa.extract("epoch", now - noted))
+            ).scalar_one_or_none()
+        return float(waited_s or 0)
+
+    def finish(self, operation_id: UUID) -> bool:
+        """COMMITTED → DONE; a deleted segment leaves the catalog in the same transaction, its slug free again."""
+        with self._databases.catalog_tx() as connection:
+            row = connection.execute(_FINISH, {"operation_id": operation_id}).one_or_none()
+            if row is None:
+                return False
+            if row.kind == OperationKind.DELETE:
+                connection.execute(sa.delete(tables.segments).where(tables.segments.c.id == row.segment_id))
+        count_ended(OperationKind(row.kind), OperationState.DONE)
+        return True
+
+    # -- what recovery asks -----------------------------------------------------------------------------------------
 
     def open_operations(self) -> Sequence[OpenOperation]:
         """The operation in flight and the oldest in the queue, if there are any, judged by the catalog's clock.
@@ -215,142 +283,7 @@ class PostgresLedger:
         """All that are PREPARING and past their deadline, by the catalog's clock: one at most."""
         preparing = _operations.state == OperationState.PREPARING.name
         with self._databases.catalog_tx() as connection:
-            return select_operations(connection, preparing, sa.not_(ledger_steps.IN_TIME))
-
-    def result(self, operation_id: UUID) -> OperationResult | None:
-        """What a committed operation has to say; None: it is not committed."""
-        with self._databases.catalog_tx() as connection:
-            outcomes = select_outcomes(connection, [operation_id])
-            if operation_id not in outcomes:
-                return None
-            counts = select_votes(connection, [operation_id]).get(operation_id, [])
-        return OperationResult(outcomes[operation_id], counts)
-
-    def details(self, operation_ids: Sequence[UUID]) -> Mapping[UUID, OperationDetails]:
-        """Everything that is shown of operations beside themselves, for each of these."""
-        with self._databases.catalog_tx() as connection:
-            progress = select_progress(connection, operation_ids)
-            outcomes = select_outcomes(connection, operation_ids)
-        return {
-            operation_id: OperationDetails(progress.get(operation_id, []), outcomes.get(operation_id))
-            for operation_id in operation_ids
-        }
-
-    # -- transitions ------------------------------------------------------------------------------------------------
-
-    def start_next(self) -> Operation | None:
-        """Move the operation whose turn it is to PREPARING; those that are not valid any more become ABORTED on the
-        way.
-
-        None: the queue is empty, or an operation is in flight.
-        """
-        while True:
-            try:
-                with self._databases.catalog_tx() as connection:
-                    dequeued = ledger_steps.start_next(connection, self._deadline_s, self._cost_limits)
-            except exc.IntegrityError as error:
-                if sqlstate(error) != UNIQUE_VIOLATION:
-                    raise
-                # uq_operations_in_flight: another process started one between our look and our write.
-                return None
-            if dequeued is None:
-                return None
-            if dequeued.valid:
-                self._crash.reach("started", operation=dequeued.operation_id)
-                return self.get(dequeued.operation_id)
-            _count_ended(dequeued.kind, OperationState.ABORTED)
-
-    def claim_dispatch(self, operation_id: UUID) -> bool:
-        """Whether the caller sends the fresh chord; the row lock lets one of several recoveries win."""
-        now = sa.func.clock_timestamp()
-        with self._databases.catalog_tx() as connection:
-            result = connection.execute(
-                sa.update(tables.operations)
-                .where(
-                    _operations.id == operation_id,
-                    _operations.state == OperationState.PREPARING.name,
-                    ledger_steps.IN_TIME,
-                    _operations.dispatch_time < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s),
-                )
-                .values(dispatch_time=now)
-            )
-        return bool(result.rowcount)
-
-    def vote(self, operation_id: UUID, counts: ShardCounts) -> Answer:
-        """Record a shard's vote. FOR SHARE keeps a decision out until the vote is in, or sees the decision."""
-        with self._databases.catalog_tx() as connection:
-            state = connection.execute(_SELECT_STATE_SHARED, {"operation_id": operation_id}).scalar_one_or_none()
-            if state != OperationState.PREPARING.name:
-                return Answer.REFUSED
-            vote = {name: getattr(counts, name) for name in _VOTE_NAMES}
-            vote["absent_attributes"] = list(counts.absent_attributes)
-            inserted = connection.execute(_INSERT_VOTE, {"operation_id": operation_id, **vote}).rowcount
-            if not inserted:
-                twin = {"operation_id": operation_id, "shard": counts.shard}
-                return Answer.TAKEN if connection.execute(_HAS_VOTED, twin).scalar_one() else Answer.LATE
-            self._crash.reach("vote-not-committed", operation=operation_id, shard=counts.shard)
-        return Answer.TAKEN
-
-    def commit(self, operation_id: UUID) -> Answer:
-        """The commit point: all votes there → COMMITTED, the segment changed and the sequence number drawn, at once.
-
-        Raises:
-            WorkFailed: the catalog refuses the change for ever (an integrity error); nothing was decided.
-        """
-        try:
-            with self._databases.catalog_tx() as connection:
-                operation = select_operation(connection, operation_id, lock=True)
-                if operation is None or operation.state is not OperationState.PREPARING:
-                    return Answer.REFUSED
-                if len(operation.votes) < self._shard_count:
-                    return Answer.REFUSED
-                if not ledger_steps.commit(connection, operation):
-                    connection.rollback()  # what was changed for it is undone, and the number drawn for it stays unused
-                    return Answer.LATE
-                self._crash.reach("decision-not-committed", operation=operation_id)
-        except exc.DBAPIError as error:
-            if not sqlstate(error).startswith(_INTEGRITY_CLASS):
-                raise
-            log.exception("commit_point_refused", operation=str(operation_id), sqlstate=sqlstate(error))
-            raise WorkFailed(
-                Failure(Reason.INTERNAL.text, "the catalog refused the change", {"why": "INTEGRITY"})
-            ) from error
-        return Answer.TAKEN
-
-    def abort(
-        self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
-    ) -> bool:
-        """Decide against: one of ``from_states`` → ABORTED, what was reserved given back, in one transaction."""
-        with self._databases.catalog_tx() as connection:
-            kind = ledger_steps.abort(connection, operation_id, failure, from_states, if_late=if_late)
-        if kind is None:
-            return False
-        _count_ended(kind, OperationState.ABORTED)
-        return True
-
-    def all_shards_committed(self, operation_id: UUID) -> float:
-        """Note it once, by the catalog's clock; seconds since it was noted first, 0 if it is not COMMITTED any more."""
-        now = sa.func.clock_timestamp()
-        noted = _operations.shards_committed_time
-        with self._databases.catalog_tx() as connection:
-            waited_s = connection.execute(
-                sa.update(tables.operations)
-                .where(_operations.id == operation_id, _operations.state == OperationState.COMMITTED.name)
-                .values(shards_committed_time=sa.func.coalesce(noted, now))
-                .returning(sa.extract("epoch", now - noted))
-            ).scalar_one_or_none()
-        return float(waited_s or 0)
-
-    def finish(self, operation_id: UUID) -> bool:
-        """COMMITTED → DONE; a deleted segment leaves the catalog in the same transaction, its slug free again."""
-        with self._databases.catalog_tx() as connection:
-            row = connection.execute(_FINISH, {"operation_id": operation_id}).one_or_none()
-            if row is None:
-                return False
-            if row.kind == OperationKind.DELETE:
-                connection.execute(sa.delete(tables.segments).where(tables.segments.c.id == row.segment_id))
-        _count_ended(OperationKind(row.kind), OperationState.DONE)
-        return True
+            return select_operations(connection, preparing, sa.not_(IN_TIME))
 
     # -- hints for people -------------------------------------------------------------------------------------------
 
@@ -371,70 +304,218 @@ class PostgresLedger:
             connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
             connection.execute(_PUT_PROGRESS, values)
 
-    # -- acceptance -------------------------------------------------------------------------------------------------
 
-    def accepted_before(self, method: str, request_id: UUID) -> tuple[UUID, bytes] | None:
-        """The operation that this request made and the hash of its content; None: it is new."""
-        with self._databases.catalog_tx() as connection:
-            return ledger_steps.find_request(connection, method, request_id)
-
-    def segment(self, slug: str) -> Segment | None:
-        """The live segment of this slug, ACTIVE or DELETING; None: there is none."""
-        with self._databases.catalog_tx() as connection:
-            return ledger_steps.find_segment(connection, slug)
-
-    def live_segments(self) -> int:
-        """Segments that count towards the limit."""
-        with self._databases.catalog_tx() as connection:
-            return ledger_steps.count_taken_slugs(connection)
-
-    def draw_segment_id(self) -> int:
-        """A numeric id for a new segment; never given twice."""
-        with self._databases.catalog_tx() as connection:
-            return int(connection.execute(sa.select(tables.segment_id_seq.next_value())).scalar_one())
-
-    def insert(
-        self,
-        operation_id: UUID,
-        plan: OperationPlan,
-        request: tuple[str, UUID, bytes] | None,
-        *,
-        replace_queued: bool = False,
-    ) -> Accepted:
-        """Insert an operation as QUEUED, with its request (method, request_id, content hash).
-
-        Args:
-            replace_queued: abort the rollouts of this segment that are QUEUED.
-
-        Raises:
-            ServiceError: OVERLOADED: as many wait as may; nothing changed.
-        """
-        with self._databases.catalog_tx() as connection:
-            # A statement of its own: the next ones see what the one before has accepted. So fronts that accept at the
-            # same time cannot pass the bounds together.
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ACCEPT_LOCK)))
-            if request is not None and ledger_steps.find_request(connection, request[0], request[1]) is not None:
-                return Accepted(None)
-            replaced = ledger_steps.replace_queued(connection, operation_id, plan) if replace_queued else ()
-            ledger_steps.check_queue(connection, plan.slug, self._queue)
-            connection.execute(
-                sa.insert(tables.operations).values(
-                    id=operation_id,
-                    kind=plan.kind,
-                    slug=plan.slug,
-                    segment_id=plan.segment_id,
-                    plan=plan.to_json(),
-                    state=OperationState.QUEUED.name,
-                )
-            )
-            if request is not None:
-                ledger_steps.insert_request(connection, request, operation_id)
-        for _ in replaced:
-            _count_ended(OperationKind.ROLL_OUT, OperationState.ABORTED)
-        self._crash.reach("accepted-not-answered", operation=operation_id)
-        return Accepted(self.get(operation_id), replaced)
+# -- statements of a start --------------------------------------------------------------------------------------------
 
 
-def _count_ended(kind: OperationKind, state: OperationState) -> None:
-    """Called by whoever won the compare-and-set, after its transaction: so each operation is counted once at most."""
-    operations_finished.labels(kind.name, state.name).inc()
+@dataclass(frozen=True, slots=True)
+class _Dequeued:
+    """An operation that has left the queue. ``valid``: it is PREPARING now; otherwise it is ABORTED."""
+
+    operation_id: UUID
+    kind: OperationKind
+    valid: bool
+
+
+def _select_next() -> sa.Select[tuple[Any, Any]]:
+    """The operation whose turn it is: of the segment that was served least recently, the oldest.
+
+    One that was never served, as one that is yet to be created, counts as served when its oldest operation was
+    accepted: a flood of new segments passes nobody by. A segment is its slug here: its deletion and the creation of the
+    next one of this slug keep their order.
+    """
+    heads = (
+        sa.select(_operations.id, _operations.slug, _operations.seq, _operations.create_time)
+        .distinct(_operations.slug)
+        .where(_operations.state == OperationState.QUEUED.name)
+        .order_by(_operations.slug, _operations.seq)
+        .subquery("heads")
+    )
+    served = tables.operations.alias("served").c
+    # Of one slug they start in their order: the newest that has started was served last.
+    last_start = (
+        sa.select(served.start_time)
+        .where(served.slug == heads.c.slug, served.start_time.is_not(None))
+        .order_by(served.seq.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    turn = (
+        sa.select(heads.c.id)
+        .order_by(sa.func.coalesce(last_start, heads.c.create_time), heads.c.seq)
+        .limit(1)
+        .scalar_subquery()
+    )
+    return (
+        sa.select(_operations.id, _operations.plan)
+        .where(_operations.id == turn, _operations.state == OperationState.QUEUED.name)
+        .with_for_update()
+    )
+
+
+_SELECT_NEXT: Final = _select_next()
+
+
+def _start_next(connection: sa.Connection, deadline_s: float, limits: CostLimits) -> _Dequeued | None:
+    """Move the operation whose turn it is on. None: there was nothing to start.
+
+    Raises:
+        sqlalchemy.exc.IntegrityError: another one is in flight since this looked; nothing changed.
+    """
+    # Only spares a pointless attempt: what keeps two out is the unique index, which the update below runs into.
+    in_flight = sa.exists().where(_operations.state.in_([OperationState.PREPARING.name, OperationState.COMMITTED.name]))
+    if connection.execute(sa.select(in_flight)).scalar_one():
+        return None
+    row = connection.execute(_SELECT_NEXT).one_or_none()
+    if row is None:  # also when another process moved it while this waited for the row
+        return None
+    plan = OperationPlan.from_json(row.plan)
+    failure = _validate_and_reserve(connection, plan, limits)
+    if failure is not None:
+        abort(connection, row.id, failure, [OperationState.QUEUED])
+        return _Dequeued(row.id, plan.kind, valid=False)
+    now = sa.func.clock_timestamp()
+    connection.execute(
+        sa.update(tables.operations)
+        .where(_operations.id == row.id, _operations.state == OperationState.QUEUED.name)
+        .values(
+            state=OperationState.PREPARING.name,
+            start_time=now,
+            dispatch_time=now,
+            deadline=now + sa.func.make_interval(0, 0, 0, 0, 0, 0, deadline_s),
+        )
+    )
+    return _Dequeued(row.id, plan.kind, valid=True)
+
+
+def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan, limits: CostLimits) -> Failure | None:
+    """Why an operation cannot start now; None: it can, and its commit point has no way to fail for ever.
+
+    Nothing else is in flight, so what holds here holds until the decision: a segment's rule and life change only by
+    operations, and a CREATE's slug is reserved by its row.
+    """
+    if plan.kind is OperationKind.CREATE:
+        return _reserve(connection, plan)
+    row = connection.execute(
+        sa.select(_segments.state, _segments.etag).where(_segments.id == plan.segment_id).with_for_update()
+    ).one_or_none()
+    if row is None or row.state == SegmentState.RESERVED:
+        return Failure.of(segment_not_found(plan.slug))
+    if row.state == SegmentState.DELETING:
+        return Failure.of(segment_deleting(plan.slug))
+    if plan.etag and plan.etag != row.etag:
+        return Failure.of(etag_mismatch(plan.slug, row.etag))
+    if plan.rule is not None and plan.cost is not None:
+        # Judged before, too, beside the rules of then. Here no other rule can come in force beside it.
+        refusal = refusal_of(plan.segment_id, plan.rule, plan.cost, select_rules_in_force(connection), limits)
+        if refusal is not None:
+            return Failure.of(refusal)
+    return None
+
+
+def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
+    """Take a new segment's slug and its place among the live ones."""
+    text = plan.text or SegmentText()
+    now = sa.func.clock_timestamp()
+    result = connection.execute(
+        insert(tables.segments)
+        .values(
+            id=plan.segment_id,
+            slug=plan.slug,
+            uid=plan.segment_uid,
+            salt=tables.salt_to_db(plan.salt),
+            display_name=text.display_name,
+            description=text.description,
+            labels=dict(text.labels),
+            state=SegmentState.RESERVED,
+            etag=new_etag(),
+            create_time=now,
+            update_time=now,
+        )
+        .on_conflict_do_nothing(index_elements=["slug"])
+    )
+    if not result.rowcount:
+        return Failure.of(segment_exists(plan.slug))
+    if count_taken_slugs(connection) > SEGMENTS_MAX:
+        connection.execute(sa.delete(tables.segments).where(_segments.id == plan.segment_id))
+        return Failure.of(too_many_segments(SEGMENTS_MAX))
+    return None
+
+
+# -- statements of the commit point -----------------------------------------------------------------------------------
+
+
+def _commit(connection: sa.Connection, operation: Operation) -> bool:
+    """Write the decision: the segment's change, its row of the audit trail with its number, and COMMITTED.
+
+    False: the operation's deadline has passed, and the caller must roll everything back.
+
+    The caller has the operation's row and knows it to be PREPARING.
+    """
+    segment = _change_segment(connection, operation)
+    plan = operation.plan
+    totals = {
+        name: sum(getattr(counts, name) for counts in operation.votes)
+        for name in ("matched", "added", "removed", "members")
+    }
+    seq = audit_trail.record(
+        connection,
+        action={
+            OperationKind.CREATE: "created",
+            OperationKind.ROLL_OUT: "rolled_out",
+            OperationKind.DELETE: "deleted",
+        }[plan.kind],
+        segment_id=plan.segment_id,
+        slug=plan.slug,
+        operation_id=operation.id,
+        details={"segment_uid": str(plan.segment_uid), **_rule_details(plan), **totals},
+    )
+    kept = segment_to_json(segment) if plan.kind is not OperationKind.DELETE else None
+    result = connection.execute(
+        sa.update(tables.operations)
+        # The last statement before the commit, so that whatever this waited for is over when it looks at the clock.
+        .where(_operations.id == operation.id, _operations.state == OperationState.PREPARING.name, IN_TIME)
+        .values(
+            state=OperationState.COMMITTED.name,
+            commit_time=sa.func.clock_timestamp(),
+            commit_seq=seq,
+            result={"segment": kept},
+        )
+    )
+    return bool(result.rowcount)
+
+
+def _rule_details(plan: OperationPlan) -> dict[str, Any]:
+    if plan.rule is None:
+        return {}
+    return {"percent": plan.rule.percent, "condition": plan.rule.condition, "policy": plan.rule.policy.name}
+
+
+def _change_segment(connection: sa.Connection, operation: Operation) -> Segment:
+    """Change the catalog's segment as the operation says; returns it as it is then."""
+    plan = operation.plan
+    now = sa.func.clock_timestamp()
+    values: dict[str, Any] = {"etag": new_etag(), "update_time": now, "last_operation": operation.id}
+    if plan.kind is OperationKind.CREATE:
+        expected = SegmentState.RESERVED
+        values |= {"state": SegmentState.ACTIVE, "create_time": now, "member_count_time": now}
+    else:
+        expected = SegmentState.ACTIVE
+    if plan.kind is OperationKind.DELETE:
+        values |= {"state": SegmentState.DELETING}
+    if plan.rule is not None:
+        values |= {
+            "rule_threshold": plan.rule.threshold,
+            "rule_condition": plan.rule.condition,
+            "rule_policy": plan.rule.policy,
+            "rule_cost": plan.cost.to_json() if plan.cost is not None else None,
+            "member_count": sum(counts.members for counts in operation.votes),
+            "member_count_time": now,
+        }
+    row = connection.execute(
+        sa.update(tables.segments)
+        .where(_segments.id == plan.segment_id, _segments.state == expected)
+        .values(**values)
+        .returning(*COLUMNS)
+    ).one()
+    return to_segment(row)

@@ -1,4 +1,7 @@
-"""Learning of operations' ends without asking for them all the time: the catalog tells those who listen."""
+"""How operations end: the statement that aborts one, the count of those that ended, and the notification of each end.
+
+A process that waits for ends listens for these notifications instead of polling the ledger all the time.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,57 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from segsvc.domain.operation import Operation
+from segsvc.domain.operation import Failure, Operation, OperationKind, OperationState
+from segsvc.domain.segment import SegmentState
+from segsvc.metrics import operations_finished
 from segsvc.postgres import tables
-from segsvc.postgres.catalog.ledger_views import select_operations
+from segsvc.postgres.catalog.operation_rows import IN_TIME, select_operations
+
+_operations = tables.operations.c
+_requests = tables.requests.c
+_segments = tables.segments.c
 
 _CHANNEL: Final = "segsvc_operation_ended"
 _SELECT_ENDED: Final = "SELECT id FROM operations WHERE id = ANY(%s::uuid[]) AND state IN ('DONE', 'ABORTED')"
 
 NOTIFY_END: Final = sa.func.pg_notify(_CHANNEL, "")
 """In the statement that makes an operation final: told when its transaction commits, and only then."""
+
+
+def abort(
+    connection: sa.Connection,
+    operation_id: UUID,
+    failure: Failure,
+    from_states: Sequence[OperationState],
+    *,
+    if_late: bool = False,
+) -> OperationKind | None:
+    """Decide against an operation and give back what it had reserved. Its kind; None: it is in none of these states,
+    or, with ``if_late``, not past its deadline."""
+    row = connection.execute(
+        sa.update(tables.operations)
+        .where(
+            _operations.id == operation_id,
+            _operations.state.in_([state.name for state in from_states]),
+            sa.not_(IN_TIME) if if_late else sa.true(),
+        )
+        .values(state=OperationState.ABORTED.name, failure=failure.to_json(), end_time=sa.func.clock_timestamp())
+        .returning(_operations.kind, _operations.segment_id, NOTIFY_END)
+    ).one_or_none()
+    if row is None:
+        return None
+    if row.kind == OperationKind.CREATE:
+        connection.execute(
+            sa.delete(tables.segments).where(_segments.id == row.segment_id, _segments.state == SegmentState.RESERVED)
+        )
+        # A creation that failed is no answer to keep: the same request may be made again.
+        connection.execute(sa.delete(tables.requests).where(_requests.operation_id == operation_id))
+    return OperationKind(row.kind)
+
+
+def count_ended(kind: OperationKind, state: OperationState) -> None:
+    """Called by whoever won the compare-and-set, after its transaction: so each operation is counted once at most."""
+    operations_finished.labels(kind.name, state.name).inc()
 
 
 class PostgresEndListener:

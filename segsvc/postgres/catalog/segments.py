@@ -1,6 +1,6 @@
 """Segments in the catalog: read, listed and edited. Implements ``services.segments.SegmentCatalog``.
 
-Operations change segments in ``postgres.ledger``, in the transaction that decides them.
+Operations change segments in ``catalog.ledger``, in the transaction that decides them.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def count_segments(connection: sa.Connection, query: SegmentQuery) -> int:
     """How many segments a query matches on all its pages."""
     statement = sa.select(sa.func.count()).select_from(tables.segments).where(_VISIBLE, *_has_labels(query))
     return int(connection.execute(statement).scalar_one())
+
+
+def count_taken_slugs(connection: sa.Connection) -> int:
+    """Slugs that are taken, reserved ones included: what the limit is about."""
+    return int(connection.execute(sa.select(sa.func.count()).select_from(tables.segments)).scalar_one())
 
 
 def select_rules_in_force(connection: sa.Connection) -> list[RuleInForce]:

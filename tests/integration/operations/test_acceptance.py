@@ -79,7 +79,7 @@ def test_existing_slugs_and_the_limit_are_refused(rig: Rig, monkeypatch: pytest.
         rig.create()
     assert caught.value.reason is Reason.SEGMENT_EXISTS
     monkeypatch.setattr("segsvc.services.creations.SEGMENTS_MAX", 2)
-    monkeypatch.setattr("segsvc.postgres.catalog.ledger_steps.SEGMENTS_MAX", 2)
+    monkeypatch.setattr("segsvc.postgres.catalog.ledger.SEGMENTS_MAX", 2)
     with ThreadPoolExecutor(4) as pool:
         creations = [pool.submit(rig.create, f"s{i}") for i in range(4)]
         while wait(creations, timeout=0.01).not_done:

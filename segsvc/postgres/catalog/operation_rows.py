@@ -1,4 +1,4 @@
-"""Operations as they are read, many at once: their rows with votes, and what is shown of them beside these."""
+"""Rows of ``operations``, ``votes`` and ``progress`` as values, for many operations at once."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _operations = tables.operations.c
 _votes = tables.votes.c
 _progress = tables.progress.c
 
+IN_TIME: Final = _operations.deadline > sa.func.clock_timestamp()
+"""The deadline of an operation that is PREPARING has not passed: compared in the statement that decides something."""
 
-# Statements of every operation's way are built once: to build one takes as long as to run it.
+# Statements that every operation needs are built once: to build one takes as long as to run it.
 _SELECT: Final = sa.select(
     _operations.id,
     _operations.seq,
@@ -40,9 +42,7 @@ _SELECT: Final = sa.select(
     _operations.end_time,
     _operations.failure,
     _operations.commit_seq,
-    sa.and_(
-        _operations.state == OperationState.PREPARING.name, _operations.deadline <= sa.func.clock_timestamp()
-    ).label("late"),
+    sa.and_(_operations.state == OperationState.PREPARING.name, sa.not_(IN_TIME)).label("late"),
 )
 _SELECT_ONE: Final = _SELECT.where(_operations.id == sa.bindparam("operation_id"))
 _SELECT_ONE_LOCKED: Final = _SELECT_ONE.with_for_update()
