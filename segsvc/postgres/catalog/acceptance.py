@@ -45,12 +45,12 @@ class PostgresAcceptance(PostgresOperationReads):
             return select_segment(connection, slug)
 
     def live_segments(self) -> int:
-        """Segments that count towards the limit."""
+        """How many segments count towards the limit."""
         with self._databases.catalog_tx() as connection:
             return count_taken_slugs(connection)
 
     def draw_segment_id(self) -> int:
-        """A numeric id for a new segment; never given twice."""
+        """A numeric id for a new segment; no id is given twice."""
         with self._databases.catalog_tx() as connection:
             return int(connection.execute(sa.select(tables.segment_id_seq.next_value())).scalar_one())
 
@@ -68,14 +68,15 @@ class PostgresAcceptance(PostgresOperationReads):
             replace_queued: abort the rollouts of this segment that are QUEUED.
 
         Raises:
-            ServiceError: OVERLOADED: as many wait as may; nothing changed.
+            ServiceError: OVERLOADED, the queue is full; nothing changed.
         """
         with self._databases.catalog_tx() as connection:
-            # A statement of its own: the next ones see what the one before has accepted. So fronts that accept at the
-            # same time cannot pass the bounds together.
+            # The lock is a statement of its own, so the next statements see what the previous holder has accepted. Thus
+            # fronts that accept at the same time cannot exceed the bounds together.
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ACCEPT_LOCK)))
             if request is not None and _find_request(connection, request[0], request[1]) is not None:
                 return Accepted(None)
+
             replaced = _abort_queued_rollouts(connection, operation_id, plan) if replace_queued else ()
             _check_queue(connection, plan.slug, self._queue)
             connection.execute(
@@ -90,6 +91,7 @@ class PostgresAcceptance(PostgresOperationReads):
             )
             if request is not None:
                 _insert_request(connection, request, operation_id)
+
         for _ in replaced:
             count_ended(OperationKind.ROLL_OUT, OperationState.ABORTED)
         self._crash.reach("accepted-not-answered", operation=operation_id)
@@ -107,7 +109,7 @@ def _find_request(connection: sa.Connection, method: str, request_id: UUID) -> t
 
 
 def _insert_request(connection: sa.Connection, request: tuple[str, UUID, bytes], operation_id: UUID) -> None:
-    """Remember what a request made. The caller has the lock of acceptance and knows that it is new."""
+    """Store which operation a request made. The caller holds the lock of acceptance, and the request is new."""
     method, request_id, content_hash = request
     connection.execute(
         sa.insert(tables.requests).values(
@@ -117,7 +119,7 @@ def _insert_request(connection: sa.Connection, request: tuple[str, UUID, bytes],
 
 
 def _check_queue(connection: sa.Connection, slug: str, limits: QueueLimits) -> None:
-    """Whether one more operation of this segment may wait. The caller has the lock of acceptance.
+    """Check that one more operation of this segment may wait. The caller holds the lock of acceptance.
 
     Raises:
         ServiceError: OVERLOADED.
@@ -134,7 +136,7 @@ def _check_queue(connection: sa.Connection, slug: str, limits: QueueLimits) -> N
 
 
 def _abort_queued_rollouts(connection: sa.Connection, new: UUID, plan: OperationPlan) -> Sequence[UUID]:
-    """Abort the rollouts of a plan's segment that have not started, for a new operation. Those that were aborted."""
+    """Abort the QUEUED rollouts of a segment, because a new operation replaces them. Returns their ids."""
     name = f"operations/{new}"
     failure = Failure(
         Reason.OPERATION_ABORTED.text,
@@ -150,5 +152,5 @@ def _abort_queued_rollouts(connection: sa.Connection, new: UUID, plan: Operation
         )
         .order_by(_operations.seq)
     ).scalars()
-    # One that is just being started has its row locked: the compare-and-set waits for it, and leaves it alone.
-    return [one for one in queued.all() if abort(connection, one, failure, [OperationState.QUEUED]) is not None]
+    # The row of an operation that is being started is locked: the compare-and-set waits for it and changes nothing.
+    return [each for each in queued.all() if abort(connection, each, failure, [OperationState.QUEUED]) is not None]

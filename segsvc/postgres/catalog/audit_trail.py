@@ -22,8 +22,8 @@ def record(
 ) -> int:
     """Write what a transaction did to a segment; returns its commit sequence number.
 
-    The lock is held until the transaction ends, so numbers become visible in their order and the outbox never skips
-    one that commits late.
+    The lock is held until the transaction ends. So numbers become visible in their order, and the outbox never skips a
+    number that commits late.
     """
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(COMMIT_ORDER_LOCK)))
     seq = int(connection.execute(sa.select(tables.commit_seq.next_value())).scalar_one())

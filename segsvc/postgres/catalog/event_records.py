@@ -1,4 +1,4 @@
-"""What the catalog remembers of Kafka's topics, since Kafka itself forgets: see ``domain.event_records``."""
+"""What the catalog stores about Kafka's topics, because Kafka itself forgets: see ``domain.event_records``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
 
 WAITS_TTL_S: Final = 30.0
-"""A bridge that has not said for so long what it waits for is not asked any more."""
+"""The waits of a bridge that has not reported for this long are not shown."""
 
 
 class PostgresEventRecords:
@@ -37,7 +37,7 @@ class PostgresEventRecords:
         return {(row.topic, row.partition): EventPosition(*row) for row in rows}
 
     def note(self, positions: Sequence[EventPosition], losses: Sequence[EventLoss] = ()) -> None:
-        """Remember how far partitions were read and, in the same transaction, what was lost before that."""
+        """Store how far partitions were read and, in the same transaction, what was lost before that."""
         with self._databases.catalog_tx() as connection:
             for loss in losses:
                 connection.execute(
@@ -51,16 +51,17 @@ class PostgresEventRecords:
                     )
                     .on_conflict_do_nothing()
                 )
+
             if positions:
                 statement = insert(tables.event_partitions).values(
                     [
                         {
-                            "topic": one.topic,
-                            "partition": one.partition,
-                            "topic_id": one.topic_id,
-                            "next_offset": one.next_offset,
+                            "topic": each.topic,
+                            "partition": each.partition,
+                            "topic_id": each.topic_id,
+                            "next_offset": each.next_offset,
                         }
-                        for one in sorted(positions, key=lambda one: (one.topic, one.partition))
+                        for each in sorted(positions, key=lambda each: (each.topic, each.partition))
                     ]
                 )
                 connection.execute(
@@ -75,7 +76,7 @@ class PostgresEventRecords:
                 )
 
     def losses(self, *, acknowledged: bool = False) -> list[FoundLoss]:
-        """Losses, oldest first; those that somebody has acknowledged only if asked for."""
+        """Losses, oldest first. Acknowledged losses are included only if asked for."""
         table = tables.event_losses.c
         statement = sa.select(
             table.id,
@@ -89,6 +90,7 @@ class PostgresEventRecords:
         ).order_by(table.id)
         if not acknowledged:
             statement = statement.where(table.acknowledge_time.is_(None))
+
         with self._databases.catalog_tx() as connection:
             rows = connection.execute(statement).all()
         return [
@@ -102,7 +104,7 @@ class PostgresEventRecords:
         ]
 
     def acknowledge(self, ids: Sequence[int]) -> int:
-        """Note that somebody knows of these losses; how many of them nobody had acknowledged before."""
+        """Acknowledge losses. Returns how many of them were not acknowledged before."""
         table = tables.event_losses
         with self._databases.catalog_tx() as connection:
             return connection.execute(
@@ -114,7 +116,7 @@ class PostgresEventRecords:
     # -- what the bridges wait for ------------------------------------------------------------------------------------
 
     def note_waits(self, bridge: UUID, waits: Mapping[str, str]) -> None:
-        """What a bridge waits for now, and why: all of it. What bridges that are gone have left behind goes, too."""
+        """Replace the waits of a bridge: what it waits for now, and why. Deletes those of bridges that are gone."""
         table = tables.bridge_waits
         stale = table.c.update_time < sa.func.clock_timestamp() - sa.text("interval '1 day'")
         with self._databases.catalog_tx() as connection:
@@ -126,7 +128,7 @@ class PostgresEventRecords:
                 )
 
     def waits(self) -> dict[str, str]:
-        """What bridges have said lately that they wait for, and why."""
+        """What bridges have lately reported to wait for, and why."""
         table = tables.bridge_waits.c
         lately = sa.func.clock_timestamp() - sa.func.make_interval(0, 0, 0, 0, 0, 0, WAITS_TTL_S)
         with self._databases.catalog_tx() as connection:
@@ -140,7 +142,7 @@ class PostgresEventRecords:
     def letters_done(self, topic: str, topic_id: str) -> dict[int, Ranges]:
         """By partition, the offsets of letters that were sent again or dismissed."""
         table = tables.dead_letters_done.c
-        # Apart, because psycopg2 knows no multiranges.
+        # The bounds are selected separately, because psycopg2 does not know multiranges.
         one = sa.func.unnest(table.offsets).table_valued("one", joins_implicitly=True).render_derived().c.one
         bounds = (sa.func.lower(one).label("first"), sa.func.upper(one).label("behind"))
         statement = (
@@ -148,6 +150,7 @@ class PostgresEventRecords:
             .where(table.topic == topic, table.topic_id == topic_id)
             .order_by(table.partition, sa.literal_column("first"))
         )
+
         found: dict[int, Ranges] = {}
         with self._databases.catalog_tx() as connection:
             for row in connection.execute(statement):

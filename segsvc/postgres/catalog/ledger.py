@@ -58,13 +58,13 @@ _votes = tables.votes.c
 _progress = tables.progress.c
 _segments = tables.segments.c
 
-# Statements of every operation's way are built once: to build one takes as long as to run it.
+# Statements that every operation needs are built once: building one takes as long as running it.
 _SELECT_STATE_SHARED: Final = (
     sa.select(_operations.state).where(_operations.id == sa.bindparam("operation_id")).with_for_update(read=True)
 )
 _VOTE_NAMES: Final = ("shard", "matched", "added", "removed", "members", "absent_attributes")
-# A duplicate vote is no refusal: the twin's counts are the same, the work is deterministic. The deadline is compared
-# here and not with the state: what a locking SELECT computes is as old as its wait for the lock.
+# A duplicate vote is not refused: the work is deterministic, so the twin's counts are the same. The deadline is
+# compared here and not in the SELECT of the state: a locking SELECT computes its values before it waits for the lock.
 _INSERT_VOTE: Final = (
     insert(tables.votes)
     .from_select(
@@ -90,9 +90,9 @@ _FINISH: Final = (
 def _put_progress() -> Insert:
     statement = insert(tables.progress).values(update_time=sa.func.clock_timestamp())
     new = statement.excluded
-    told = ("state", "blocks_done", "blocks_total", "added", "removed", "update_time")
+    updated = ("state", "blocks_done", "blocks_total", "added", "removed", "update_time")
     return statement.on_conflict_do_update(
-        index_elements=["operation_id", "shard"], set_={name: new[name] for name in told}
+        index_elements=["operation_id", "shard"], set_={name: new[name] for name in updated}
     )
 
 
@@ -105,7 +105,7 @@ class PostgresLedger(PostgresAcceptance):
     Args:
         shard_count: votes that a decision needs.
         deadline_s: how long an operation may be PREPARING.
-        quiet_s: how long nothing may be heard of a PREPARING operation before it is sent again.
+        quiet_s: how long a PREPARING operation may show no sign of life before its tasks are sent again.
         queue: how many operations may wait.
         cost_limits: of the conditions of rules.
     """
@@ -130,8 +130,7 @@ class PostgresLedger(PostgresAcceptance):
     # -- transitions ------------------------------------------------------------------------------------------------
 
     def start_next(self) -> Operation | None:
-        """Move the operation whose turn it is to PREPARING; those that are not valid any more become ABORTED on the
-        way.
+        """Move the operation whose turn it is to PREPARING. Operations that are no longer valid become ABORTED first.
 
         None: the queue is empty, or an operation is in flight.
         """
@@ -142,17 +141,19 @@ class PostgresLedger(PostgresAcceptance):
             except exc.IntegrityError as error:
                 if sqlstate(error) != UNIQUE_VIOLATION:
                     raise
-                # uq_operations_in_flight: another process started one between our look and our write.
+                # uq_operations_in_flight: another process started one between our SELECT and our UPDATE.
                 return None
+
             if dequeued is None:
                 return None
             if dequeued.valid:
                 self._crash.reach("started", operation=dequeued.operation_id)
                 return self.get(dequeued.operation_id)
+
             count_ended(dequeued.kind, OperationState.ABORTED)
 
     def claim_dispatch(self, operation_id: UUID) -> bool:
-        """Whether the caller sends the fresh chord; the row lock lets one of several recoveries win."""
+        """Whether the caller sends a new chord. If several recoveries ask at once, the row lock lets one win."""
         now = sa.func.clock_timestamp()
         with self._databases.catalog_tx() as connection:
             result = connection.execute(
@@ -168,14 +169,16 @@ class PostgresLedger(PostgresAcceptance):
         return bool(result.rowcount)
 
     def vote(self, operation_id: UUID, counts: ShardCounts) -> Answer:
-        """Record a shard's vote. FOR SHARE keeps a decision out until the vote is in, or sees the decision."""
+        """Record a shard's vote. Its FOR SHARE either makes a decision wait for the vote, or sees the decision."""
         with self._databases.catalog_tx() as connection:
             state = connection.execute(_SELECT_STATE_SHARED, {"operation_id": operation_id}).scalar_one_or_none()
             if state != OperationState.PREPARING.name:
                 return Answer.REFUSED
+
             vote = {name: getattr(counts, name) for name in _VOTE_NAMES}
             vote["absent_attributes"] = list(counts.absent_attributes)
             inserted = connection.execute(_INSERT_VOTE, {"operation_id": operation_id, **vote}).rowcount
+
             if not inserted:
                 twin = {"operation_id": operation_id, "shard": counts.shard}
                 return Answer.TAKEN if connection.execute(_HAS_VOTED, twin).scalar_one() else Answer.LATE
@@ -183,10 +186,11 @@ class PostgresLedger(PostgresAcceptance):
         return Answer.TAKEN
 
     def commit(self, operation_id: UUID) -> Answer:
-        """The commit point: all votes there → COMMITTED, the segment changed and the sequence number drawn, at once.
+        """The commit point. If all votes are there, one transaction sets COMMITTED, changes the segment and draws the
+        sequence number.
 
         Raises:
-            WorkFailed: the catalog refuses the change for ever (an integrity error); nothing was decided.
+            WorkFailed: the catalog will never accept the change (an integrity error); nothing was decided.
         """
         try:
             with self._databases.catalog_tx() as connection:
@@ -195,8 +199,9 @@ class PostgresLedger(PostgresAcceptance):
                     return Answer.REFUSED
                 if len(operation.votes) < self._shard_count:
                     return Answer.REFUSED
+
                 if not _commit(connection, operation):
-                    connection.rollback()  # what was changed for it is undone, and the number drawn for it stays unused
+                    connection.rollback()  # undoes what was changed for it; the number drawn for it stays unused
                     return Answer.LATE
                 self._crash.reach("decision-not-committed", operation=operation_id)
         except exc.DBAPIError as error:
@@ -211,7 +216,7 @@ class PostgresLedger(PostgresAcceptance):
     def abort(
         self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
     ) -> bool:
-        """Decide against: one of ``from_states`` → ABORTED, what was reserved given back, in one transaction."""
+        """Abort the operation if it is in one of ``from_states``, and free what it reserved, in one transaction."""
         with self._databases.catalog_tx() as connection:
             kind = abort(connection, operation_id, failure, from_states, if_late=if_late)
         if kind is None:
@@ -220,7 +225,10 @@ class PostgresLedger(PostgresAcceptance):
         return True
 
     def all_shards_committed(self, operation_id: UUID) -> float:
-        """Note it once, by the catalog's clock; seconds since it was noted first, 0 if it is not COMMITTED any more."""
+        """Note once, by the catalog's clock, that all shards have committed.
+
+        Returns the seconds since it was first noted; 0: the operation is no longer COMMITTED.
+        """
         now = sa.func.clock_timestamp()
         noted = _operations.shards_committed_time
         with self._databases.catalog_tx() as connection:
@@ -233,22 +241,23 @@ class PostgresLedger(PostgresAcceptance):
         return float(waited_s or 0)
 
     def finish(self, operation_id: UUID) -> bool:
-        """COMMITTED → DONE; a deleted segment leaves the catalog in the same transaction, its slug free again."""
+        """COMMITTED → DONE. The same transaction removes a deleted segment from the catalog, which frees its slug."""
         with self._databases.catalog_tx() as connection:
             row = connection.execute(_FINISH, {"operation_id": operation_id}).one_or_none()
             if row is None:
                 return False
+
             if row.kind == OperationKind.DELETE:
                 connection.execute(sa.delete(tables.segments).where(tables.segments.c.id == row.segment_id))
         count_ended(OperationKind(row.kind), OperationState.DONE)
         return True
 
-    # -- what recovery asks -----------------------------------------------------------------------------------------
+    # -- reads of recovery ------------------------------------------------------------------------------------------
 
     def open_operations(self) -> Sequence[OpenOperation]:
         """The operation in flight and the oldest in the queue, if there are any, judged by the catalog's clock.
 
-        Not the whole queue: recovery asks every two seconds, and thousands may wait.
+        It does not return the whole queue: recovery asks every two seconds, and thousands may wait.
         """
         now = sa.func.clock_timestamp()
         last_vote = (
@@ -259,28 +268,31 @@ class PostgresLedger(PostgresAcceptance):
             .where(_progress.operation_id == _operations.id)
             .scalar_subquery()
         )
-        heard = sa.func.greatest(_operations.dispatch_time, last_vote, last_progress)
+        last_sign_of_life = sa.func.greatest(_operations.dispatch_time, last_vote, last_progress)
         since = sa.func.coalesce(_operations.commit_time, _operations.start_time, _operations.create_time)
+
         queue = tables.operations.alias("queue").c
         oldest = sa.select(sa.func.min(queue.seq)).where(queue.state == OperationState.QUEUED.name).scalar_subquery()
+
         with self._databases.catalog_tx() as connection:
             judged = connection.execute(
                 sa.select(
                     _operations.id,
-                    sa.func.coalesce(heard < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s), False).label(
-                        "quiet"
-                    ),
+                    sa.func.coalesce(
+                        last_sign_of_life < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s), False
+                    ).label("quiet"),
                     sa.cast(sa.extract("epoch", now - since), sa.Float).label("age_s"),
                 ).where(sa.or_(_operations.state.in_(_IN_FLIGHT), _operations.seq == oldest))
             ).all()
             loaded = select_operations(
                 connection, _operations.id.in_([row.id for row in judged]), order=_operations.seq.asc()
             )
+
         flags = {row.id: (row.quiet, row.age_s) for row in judged}
         return [OpenOperation(operation, *flags[operation.id]) for operation in loaded]
 
     def late(self) -> Sequence[Operation]:
-        """All that are PREPARING and past their deadline, by the catalog's clock: one at most."""
+        """Operations that are PREPARING and past their deadline, by the catalog's clock: at most one."""
         preparing = _operations.state == OperationState.PREPARING.name
         with self._databases.catalog_tx() as connection:
             return select_operations(connection, preparing, sa.not_(IN_TIME))
@@ -288,7 +300,7 @@ class PostgresLedger(PostgresAcceptance):
     # -- hints for people -------------------------------------------------------------------------------------------
 
     def put_progress(self, operation_id: UUID, progress: ShardProgress) -> None:
-        """Remember how far a shard is. Decides nothing; it also says that somebody works on it."""
+        """Store how far a shard is. This decides nothing, but it also shows that a process works on the shard."""
         values = {
             "operation_id": operation_id,
             "shard": progress.shard,
@@ -299,8 +311,8 @@ class PostgresLedger(PostgresAcceptance):
             "removed": progress.removed,
         }
         with self._databases.catalog_tx() as connection:
-            # The row's reference to its operation is a lock, which is written to disk before the work goes on. Not
-            # for a hint: losing it in a crash of the server costs nothing.
+            # The row's reference to its operation takes a lock, and a commit with a lock is flushed to disk before the
+            # work goes on. A hint does not need that: losing it in a crash of the server costs nothing.
             connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
             connection.execute(_PUT_PROGRESS, values)
 
@@ -318,11 +330,11 @@ class _Dequeued:
 
 
 def _select_next() -> sa.Select[tuple[Any, Any]]:
-    """The operation whose turn it is: of the segment that was served least recently, the oldest.
+    """The operation whose turn it is: the oldest operation of the segment that was served least recently.
 
-    One that was never served, as one that is yet to be created, counts as served when its oldest operation was
-    accepted: a flood of new segments passes nobody by. A segment is its slug here: its deletion and the creation of the
-    next one of this slug keep their order.
+    A segment that was never served, such as one that is yet to be created, counts as served when its oldest operation
+    was accepted. So a flood of new segments cannot overtake the segments that already wait. A segment is identified by
+    its slug here: its deletion and the creation of the next segment of the same slug keep their order.
     """
     heads = (
         sa.select(_operations.id, _operations.slug, _operations.seq, _operations.create_time)
@@ -332,7 +344,7 @@ def _select_next() -> sa.Select[tuple[Any, Any]]:
         .subquery("heads")
     )
     served = tables.operations.alias("served").c
-    # Of one slug they start in their order: the newest that has started was served last.
+    # Operations of one slug start in their order: the newest one that has started was served last.
     last_start = (
         sa.select(served.start_time)
         .where(served.slug == heads.c.slug, served.start_time.is_not(None))
@@ -357,23 +369,27 @@ _SELECT_NEXT: Final = _select_next()
 
 
 def _start_next(connection: sa.Connection, deadline_s: float, limits: CostLimits) -> _Dequeued | None:
-    """Move the operation whose turn it is on. None: there was nothing to start.
+    """Start or abort the operation whose turn it is. None: there was nothing to start.
 
     Raises:
-        sqlalchemy.exc.IntegrityError: another one is in flight since this looked; nothing changed.
+        sqlalchemy.exc.IntegrityError: another operation came in flight after this had checked; nothing changed.
     """
-    # Only spares a pointless attempt: what keeps two out is the unique index, which the update below runs into.
+    # This check only saves a pointless attempt. What prevents two in flight is the unique index, on which the UPDATE
+    # below fails.
     in_flight = sa.exists().where(_operations.state.in_([OperationState.PREPARING.name, OperationState.COMMITTED.name]))
     if connection.execute(sa.select(in_flight)).scalar_one():
         return None
+
     row = connection.execute(_SELECT_NEXT).one_or_none()
     if row is None:  # also when another process moved it while this waited for the row
         return None
+
     plan = OperationPlan.from_json(row.plan)
     failure = _validate_and_reserve(connection, plan, limits)
     if failure is not None:
         abort(connection, row.id, failure, [OperationState.QUEUED])
         return _Dequeued(row.id, plan.kind, valid=False)
+
     now = sa.func.clock_timestamp()
     connection.execute(
         sa.update(tables.operations)
@@ -389,13 +405,14 @@ def _start_next(connection: sa.Connection, deadline_s: float, limits: CostLimits
 
 
 def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan, limits: CostLimits) -> Failure | None:
-    """Why an operation cannot start now; None: it can, and its commit point has no way to fail for ever.
+    """Why an operation cannot start now. None: it can start, and nothing can make its commit point fail for ever.
 
-    Nothing else is in flight, so what holds here holds until the decision: a segment's rule and life change only by
-    operations, and a CREATE's slug is reserved by its row.
+    No other operation is in flight, so what holds here holds until the decision: only operations change a segment's
+    rule and state, and the row of a CREATE reserves its slug.
     """
     if plan.kind is OperationKind.CREATE:
         return _reserve(connection, plan)
+
     row = connection.execute(
         sa.select(_segments.state, _segments.etag).where(_segments.id == plan.segment_id).with_for_update()
     ).one_or_none()
@@ -405,8 +422,9 @@ def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan, limits
         return Failure.of(segment_deleting(plan.slug))
     if plan.etag and plan.etag != row.etag:
         return Failure.of(etag_mismatch(plan.slug, row.etag))
+
     if plan.rule is not None and plan.cost is not None:
-        # Judged before, too, beside the rules of then. Here no other rule can come in force beside it.
+        # Acceptance checked this against the rules of that time. From here on no other rule can come into force.
         refusal = refusal_of(plan.segment_id, plan.rule, plan.cost, select_rules_in_force(connection), limits)
         if refusal is not None:
             return Failure.of(refusal)
@@ -414,7 +432,7 @@ def _validate_and_reserve(connection: sa.Connection, plan: OperationPlan, limits
 
 
 def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
-    """Take a new segment's slug and its place among the live ones."""
+    """Reserve a new segment's slug, and its place within the limit of segments."""
     text = plan.text or SegmentText()
     now = sa.func.clock_timestamp()
     result = connection.execute(
@@ -436,6 +454,7 @@ def _reserve(connection: sa.Connection, plan: OperationPlan) -> Failure | None:
     )
     if not result.rowcount:
         return Failure.of(segment_exists(plan.slug))
+
     if count_taken_slugs(connection) > SEGMENTS_MAX:
         connection.execute(sa.delete(tables.segments).where(_segments.id == plan.segment_id))
         return Failure.of(too_many_segments(SEGMENTS_MAX))
@@ -450,9 +469,10 @@ def _commit(connection: sa.Connection, operation: Operation) -> bool:
 
     False: the operation's deadline has passed, and the caller must roll everything back.
 
-    The caller has the operation's row and knows it to be PREPARING.
+    The caller has locked the operation's row and knows that it is PREPARING.
     """
     segment = _change_segment(connection, operation)
+
     plan = operation.plan
     totals = {
         name: sum(getattr(counts, name) for counts in operation.votes)
@@ -470,10 +490,11 @@ def _commit(connection: sa.Connection, operation: Operation) -> bool:
         operation_id=operation.id,
         details={"segment_uid": str(plan.segment_uid), **_rule_details(plan), **totals},
     )
+
     kept = segment_to_json(segment) if plan.kind is not OperationKind.DELETE else None
     result = connection.execute(
         sa.update(tables.operations)
-        # The last statement before the commit, so that whatever this waited for is over when it looks at the clock.
+        # The last statement before the commit: every wait of this transaction is over when it reads the clock.
         .where(_operations.id == operation.id, _operations.state == OperationState.PREPARING.name, IN_TIME)
         .values(
             state=OperationState.COMMITTED.name,
@@ -492,10 +513,11 @@ def _rule_details(plan: OperationPlan) -> dict[str, Any]:
 
 
 def _change_segment(connection: sa.Connection, operation: Operation) -> Segment:
-    """Change the catalog's segment as the operation says; returns it as it is then."""
+    """Change the catalog's segment as the operation says; returns the segment after the change."""
     plan = operation.plan
     now = sa.func.clock_timestamp()
     values: dict[str, Any] = {"etag": new_etag(), "update_time": now, "last_operation": operation.id}
+
     if plan.kind is OperationKind.CREATE:
         expected = SegmentState.RESERVED
         values |= {"state": SegmentState.ACTIVE, "create_time": now, "member_count_time": now}
@@ -512,6 +534,7 @@ def _change_segment(connection: sa.Connection, operation: Operation) -> Segment:
             "member_count": sum(counts.members for counts in operation.votes),
             "member_count_time": now,
         }
+
     row = connection.execute(
         sa.update(tables.segments)
         .where(_segments.id == plan.segment_id, _segments.state == expected)

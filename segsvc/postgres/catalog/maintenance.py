@@ -34,7 +34,7 @@ class PostgresMaintainedCatalog:
         return now
 
     def note_recovery(self) -> None:
-        """Recovery has looked at everything. Written every 5 s at most: looks are more frequent than is worth a row."""
+        """Note that recovery has run over everything. Written every 5 s at most, because recovery runs more often."""
         recovered = tables.installation.c.recovery_time
         recent = recovered > sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, 5)
         with self._databases.catalog_tx() as connection:
@@ -48,8 +48,8 @@ class PostgresMaintainedCatalog:
         """Store counts of live segments, but not over an operation's own.
 
         An operation stores its count when it is decided, and its shards change after that. So a count that was made
-        before its end may be one of before, or half of each. Changes no etag: the count is no part of what a caller
-        edits.
+        before the operation's end may be the count before it, or a mixture of both. The etag does not change, because
+        callers do not edit the count.
         """
         if not counts:
             return
@@ -76,7 +76,7 @@ class PostgresMaintainedCatalog:
             )
 
     def unmeasured_conditions(self, limit: int) -> Sequence[str]:
-        """Conditions of live rules without a cost, each once."""
+        """Conditions of ACTIVE segments' rules that have no measured cost, each once."""
         with self._databases.catalog_tx() as connection:
             return (
                 connection.execute(sa.select(_segments.rule_condition).where(_UNMEASURED).distinct().limit(limit))
@@ -85,10 +85,10 @@ class PostgresMaintainedCatalog:
             )
 
     def put_cost(self, condition: str, cost: ConditionCost) -> None:
-        """Store what a condition costs. No etag changes: it is nothing that a caller reads or edits.
+        """Store what a condition costs. No etag changes: callers neither read nor edit the cost.
 
-        A segment that an operation is about to change is left out: it locks the row when it starts and when it is
-        decided, and then writes the cost that it was accepted with.
+        A segment that an operation is about to change is left out: the operation locks the row when it starts and when
+        it is decided, and then writes the cost that it was accepted with.
         """
         with self._databases.catalog_tx() as connection:
             free = (
@@ -101,5 +101,5 @@ class PostgresMaintainedCatalog:
             )
 
     def forget(self, *, request_ttl_s: int) -> None:
-        """Drop old answers; operations themselves are the history and stay."""
+        """Delete old answers to requests. Operations are the history, so they stay."""
         forget(self._databases.catalog_tx, tables.requests, older_than(tables.requests.c.create_time, request_ttl_s))

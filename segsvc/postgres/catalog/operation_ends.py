@@ -26,7 +26,8 @@ _CHANNEL: Final = "segsvc_operation_ended"
 _SELECT_ENDED: Final = "SELECT id FROM operations WHERE id = ANY(%s::uuid[]) AND state IN ('DONE', 'ABORTED')"
 
 NOTIFY_END: Final = sa.func.pg_notify(_CHANNEL, "")
-"""In the statement that makes an operation final: told when its transaction commits, and only then."""
+"""Part of each statement that makes an operation final. PostgreSQL sends the notification when the transaction commits,
+and only then."""
 
 
 def abort(
@@ -37,8 +38,10 @@ def abort(
     *,
     if_late: bool = False,
 ) -> OperationKind | None:
-    """Decide against an operation and give back what it had reserved. Its kind; None: it is in none of these states,
-    or, with ``if_late``, not past its deadline."""
+    """Abort an operation and free what it had reserved. Returns its kind.
+
+    None: the operation is in none of ``from_states``; or, with ``if_late``, its deadline has not passed.
+    """
     row = connection.execute(
         sa.update(tables.operations)
         .where(
@@ -51,25 +54,27 @@ def abort(
     ).one_or_none()
     if row is None:
         return None
+
     if row.kind == OperationKind.CREATE:
         connection.execute(
             sa.delete(tables.segments).where(_segments.id == row.segment_id, _segments.state == SegmentState.RESERVED)
         )
-        # A creation that failed is no answer to keep: the same request may be made again.
+        # The answer of a creation that failed is not kept: the same request may be made again.
         connection.execute(sa.delete(tables.requests).where(_requests.operation_id == operation_id))
     return OperationKind(row.kind)
 
 
 def count_ended(kind: OperationKind, state: OperationState) -> None:
-    """Called by whoever won the compare-and-set, after its transaction: so each operation is counted once at most."""
+    """Count an operation that ended. The process that won the compare-and-set calls this after its transaction, so each
+    operation is counted at most once."""
     operations_finished.labels(kind.name, state.name).inc()
 
 
 class PostgresEndListener:
-    """Those of some operations that have ended, on a connection on which every statement is its own transaction.
+    """Finds which of some operations have ended, on a connection on which every statement is its own transaction.
 
-    What is told is a hint to look: it may be lost (a pooler between, a connection that broke), and says of nobody
-    which operation it was. What has ended, the operations' rows say.
+    A notification is a hint to read the ledger. It may be lost (a pooler in between, a connection that broke), and it
+    does not name an operation. The rows of the operations say which ones have ended.
     """
 
     def __init__(self, connection: sa.Connection) -> None:
@@ -78,24 +83,24 @@ class PostgresEndListener:
         self._driver = driver
         self._incoming = select.poll()
         self._incoming.register(driver.fileno(), select.POLLIN)
-        # Before the first look: what ends after that look is told.
+        # Before the first read: PostgreSQL notifies of every end after that read.
         connection.exec_driver_sql(f"LISTEN {_CHANNEL}")
 
     def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
-        """Those that are DONE or ABORTED; one short statement while there are none."""
+        """The operations among these that are DONE or ABORTED. One short statement while there are none."""
         rows = self._connection.exec_driver_sql(_SELECT_ENDED, ([str(each) for each in operation_ids],)).all()
         found = [row.id for row in rows]
         return select_operations(self._connection, tables.operations.c.id.in_(found)) if found else []
 
     def await_end(self, seconds: float) -> None:
-        """Wait until an operation may have ended since the last look, at most so long."""
-        # What was told while a statement ran has been read with its answer.
+        """Wait until an operation may have ended since the last read, at most this many seconds."""
+        # If a notification arrived while a statement ran, the driver has read it together with the result.
         if not self._driver.notifies and self._incoming.poll(seconds * 1000):
             self._driver.poll()
         self._driver.notifies.clear()
 
     def close(self) -> None:
-        """Stop listening: nobody would read what is told to a connection that waits in its pool."""
+        """Stop listening: no process reads the notifications of a connection that waits in its pool."""
         if self._connection.invalidated:
             return
         try:

@@ -35,14 +35,14 @@ class PostgresOperationReads:
             return select_operation(connection, operation_id)
 
     def get_many(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
-        """Those of these operations that exist, their votes included."""
+        """The operations among these that exist, their votes included."""
         if not operation_ids:
             return []
         with self._databases.catalog_tx() as connection:
             return select_operations(connection, _operations.id.in_(operation_ids))
 
     def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
-        """States of those operations that exist."""
+        """States of the operations among these that exist."""
         ids = list(operation_ids)
         if not ids:
             return {}
@@ -61,7 +61,7 @@ class PostgresOperationReads:
                 listener.close()
 
     def list(self, wanted: OperationFilter, *, page_size: int, before_seq: int | None) -> Sequence[Operation]:
-        """Operations that match, newest first; ``before_seq``: only older ones than this."""
+        """Operations that match, newest first; ``before_seq``: only operations older than this one."""
         conditions: list[sa.ColumnElement[bool]] = []
         if wanted.slug is not None:
             conditions.append(_operations.slug == wanted.slug)
@@ -71,11 +71,12 @@ class PostgresOperationReads:
             conditions.append(_operations.state == wanted.state.name)
         if before_seq is not None:
             conditions.append(_operations.seq < before_seq)
+
         with self._databases.catalog_tx() as connection:
             return select_operations(connection, *conditions, order=_operations.seq.desc(), limit=page_size)
 
     def result(self, operation_id: UUID) -> OperationResult | None:
-        """What a committed operation has to say; None: it is not committed."""
+        """The result of a committed operation; None: it is not committed."""
         with self._databases.catalog_tx() as connection:
             outcomes = select_outcomes(connection, [operation_id])
             if operation_id not in outcomes:
@@ -84,7 +85,7 @@ class PostgresOperationReads:
         return OperationResult(outcomes[operation_id], counts)
 
     def details(self, operation_ids: Sequence[UUID]) -> Mapping[UUID, OperationDetails]:
-        """Everything that is shown of operations beside themselves, for each of these."""
+        """For each of these operations, what is shown beside its row."""
         with self._databases.catalog_tx() as connection:
             progress = select_progress(connection, operation_ids)
             outcomes = select_outcomes(connection, operation_ids)

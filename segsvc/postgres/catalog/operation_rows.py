@@ -29,7 +29,7 @@ _progress = tables.progress.c
 IN_TIME: Final = _operations.deadline > sa.func.clock_timestamp()
 """The deadline of an operation that is PREPARING has not passed: compared in the statement that decides something."""
 
-# Statements that every operation needs are built once: to build one takes as long as to run it.
+# Statements that every operation needs are built once: building one takes as long as running it.
 _SELECT: Final = sa.select(
     _operations.id,
     _operations.seq,
@@ -62,8 +62,11 @@ _SELECT_VOTES: Final = (
 
 
 def select_operation(connection: sa.Connection, operation_id: UUID, *, lock: bool = False) -> Operation | None:
-    """One operation, its votes included. ``lock``: its row is locked for a change, and the votes that are in now are
-    all that can be in before the decision."""
+    """One operation, its votes included.
+
+    Args:
+        lock: lock its row for a change. Until the decision, no vote can come in addition to those read now.
+    """
     row = connection.execute(_SELECT_ONE_LOCKED if lock else _SELECT_ONE, {"operation_id": operation_id}).one_or_none()
     return _with_votes(connection, [row])[0] if row else None
 
@@ -101,10 +104,11 @@ def _with_votes(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> list[
 
 
 def select_votes(connection: sa.Connection, operation_ids: Sequence[UUID]) -> dict[UUID, list[ShardCounts]]:
-    """The votes for these operations, by shard; those without one are left out."""
+    """The votes for these operations, by shard; operations without a vote are left out."""
     votes: dict[UUID, list[ShardCounts]] = {}
     if not operation_ids:
         return votes
+
     for row in connection.execute(_SELECT_VOTES, {"operation_ids": operation_ids}):
         votes.setdefault(row.operation_id, []).append(
             ShardCounts(row.shard, row.matched, row.added, row.removed, row.members, tuple(row.absent_attributes))
@@ -113,7 +117,7 @@ def select_votes(connection: sa.Connection, operation_ids: Sequence[UUID]) -> di
 
 
 def select_progress(connection: sa.Connection, operation_ids: Sequence[UUID]) -> dict[UUID, list[ShardProgress]]:
-    """What the shards last said of these operations; those that said nothing are left out."""
+    """The last progress that shards reported for these operations; operations without a report are left out."""
     rows = connection.execute(
         sa.select(
             _progress.operation_id,
@@ -127,6 +131,7 @@ def select_progress(connection: sa.Connection, operation_ids: Sequence[UUID]) ->
         .where(_progress.operation_id.in_(operation_ids))
         .order_by(_progress.operation_id, _progress.shard)
     ).all()
+
     found: dict[UUID, list[ShardProgress]] = {}
     for row in rows:
         found.setdefault(row.operation_id, []).append(
@@ -136,7 +141,7 @@ def select_progress(connection: sa.Connection, operation_ids: Sequence[UUID]) ->
 
 
 def select_outcomes(connection: sa.Connection, operation_ids: Sequence[UUID]) -> dict[UUID, Segment | None]:
-    """Of those that are committed: the segment as it was then; None: it was deleted."""
+    """For each of these operations that is committed: the segment as it was at the commit; None: it was deleted."""
     rows = connection.execute(
         sa.select(_operations.id, _operations.result).where(
             _operations.id.in_(operation_ids), _operations.result.is_not(None)

@@ -23,9 +23,9 @@ class PostgresOutboxStore:
     def claim(self, entries_max: int) -> Iterator[PostgresOutboxClaim]:
         """See ``services.outbox.OutboxStore.claim``."""
         with self._databases.catalog_tx() as connection:
-            # A statement of its own: the next one's snapshot then sees the marks of whoever held the lock before.
-            mine = connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(OUTBOX_LOCK))).scalar_one()
-            yield PostgresOutboxClaim(connection, _oldest(connection, entries_max) if mine else ())
+            # The lock is a statement of its own, so the next one's snapshot sees the marks of the previous holder.
+            acquired = connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(OUTBOX_LOCK))).scalar_one()
+            yield PostgresOutboxClaim(connection, _oldest(connection, entries_max) if acquired else ())
 
 
 class PostgresOutboxClaim:

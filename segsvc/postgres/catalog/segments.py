@@ -22,7 +22,7 @@ from segsvc.postgres.segment_rows import COLUMNS, IN_FORCE_COLUMNS, to_rule_in_f
 _table = tables.segments.c
 
 _VISIBLE = _table.state != SegmentState.RESERVED
-"""A reserved slug belongs to a creation that may still fail: nobody must see it."""
+"""A reserved slug belongs to a creation that may still fail: no caller may see it."""
 
 _ORDER: Mapping[SegmentOrder, sa.ColumnElement[Any]] = {
     # Byte order whatever the database's collation, which may ignore punctuation.
@@ -45,10 +45,12 @@ def select_page(
     """Segments that a query matches, in its order, after a position."""
     key = _ORDER[query.order]
     statement = sa.select(*COLUMNS).where(_VISIBLE, *_has_labels(query)).limit(limit)
+
     if after is not None:
         place = sa.tuple_(key, _table.id)
         bound = sa.tuple_(sa.literal(after.key, key.type), sa.literal(after.id, _table.id.type))
         statement = statement.where(place < bound if query.descending else place > bound)
+
     if query.descending:
         statement = statement.order_by(key.desc(), _table.id.desc())
     else:
@@ -63,12 +65,12 @@ def count_segments(connection: sa.Connection, query: SegmentQuery) -> int:
 
 
 def count_taken_slugs(connection: sa.Connection) -> int:
-    """Slugs that are taken, reserved ones included: what the limit is about."""
+    """How many slugs are taken, reserved ones included: the limit of segments bounds this number."""
     return int(connection.execute(sa.select(sa.func.count()).select_from(tables.segments)).scalar_one())
 
 
 def select_rules_in_force(connection: sa.Connection) -> list[RuleInForce]:
-    """Rules that have a condition, of the segments that users are asked about."""
+    """The rules of ACTIVE segments that have a condition."""
     return [
         to_rule_in_force(row)
         for row in connection.execute(
@@ -80,7 +82,7 @@ def select_rules_in_force(connection: sa.Connection) -> list[RuleInForce]:
 def update_text(
     connection: sa.Connection, segment_id: int, changes: Mapping[EditedField, str | Mapping[str, str]], etag: str
 ) -> Segment:
-    """Write what people read of a segment, with its new etag and time."""
+    """Store a segment's display name, description and labels, with its new etag and update time."""
     statement = (
         sa.update(tables.segments)
         .where(_table.id == segment_id)
@@ -100,7 +102,7 @@ class PostgresSegmentCatalog:
     """The segments of one catalog database.
 
     Args:
-        reads: connections for what is only looked up; None: the same as for changes.
+        reads: connections for reads that are no part of a change; None: the same as for changes.
     """
 
     def __init__(self, databases: Databases, reads: Databases | None = None) -> None:
@@ -136,7 +138,7 @@ class PostgresSegmentCatalog:
         """Change an ACTIVE segment and record it in the audit trail. Raises as ``SegmentCatalog.edit`` says."""
         with self._databases.catalog_tx(timeout_s=timeout_s) as connection:
             # The row lock makes compare and set one step: no other edit and no operation's decision comes in between.
-            # It is taken before the commit order lock (in audit_trail.record), as the ledger does: no deadlock.
+            # It is taken before the commit order lock (in audit_trail.record), as in the ledger: no deadlock.
             segment = select_segment(connection, slug, for_update=True)
             if segment is None:
                 raise segment_not_found(slug)
@@ -146,6 +148,7 @@ class PostgresSegmentCatalog:
                 raise etag_mismatch(slug, segment.etag)
             if not changes:
                 return segment
+
             changed = update_text(connection, segment.id, changes, etag)
             audit_trail.record(
                 connection,
