@@ -63,6 +63,13 @@ def rolled_out_read_and_deleted(output: str, user_id: int) -> bool:
     )
 
 
+def test_readme(front: FrontUnderTest, user_id: int) -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    here = code.replace("127.0.0.1:50051", front.address).replace("user_id=9223372036854775807", f"user_id={user_id}")
+    assert front.address in here
+    assert re.fullmatch(r"\[.*\]\n", output_of(sys.executable, "-c", here))
+
+
 def test_python(front: FrontUnderTest, user_id: int) -> None:
     output = output_of(sys.executable, CLIENTS / "sync_client.py", front.address, str(user_id))
     assert rolled_out_read_and_deleted(output, user_id), output
