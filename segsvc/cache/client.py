@@ -1,7 +1,7 @@
 """The cache as the rest of the service uses it: the protocol's steps, on a small pool of connections.
 
-Any error of the server or of a connection becomes ``CACHE_UNAVAILABLE``; whether the step took effect is then
-unknown, and every caller is safe either way: reads go on without the cache, changes are not acknowledged.
+Any error of the server or of a connection becomes ``CACHE_UNAVAILABLE``. The caller then does not know whether the
+step took effect, and is safe either way: reads go on without the cache, changes are not acknowledged.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from segsvc.log import get_logger
 log = get_logger(__name__)
 
 KEYS_PER_CALL: Final = 128
-"""Keys a script call touches at most: a call keeps the server from answering reads, here for about 0.5 ms."""
+"""Most keys that one script call touches: while a call runs, the server answers no reads; here for about 0.5 ms."""
 
 _TTL_JITTER: Final = 0.1
-"""Entries filled together end spread over the last tenth of their life, not all at once."""
+"""Entries that are filled together expire at different times, within the last tenth of their life."""
 
 T = TypeVar("T")
 Clock = Callable[[], int]
@@ -43,21 +43,22 @@ def _now_us() -> int:
 
 
 class CacheClient:
-    """The steps of the cache protocol. For any number of threads; made after the last fork of a process.
+    """The steps of the cache protocol. Safe for any number of threads. Create it after the last fork of a process.
 
     Args:
         url: of the cache's server.
-        find_keys: gives the names of this installation's keys. Asked until it does; while it raises a ServiceError,
-            the cache counts as out of reach.
-        timeout_s: bound of connecting and of each wait for the server.
+        find_keys: returns the names of this installation's keys. It is called again until it has returned them; while
+            it raises a ServiceError, the cache counts as unreachable.
+        timeout_s: longest time for connecting, and for each wait for the server.
         ttl_s: life of an entry.
         now_us: the wall clock, microseconds since 1970.
-        rest: for whoever leases and fills many users while others wait for reads: how long to leave the server alone
-            after each call, in times of what the call took. 0: calls go out together.
+        rest: for a client that leases and fills many users while other clients wait for reads: how long it leaves the
+            server alone after each call, as a multiple of the time that the call took. 0: no pauses, all calls are
+            sent together.
     """
 
     RETRY_S = 0.1
-    """How long after a failure the next attempt is made; until then every step fails at once."""
+    """Time between a failure and the next attempt; until then every step fails at once."""
     _IDLE_MAX = 16
 
     def __init__(
@@ -85,7 +86,7 @@ class CacheClient:
 
     @property
     def keys(self) -> Keys:
-        """Names of this installation's keys. Raises CACHE_UNAVAILABLE: they are not known yet."""
+        """Names of this installation's keys. Raises CACHE_UNAVAILABLE if they are not known yet."""
         if self._keys is None:
             try:
                 self._keys = self._find_keys()
@@ -107,13 +108,14 @@ class CacheClient:
         return token
 
     def drop_entries(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None:
-        """After the COMMIT of changes of users, before they are acknowledged: what later reads find is newer.
+        """After the COMMIT of changes of users, before they are acknowledged: drop the users' entries, so that later
+        reads find what is newer.
 
         Args:
-            token: of the own ``bar``; None: the changes were made without one. Another writer's bar stays.
+            token: of this writer's ``bar``; None: the changes were made without one. Another writer's bar stays.
 
         Raises:
-            ServiceError: CACHE_UNAVAILABLE: some may not be done, and the changes may not be acknowledged.
+            ServiceError: CACHE_UNAVAILABLE: some entries may still be there, so the changes must not be acknowledged.
         """
         own = token or _token()
         calls = [
@@ -126,17 +128,17 @@ class CacheClient:
 
     @property
     def entries_gone_after_s(self) -> float:
-        """How long after a change an entry that was read before it can still be there: a lease that was given before
-        the change, then the life of what was filled under it.
+        """How long after a change the cache can still hold an entry that was read before the change: the life of a
+        lease that was granted just before it, then the life of the entry that was filled under that lease.
 
-        A hundredth more, because the cache's clock ends them and another clock measures this time.
+        A hundredth is added, because the cache's clock ends entries and another clock measures this time.
         """
         return 1.01 * (scripts.LEASE_MS + self._ttl_ms) / 1000
 
     def drop_generations(self, shards: Sequence[int]) -> None:
-        """After the COMMIT of a bulk change, before it is reported done: every entry of these shards is a miss.
+        """After the COMMIT of a bulk change, before it is reported done: make every entry of these shards a miss.
 
-        Idempotent, and harmless when late: the next miss draws a fresh nonce.
+        It can be repeated, and does no harm when it is late: the next miss creates a new nonce.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE: some shards may still have hits.
@@ -149,13 +151,14 @@ class CacheClient:
     def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant:
         """Ask to fill users of one shard. The shard is read only after this has returned.
 
-        Not granted for users whose entry is in use, leased to another load or barred by a writer.
+        No lease is granted for a user whose key holds a usable value, another load's lease or a writer's bar.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE.
         """
         token = _token()
         lease_ms, now_us = scripts.LEASE_MS, self._now_us()
+
         with self.connection() as connection:
             args = [token, b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT]
             g = self.keys.generation(shard)
@@ -163,8 +166,8 @@ class CacheClient:
             replies = self._in_turn(
                 connection,
                 [
-                    # A nonce of its own for each call: if the generation is dropped between two of them, the second
-                    # must not bring it back, with entries that others have filled under it since.
+                    # Each call offers its own new nonce: if the generation is dropped between two calls, the second
+                    # call must not bring it back, with the entries that other loads have filled under it since.
                     _call(
                         scripts.ACQUIRE,
                         [g, *self.keys.users(shard, chunk)],
@@ -173,8 +176,9 @@ class CacheClient:
                     for chunk in chunks
                 ],
             )
-            # The generation may change between two calls of a batch. Only what was granted under the last one is
-            # kept: an entry with an older nonce would be a miss from the start. The other leases are given back.
+
+            # The generation may change between two calls of a batch. Only leases under the last nonce are kept: an
+            # entry with an older nonce would be a miss from the start. The older leases are given back.
             nonce: bytes = replies[-1][0] if replies else b""
             granted: list[int] = []
             outdated: list[int] = []
@@ -183,6 +187,7 @@ class CacheClient:
                 given = [user_id for user_id, flag in zip(chunk, flags, strict=True) if flag == ord("1")]
                 (granted if chunk_nonce == nonce else outdated).extend(given)
                 busy += flags.count(b"2")
+
             if outdated:
                 connection.run_all(
                     [
@@ -190,10 +195,11 @@ class CacheClient:
                         for chunk in _chunks(outdated, KEYS_PER_CALL)
                     ]
                 )
+
         return Grant(nonce, token, frozenset(granted), busy + len(outdated))
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
-        """Store what was read under a grant; users not granted must not be among them. Returns how many were stored.
+        """Store what was read under a grant. The rows hold granted users only. Returns how many entries were stored.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE.
@@ -208,14 +214,14 @@ class CacheClient:
         )
 
     def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int:
-        """As ``fill``, for the warmer's many users at once."""
+        """As ``fill``, for many users at once, which the warmer needs."""
         values = entries.encode_columns(grant.nonce, columns)
         read_times_us = repeat(columns.read_time_us)
         users = zip(columns.user_ids.tolist(), values, columns.valid_until_us.tolist(), read_times_us, strict=False)
         return self._fill(shard, grant, list(users))
 
     def release(self, shard: int, grant: Grant, user_ids: Sequence[int]) -> None:
-        """Give leases back without a fill (a user who does not exist is never cached). Raises CACHE_UNAVAILABLE."""
+        """Give leases back without a fill: a user who does not exist is never cached. Raises CACHE_UNAVAILABLE."""
         calls = [
             _call(scripts.RELEASE, self.keys.users(shard, chunk), [grant.token])
             for chunk in _chunks(user_ids, KEYS_PER_CALL)
@@ -225,29 +231,34 @@ class CacheClient:
                 connection.run_all(calls)
 
     def _fill(self, shard: int, grant: Grant, users: Sequence[tuple[int, bytes, int, int]]) -> int:
-        """Fill users: id, value, valid_until_us and read_time_us of each. A call's users end together, so one whose
-        end is set has a call of its own."""
+        """Fill users: id, value, valid_until_us and read_time_us of each.
+
+        All entries of one script call have the same life, so a user with a valid_until of its own gets its own call.
+        """
         lasting = [user for user in users if user[2] == NEVER_US]
         ending = [user for user in users if user[2] != NEVER_US]
         calls = []
+
         for chunk in [*_chunks(lasting, KEYS_PER_CALL), *_chunks(ending, 1)]:
             user_ids, values, valid_until_us, read_time_us = zip(*chunk, strict=True)
-            # Both times are the shard's, so no skew between machines can lengthen a life.
+            # Both times are by the shard's clock, so a difference between machines' clocks cannot lengthen a life.
             left_ms = (valid_until_us[0] - read_time_us[0]) // 1000
             life_ms = max(1, min(int(self._ttl_ms * (1 - _TTL_JITTER * random.random())), left_ms))
             calls.append(_call(scripts.FILL, self.keys.users(shard, user_ids), [grant.token, b"%d" % life_ms, *values]))
+
         if not calls:
             return 0
         with self.connection() as connection:
             return sum(self._in_turn(connection, calls))
 
     def _in_turn(self, connection: CacheConnection, calls: Sequence[Command]) -> list[Any]:
-        """Replies to the calls of one step, with the rests that this client owes to others."""
+        """Replies to the calls of one step, with the pauses that leave the server to other clients."""
         if not self._rest:
             return connection.run_all(calls)
+
         replies = []
         for call in calls:
-            # The lock is held through the rest: it is owed to other clients, whichever thread of ours is next.
+            # The lock is held during the pause: the pause is for other clients, so no thread of this one may use it.
             with self._turn:
                 begun = time.monotonic()
                 replies.append(connection.run(*call))
@@ -257,14 +268,14 @@ class CacheClient:
     # -- connections ------------------------------------------------------------------------------------------------
 
     def connect(self) -> CacheConnection:
-        """A connection of the caller's own. Raises CACHE_UNAVAILABLE."""
+        """A new connection that belongs to the caller. Raises CACHE_UNAVAILABLE."""
         try:
             return CacheConnection(self._url, self._timeout_s)
         except (RedisError, OSError) as error:
             raise cache_unavailable() from error
 
     def close(self) -> None:
-        """Close what is idle; a connection in use is closed when it comes back."""
+        """Close the idle connections; a connection in use is closed when it is given back."""
         with self._lock:
             idle, self._idle = self._idle, []
         for connection in idle:
@@ -274,10 +285,11 @@ class CacheClient:
     def connection(self) -> Iterator[CacheConnection]:
         """A connection of the pool, for one thread and one exchange. Errors inside become CACHE_UNAVAILABLE."""
         connection = self._take()
+
         try:
             yield connection
         except (RedisError, OSError) as error:
-            # One failed, so the others are likely to be of the same dead server. They are not tried one by one.
+            # The idle connections probably lead to the same dead server, so close them all instead of trying each.
             connection.close()
             self.close()
             if isinstance(error, RedisTimeoutError | TimeoutError):
@@ -286,6 +298,7 @@ class CacheClient:
         except BaseException:
             connection.close()
             raise
+
         with self._lock:
             if len(self._idle) < self._IDLE_MAX:
                 self._idle.append(connection)
@@ -300,13 +313,13 @@ class CacheClient:
                 return self._connect_again()
             if connection.idle_and_alive():
                 return connection
-            # Nothing was sent on it yet, so nothing is lost or doubled by going on with another one.
+            # Nothing was sent on it yet, so using another connection loses nothing and repeats nothing.
             connection.close()
 
     def _connect_again(self) -> CacheConnection:
-        """Connect, but while the server is down only one caller at a time tries: the others fail at once.
+        """Connect. While the server is down only one caller at a time tries; all other callers fail at once.
 
-        A server that does not answer costs each attempt the whole timeout; reads must not wait for it one by one.
+        With a server that does not answer, each attempt takes the whole timeout; reads must not wait one after another.
         """
         with self._lock:
             if self._down:
@@ -314,11 +327,13 @@ class CacheClient:
                 if now < self._retry_at:
                     raise cache_unavailable()
                 self._retry_at = now + self._timeout_s + self.RETRY_S
+
         try:
             connection = self.connect()
         except ServiceError:
             self._mark_down()
             raise
+
         with self._lock:
             if self._down:
                 log.info("cache_back")

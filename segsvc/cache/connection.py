@@ -1,10 +1,10 @@
 """One connection to the cache's server that always knows which run of which server it talks to.
 
 Entries are bound to the server's run_id. So INFO is the first command on every connection (after authentication),
-and a connection is never renewed in place: any error closes it for good, is reported, and whoever goes on does so on
-a new connection, with a fresh run_id. A silent reconnect could end at a server that came back with older data, while
-its entries were still held against the old run_id. redis-py does URL, TLS, authentication and framing; its retries
-are off.
+and a connection never reconnects by itself: any error closes it for good and is raised, and the caller goes on with a
+new connection, which asks for the run_id again. A silent reconnect could reach a server that came back with older
+data, while its entries would still be compared with the old run_id. redis-py does URL, TLS, authentication and framing;
+its retries are off.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class ConnectionClosedError(OSError):
 
 
 class CacheConnection:
-    """An open connection. Not for two threads at once.
+    """An open connection. One thread at a time may use it.
 
     Args:
         url: ``redis://``, ``rediss://`` or ``unix://``.
-        timeout_s: bound of connecting and of each wait for the server.
+        timeout_s: longest time for connecting, and for each wait for the server.
 
     Raises:
-        redis.RedisError, OSError: the server cannot be reached or refuses us.
+        redis.RedisError, OSError: the server cannot be reached, or it refuses the connection.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -47,12 +47,14 @@ class CacheConnection:
             options |= {"socket_keepalive": True}
             if issubclass(kind, SSLConnection):
                 options.setdefault("ssl_cert_reqs", "required")
-        # RESP2: the handshake of RESP3 is more round trips, and its replies are the same ones here.
+
+        # RESP2: the handshake of RESP3 takes more round trips, and the replies to our commands are the same.
         options |= {"protocol": 2, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
         options |= {"retry": None, "retry_on_error": [], "health_check_interval": 0, "driver_info": None}
         self._transport: Any = kind(**options)  # Any: redis-py leaves these methods without types
         self._owner_pid = os.getpid()
         self._open = True
+
         try:
             self._transport.connect()  # type: ignore[no-untyped-call]
             self.info = parse_info(self.run("INFO"))
@@ -74,7 +76,7 @@ class CacheConnection:
         self._transport.disconnect()
 
     def run(self, *command: bytes | str | float) -> Any:
-        """Send one command and return its reply, texts as bytes.
+        """Send one command and return its reply, with texts as bytes.
 
         Raises:
             redis.RedisError, OSError: it failed, or whether it took effect is unknown. The connection is closed.
@@ -89,10 +91,10 @@ class CacheConnection:
     def send(self, commands: Sequence[Command]) -> None:
         """Send commands without waiting; ``receive`` gives their replies, one by one, in this order. Raises as ``run``.
 
-        Whoever does not fetch them all closes the connection: the next command would read another's reply.
+        A caller that does not fetch all replies must close the connection: the next command would read an old one.
         """
         if not self._open or self._owner_pid != os.getpid():
-            # The transport itself would connect anew.
+            # The transport itself would reconnect.
             raise ConnectionClosedError("the connection to the cache is closed")
         try:
             # hiredis declares a tuple of one
@@ -109,15 +111,15 @@ class CacheConnection:
         try:
             return self._transport.read_response(disable_decoding=True)
         except BaseException:
-            # Replies may be outstanding.
+            # Replies may still be on their way.
             self.close()
             raise
 
     def idle_and_alive(self) -> bool:
-        """Whether nothing has come since the last reply; the end of the stream counts as something."""
+        """Whether it can be used: nothing has arrived since the last reply, not even the end of the stream."""
         try:
             return self._open and self._owner_pid == os.getpid() and not self._transport.can_read(0)
-        except Exception:  # noqa: BLE001  (whatever it is, the connection is of no more use)
+        except Exception:  # noqa: BLE001  (whatever the error is, the connection is unusable)
             return False
 
 

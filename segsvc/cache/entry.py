@@ -10,8 +10,8 @@
         36      4  block             unsigned
         40   4 × n segment ids       unsigned, in the order of their slugs
 
-A read compares the first 12 bytes in one go: value, generation and format must all be right, or it is a miss. A new
-format gets a new number; old entries are then misses, and are filled anew.
+A read compares the first 12 bytes at once: value, generation and format must all be right, or it is a miss. A new
+format gets a new number; entries of the old format are then misses, and are filled again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WORDS: Final = HEADER_BYTES // 4
 
 
 class _Layouts(dict[int, struct.Struct | None]):
-    """Length of a value -> how it unpacks; None for a length that no value has. Filled as lengths are met."""
+    """Length of a value -> its struct; None for a length that no value can have. Filled on demand."""
 
     def __missing__(self, length: int) -> struct.Struct | None:
         count, odd = divmod(length - HEADER_BYTES, 4)
@@ -46,12 +46,12 @@ _layouts: Final = _Layouts()
 
 
 def prefix(nonce: bytes) -> bytes:
-    """What every usable value of a generation begins with."""
+    """The first bytes of every usable value of a generation."""
     return b"V" + nonce + FORMAT
 
 
 def nonce_of(generation: bytes | None, run_id: bytes) -> bytes | None:
-    """The nonce in a generation key's value; None if it is absent, malformed or another server's."""
+    """The nonce in a generation key's value; None if it is absent, malformed or of another run of the server."""
     if generation is None or len(generation) != RUN_ID_BYTES + NONCE_BYTES or not generation.startswith(run_id):
         return None
     return generation[RUN_ID_BYTES:]
@@ -66,12 +66,12 @@ def encode(nonce: bytes, entry: Entry) -> bytes:
 
 
 def decode(value: bytes | None, usable_prefix: bytes | None, now_us: int) -> Entry | None:
-    """What a key holds, if it may be used; None: a miss.
+    """The entry in a user's key; None: a miss.
 
     Args:
-        value: of the user's key; None: it is absent.
+        value: what the key holds; None: there is no such key.
         usable_prefix: ``prefix`` of the shard's generation; None: the shard has none.
-        now_us: the time, against the entry's valid_until.
+        now_us: the time now; an entry whose valid_until is not later is a miss.
     """
     return decode_all([value], [usable_prefix], now_us)[0]
 
@@ -79,7 +79,7 @@ def decode(value: bytes | None, usable_prefix: bytes | None, now_us: int) -> Ent
 def decode_all(
     values: Iterable[bytes | None], usable_prefixes: Iterable[bytes | None], now_us: int
 ) -> list[Entry | None]:
-    """``decode`` for many at once: a call of a function for each would cost as much as the rest of it."""
+    """``decode`` for many values at once: a function call for each would cost as much as all the rest."""
     layouts = _layouts
     found: list[Entry | None] = []
     for value, usable_prefix in zip(values, usable_prefixes, strict=True):
@@ -95,11 +95,12 @@ def decode_all(
 
 
 def encode_columns(nonce: bytes, columns: EntryColumns) -> Sequence[bytes]:
-    """The values of many users in the columns' order: as ``encode``, without a Python step per segment."""
+    """The values of many users in the order of the columns: as ``encode``, without a Python step for each segment."""
     users = len(columns.user_ids)
     lengths = columns.counts + _WORDS
     ends = np.cumsum(lengths)
     starts = ends - lengths
+
     header = np.zeros(
         users,
         dtype=[
@@ -115,11 +116,13 @@ def encode_columns(nonce: bytes, columns: EntryColumns) -> Sequence[bytes]:
     header["row_version"] = columns.row_versions
     header["read_time_us"] = columns.read_time_us
     header["block"] = columns.blocks
+
     words = np.empty(int(lengths.sum()), dtype="<u4")
     in_header = np.zeros(words.size, dtype=np.bool_)
     header_at = (starts[:, None] + np.arange(_WORDS)).ravel()
     in_header[header_at] = True
     words[header_at] = header.view("<u4")
     words[~in_header] = columns.segment_ids
+
     data = words.tobytes()
     return [data[4 * start : 4 * end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]

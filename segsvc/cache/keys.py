@@ -1,5 +1,5 @@
-"""Names of the keys. All of a shard's have its hash tag, so they lie on one node of a Redis Cluster; the tag says whose
-they are, too: an installation never meets the keys of another one in the same server.
+"""Names of the keys. All keys of a shard have the same hash tag, so one node of a Redis Cluster holds them. The tag
+also names the installation: two installations in one server never touch each other's keys.
 
 ::
 
@@ -21,7 +21,7 @@ class Keys:
     """The keys of one installation.
 
     Attributes:
-        tag: of the installation; short, since every key has it.
+        tag: names the installation; short, because every key contains it.
     """
 
     tag: bytes
@@ -30,7 +30,7 @@ class Keys:
         return b"{%b:%d}:g" % (self.tag, shard)
 
     def user_prefix(self, shard: int) -> bytes:
-        """What the keys of all users of a shard begin with; the id follows, in decimal."""
+        """The beginning of the keys of all users of a shard; the user id follows, in decimal."""
         return b"{%b:%d}:u:" % (self.tag, shard)
 
     def user(self, shard: int, user_id: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Reading many users' entries in one round trip: the hot path's side of the cache."""
+"""Reads many users' entries in one round trip: the part of the cache that the hot lane uses."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from segsvc.domain.errors import cache_unavailable
 from segsvc.domain.membership import Entry
 
 _COMMANDS_AHEAD: Final = 2
-"""One that the server works on, and one whose reply is on its way."""
+"""One command that the server works on, and one whose reply is on its way."""
 
 
 class CacheReader:
-    """One reading thread's own connection. ``lookup`` is for that thread, ``connect`` for any other.
+    """The connection of one reading thread. That thread calls ``lookup``; any other thread calls ``connect``.
 
-    They are apart so that the reading thread never waits for a server that is down: it sees ``connected`` and goes
-    on without the cache, while somebody else tries to connect.
+    The two are separate so that the reading thread never waits for a server that is down: it checks ``connected`` and
+    goes on without the cache, while another thread tries to connect.
     """
 
     def __init__(self, client: CacheClient, shard_count: int) -> None:
         self._client = client
         self._shard_count = shard_count
-        # Of the keys; known when it is connected.
+        # Beginnings of the users' keys, and the generations' keys, by shard; set when it is connected.
         self._prefixes: list[bytes] = []
         self._generations: list[bytes] = []
         self._connection: CacheConnection | None = None
@@ -39,12 +39,12 @@ class CacheReader:
         return self._connection is not None
 
     def connect(self) -> None:
-        """Connect if need be. Raises CACHE_UNAVAILABLE."""
+        """Connect unless it is connected. Raises CACHE_UNAVAILABLE."""
         if self._connection is None:
             keys = self._client.keys
             self._prefixes = [keys.user_prefix(shard) for shard in range(self._shard_count)]
             self._generations = [keys.generation(shard) for shard in range(self._shard_count)]
-            # Last: the reading thread goes by it.
+            # Set last: the reading thread checks it.
             self._connection = self._client.connect()
 
     def close(self) -> None:
@@ -53,10 +53,11 @@ class CacheReader:
             connection.close()
 
     def lookup(self, user_ids: Sequence[int]) -> list[Entry | None]:
-        """What the cache holds of these users, in their order; None: a miss.
+        """The users' entries in the cache, in the order of the users; None: a miss.
 
-        A hit is a value that decodes, carries the nonce of its shard's generation, whose generation is of this very
-        server, and whose valid_until has not passed. Generations and values come from one MGET, hence of one moment.
+        A value is a hit if it decodes, carries the nonce of its shard's generation, that generation is of this run of
+        this server, and its valid_until has not passed. Generations and values come from one MGET, so all are of one
+        moment.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE; ``connected`` is then False.
@@ -65,8 +66,9 @@ class CacheReader:
             return next(found, [])
 
     def lookups(self, user_ids: Sequence[int], users_per_command: int) -> Generator[list[Entry | None]]:
-        """As ``lookup``, in pieces of so many users, a command each: while a piece is worked on, the server gets the
-        next one ready. Each piece is of one moment. Close it if it is not taken to its end.
+        """As ``lookup``, in pieces: one command for each ``users_per_command`` users. While the caller works on one
+        piece, the server prepares the next one. Each piece is of one moment. Close the generator if it is not read to
+        its end.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE, at any piece; ``connected`` is then False.
@@ -76,6 +78,7 @@ class CacheReader:
             raise cache_unavailable()
         pieces = [user_ids[first : first + users_per_command] for first in range(0, len(user_ids), users_per_command)]
         received = 0
+
         try:
             connection.send([self._command(piece) for piece in pieces[:_COMMANDS_AHEAD]])
             for number, piece in enumerate(pieces):
@@ -89,13 +92,13 @@ class CacheReader:
             raise cache_unavailable() from error
         finally:
             if received < len(pieces):
-                # Replies are outstanding, which the next lookup would take for its own.
+                # Replies are still to come, which the next lookup would take for its own.
                 connection.close()
                 self._connection = None
 
     def _command(self, user_ids: Sequence[int]) -> list[bytes | str | int | float]:
-        # One server, so one command for all shards. On a Redis Cluster it would be one for each shard, still with the
-        # shard's generation in it.
+        # There is one server, so one command reads all shards. A Redis Cluster would need one command for each shard,
+        # still with the shard's generation in it.
         shards, prefixes = self._shard_count, self._prefixes
         return ["MGET", *self._generations, *[prefixes[user_id % shards] + b"%d" % user_id for user_id in user_ids]]
 

@@ -1,7 +1,8 @@
-"""The steps of the cache protocol that compare and change in one go, as Lua on the server.
+"""The steps of the cache protocol that must compare and change atomically, as Lua scripts on the server.
 
-Each call touches keys of one shard only. Principle: a fill needs positive permission, its own token still in place;
-so losing any key at any moment (eviction, expiry, a flush, a server replaced by an empty one) only makes misses.
+Each call touches keys of one shard only. The principle: a fill needs permission, and the permission is the load's own
+token, which must still be in the key. So losing any key at any moment (eviction, expiry, a flush, a server replaced by
+an empty one) only makes misses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Final
 from segsvc.cache.entry import HEADER_BYTES, NONCE_BYTES, PREFIX_BYTES, RUN_ID_BYTES
 
 LEASE_MS: Final = 10_000
-"""Life of a lease: longer than any load takes; a load that was slower may not fill any more."""
+"""Life of a lease: longer than a load takes. A load that is slower than that can no longer fill."""
 BAR_MS: Final = 60_000
 """Life of a bar: longer than any transaction of one user. It ends by itself if its writer has crashed."""
 
@@ -32,10 +33,10 @@ class Script:
 ACQUIRE: Final = Script(
     f"""#!lua
 -- KEYS: g, then users' keys. ARGV: run_id, a fresh nonce, token, lease in ms, now in us, format.
--- Gives the nonce in force, and for each user '1' (the lease was given), '0' (a hit) or '2' (leased or barred).
+-- Returns the nonce in force, and for each user '1' (the lease was given), '0' (a hit) or '2' (leased or barred).
 local g = redis.pcall('GET', KEYS[1])
 if type(g) ~= 'string' or #g ~= {RUN_ID_BYTES + NONCE_BYTES} or string.sub(g, 1, {RUN_ID_BYTES}) ~= ARGV[1] then
-  -- Lost, another run's, or no generation at all: a new one, under which nothing filled before is a hit.
+  -- It is lost, of another run, or malformed: make a new one, under which no entry filled before is a hit.
   g = ARGV[1] .. ARGV[2]
   redis.call('SET', KEYS[1], g)
 end
@@ -53,7 +54,8 @@ for i, u in ipairs(users) do
     -- A lease or a bar is another process's. A value is refused exactly if a read would call it a hit: any other value
     -- would stay a miss for ever if it could not be replaced.
     if kind == {ord("L")} or kind == {ord("B")} then
-      -- Ours end soon, always. One that does not is nobody's, and would keep its user out for ever.
+      -- Leases and bars of this service always expire soon. One that does not is foreign, and would keep its user
+      -- out of the cache for ever.
       local left = call('PTTL', KEYS[i + 1])
       if left >= 0 and left <= {BAR_MS} then
         given = '2'
@@ -64,10 +66,10 @@ for i, u in ipairs(users) do
     end
   end
   if given == '1' then
-    -- GET, whose text Lua takes over in half the time that the table of a status would cost; it is not looked at.
+    -- With GET the reply is a text, which Lua takes over in half the time of a status table. The text is not used.
     local before = redis.pcall('SET', KEYS[i + 1], lease, 'PX', ARGV[4], 'GET')
     if type(before) == 'table' then
-      -- Something of another type, which somebody else wrote: it is replaced as well, without being looked at.
+      -- A foreign value of another type: it is replaced as well, and not read.
       call('SET', KEYS[i + 1], lease, 'PX', ARGV[4])
     end
   end
@@ -79,9 +81,9 @@ return {{nonce, table.concat(granted)}}
 
 FILL: Final = Script(
     """#!lua
--- KEYS: users' keys. ARGV: token, life in ms, then for each key its value. Gives how many were filled.
--- Only over the own lease: whatever happened to the key since the lease was given (a change of the user, a flush, an
--- expiry, another's lease) may have made this value stale, and has removed the lease.
+-- KEYS: users' keys. ARGV: token, life in ms, then for each key its value. Returns how many were filled.
+-- Fills only over this load's own lease: whatever happened to the key since the lease was granted (a change of the
+-- user, a flush, an expiry, another load's lease) may have made this value stale, and has removed the lease.
 local lease = 'L' .. ARGV[1]
 local filled = 0
 local call = redis.call
@@ -97,7 +99,7 @@ return filled
 
 RELEASE: Final = Script(
     """#!lua flags=allow-oom
--- KEYS: users' keys. ARGV: token. Removes the own leases: nothing is to be filled.
+-- KEYS: users' keys. ARGV: token. Removes this load's own leases: there is nothing to fill.
 local lease = 'L' .. ARGV[1]
 local removed = 0
 for i = 1, #KEYS do
@@ -111,13 +113,14 @@ return removed
 
 DROP_ENTRIES: Final = Script(
     """#!lua flags=allow-oom
--- KEYS: users' keys. ARGV: token. Removes values, leases (so that loads begun before this cannot fill) and the own
--- bar. Another writer's bar stays: its change is not visible yet. Works without memory to spare: it only frees.
+-- KEYS: users' keys. ARGV: token. Removes values, leases (so that loads begun before this cannot fill) and this
+-- writer's own bar. Another writer's bar stays: its change is not visible yet. Works when memory is full: it only
+-- frees memory.
 local own = 'B' .. ARGV[1]
 local removed = 0
 for i = 1, #KEYS do
   local u = redis.pcall('GET', KEYS[i])
-  -- A table is an error: something of another type, which nobody of ours wrote.
+  -- A table is an error reply: a foreign value of another type.
   if u and (type(u) == 'table' or string.sub(u, 1, 1) ~= 'B' or u == own) then
     removed = removed + redis.call('DEL', KEYS[i])
   end
@@ -127,4 +130,4 @@ return removed
 )
 
 ALL: Final = (ACQUIRE, FILL, RELEASE, DROP_ENTRIES)
-"""Loaded when a connection is made: after a restart or a SCRIPT FLUSH the next connection brings them back."""
+"""Every new connection loads them, so they are there again after a restart or a SCRIPT FLUSH."""

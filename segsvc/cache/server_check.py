@@ -1,4 +1,4 @@
-"""Is the cache's server set up as the protocol needs it? Asked at startup and by ``segsvc doctor``."""
+"""Checks that the cache's server is set up as the protocol needs it: at every start, and in ``segsvc doctor``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from segsvc.config import mask
 _LOOK_S: Final = 1.0
 _TAG: Final = re.compile(rb"\{([0-9a-f]{8}):[0-9]+\}:")
 OLDEST_VERSION: Final = (7, 0)
-"""Of Redis (Valkey says which Redis it is compatible with): flags of scripts."""
+"""Oldest version of Redis that knows flags of scripts. (Valkey reports the Redis version it is compatible with.)"""
 
 
 def cache_findings(url: str, *, timeout_s: float) -> list[str]:
-    """What is wrong with the cache's server, one sentence each; nothing found: an empty list.
+    """What is wrong with the cache's server, one sentence for each fault; an empty list if nothing is.
 
-    A server that cannot be reached is a finding too.
+    A server that cannot be reached is a fault too.
     """
     try:
         connection = CacheConnection(url, timeout_s)
     except (RedisError, OSError) as error:
         return [f"the cache's server cannot be reached ({mask(str(error)) or type(error).__name__})"]
+
     try:
         return [
             *_version(connection.info),
@@ -40,8 +41,8 @@ def cache_findings(url: str, *, timeout_s: float) -> list[str]:
 
 
 def other_tags(url: str, *, timeout_s: float) -> set[str]:
-    """Tags of all installations that have keys in the server, as far as a second of looking finds them: in a large
-    server that is a sample. A server that cannot be reached has none."""
+    """Tags of the installations that have keys in the server, as far as a scan of one second finds them: in a large
+    server that is a sample. Empty if the server cannot be reached."""
     found: set[str] = set()
     try:
         connection = CacheConnection(url, timeout_s)
@@ -70,15 +71,15 @@ def _eviction(info: dict[str, str]) -> list[str]:
     policy = info.get("maxmemory_policy", "unknown")
     if policy == "volatile-lru":
         return []
-    # Under allkeys-*, the key of a shard's generation is evicted as soon as it is idle, and the shard goes cold;
-    # under noeviction a full cache takes no more entries.
+    # Under allkeys-*, the server evicts the key of a shard's generation as soon as it is idle, and the shard goes
+    # cold. Under noeviction a full cache takes no more entries.
     return [f"the cache's maxmemory-policy is {policy}; it must be volatile-lru"]
 
 
 def _copies(connection: CacheConnection) -> list[str]:
     info = connection.info
     found = []
-    # A copy could take over with older data: a change that was acknowledged would be undone for readers.
+    # A replica could take over with older data: readers would no longer see a change that was acknowledged.
     if info.get("role") != "master":
         found.append(f"the cache's server is a {info.get('role', 'server of unknown role')}, not a master of its own")
     if int(info.get("connected_slaves", 0)):
@@ -100,7 +101,7 @@ def _persistence(connection: CacheConnection) -> list[str]:
 
 
 def _setting(connection: CacheConnection, name: str) -> str | None:
-    """One setting; None: the server does not let it be read (hosted ones often do not)."""
+    """One setting; None: the server does not allow reading it (hosted servers often do not)."""
     try:
         reply: Any = connection.run("CONFIG", "GET", name)
     except ResponseError:

@@ -1,4 +1,4 @@
-"""What the warmer keeps in the cache beside the entries: hints. Losing them costs work, never correctness."""
+"""Hints that the warmer keeps in the cache beside the entries. Losing them costs work, never correctness."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from segsvc.log import get_logger
 log = get_logger(__name__)
 
 HOT_TTL_S: Final = 3600
-"""Without reads for this long, what was hot is forgotten."""
+"""If no reads are reported for this long, the counts of a shard's hot blocks are forgotten."""
 BLOCKS_PER_REPORT: Final = 4096
-"""Blocks of a shard whose reads one front reports at a time: the most read ones."""
+"""Most blocks of a shard whose reads a front reports at once; it reports the most read ones."""
 NOTE_TTL_S: Final = 86_400
 
 _BLOCK: Final = re.compile(rb"0|[1-9][0-9]{0,8}")
@@ -25,7 +25,7 @@ _NOTE: Final = re.compile(rb"([0-9]{1,18}) ([0-9]{1,18})")
 
 
 class WarmNotes:
-    """Which blocks are hot, what is warm already, how much memory is in use. All raise CACHE_UNAVAILABLE."""
+    """Which blocks are hot, what is warm already, how much memory is in use. All methods raise CACHE_UNAVAILABLE."""
 
     def __init__(self, client: CacheClient) -> None:
         self._client = client
@@ -33,14 +33,14 @@ class WarmNotes:
     # -- hotness ----------------------------------------------------------------------------------------------------
 
     def add_reads(self, shard: int, reads: Mapping[int, int]) -> None:
-        """Add reads to blocks."""
+        """Add reads to the counts of blocks."""
         most_read = sorted(reads, key=reads.__getitem__, reverse=True)[:BLOCKS_PER_REPORT]
         key = self._client.keys.hot(shard)
         commands: list[Command] = [("ZINCRBY", key, reads[block], block) for block in most_read]
         self._counted(key, [*commands, ("EXPIRE", key, HOT_TTL_S)])
 
     def hottest(self, shard: int) -> list[int]:
-        """Blocks with reads, most read first. What is no block's number is not ours, and is taken out."""
+        """Blocks with reads, most read first. Members that are no block numbers are foreign, and are removed."""
         key = self._client.keys.hot(shard)
         [members] = self._counted(key, [("ZREVRANGE", key, 0, -1)])
         foreign = [member for member in members if not _BLOCK.fullmatch(member)]
@@ -50,22 +50,22 @@ class WarmNotes:
         return [int(member) for member in members if _BLOCK.fullmatch(member)]
 
     def fade(self, shard: int) -> None:
-        """Halve the counts, so that what was read long ago gives way; forget what has faded to less than one."""
+        """Halve the counts, so that recent reads weigh more; remove blocks whose count is below one."""
         key = self._client.keys.hot(shard)
         self._counted(
             key,
             [
                 ("ZUNIONSTORE", key, 1, key, "WEIGHTS", "0.5"),
                 ("ZREMRANGEBYSCORE", key, "-inf", "(1"),
-                # Half of this is as much: somebody else wrote it.
+                # Infinity stays infinity when it is halved; it is a foreign value.
                 ("ZREMRANGEBYSCORE", key, "+inf", "+inf"),
                 ("EXPIRE", key, HOT_TTL_S),
             ],
         )
 
     def _counted(self, key: bytes, commands: Sequence[Command]) -> list[Any]:
-        """Replies to commands on a sorted set of counts. Something of another type in its place, which somebody else
-        wrote, is removed: an empty set takes its place."""
+        """Replies to commands on a sorted set of counts. If the key holds a foreign value of another type, that value
+        is removed first, and the commands see an empty set."""
         with self._client.connection() as connection:
             [kind] = connection.run_all([("TYPE", key)])
             if kind not in (b"none", b"zset"):
@@ -76,7 +76,7 @@ class WarmNotes:
     # -- what is warm -----------------------------------------------------------------------------------------------
 
     def last_sweep(self, shard: int) -> Sweep | None:
-        """The last complete sweep, if the shard's generation is still that under which it was made; else None."""
+        """The last complete sweep, if the shard still has the generation under which it was made; else None."""
         keys = self._client.keys
         with self._client.connection() as connection:
             generation, note = connection.run("MGET", keys.generation(shard), keys.warm(shard))
@@ -101,7 +101,7 @@ class WarmNotes:
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def memory(self) -> CacheMemory:
-        """What the server uses, and may use."""
+        """The memory that the server uses, and its limit."""
         with self._client.connection() as connection:
             reply: Any = connection.run("INFO", "memory")
         info = parse_info(reply)
