@@ -1,8 +1,8 @@
-"""Binary COPY: rows of fixed width straight into numpy, and whole tables from one database to another.
+"""Binary COPY: rows of fixed width directly into numpy, and whole tables from one database to another.
 
 The format is PostgreSQL's ("COPY", section "Binary Format"): a 19-byte header, per row a field count (int16) and per
-field a length (int32) and the bytes, all big-endian, and a trailer of two bytes. If every field has one length in all
-rows, a structured dtype lays it out, and no row costs a step of Python.
+field a length (int32) and the bytes, all big-endian, and a trailer of two bytes. If every field has the same length in
+all rows, a structured dtype describes them, and no row costs a step of Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def copy_rows(connection: sa.Connection, query: sql.Composable, **fields: str | 
     """The rows of a query as a structured array.
 
     Args:
-        query: its values are psycopg2 ``Literal``s, for COPY takes no parameters.
+        query: with its values as psycopg2 ``Literal``s, because COPY takes no parameters.
         fields: in the order of the columns: the numpy dtype of each (``>i8`` for bigint), or (dtype, length) for an
             array in a bytea.
 
@@ -35,10 +35,12 @@ def copy_rows(connection: sa.Connection, query: sql.Composable, **fields: str | 
         ValueError: a field has another width than its dtype, or is NULL.
     """
     dtype = _layout(fields)
+
     buffer = io.BytesIO()
     driver: Any = connection.connection.driver_connection
     with driver.cursor() as cursor:
         cursor.copy_expert(sql.SQL("COPY ({}) TO STDOUT (FORMAT binary)").format(query), buffer)
+
     rows: npt.NDArray[Any] = np.frombuffer(buffer.getbuffer()[len(_HEADER) : -len(_TRAILER)], dtype=dtype)
     for name in fields:
         width = dtype[name].itemsize
@@ -50,14 +52,14 @@ def copy_rows(connection: sa.Connection, query: sql.Composable, **fields: str | 
 def bigint_array(values: Iterable[int]) -> str:
     """A bigint[] as text, for ``CAST(:values AS bigint[])``.
 
-    From a list the driver makes an expression with as many constants, which each cost it a call and the server a step
-    of its grammar.
+    From a list the driver would make an expression with one constant for each value. Each constant costs the driver a
+    call and the server's parser a step.
     """
     return "{" + ",".join(map(str, values)) + "}"
 
 
 def append_rows(connection: sa.Connection, table: sa.Table, **columns: npt.NDArray[Any] | int) -> None:
-    """Append rows to a table. COPY writes them page by page, which an INSERT of as many rows does not.
+    """Append rows to a table. COPY writes them page by page; an INSERT of the same rows does not.
 
     Args:
         columns: bigints, one a row or one for all; bytes of shape (rows, length) for a bytea.
@@ -68,11 +70,13 @@ def append_rows(connection: sa.Connection, table: sa.Table, **columns: npt.NDArr
     values = {name: np.asarray(column) for name, column in columns.items()}
     fields = {name: ">i8" if column.ndim < 2 else ("u1", column.shape[1]) for name, column in values.items()}
     dtype = _layout(fields)
+
     rows = np.empty(max(column.shape[0] for column in values.values() if column.ndim), dtype=dtype)
     rows[_FIELD_COUNT] = len(fields)
     for name, column in values.items():
         rows[f"{name}.bytes"] = dtype[name].itemsize
         rows[name] = column
+
     statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
         sql.Identifier(*filter(None, (table.schema, table.name))), sql.SQL(", ").join(map(sql.Identifier, fields))
     )
@@ -88,7 +92,7 @@ def append_documents(
     documents: Sequence[str],
     **columns: npt.NDArray[np.int64] | int,
 ) -> None:
-    """Append rows of bigints and one jsonb to a table, likewise by COPY.
+    """Append rows of bigints and one jsonb to a table, also by COPY.
 
     Args:
         column: the jsonb's name.
@@ -99,7 +103,8 @@ def append_documents(
         psycopg2.Error: as an INSERT would, not wrapped by SQLAlchemy.
     """
     encoded = [document.encode() for document in documents]
-    # Binary jsonb is a version and the text. What is before the text has one width in all rows, so numpy makes it.
+
+    # Binary jsonb is a version and the text. The bytes before the text have one width in all rows, so numpy makes them.
     dtype = np.dtype(
         [*_layout(dict.fromkeys(columns, ">i8")).descr, ("document.bytes", ">i4"), ("document.version", "u1")]
     )
@@ -110,10 +115,12 @@ def append_documents(
         heads[name] = values
     heads["document.bytes"] = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)) + 1
     heads["document.version"] = 1
-    # As opaque bytes: a list of them is made without a step of Python for each.
+
+    # As opaque bytes: numpy makes a list of them without a step of Python for each.
     parts: list[bytes] = [b""] * (2 * len(encoded))
     parts[::2] = heads.view(f"V{dtype.itemsize}").tolist()
     parts[1::2] = encoded
+
     statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
         sql.Identifier(table.name), sql.SQL(", ").join(map(sql.Identifier, [*columns, column]))
     )
@@ -123,7 +130,7 @@ def append_documents(
 
 
 def _layout(fields: Mapping[str, str | tuple[str, int]]) -> np.dtype[Any]:
-    """A row of these fields, each behind its length."""
+    """A row of these fields, each preceded by its length."""
     layout: list[tuple[Any, ...]] = [(_FIELD_COUNT, ">i2")]
     for name, field in fields.items():
         layout.append((f"{name}.bytes", ">i4"))
@@ -132,9 +139,11 @@ def _layout(fields: Mapping[str, str | tuple[str, int]]) -> np.dtype[Any]:
 
 
 def copy_table(source: sa.Connection, target: sa.Connection, table: sa.Table) -> None:
-    """Append all rows that the source's transaction sees to the same table of the target, without keeping them."""
+    """Append all rows that the source's transaction sees to the same table of the target, without holding them in
+    memory."""
     names = [sql.Identifier(column.name) for column in table.columns]
     what = sql.SQL("{} ({})").format(sql.Identifier(table.name), sql.SQL(", ").join(names))
+
     read_end, write_end = os.pipe()
     with ThreadPoolExecutor(1) as thread, os.fdopen(read_end, "rb") as rows:
         sending = thread.submit(_send, source, what, write_end)
@@ -143,8 +152,9 @@ def copy_table(source: sa.Connection, target: sa.Connection, table: sa.Table) ->
             with driver.cursor() as cursor:
                 cursor.copy_expert(sql.SQL("COPY {} FROM STDIN (FORMAT binary)").format(what), rows)
         finally:
-            rows.close()  # a sender that nobody listens to any more ends
-        sending.result()  # the server takes a stream that broke off for a short one: only this tells
+            rows.close()  # ends a sender whose rows are no longer read
+        # Raises if sending failed. Only this shows it: the target takes a stream that broke off for a short, whole one.
+        sending.result()
 
 
 def _send(source: sa.Connection, what: sql.Composable, write_end: int) -> None:

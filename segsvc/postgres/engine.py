@@ -28,7 +28,7 @@ QUERY_CANCELED = "57014"
 _CONNECTION_LOST_CLASSES = ("08", "57P", "53", "58")
 """SQLSTATE classes: connection exception, operator intervention, insufficient resources, system error."""
 _CONNECTION_LOST = ("25006", "25P03", "25P04")
-"""Single states: read-only, and the server's bounds of a transaction that stands still or lasts too long."""
+"""Single SQLSTATEs: read-only, and the server's bounds of a transaction that is idle or lasts too long."""
 
 
 def sqlstate(error: exc.DBAPIError | psycopg2.Error) -> str:
@@ -40,7 +40,8 @@ def is_lost(error: exc.DBAPIError | psycopg2.Error) -> bool:
     """Whether the server is out of reach, rather than the statement at fault.
 
     The read-only state of a server that was demoted (25006) counts: a write can succeed only elsewhere. So does the end
-    of a session that stood still inside a transaction: the server has closed the connection, and undone what was begun.
+    of a session that was idle inside a transaction: the server has closed the connection and rolled the transaction
+    back.
     """
     state = sqlstate(error)
     if state in (QUERY_CANCELED, LOCK_NOT_AVAILABLE):
@@ -70,54 +71,57 @@ class Pool:
     statement_timeout_s: float | None = None
     """None: the setting for operations."""
     catalog_idle_s: float | None = 5.0
-    """How long a transaction on the catalog may stand still between two statements. A process that is frozen while it
-    votes or decides has the operation's row, and every decision waits for that. None: as long as on a shard, where
-    the work lies between the statements."""
+    """How long a transaction on the catalog may be idle between two statements. A process that is frozen while it votes
+    or decides holds the lock of the operation's row, and every decision waits for that. None: as long as on a shard,
+    where the work is done between the statements."""
     each_alone: bool = False
-    """Sessions on which each statement is its own transaction, unless something else is asked for: with its bound it is
-    one exchange instead of five."""
+    """Each statement is its own transaction, unless a caller asks for something else. A statement with its bound is
+    then one exchange instead of five."""
     by_key: bool = False
-    """Sessions that only look rows up by their keys, many times a second, and whose user tries again on a connection
-    that turns out to be lost. Each statement is its own transaction here, too. They plan prepared statements once,
-    without ever settling on a scan of a table that was small at that moment."""
+    """Sessions that only read rows by their keys, many times a second, and whose user tries again when a connection
+    turns out to be lost. Each statement is its own transaction here, too. Prepared statements are planned once, and
+    never with a scan of a table that happened to be small at that moment."""
 
 
 def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: float | None = None) -> sa.Engine:
-    """An engine whose every session is bounded, so that no half-open client can hold a lock for hours.
+    """An engine with bounds on every session, so that no half-open client can hold a lock for hours.
 
     Args:
-        idle_s: how long a transaction may stand still between two statements; None: longer than any work takes.
+        idle_s: how long a transaction may be idle between two statements; None: longer than any work takes.
     """
     statement_timeout_s = pool.statement_timeout_s or settings.statement_timeout_s
-    # Statements here are short, and an estimate that is too high would have each compiled first, for 0.1 s and more.
-    # The isolation level is said once: set on the driver, it would cost an exchange whenever autocommit ends.
-    # Times come in UTC, whatever the server's zone is: in one that is ahead, the last hours of 9999 lie in a year that
-    # Python does not know.
+
+    # No JIT: statements here are short, and an estimate that is too high would compile each one first, for 0.1 s and
+    # more. The isolation level is set here once: set on the driver, it would cost an exchange whenever autocommit ends.
+    # Times come in UTC, whatever the server's time zone is: in a zone ahead of UTC, the last hours of 9999 lie in a
+    # year that Python does not know.
     options = ["-c jit=off", *(f"-c {name}={value}" for name, value in SESSION_SETTINGS.items())]
     if pool.by_key:
         options += ["-c enable_seqscan=off", "-c plan_cache_mode=force_generic_plan"]
+
     bounds_ms = {
         "statement_timeout": int(statement_timeout_s * 1000),
         "lock_timeout": int(settings.lock_timeout_s * 1000),
-        # Longer than any statement: it ends a session whose client is alive but stuck between two statements.
+        # Longer than any statement: this ends a session whose client is alive but stuck between two statements.
         "idle_in_transaction_session_timeout": int(
             (idle_s or max(statement_timeout_s, settings.operation_deadline_s)) * 1000
         ),
-        # Ends a backend that waits for a lock on behalf of a client that is gone (PostgreSQL's default is never).
+        # Ends a backend that waits for a lock although its client is gone (PostgreSQL's default is never).
         "client_connection_check_interval": 1000,
     }
+
     isolation: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"} if pool.by_key or pool.each_alone else {}
     engine = sa.create_engine(
         dsn,
         **isolation,
         pool_size=pool.size,
         max_overflow=0,
-        # Longer than it takes to find out that a server hangs: who waits for a connection to it is then told so, and
-        # not that too many wait.
+        # Longer than it takes to find out that a server hangs: a caller who waits for a connection to it then gets that
+        # error, and not the one that too many requests wait.
         pool_timeout=settings.read_timeout_s + settings.connect_timeout_s,
-        # A restarted server is noticed before a transaction starts, not in the middle of the first one.
+        # A restart of the server is noticed before a transaction starts, not in the middle of the first one.
         pool_pre_ping=True,
-        # An error's text goes into the log, and parameters are users' attributes.
+        # The text of an error goes into the log, and parameters may be users' attributes.
         hide_parameters=True,
         connect_args={
             "connect_timeout": settings.connect_timeout_s,
@@ -130,6 +134,7 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
             "options": " ".join(options + [f"-c {name}={value}" for name, value in bounds_ms.items()]),
         },
     )
+
     engine.dialect.do_ping = _still_open  # type: ignore[method-assign]  # a hook of dialects
     event.listen(engine, "checkin", _keep_if_idle)
     event.listen(engine, "before_cursor_execute", _with_bound, retval=True)
@@ -137,23 +142,24 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
 
 
 def _keep_if_idle(dbapi_connection: Any, record: Any) -> None:
-    """Throw a connection away that comes back to its pool inside a transaction, by what the server last said.
+    """Close a connection that comes back to its pool inside a transaction, by the status that the server last sent.
 
-    The driver's own view is not enough. When a COMMIT fails, be it that a timeout cancelled it, the driver holds the
-    transaction for ended, and sends no ROLLBACK; the server may not have ended it. Each later user of the connection
-    would be refused for a transaction that failed before. The look costs no exchange.
+    The driver's own view is not enough. When a COMMIT fails, for example because a timeout cancelled it, the driver
+    takes the transaction for ended and sends no ROLLBACK; but the server may not have ended it. Each later user of the
+    connection would then get an error because of a transaction that failed before. The check costs no exchange.
 
     Args:
-        dbapi_connection: the driver's; None: the pool has thrown it away before.
+        dbapi_connection: the driver's; None: the pool has closed it already.
     """
     if dbapi_connection is None:
         return
+
     status = dbapi_connection.info.transaction_status
     if status == TRANSACTION_STATUS_IDLE:
         return
     if not dbapi_connection.closed:
-        # Here, because commands that connect before they start a worker must not load the metrics yet: the library
-        # finds out when it is loaded whether several processes share them.
+        # Imported here, because commands that connect before they start a worker must not load the metrics yet: the
+        # library determines when it is loaded whether several processes share them.
         from segsvc.metrics import connections_thrown_away  # noqa: PLC0415
 
         connections_thrown_away.inc()
@@ -162,11 +168,12 @@ def _keep_if_idle(dbapi_connection: Any, record: Any) -> None:
 
 
 def _still_open(dbapi_connection: Any) -> bool:
-    """Whether the server has not ended an idle connection: SQLAlchemy's ping, without a round trip or two.
+    """Whether an idle connection is still open on the server's side: SQLAlchemy's ping, without its one or two round
+    trips.
 
-    Whoever ends a connection, also a kernel that cleans up after a server that was killed, sends that it is over; and
-    to an idle client a server sends nothing else that would be missed. A server that is gone without a word would not
-    answer a statement either: keepalives find that out.
+    Whatever ends a connection sends a message about it, even the kernel that cleans up after a server that was killed;
+    and a server sends nothing else to an idle client that would be missed. A server that disappears without a message
+    would not answer a statement either: keepalives find that out.
     """
     if dbapi_connection.closed:
         return False
@@ -202,7 +209,7 @@ class Databases:
         """One transaction on the catalog, committed at the end of the block.
 
         Args:
-            timeout_s: bound of each statement in it, its end apart; None: the session's.
+            timeout_s: bound of each statement in it, except its end; None: the session's.
 
         Raises:
             ServiceError: CATALOG_UNAVAILABLE, DEADLINE_EXCEEDED (with both it is unknown whether a commit took effect),
@@ -217,9 +224,9 @@ class Databases:
             ):
                 yield connection
         except LockTimeout as error:
-            # Somebody stands still with a row of the ledger. To all who decide this is one more thing to be tried
-            # again; on a shard it tells the work to wait for its turn. Of the call it says nothing more: what was
-            # accepted in a transaction before goes on.
+            # Another process holds the lock of a row of the ledger. Callers that decide something try again, as after
+            # any transient error. (On a shard the same error makes the work wait for its turn.) It says nothing else
+            # about the call: an operation that an earlier transaction accepted goes on.
             message = "another change holds up this one; try again"
             raise ServiceError(Reason.OVERLOADED, message, retry_after_s=0.5) from error
 
@@ -228,7 +235,7 @@ class Databases:
         """One transaction on a shard, committed at the end of the block.
 
         Args:
-            timeout_s: bound of each statement in it, its end apart; None: the session's.
+            timeout_s: bound of each statement in it, except its end; None: the session's.
 
         Raises:
             ServiceError: SHARD_UNAVAILABLE, DEADLINE_EXCEEDED (with both it is unknown whether a commit took effect).
@@ -272,43 +279,45 @@ class Databases:
 
     @contextmanager
     def shard_connection(self, shard: int) -> Iterator[sa.Connection]:
-        """A connection whose transaction is the caller's to end; rolled back if it is left open."""
+        """A connection whose transaction the caller ends; it is rolled back if it is left open."""
         with translated(shard), self.shards[shard].connect() as connection:
             yield connection
 
 
 @contextmanager
 def _bounded(connection: sa.Connection, timeout_s: float | None) -> Iterator[None]:
-    """Bound each statement of the block, in the transaction that goes on after it; None: as the session bounds them.
+    """Bound each statement of the block, in a transaction that goes on after it; None: the session's bound holds.
 
-    The bound is lifted before the transaction ends, whichever way it does. It would bound COMMIT and ROLLBACK as well,
-    and one of these that is cancelled leaves the server inside the transaction.
+    The bound is lifted before the transaction ends, however it ends. Otherwise it would also bound COMMIT and ROLLBACK,
+    and if one of these is cancelled, the server stays inside the transaction.
     """
     if timeout_s is None:
         yield
         return
+
     connection.execute(sa.select(sa.func.set_config("statement_timeout", bound_ms(timeout_s), True)))
     try:
         yield
     except BaseException:
         _lift_before_rollback(connection)
         raise
-    # May itself be cut short by the bound. Then nothing is committed, and that is what the caller is told.
+    # The bound may cancel this statement itself. Then nothing is committed, and the caller is told so.
     connection.exec_driver_sql(_LIFT)
 
 
 _LIFT = "SET LOCAL statement_timeout TO DEFAULT"
-"""What the session was opened with holds again."""
+"""The bound with which the session was opened holds again."""
 
 
 def _lift_before_rollback(connection: sa.Connection) -> None:
-    """Lift the bound in a transaction that is still whole; one that failed has lost it with its other settings."""
+    """Lift the bound in a transaction that has not failed; a failed one has lost it with its other local settings."""
     if connection.closed or connection.invalidated:
         return
     driver: Any = connection.connection.driver_connection
     if driver.info.transaction_status != TRANSACTION_STATUS_INTRANS:
         return
-    # If this fails, then by the bound (and so it is gone), or the connection is lost. The block's error tells more.
+    # If this fails, then because of the bound (which is then gone with the transaction), or because the connection is
+    # lost. The error of the block says more.
     with suppress(exc.DBAPIError):
         connection.exec_driver_sql(_LIFT)
 
@@ -325,8 +334,8 @@ def _each_alone(timeout_s: float | None) -> dict[str, Any]:
 def _with_bound(
     connection: sa.Connection, _cursor: object, statement: str, parameters: Any, _context: object, _many: bool
 ) -> tuple[str, Any]:
-    """The statement with the bound that its connection was given, in one message: so the two are one transaction, which
-    the server ends by itself once the statement is done and its bound over."""
+    """The statement together with its connection's bound, in one message. So the two are one transaction, which the
+    server ends by itself after the statement, and the bound ends with it."""
     bound = connection.get_execution_options().get(_BOUND_OPTION)
     if bound is None:
         return statement, parameters
@@ -334,19 +343,19 @@ def _with_bound(
 
 
 def bound_ms(timeout_s: float) -> str:
-    """A statement's bound as PostgreSQL takes it: at least a millisecond, for 0 would mean "no bound"."""
+    """A statement's bound as PostgreSQL takes it: at least 1 ms, because 0 would mean "no bound"."""
     return str(max(1, int(timeout_s * 1000)))
 
 
 @contextmanager
 def translated(where: Literal["catalog"] | int) -> Iterator[None]:
-    """Turn an outage, a timeout or a lock wait into the service's own errors; leave anything else as it is."""
+    """Turn an outage, a timeout or a lock timeout into the service's own errors; let any other error pass."""
     try:
         yield
     except exc.TimeoutError as error:  # the pool's: every connection is in use
         message = f"too many requests wait for {_name(where)}"
         raise ServiceError(Reason.OVERLOADED, message, _metadata(where), retry_after_s=0.5) from error
-    except (exc.DBAPIError, psycopg2.Error) as error:  # the latter from COPY, which goes past SQLAlchemy
+    except (exc.DBAPIError, psycopg2.Error) as error:  # psycopg2.Error comes from COPY, which bypasses SQLAlchemy
         state = sqlstate(error)
         if state == LOCK_NOT_AVAILABLE:
             raise LockTimeout from error

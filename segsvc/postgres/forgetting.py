@@ -1,7 +1,7 @@
-"""Deletes rows that nobody needs any more.
+"""Deletes rows that are no longer needed.
 
-Nobody waits for upkeep, so it waits for nobody: a row that somebody has locked is left to the next round. So it can
-have no part in a deadlock either.
+No caller waits for upkeep, so upkeep waits for no lock: a row that another transaction has locked is left to the next
+round. So upkeep cannot take part in a deadlock either.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Final
 import sqlalchemy as sa
 
 ROWS_AT_ONCE: Final = 10_000
-"""Rows that one transaction forgets: however many there are, each is short, and locks few."""
+"""Rows that one transaction deletes. So each transaction is short and locks few rows, however many there are to
+delete."""
 
 
 def older_than(column: sa.ColumnElement[datetime], ttl_s: int) -> sa.ColumnElement[bool]:
-    """Rows whose time is longer ago than ``ttl_s`` seconds."""
+    """Whether a row's time is more than ``ttl_s`` seconds ago."""
     return column < sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, ttl_s)
 
 
 def forget(
     begin: Callable[[], AbstractContextManager[sa.Connection]], table: sa.Table, old: sa.ColumnElement[bool]
 ) -> None:
-    """Delete the rows of a table that are old and that nobody has locked, some in each transaction."""
+    """Delete the rows of a table that are old and not locked, at most ROWS_AT_ONCE in each transaction."""
     key = list(table.primary_key.columns)
     some = sa.select(*key).where(old).limit(ROWS_AT_ONCE).with_for_update(skip_locked=True).cte("some")
     statement = sa.delete(table).where(*(column == some.c[column.name] for column in key))

@@ -1,6 +1,7 @@
-"""Keys of all advisory locks, in one place, so that no two are one by accident.
+"""Keys of all advisory locks, in one place, so that no two locks share a key by accident.
 
-A key is a number within one database. Each has a number of its own in all of them, since catalog and shards share code.
+A key is a number within one database. Each lock has its own number across all databases, since catalog and shards share
+code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ COMMIT_ORDER_LOCK: Final = 0x5E65_0002
 """Of the catalog: under it, commit sequence numbers are drawn."""
 
 OUTBOX_LOCK: Final = 0x5E65_0003
-"""Of the catalog: who holds it is the one publisher. Skipping locked rows would break the order."""
+"""Of the catalog: its holder is the one publisher. Skipping locked rows instead would break the order."""
 
 WARM_LOCK: Final = 0x5E65_0004
 """Of a shard: a warmer holds it for the length of its session."""

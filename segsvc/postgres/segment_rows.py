@@ -1,4 +1,4 @@
-"""Rows of ``segments``, the catalog's and the shards', as values; and as JSON where a segment is kept as it was."""
+"""Rows of ``segments``, the catalog's and the shards', as values; and a segment as JSON, where a past state is kept."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ def to_shard_segment(
     return ShardSegment(segment_id, slug, tables.salt_from_db(salt), rule, rule_count, frozen_slot)
 
 
-@lru_cache(maxsize=SEGMENTS_MAX)  # each batch of events reads all rules, and nearly always they are the same
+@lru_cache(maxsize=SEGMENTS_MAX)  # each batch of events reads all rules, and they are nearly always the same
 def _rule(threshold: int, condition: str, policy: int) -> Rule:
     return Rule(threshold, condition, Policy(policy))
 
 
 def segment_to_json(segment: Segment) -> dict[str, Any]:
-    """A segment as it is now, to be kept."""
+    """A segment as JSON, to keep its present state."""
     return {
         "id": segment.id,
         "slug": segment.slug,
@@ -126,7 +126,7 @@ def segment_to_json(segment: Segment) -> dict[str, Any]:
 
 
 def segment_from_json(value: dict[str, Any]) -> Segment:
-    """The segment that ``segment_to_json`` kept."""
+    """The segment that ``segment_to_json`` wrote."""
     rule = value["rule"]
     counted = value["member_count_time"]
     return Segment(

@@ -1,10 +1,10 @@
-"""Servers that hang: neither an answer nor an end of the connection, so that whoever asked would wait for ever.
+"""Servers that hang: they neither answer nor close the connection, so a client would wait for ever.
 
-Bounds of a session are kept by the server, and a client cannot wait with a bound of its own through this driver. So a
-watch looks whether the transactions of a database get on. If none does for a while, it tries to connect, which has a
-bound: a server that lets that pass is held to hang, and the connections to it are cut. Those who wait then get what
-they get from a server that died, and so does at once whoever comes, until the watch's own attempts get through. A
-statement that is merely slow is left alone: its server can be connected to.
+The server itself enforces the bounds of a session, and this driver cannot wait with a bound of its own. So a watch
+checks whether the transactions of a database make progress. If none does for a while, the watch tries to connect, which
+has a bound. If that attempt times out, the server is taken to hang, and the connections to it are cut. The threads that
+wait then get the error that they would get from a server that died. Until an attempt of the watch succeeds, new calls
+get that error at once. A statement that is merely slow is left alone: its server accepts connections.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ log = get_logger(__name__)
 
 LOOK_EVERY_S: Final = 0.25
 SUSPECT_AFTER_S: Final = 1.0
-"""How long nothing may get on before a connection is tried."""
+"""How long no transaction may make progress before a connection is tried."""
 
 
 class StallWatch:
-    """Watches the databases of one process. Made after the last fork.
+    """Watches the databases of one process. To be made after the last fork.
 
     Args:
         connect_timeout_s: how long a server may take to let a connection in; 2 at least, or the driver makes it 2.
@@ -48,7 +48,7 @@ class StallWatch:
         self._thread.start()
 
     def close(self) -> None:
-        """End the watch. Before the databases are closed."""
+        """End the watch. To be called before the databases are closed."""
         self._closing.set()
         self._thread.join()
 
@@ -68,8 +68,8 @@ class _Watched:
         self._connect_timeout_s = connect_timeout_s
         _, connect_args = engine.dialect.create_connect_args(engine.url)
         self._connect_args: Mapping[str, Any] = {**connect_args, "connect_timeout": connect_timeout_s}
-        # A second handle of each connection's socket: it stays ours, and no other file gets its number, until we close
-        # it. With the driver's own we could hit whatever was opened in its place.
+        # A second handle of each connection's socket. It stays ours until we close it, and no other file gets its
+        # number. With the driver's own handle we could shut down another file that was opened under the same number.
         self._sockets: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
         self._steps = 0
@@ -79,11 +79,11 @@ class _Watched:
         event.listen(engine, "do_connect", self._connecting)
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "close", self._closed)
-        # Not "checkout": that asks nothing of the server.
+        # Not "checkout": a checkout sends nothing to the server, so it shows no progress.
         event.listen(engine, "checkin", self._stepped)
 
     def look(self, now: float) -> None:
-        """Begin to find out, if somebody has waited for too long and nobody has got on meanwhile."""
+        """Start a probe if a connection has been in use for too long and no transaction has made progress meanwhile."""
         busy = isinstance(self._pool, pool.QueuePool) and self._pool.checkedout() > 0
         if not busy or self._steps != self._seen[0]:
             self._seen = (self._steps, now)
@@ -91,12 +91,12 @@ class _Watched:
             self._probing = True
             try:
                 threading.Thread(target=self._probe, name="stall-probe", daemon=True).start()
-            except RuntimeError:  # no room for another thread: the next look tries again, and the watch lives
+            except RuntimeError:  # no room for another thread: the next look tries again, and the watch goes on
                 self._probing = False
                 log.warning("stall_not_looked_into", database=self._name)
 
     def _probe(self) -> None:
-        """Cut those off who wait, if the server hangs; then go on until it does not."""
+        """If the server hangs, cut its connections; then probe again until it answers."""
         try:
             while self._is_silent() and not self._closing.is_set():
                 if not self._hangs:
@@ -104,7 +104,7 @@ class _Watched:
                     self._cut()
         finally:
             self._hangs = False
-            self._steps += 1  # looked into; the next look begins to count anew
+            self._steps += 1  # the next look starts to count from here
             self._probing = False
 
     def _is_silent(self) -> bool:
@@ -112,7 +112,8 @@ class _Watched:
         try:
             psycopg2.connect(**self._connect_args).close()
         except psycopg2.Error:
-            # Refused at once: it is down, and who waits is told so by the broken connection. Only silence is a stall.
+            # Refused at once: the server is down, and the broken connections tell the waiting threads. Only silence is
+            # a stall.
             return time.monotonic() - begun >= self._connect_timeout_s * 0.9
         return False
 
@@ -120,12 +121,12 @@ class _Watched:
         with self._lock:
             sockets = list(self._sockets.values())
             for each in sockets:
-                with suppress(OSError):  # the other end was quicker
+                with suppress(OSError):  # the other end has closed it already
                     each.shutdown(socket.SHUT_RDWR)
         log.warning("database_hangs", database=self._name, connections=len(sockets))
 
     def _connecting(self, *_: object) -> None:
-        """Those whose connection was cut, and those who come later, need no attempt of their own to know."""
+        """While the server hangs, refuse new connections at once: no thread needs an attempt of its own to know."""
         if self._hangs:
             raise psycopg2.OperationalError("the server hangs")
 

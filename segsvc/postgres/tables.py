@@ -98,8 +98,9 @@ operations = sa.Table(
     sa.Column("end_time", _TIME),
     sa.CheckConstraint("state IN ('QUEUED','PREPARING','COMMITTED','DONE','ABORTED')", name="state"),
     sa.Index("ix_operations_slug", "slug", "seq"),
-    # Recovery and the queue look only at what is not final.
-    # "One in flight" must be this index: a compare-and-set with NOT EXISTS lets two in, which deadlock across shards.
+    # Recovery and the queue read only operations that are not final.
+    # "One in flight" must be this index: a compare-and-set with NOT EXISTS lets two in, and these deadlock across
+    # shards.
     sa.Index(
         "uq_operations_in_flight",
         sa.text("(true)"),
@@ -169,7 +170,7 @@ audit = sa.Table(
 event_partitions = sa.Table(
     "event_partitions",
     catalog,
-    # What the consumer group's own offsets say too, until Kafka forgets them.
+    # The same as the consumer group's own offsets, until Kafka forgets those.
     sa.Column("topic", sa.Text, primary_key=True),
     sa.Column("partition", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("topic_id", sa.Text, nullable=False, comment="empty: the brokers have none"),
@@ -188,7 +189,7 @@ event_losses = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("find_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
     sa.Column("acknowledge_time", _TIME, comment="null: doctor still tells of it"),
-    # Whoever finds a gap again, after a crash for example, adds nothing.
+    # A bridge that finds a gap again, after a crash for example, adds no second row.
     sa.Index(
         "uq_event_losses_open",
         "topic",
@@ -222,8 +223,8 @@ dead_letters_done = sa.Table(
 shard_state = sa.Table(
     "shard_state",
     shard,
-    # One row. Event batches lock it first (FOR UPDATE): it hands out slots densely and serialises the writers of
-    # directory, bits and counters, so that these need no lock order of their own.
+    # One row. Event batches lock it first (FOR UPDATE). So slots are given out densely, and the writers of directory,
+    # bits and counters run one after the other and need no lock order of their own.
     sa.Column("one", sa.Boolean, primary_key=True, server_default=sa.true()),
     sa.Column("cluster", sa.Text, nullable=False),
     sa.Column("installation", UUID(as_uuid=True), nullable=False, comment="id of the catalog's installation"),
@@ -253,7 +254,7 @@ directory = sa.Table(
     sa.Column("block", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("user_ids", BYTEA, nullable=False, comment="1024 little-endian int64; 0: no user"),
 )
-# Ids hardly compress, and every creation rewrites its block: do not try each time.
+# Ids hardly compress, and every creation rewrites its block: PostgreSQL shall not try to compress each time.
 _EXTERNAL = sa.DDL("ALTER TABLE directory ALTER COLUMN user_ids SET STORAGE EXTERNAL")  # type: ignore[no-untyped-call]
 sa.event.listen(directory, "after_create", _EXTERNAL)
 
@@ -294,7 +295,7 @@ overrides = sa.Table(
 user_requests = sa.Table(
     "user_requests",
     shard,
-    # Beside the user, because it is written in the transaction that it answers for.
+    # On the user's shard, because the answer is written in the transaction whose result it is.
     sa.Column("user_id", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("request_id", UUID(as_uuid=True), primary_key=True),
     sa.Column("content_hash", BYTEA, nullable=False, comment="SHA-256 of the request, its request_id apart"),

@@ -1,4 +1,4 @@
-"""Which installation do these settings name? Its databases know, each of them."""
+"""Finds the installation that the settings name, by reading the identity that each of its databases stores."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from segsvc.domain.installation import Installation
 from segsvc.postgres.installation import identity
 
 _RETRY_S: Final = 1.0
-"""How long after a failure the databases are asked again; until then every question fails at once."""
+"""How long after a failure the databases are asked again; until then every call fails at once."""
 _WAIT_S: Final = 3.0
-"""How long a thread waits for another one's answer: for that of one database, which is nearly always enough."""
+"""How long a thread waits while another one asks: long enough for one database to answer, which nearly always
+suffices."""
 
 
 class InstallationFinder:
     """Asks the databases once, and remembers the answer: an installation's id never changes.
 
-    The catalog is asked first, then the shards: a process that starts while the catalog is down learns it all the same.
-    For any number of threads.
+    The catalog is asked first, then the shards, so a process that starts while the catalog is down also learns it. Safe
+    for any number of threads.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,14 +39,16 @@ class InstallationFinder:
         """The installation of these settings.
 
         Raises:
-            ServiceError: CATALOG_UNAVAILABLE, no database could say: none can be reached, or none is migrated. Its
-                cause is what the catalog's driver said, if anything.
+            ServiceError: CATALOG_UNAVAILABLE, no database knows it: none can be reached, or none is migrated. Its cause
+                is the error of the catalog's driver, if there was one.
         """
         key = (settings.cluster, settings.catalog_dsn, *settings.shard_dsns)
         found = self._found.get(key)
         if found is not None:
             return found
-        # One thread asks. If that takes long, since one database after the other is out of reach, nobody waits for it.
+
+        # One thread asks. If that takes long, since one database after the other is out of reach, no other thread
+        # waits for long.
         if not self._lock.acquire(timeout=_WAIT_S):
             raise catalog_unavailable()
         try:
@@ -63,7 +66,7 @@ class InstallationFinder:
 
 
 def _ask(settings: Settings) -> tuple[Installation | None, Exception | None]:
-    """The installation, or None and what the first database that could not be asked said."""
+    """The installation; or None and the error of the first database that could not be asked."""
     why: Exception | None = None
     with identity.open_databases(settings) as databases:
         for database in databases:
@@ -72,11 +75,12 @@ def _ask(settings: Settings) -> tuple[Installation | None, Exception | None]:
             except exc.DBAPIError as error:
                 why = why or error
                 continue
-            # What it is not taken for has the id of another installation, which would lead to that one's queues.
+            # A database that is not the expected one has the id of another installation, which would lead to its
+            # queues.
             if found is not None and (found.cluster, found.shard) == (settings.cluster, database.shard):
                 return Installation(found.cluster, found.installation), None
     return None, why
 
 
 installation_of: Final = InstallationFinder()
-"""This process's; children that it forks inherit what it knows."""
+"""The finder of this process; forked children inherit what it knows."""
