@@ -80,8 +80,8 @@ class MetricsObserver:
         log.error("alarm", what=what, **{key: str(value) for key, value in where.items()})
 
     def in_doubt(self, shard: int, oldest_s: Mapping[str, float]) -> None:
-        for standing, age_s in oldest_s.items():
-            in_doubt_seconds.labels(shard, standing).set(age_s)
+        for state, age_s in oldest_s.items():
+            in_doubt_seconds.labels(shard, state).set(age_s)
 
     def not_ended(self, oldest_s: Mapping[OperationState, float]) -> None:
         for state, age_s in oldest_s.items():

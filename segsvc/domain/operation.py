@@ -43,8 +43,9 @@ class OperationState(IntEnum):
         return self in (OperationState.DONE, OperationState.ABORTED)
 
     @property
-    def decided(self) -> bool:
-        return self >= OperationState.COMMITTED
+    def in_flight(self) -> bool:
+        """It has started and not ended: at most one operation is, at any time."""
+        return self in (OperationState.PREPARING, OperationState.COMMITTED)
 
 
 class ShardState(IntEnum):

@@ -6,8 +6,12 @@ bits stored as signed (``salt_to_db``).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, BYTEA, INT8MULTIRANGE, JSONB, TIMESTAMP, UUID
+
+from segsvc.domain.operation import OperationState
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -21,6 +25,15 @@ catalog = sa.MetaData(naming_convention=NAMING)
 shard = sa.MetaData(naming_convention=NAMING)
 
 _TIME = TIMESTAMP(timezone=True)
+
+IN_FLIGHT = [state.name for state in OperationState if state.in_flight]
+"""Operations in these states are in flight."""
+_NOT_FINAL = [state.name for state in OperationState if not state.final]
+
+
+def _state_in(states: Iterable[str]) -> str:
+    """A condition on an operation's state, as constraints and indexes have it."""
+    return f"state IN ({','.join(map(repr, states))})"
 
 
 def salt_to_db(salt: int) -> int:
@@ -96,7 +109,7 @@ operations = sa.Table(
     sa.Column("commit_time", _TIME),
     sa.Column("shards_committed_time", _TIME, comment="known by then; noted only if the cache cannot be told"),
     sa.Column("end_time", _TIME),
-    sa.CheckConstraint("state IN ('QUEUED','PREPARING','COMMITTED','DONE','ABORTED')", name="state"),
+    sa.CheckConstraint(_state_in(OperationState.__members__), name="state"),
     sa.Index("ix_operations_slug", "slug", "seq"),
     # Recovery and the queue read only operations that are not final.
     # "One in flight" must be this index: a compare-and-set with NOT EXISTS lets two in, and these deadlock across
@@ -105,9 +118,9 @@ operations = sa.Table(
         "uq_operations_in_flight",
         sa.text("(true)"),
         unique=True,
-        postgresql_where=sa.text("state IN ('PREPARING','COMMITTED')"),
+        postgresql_where=sa.text(_state_in(IN_FLIGHT)),
     ),
-    sa.Index("ix_operations_open", "seq", postgresql_where=sa.text("state IN ('QUEUED','PREPARING','COMMITTED')")),
+    sa.Index("ix_operations_open", "seq", postgresql_where=sa.text(_state_in(_NOT_FINAL))),
 )
 votes = sa.Table(
     "votes",

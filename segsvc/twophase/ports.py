@@ -1,6 +1,6 @@
-"""What the commit protocol needs of the world: a ledger, participants, and a few hands. ``twophase`` is the protocol.
+"""What the commit protocol needs: a ledger, participants, and a few helpers. ``twophase.protocol`` is the protocol.
 
-Small on purpose, so that a simulation and PostgreSQL can both stand behind it.
+The interfaces are small on purpose, so that a simulation and PostgreSQL can both implement them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from segsvc.domain.operation import (
 )
 
 ProgressHook = Callable[[ShardProgress], None]
-"""Told how far a shard is: a hint for people. May be called often; must not raise."""
+"""Called with how far a shard is: a hint for people. May be called often; must not raise."""
 
 
 class Finish(Enum):
@@ -30,20 +30,20 @@ class Finish(Enum):
 
     DONE = "done"
     NOT_FOUND = "not found"
-    """No such gid *now*. Says nothing about what became of it: only the fence does."""
+    """There is no such gid *now*. This does not say whether it was committed: only the fence does."""
     BUSY = "busy"
-    """Somebody else is at it, or its PREPARE is not through: try again."""
+    """Another process is ending it, or its PREPARE has not finished: try again."""
 
 
 class Answer(Enum):
-    """What the ledger says to a vote or a decision."""
+    """The ledger's answer to a vote or a decision."""
 
     TAKEN = "taken"
-    """It is durable: also a vote that a twin has cast before."""
+    """It is durable. A vote that a twin has cast before counts as taken too."""
     REFUSED = "refused"
     """The operation is not PREPARING, or a decision lacks a vote: read it again."""
     LATE = "late"
-    """It is PREPARING and past its deadline: nothing can become of it but its abort."""
+    """It is PREPARING and past its deadline: it can only be aborted."""
 
 
 class WorkFailed(Exception):
@@ -56,16 +56,17 @@ class WorkFailed(Exception):
 
 UNKNOWN: Final = "UNKNOWN"
 UNREAD: Final = "UNREAD"
-STANDINGS: Final = (*(state.name for state in OperationState), UNKNOWN, UNREAD)
-"""How a prepared transaction stands: the state of its operation; or there is none; or the ledger cannot be asked."""
+IN_DOUBT_STATES: Final = (*(state.name for state in OperationState), UNKNOWN, UNREAD)
+"""What a prepared transaction is in doubt under: the state of its operation; UNKNOWN: the ledger has no such operation;
+UNREAD: the ledger cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenOperation:
-    """An operation that is not final, with what the catalog's clock says of it.
+    """An operation that is not final, with its times by the catalog's clock.
 
     Attributes:
-        quiet: no dispatch, vote or progress for a while: nobody seems to work on it.
+        quiet: no dispatch, vote or progress for a while: no process seems to work on it.
         age_s: for how long it has been in its state.
     """
 
@@ -79,25 +80,25 @@ class Ledger(Protocol):
     after which the outcome is unknown and must be read again."""
 
     def get(self, operation_id: UUID) -> Operation | None:
-        """The operation as it is now, votes included; None: there is none of this id."""
+        """The operation as it is now, votes included; None: no operation has this id."""
 
     def states(self, operation_ids: Iterable[UUID]) -> Mapping[UUID, OperationState]:
-        """States of those that exist."""
+        """States of the operations that exist."""
 
     def open_operations(self) -> Sequence[OpenOperation]:
-        """All that are PREPARING or COMMITTED, and of those that are QUEUED the oldest, which may start next."""
+        """All operations in flight, and the oldest QUEUED one, which may start next."""
 
     def late(self) -> Sequence[Operation]:
-        """All that are PREPARING and past their deadline."""
+        """All operations that are PREPARING and past their deadline."""
 
     def start_next(self) -> Operation | None:
         """Move the QUEUED operation whose turn it is to PREPARING, or to ABORTED if it is not valid any more (and go on
-        with the next). The turn is that of the segment that was served least recently; within it, of the oldest. None:
-        the queue is empty, or another operation is in flight."""
+        with the next). The segment that was served least recently is next, with its oldest operation. None: the queue
+        is empty, or another operation is in flight."""
 
     def claim_dispatch(self, operation_id: UUID) -> bool:
-        """Whether the caller is the one to send a fresh chord: PREPARING, quiet, and not late; resets the quiet
-        time."""
+        """Whether the caller must send a fresh chord: the operation is PREPARING, quiet and not late. Starts its quiet
+        time from zero."""
 
     def vote(self, operation_id: UUID, counts: ShardCounts) -> Answer:
         """Record a shard's vote while PREPARING and not late."""
@@ -109,19 +110,19 @@ class Ledger(Protocol):
     def abort(
         self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
     ) -> bool:
-        """Decide against: one of ``from_states`` → ABORTED. False: it was in none of them; or, with ``if_late``, its
-        deadline has not passed."""
+        """Decide against the operation: one of ``from_states`` → ABORTED. False: it was in none of these states; or,
+        with ``if_late``, its deadline has not passed."""
 
     def all_shards_committed(self, operation_id: UUID) -> float:
         """Note that every shard of a COMMITTED operation has committed, unless it is noted already. Seconds since it
         was noted first, by the catalog's clock; 0 if the operation is not COMMITTED any more."""
 
     def finish(self, operation_id: UUID) -> bool:
-        """COMMITTED → DONE. False: somebody else did it."""
+        """COMMITTED → DONE. False: another process did it."""
 
 
 class Participant(Protocol):
-    """One shard. All raise SHARD_UNAVAILABLE in an outage, after which the outcome is unknown."""
+    """One shard. All methods raise SHARD_UNAVAILABLE in an outage, after which the outcome is unknown."""
 
     @property
     def shard(self) -> int: ...
@@ -138,14 +139,14 @@ class Participant(Protocol):
         """Lock, fence, work, PREPARE TRANSACTION. None: a twin's fence was there, nothing was prepared.
 
         Raises:
-            segsvc.domain.errors.ServiceError: transient; nothing is known, ask again.
-            LockTimeout: the lock was not to be had in time; nothing was done.
+            segsvc.domain.errors.ServiceError: transient; the outcome is unknown, ask again.
+            LockTimeout: the lock was not acquired in time; nothing was done.
             WorkFailed: it can never succeed.
         """
 
     def count(self, operation: Operation) -> ShardCounts:
-        """What ``prepare`` counted, counted again without changing anything: valid while its gid is prepared, whose
-        lock keeps every user change of the shard out."""
+        """What ``prepare`` counted, counted again without changing anything. Valid while its gid is prepared: that
+        transaction's lock keeps out every change of the shard's users."""
 
     def commit_prepared(self, gid: Gid) -> Finish: ...
 
@@ -167,30 +168,29 @@ class Invalidation(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Celery, as far as the protocol needs it. Delivery is a hope, not a promise."""
+    """Celery, as far as the protocol needs it. A message may be lost."""
 
     def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
         """Send a chord: one header task for each of these shards, and the finalizer. Raises BROKER_UNAVAILABLE."""
 
 
 class FanOut(Protocol):
-    """Runs a visit for each participant, so that one out of reach delays only itself."""
+    """Runs a visit for each participant, so that a shard out of reach delays only its own visit."""
 
     def __call__(self, visit: Callable[[Participant], None], participants: Sequence[Participant], /) -> object:
         """Return when all visits have ended. Raises the first error, after all have ended."""
 
 
 class Observer(Protocol):
-    """Told what people should know. Decides nothing, and must not raise."""
+    """Receives what people should know. Decides nothing, and must not raise."""
 
     def raise_alarm(self, what: str, **where: object) -> None:
-        """Something that recovery must not decide by itself, or that should never happen."""
+        """Report what recovery must not decide by itself, or what should never happen."""
 
     def in_doubt(self, shard: int, oldest_s: Mapping[str, float]) -> None:
-        """What recovery found prepared on a shard: for each of ``STANDINGS``, the age of the oldest; 0: there is none.
-
-        Not told of a shard that could not be asked."""
+        """Report what recovery found prepared on a shard: for each of ``IN_DOUBT_STATES``, the age of the oldest
+        prepared transaction; 0: there is none. Not called for a shard that could not be reached."""
 
     def not_ended(self, oldest_s: Mapping[OperationState, float]) -> None:
-        """For each state that is not final, for how long the operation that has been in it longest has been; 0: there
-        is none."""
+        """Report, for each state that is not final, the age of the oldest operation in it: how long it has been in this
+        state; 0: there is none."""

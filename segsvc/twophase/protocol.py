@@ -1,8 +1,8 @@
 """All shards or none: the commit protocol, top to bottom.
 
 The ledger (the operations of the catalog database) is the only truth. Messages, results, Redis and the memory of any
-process may be lost at any moment; whoever comes next reads the ledger and goes on. The protocol knows two small
-interfaces, ``Ledger`` and ``Participant``, so that a simulation and PostgreSQL run the same code.
+process may be lost at any moment; the next process to work on the operation reads the ledger and goes on. The protocol
+knows two small interfaces, ``Ledger`` and ``Participant``, so that a simulation and PostgreSQL run the same code.
 
     accept    insert QUEUED                                       (services.acceptance; only then answer or dispatch)
     start     QUEUED → PREPARING, one in flight, deadline starts  Ledger.start_next
@@ -13,7 +13,7 @@ interfaces, ``Ledger`` and ``Participant``, so that a simulation and PostgreSQL 
     publish   drop the shards' cache generations                  Invalidation.drop_generations
     finish    COMMITTED → DONE; start the next                    Ledger.finish
 
-What survives a crash, by the last step that took effect, and who goes on (recovery runs every two seconds):
+What survives a crash, by the last step that took effect, and what carries on (recovery runs every two seconds):
 
     accept                   the queue holds it; recovery starts the next
     start                    quiet for 3 s: recovery sends a fresh chord to the shards without a vote
@@ -21,19 +21,19 @@ What survives a crash, by the last step that took effect, and who goes on (recov
     vote of k of n           as above; the votes stand
     vote of all              recovery decides
     decide                   recovery (or a late finalizer) commits what is prepared: it has all n prepared
-    commit on k of n         recovery commits the others; the fence tells who is done
+    commit on k of n         recovery commits the rest; the fence shows which shards are done
     publish                  dropping a generation twice is harmless
     finish                   recovery starts the next in the queue
-    abort                    recovery rolls back whatever is prepared under an ABORTED operation, whenever it appears
+    abort                    recovery rolls back all that is prepared under an ABORTED operation, whenever it appears
 
-The deadline is compared by the catalog's clock, in the statement that votes, sends again or decides. So who sleeps
-through it, however long, commits nothing afterwards; and who finds an operation past it aborts it, whoever that is: a
-header task, a finalizer, recovery, or a front that somebody asks.
+The deadline is compared by the catalog's clock, in the statement that votes, sends again or decides. So a process that
+sleeps through the deadline, however long, commits nothing afterwards; and any process that finds an operation past its
+deadline aborts it: a header task, a finalizer, recovery, or a front that is asked for the operation.
 
-Why no shard is ever alone: a transaction is committed only after COMMITTED is durable, which needs every vote; a vote
-is cast only after PREPARE answered (or its gid was seen), and never after ABORTED, because the vote locks the row that
-the abort changes. ROLLBACK PREPARED is sent only for operations that are ABORTED, which is final, or DONE, when all
-shards have the fence.
+Why a shard never commits or rolls back alone: a transaction is committed only after COMMITTED is durable, which needs
+every vote; a vote is cast only after PREPARE answered (or its gid was seen), and never after ABORTED, because the vote
+locks the row that the abort changes. ROLLBACK PREPARED is sent only for operations that are ABORTED, which is final, or
+DONE, when all shards have the fence.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from segsvc.domain.operation import (
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.twophase.ports import (
-    STANDINGS,
+    IN_DOUBT_STATES,
     UNKNOWN,
     UNREAD,
     Answer,
@@ -77,7 +77,7 @@ class Coordinator:
     """The protocol. Safe to run in any number of processes at once.
 
     Args:
-        cluster: this installation's name; gids of another's are never touched.
+        cluster: this installation's name; gids of other installations are never touched.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Coordinator:
     # -- start ------------------------------------------------------------------------------------------------------
 
     def start_next(self) -> Operation | None:
-        """Start the operation whose turn it is and send its chord; the one started, or None.
+        """Start the operation whose turn it is and send its chord; returns that operation, or None.
 
         A broker that is out of reach is no error here: the operation is PREPARING, and recovery sends it again.
         """
@@ -118,7 +118,7 @@ class Coordinator:
         return operation
 
     def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
-        """Send a chord to these shards, as a hope; whatever is lost, recovery sends again."""
+        """Try to send a chord to these shards. Recovery sends again what is lost."""
         try:
             self._dispatcher.dispatch(operation, shards)
         except ServiceError as error:
@@ -138,29 +138,31 @@ class Coordinator:
         participant = self.participants[shard]
         operation = self._ledger.get(operation_id)
         if operation is None or operation.state is not OperationState.PREPARING:
-            return  # A late twin. Whatever it could still do here, recovery does.
+            return  # A late twin. Recovery does all that it could still do here.
         if operation.late:
-            # The message took too long, or its sender stood still: the shard's lock is not worth taking any more.
+            # The message took too long, or its sender was stopped: the shard's lock is not worth taking any more.
             self.abort_late(operation)
             return
+
         gid = self.gid(operation_id, shard)
         try:
             counts = self._prepare_or_recount(operation, participant, gid, on_progress)
         except WorkFailed as error:
-            # Nothing of this shard is prepared; the others' votes can no longer be completed.
+            # Nothing is prepared on this shard, so there will never be a vote of every shard.
             self.abort(operation_id, error.failure)
             return
         if counts is None:
             return
+
         self._crash.reach("prepared-not-voted", operation=operation_id, shard=shard)
         answer = self._ledger.vote(operation_id, counts)
         if answer is Answer.LATE:
             self.abort_late(operation)
             return
         if answer is Answer.REFUSED:
-            # Refused says only "not PREPARING now". COMMITTED is possible too (a twin voted for this shard and the
-            # rest was quick): rolling back then would lose this shard. So read again, and roll back only what is
-            # ABORTED, which is final.
+            # Refused means only "not PREPARING now". COMMITTED is possible too (a twin voted for this shard, and the
+            # other steps followed quickly): rolling back then would lose this shard. So read again, and roll back only
+            # if the operation is ABORTED, which is final.
             self._crash.reach("vote-refused", operation=operation_id, shard=shard)
             now = self._ledger.get(operation_id)
             if now is not None and now.state is OperationState.ABORTED:
@@ -174,6 +176,7 @@ class Coordinator:
         """The counts to vote with; None if a twin has got further than a vote."""
         if participant.has_fence(operation.id):
             return None
+
         if participant.is_prepared(gid):
             # A twin prepared and died before its vote. Its lock keeps the shard as it was, so counting again gives
             # what it counted.
@@ -193,6 +196,7 @@ class Coordinator:
         operation = self._ledger.get(operation_id)
         if operation is None:
             return True
+
         if operation.state is OperationState.PREPARING:
             if len(operation.votes) < len(self.participants) and not operation.late:
                 return False
@@ -200,65 +204,73 @@ class Coordinator:
             operation = self._ledger.get(operation_id)
             if operation is None:
                 return True
+
         if operation.state is OperationState.COMMITTED:
             self._complete(operation)
             return True
         return operation.state.final
 
     def _decide(self, operation: Operation) -> None:
-        """Decide for a PREPARING operation with all votes, or against one that is late. Whatever another decider was
-        quicker with stands: read again what it is."""
+        """Decide for a PREPARING operation with all votes, or against one that is late. If another process decided
+        first, its decision stands: the caller must read the operation again."""
         if operation.late:
             self.abort_late(operation)
             return
+
         self._crash.reach("before-decision", operation=operation.id)
         try:
             answer = self._ledger.commit(operation.id)
         except WorkFailed as error:
-            # The commit point rolled back whole (it is one transaction), so deciding against is safe. The rollback
-            # also let go of the operation's row: another decider may have come between, and have drawn a number that
-            # was free. Then this abort finds it COMMITTED, and does nothing.
+            # The whole commit point rolled back (it is one transaction), so deciding against is safe. The rollback also
+            # released the operation's row: another process may have decided in between, with a number that was free
+            # then. In that case this abort finds the operation COMMITTED, and does nothing.
             self._crash.reach("decision-refused", operation=operation.id)
             self.abort(operation.id, error.failure)
             return
+
         if answer is Answer.LATE:
             self.abort_late(operation)
             return
         self._crash.reach("decided", operation=operation.id)
 
     def _complete(self, operation: Operation) -> None:
-        """COMMIT PREPARED everywhere, then drop the caches, then DONE: in this order, each idempotent.
+        """COMMIT PREPARED on every shard, then drop the caches, then DONE: in this order, each step idempotent.
 
-        The caches are dropped before DONE, because DONE is what tells a caller that later reads see the change; and
-        after the last COMMIT PREPARED, because an entry filled between the two would be stale and keep its nonce.
+        The caches are dropped before DONE, because DONE promises a caller that later reads see the change; and after
+        the last COMMIT PREPARED, because an entry filled between the two would be stale and keep its nonce.
         """
         self._fan_out(lambda participant: self._commit_shard(operation, participant), self.participants)
         self._crash.reach("committed-not-invalidated", operation=operation.id)
+
         self._publish(operation)
         self._crash.reach("invalidated-not-done", operation=operation.id)
+
         self._ledger.finish(operation.id)
         self._crash.reach("done-next-not-started", operation=operation.id)
+
         self.start_next()
 
     def _publish(self, operation: Operation) -> None:
-        """Drop the caches' generations; or, where no cache can be reached, wait until its entries have ended.
+        """Drop the caches' generations; if the cache cannot be reached, wait until its old entries have expired.
 
-        Every shard has committed. What may still be old in a cache was filled under a lease that was given before the
-        last COMMIT PREPARED: under a later one the shard is read after it, and gives the new bits. Such a lease ends
-        by itself, and so does the entry that was filled under it; reads lengthen neither. The time is counted from a
+        Every shard has committed. An old entry in the cache was filled under a lease that was given before the last
+        COMMIT PREPARED: under a later lease the shard is read after it, and gives the new bits. Such a lease expires by
+        itself, and so does the entry that was filled under it; reads lengthen neither. The time is counted from a
         moment at which every shard is known to have committed. The decision's own time would be too early: a shard
-        can be down for days between the two, and its old entries be filled until it commits.
+        can be down for days between the two, and old entries of it can be filled until it commits.
 
         Raises:
-            ServiceError: CACHE_UNAVAILABLE: not yet.
+            ServiceError: CACHE_UNAVAILABLE: the old entries may not have expired yet.
         """
         if operation.plan.kind is OperationKind.CREATE:
-            return  # A new segment has no members: no list of anybody's is older for it.
+            return  # A new segment has no members: it makes no user's list outdated.
+
         try:
             self._invalidation.drop_generations(range(len(self.participants)))
         except ServiceError as error:
             if error.reason is not Reason.CACHE_UNAVAILABLE:
                 raise
+
             waited_s = self._ledger.all_shards_committed(operation.id)
             if waited_s <= self._invalidation.entries_gone_after_s:
                 raise
@@ -269,18 +281,21 @@ class Coordinator:
         self._crash.reach("before-commit-prepared", operation=operation.id, shard=participant.shard)
         outcome = participant.commit_prepared(self.gid(operation.id, participant.shard))
         self._crash.reach("after-commit-prepared", operation=operation.id, shard=participant.shard)
+
         if outcome is Finish.DONE:
             return
         if outcome is Finish.BUSY:
             raise ServiceError(
                 Reason.SHARD_UNAVAILABLE, "a prepared transaction is busy", {"shard": str(participant.shard)}
             )
-        # "Not found" alone never means committed. The fence is asked after the answer: a twin's COMMIT PREPARED makes
+
+        # "Not found" alone never means committed. The fence is read after that answer: a twin's COMMIT PREPARED makes
         # the fence visible before the gid disappears.
         if participant.has_fence(operation.id):
             return
-        # Voted, decided, and gone without a trace: a server that lost a prepared transaction. The work is
-        # deterministic, so doing it again gives the other shards' result.
+
+        # The shard voted, the decision was made, and there is neither gid nor fence: a server lost a prepared
+        # transaction. The work is deterministic, so doing it again gives a result that fits the other shards.
         self._observer.raise_alarm("prepared-lost", operation=str(operation.id), shard=participant.shard)
         participant.redo(operation)
 
@@ -296,7 +311,7 @@ class Coordinator:
     ) -> bool:
         """Decide against an operation, then roll back what is prepared. False: it was decided already.
 
-        The decision comes first: a rollback before it would leave a vote standing for work that is gone.
+        The decision comes first: a rollback before it would leave a vote for work that is gone.
 
         Args:
             if_late: only if its deadline has passed.
@@ -305,21 +320,24 @@ class Coordinator:
         if not self._ledger.abort(operation_id, failure, from_states=from_states, if_late=if_late):
             return False
         self._crash.reach("aborted-not-rolled-back", operation=operation_id)
+
         try:
-            if OperationState.PREPARING in from_states:  # what never started has nothing prepared
+            if OperationState.PREPARING in from_states:  # an operation that never started has nothing prepared
                 self._fan_out(lambda participant: self._rollback_shard(operation_id, participant), self.participants)
         except ServiceError as error:
-            # ABORTED is durable: recovery rolls back whatever is, or yet becomes, prepared under it.
+            # ABORTED is durable: recovery rolls back all that is prepared under it, now or later.
             log.warning("rollback_left_to_recovery", operation=str(operation_id), reason=error.reason.text)
+
         try:
             self.start_next()
         except ServiceError as error:
-            # It is decided, which is what the caller asked; recovery starts the next as well.
+            # It is decided, as the caller asked; recovery starts the next operation too.
             log.warning("start_left_to_recovery", after=str(operation_id), reason=error.reason.text)
         return True
 
     def abort_late_ones(self) -> None:
-        """Abort what is PREPARING past its deadline. A front does this too, lest the queue need a worker that lives.
+        """Abort what is PREPARING past its deadline. A front does this too, so that the queue moves without a live
+        worker.
 
         Raises:
             ServiceError: the catalog is out of reach.
@@ -330,14 +348,15 @@ class Coordinator:
     def abort_late(self, operation: Operation) -> bool:
         """Abort a PREPARING operation whose deadline has passed. False: it was decided already.
 
-        Anybody may who finds it so: neither a vote nor a decision can be made for it any more.
+        Any process may abort it: neither a vote nor a decision for it can be made any more.
         """
         voted = {counts.shard for counts in operation.votes}
         missing = [str(one.shard) for one in self.participants if one.shard not in voted]
+
         if missing:
             message = "the shards did not all prepare before the deadline"
         else:
-            message = "all shards prepared, but nobody decided before the deadline"
+            message = "all shards prepared, but no process decided before the deadline"
         failure = Failure(
             Reason.OPERATION_ABORTED.text, message, {"why": "DEADLINE", "shards_missing": ",".join(missing)}
         )
@@ -349,52 +368,58 @@ class Coordinator:
     # -- recovery ---------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Carry on whatever nobody carries on. Run by beat and at a worker's start; safe to run twice at once.
+        """Carry on the operations that no process works on. Run by beat and at a worker's start; safe to run twice at
+        once.
 
         Prepared transactions are read first and the ledger after them: what was prepared then has a ledger row that
-        is at least as new. The other way round, an operation could be decided in between and judged by its past.
+        is at least as new. In the opposite order, an operation could be decided in between, and be judged by an old
+        state.
 
         Raises:
-            ServiceError: the catalog is out of reach (nothing was done), or a shard was (all others were done).
+            ServiceError: the catalog is out of reach (nothing was done), or a shard was (all other shards were done).
         """
         found: dict[int, Sequence[PreparedTransaction]] = {}
         first_error: ServiceError | None = None
 
-        def look(participant: Participant) -> None:
+        def read_prepared(participant: Participant) -> None:
             found[participant.shard] = participant.prepared()  # each visit has a key of its own
 
         try:
-            self._fan_out(look, self.participants)
+            self._fan_out(read_prepared, self.participants)
         except ServiceError as error:  # a shard out of reach delays only itself
             first_error = error
         self._crash.reach("recovery-looked", found=sum(map(len, found.values())))
         ours = {shard: self._ours(self.participants[shard], prepared) for shard, prepared in found.items()}
+
         try:
             states = self._ledger.states({gid.operation_id for gids in ours.values() for gid in gids})
         except ServiceError:
-            # What is prepared grows older all the same, and people should see it.
-            self._tell_in_doubt(ours, None)
+            # Prepared transactions grow older during this outage too, and people should see their ages.
+            self._report_in_doubt(ours, None)
             raise
-        self._tell_in_doubt(ours, states)
+        self._report_in_doubt(ours, states)
+
         for shard, gids in ours.items():
             for gid in gids:
                 try:
                     self._settle(self.participants[shard], gid, states.get(gid.operation_id))
                 except ServiceError as error:
                     first_error = first_error or error
+
         open_operations = self._ledger.open_operations()
-        self._tell_not_ended(open_operations)
+        self._report_not_ended(open_operations)
         for open_operation in open_operations:
             try:
                 self._advance(open_operation)
             except ServiceError as error:
                 first_error = first_error or error
+
         self.start_next()
         if first_error is not None:
             raise first_error
 
     def _ours(self, participant: Participant, found: Iterable[PreparedTransaction]) -> Mapping[Gid, float]:
-        """Ages of those of this installation on the right shard; an alarm for each that looks like ours and is not."""
+        """Ages of this installation's gids on the right shard. Raises an alarm for a gid that only looks like ours."""
         ours: dict[Gid, float] = {}
         for prepared in found:
             gid = Gid.parse(prepared.gid)
@@ -404,47 +429,48 @@ class Coordinator:
                 self._observer.raise_alarm("foreign-prepared", gid=prepared.gid, shard=participant.shard)
         return ours
 
-    def _tell_in_doubt(
+    def _report_in_doubt(
         self, ours: Mapping[int, Mapping[Gid, float]], states: Mapping[UUID, OperationState] | None
     ) -> None:
-        """Tell people what was found. ``states`` None: the ledger could not be asked."""
+        """Report the age of the oldest prepared transaction per state. ``states`` None: the ledger was out of reach."""
         for shard, gids in ours.items():
-            oldest_s = dict.fromkeys(STANDINGS, 0.0)
+            oldest_s = dict.fromkeys(IN_DOUBT_STATES, 0.0)
             for gid, age_s in gids.items():
                 state = None if states is None else states.get(gid.operation_id)
-                standing = UNREAD if states is None else UNKNOWN if state is None else state.name
-                oldest_s[standing] = max(oldest_s[standing], age_s)
+                name = UNREAD if states is None else UNKNOWN if state is None else state.name
+                oldest_s[name] = max(oldest_s[name], age_s)
             self._observer.in_doubt(shard, oldest_s)
 
-    def _tell_not_ended(self, open_operations: Iterable[OpenOperation]) -> None:
+    def _report_not_ended(self, open_operations: Iterable[OpenOperation]) -> None:
         oldest_s = {state: 0.0 for state in OperationState if not state.final}
         for one in open_operations:
-            if one.operation.state in oldest_s:  # it may have ended between the ledger's two looks at it
+            if one.operation.state in oldest_s:  # it may have ended between the ledger's two reads of it
                 oldest_s[one.operation.state] = max(oldest_s[one.operation.state], one.age_s)
         self._observer.not_ended(oldest_s)
 
     def _settle(self, participant: Participant, gid: Gid, state: OperationState | None) -> None:
-        """End one prepared transaction as its operation's state says; leave it while nothing is decided."""
+        """End one prepared transaction as its operation's state requires; leave it while nothing is decided."""
         if state is None:
-            # Written by a catalog that we do not see, or deleted by hand: not ours to judge.
+            # Another catalog has the operation, or it was deleted by hand: recovery cannot decide this.
             self._observer.raise_alarm("unknown-prepared", gid=str(gid), shard=participant.shard)
         elif state is OperationState.COMMITTED:
             participant.commit_prepared(gid)
         elif state is OperationState.ABORTED:
-            participant.rollback_prepared(gid)  # also a zombie that prepared long after the abort
+            participant.rollback_prepared(gid)  # also if a zombie prepared it long after the abort
         # DONE: every shard has the fence, so this can only be a twin's second copy of the work; or it was found just
-        # before it was committed, and is not there any more.
+        # before it was committed, and is gone by now.
         elif state is OperationState.DONE and participant.rollback_prepared(gid) is Finish.DONE:
             self._observer.raise_alarm("prepared-after-done", gid=str(gid), shard=participant.shard)
 
     def _advance(self, open_operation: OpenOperation) -> None:
-        """Do the next step of an operation that is not final, if nobody else seems to."""
+        """Do the next step of an operation that is not final, if no other process seems to work on it."""
         operation = open_operation.operation
         if operation.state is OperationState.COMMITTED:
             self._complete(operation)
         elif operation.state is OperationState.PREPARING:
             voted = {counts.shard for counts in operation.votes}
             missing = [participant.shard for participant in self.participants if participant.shard not in voted]
+
             if operation.late:
                 self.abort_late(operation)
             elif not missing:

@@ -163,7 +163,7 @@ def _operations(catalog: CatalogView, found: _Found, shard_count: int) -> Iterat
     waiting = sorted(
         (entry for entry in catalog.operations if entry.state is OperationState.QUEUED), key=lambda e: e.create_time
     )
-    begun = [e for e in catalog.operations if e.state in (OperationState.PREPARING, OperationState.COMMITTED)]
+    begun = [e for e in catalog.operations if e.state.in_flight]
     for entry in begun:
         yield _begun(entry, catalog, found, shard_count)
     if waiting:

@@ -51,7 +51,6 @@ log = get_logger(__name__)
 
 UNIQUE_VIOLATION = "23505"
 _INTEGRITY_CLASS = "23"
-_IN_FLIGHT = (OperationState.PREPARING.name, OperationState.COMMITTED.name)
 
 _operations = tables.operations.c
 _votes = tables.votes.c
@@ -282,7 +281,7 @@ class PostgresLedger(PostgresAcceptance):
                         last_sign_of_life < now - sa.func.make_interval(0, 0, 0, 0, 0, 0, self._quiet_s), False
                     ).label("quiet"),
                     sa.cast(sa.extract("epoch", now - since), sa.Float).label("age_s"),
-                ).where(sa.or_(_operations.state.in_(_IN_FLIGHT), _operations.seq == oldest))
+                ).where(sa.or_(_operations.state.in_(tables.IN_FLIGHT), _operations.seq == oldest))
             ).all()
             loaded = select_operations(
                 connection, _operations.id.in_([row.id for row in judged]), order=_operations.seq.asc()
@@ -376,7 +375,7 @@ def _start_next(connection: sa.Connection, deadline_s: float, limits: CostLimits
     """
     # This check only saves a pointless attempt. What prevents two in flight is the unique index, on which the UPDATE
     # below fails.
-    in_flight = sa.exists().where(_operations.state.in_([OperationState.PREPARING.name, OperationState.COMMITTED.name]))
+    in_flight = sa.exists().where(_operations.state.in_(tables.IN_FLIGHT))
     if connection.execute(sa.select(in_flight)).scalar_one():
         return None
 

@@ -29,7 +29,7 @@ _POLL_S: Final = 0.2
 _LOOKUP_USERS_MAX: Final = 1024
 
 
-class CacheReader(Protocol):
+class EntryLookup(Protocol):
     """The cache as the hot path reads it."""
 
     def lookup(self, user_ids: Sequence[int]) -> Sequence[Entry | None]:
@@ -80,7 +80,7 @@ class CacheCheck:
 
     def __init__(
         self,
-        reader: CacheReader,
+        reader: EntryLookup,
         shard: int,
         report: Report,
         *,

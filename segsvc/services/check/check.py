@@ -17,7 +17,7 @@ from segsvc.domain.operation import PreparedTransaction
 from segsvc.domain.segment import ShardSegment
 from segsvc.domain.stored import CatalogView, Int64s
 from segsvc.services.check.blocks import ShardCheck, ShardSnapshot
-from segsvc.services.check.cache import SETTLE_S, CacheCheck, CacheReader
+from segsvc.services.check.cache import SETTLE_S, CacheCheck, EntryLookup
 from segsvc.services.check.ledger import LedgerCheck
 from segsvc.services.check.report import Report
 
@@ -74,7 +74,7 @@ class Checker:
     def __init__(
         self,
         reads: CheckReads,
-        cache: CacheReader | None,
+        cache: EntryLookup | None,
         *,
         cluster: str,
         shard_count: int,

@@ -20,8 +20,6 @@ from segsvc.services.check.report import Kind, Report
 IN_DOUBT_MAX_S: Final = 30.0
 """How long a prepared transaction may stay once nothing stands in the way of its end: recovery runs every 2 s."""
 
-_IN_FLIGHT: Final = (OperationState.PREPARING, OperationState.COMMITTED)
-
 
 class LedgerCheck:
     """The comparison of shards with the catalog, before and after they were read."""
@@ -47,10 +45,10 @@ class LedgerCheck:
     def _operations_meanwhile(self) -> Mapping[int, Sequence[LedgerEntry]]:
         """Operations that a shard's snapshot may have caught half-way, by segment."""
         touching: dict[int, list[LedgerEntry]] = {}
-        in_flight_before = {entry.id for entry in self._before.operations if entry.state in _IN_FLIGHT}
+        in_flight_before = {entry.id for entry in self._before.operations if entry.state.in_flight}
         for entry in self._after.operations:
             decided_meanwhile = entry.commit_time is not None and entry.commit_time >= self._before.time
-            if entry.id in in_flight_before or entry.state in _IN_FLIGHT or decided_meanwhile:
+            if entry.id in in_flight_before or entry.state.in_flight or decided_meanwhile:
                 touching.setdefault(entry.plan.segment_id, []).append(entry)
         return touching
 

@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 from segsvc import metrics
 from segsvc.domain.errors import ServiceError, catalog_unavailable
 from segsvc.domain.segment import Rule
-from segsvc.twophase.ports import STANDINGS
+from segsvc.twophase.ports import IN_DOUBT_STATES
 from tests.integration.operations.conftest import SHARDS, Rig, roll_out
 
 
@@ -77,7 +77,7 @@ def test_the_age_of_what_is_in_doubt_is_measured_on_each_shard(rig: Rig, monkeyp
     assert (ages("UNREAD")[1] or 0) > measured[1]
     rig.settle()
     rig.coordinator.recover()
-    assert [ages(state) for state in STANDINGS] == [[0, 0, 0]] * len(STANDINGS)
+    assert [ages(state) for state in IN_DOUBT_STATES] == [[0, 0, 0]] * len(IN_DOUBT_STATES)
     assert not_ended("PREPARING") == 0
 
 
