@@ -1,9 +1,9 @@
-"""Settings: environment variables ``SEGSVC_*``, read once at the edge of each process and passed inwards.
+"""Settings: environment variables ``SEGSVC_*``, read once at the start of each process and passed as arguments.
 
-Sources, strongest first: the environment; the file named by ``SEGSVC_ENV_FILE`` (``build/stack/stack.env`` unless
-set: what the local launcher writes, so that every command finds a running local stack); the defaults below.
-A secret may be given as a file instead: ``SEGSVC_SECRETS_DIR`` names a folder with one file a setting, called as
-the variable in lower case (``segsvc_catalog_dsn``), as container platforms mount them.
+Sources, strongest first: the environment; the file named by ``SEGSVC_ENV_FILE``; the defaults below. Without that
+variable the file is ``build/stack/stack.env``, which the local launcher writes, so every command finds a running local
+stack. A secret may be given as a file instead: ``SEGSVC_SECRETS_DIR`` names a folder with one file per setting. The
+file has the name of the variable in lower case (``segsvc_catalog_dsn``), as container platforms mount secrets.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 DEFAULT_ENV_FILE = Path("build/stack/stack.env")
 
 BESIDE_THE_SETTINGS: Final = {
-    "SEGSVC_ENV_FILE": "File with settings, weaker than the environment; empty: none. Absent: the local stack's.",
-    "SEGSVC_SECRETS_DIR": "Folder with a file for each secret, named like its variable in lower case; absent: none.",
-    "SEGSVC_COMMIT": "Commit that this was built from, for the metric segsvc_build_info; absent: not known.",
-    "SEGSVC_REQUIRE_REAL_KAFKA": "1: the local stack refuses to start on the stand-in for Kafka. Also for the tests.",
+    "SEGSVC_ENV_FILE": "File with settings; the environment overrides it. Empty: none. Absent: the local stack's file.",
+    "SEGSVC_SECRETS_DIR": "Folder with one file per secret, named as the variable in lower case; absent: none.",
+    "SEGSVC_COMMIT": "Commit of this build, for the metric segsvc_build_info; absent: not known.",
+    "SEGSVC_REQUIRE_REAL_KAFKA": "1: the local stack refuses to start with the stand-in for Kafka. Tests use it, too.",
 }
-"""Variables that are read before there are settings, or without them: name -> what it is."""
+"""Variables that are read before the settings, or without them: name -> description."""
 
 TTL_MAX_S: Final = 100 * 365 * 86_400
-"""A hundred years. What is longer than all servers can count with is a mistake."""
+"""A hundred years. A longer time is a mistake, and some server could not represent it."""
 
 Seconds = Annotated[float, Field(ge=0.001, le=2_000_000)]
-"""A time to wait: at most what PostgreSQL takes for one, in milliseconds of 32 bits."""
+"""A time to wait. The maximum is what PostgreSQL accepts: milliseconds in 32 bits."""
 
 LOCAL_STACK_MARKER: Final = "SEGSVC_LOCAL_STACK"
-"""Variable of every process of a local stack, with its folder: no setting, but a mark to know them by."""
+"""Variable in the environment of every process of a local stack, with the stack's folder. It is not a setting; it marks
+the processes, so that they can be found."""
 
 _CLUSTER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-# Up to the last @, since a password may hold one: rather too much is hidden than too little.
+# Up to the last @, because a password may contain one: hiding too much is better than hiding too little.
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):(.*)@", re.DOTALL)
-# What stands before the database's name and the options, up to the port.
+# The part before the database's name and the options, up to the port.
 _DSN_HOST = re.compile(r"[^:]+://(?:.*@)?(?:\[[^\]]*\]|[^:/?@]*)(?::[0-9]*)?(?:[/?]|$)", re.DOTALL)
 _KEYWORD_PASSWORD = re.compile(r"(?i)(password=)[^&\s]+")
 
-
-# What container platforms put into the environment for a service of our name, as …_PORT_50051_TCP_ADDR.
+# Variables that container platforms set for a service named segsvc, such as …_PORT_50051_TCP_ADDR.
 _OF_A_PLATFORM = re.compile(
     r"SEGSVC_(?:.+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_.+)?|PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_.+)?)"
 )
@@ -59,33 +59,33 @@ def mask(value: str) -> str:
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. Names of quantities end in their unit."""
+    """All settings. Names of quantities end in their unit."""
 
     model_config = SettingsConfigDict(env_prefix="SEGSVC_", extra="ignore", frozen=True, allow_inf_nan=False)
 
     # -- where things are -------------------------------------------------------------------------------------------
     cluster: str = Field(
-        "local", description="Name of this installation: part of every prepared transaction's id, never changed."
+        "local", description="Name of this installation. Part of every prepared transaction's id, so never change it."
     )
     catalog_dsn: str = Field(
         "postgresql+psycopg2://localhost/segsvc_catalog", description="Catalog database (segments, ledger)."
     )
     shard_dsns: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Shard databases in order, separated by spaces; their number is fixed for ever."
+        (), description="Shard databases in order, separated by spaces; their number can never change."
     )
     cache_url: str = Field("redis://localhost:6380/0", description="Redis for membership entries, and nothing else.")
     broker_url: str = Field("redis://localhost:6379/0", description="Redis for Celery: messages and results.")
     kafka_bootstrap_servers: str = Field("localhost:9092", description="Comma-separated host:port of Kafka brokers.")
     kafka_stand_in: bool = Field(
-        False, description="The brokers are librdkafka's in-memory stand-in (demo without Java only)."
+        False, description="The brokers are librdkafka's in-memory stand-in (only for a demo without Java)."
     )
     kafka_group: str = Field("segsvc", description="Consumer group of the bridge.")
-    kafka_topic_prefix: str = Field("", description="Put before the name of every topic, for brokers that are shared.")
+    kafka_topic_prefix: str = Field("", description="Prefix of the names of all topics, for shared brokers.")
 
     # -- the front --------------------------------------------------------------------------------------------------
     grpc_address: str = Field("127.0.0.1:50051", description="host:port the gRPC front listens on.")
     grpc_front: Literal["native", "grpcio"] = Field(
-        "native", description="native: hot lane in Rust, grpcio behind it; grpcio: all by grpcio (TLS possible)."
+        "native", description="native: hot lane in Rust, grpcio behind it; grpcio: grpcio serves all (TLS possible)."
     )
     grpc_tls_cert: Path | None = Field(None, description="PEM certificate chain; only with SEGSVC_GRPC_FRONT=grpcio.")
     grpc_tls_key: Path | None = Field(None, description="PEM private key; only with SEGSVC_GRPC_FRONT=grpcio.")
@@ -97,29 +97,31 @@ class Settings(BaseSettings):
     front_memory_max_bytes: int = Field(
         512 << 20,
         ge=256 << 20,
-        description="Memory of a front process beyond which it cuts off whoever sends much; at twice this it ends.",
+        description="Memory of a front process above which it cuts off clients that send much; at twice this it ends.",
     )
     cold_reads_max: int = Field(
-        4096, ge=1, le=65536, description="Users that may wait for one shard's cold read at once; more: OVERLOADED."
+        4096, ge=1, le=65536, description="Users that may wait at once for cold reads of one shard; more: OVERLOADED."
     )
-    cold_read_threads: int = Field(2, ge=1, le=16, description="Concurrent cold-read statements a shard and process.")
+    cold_read_threads: int = Field(2, ge=1, le=16, description="Concurrent cold-read statements per shard and process.")
 
     # -- calling the front: the command line ------------------------------------------------------------------------
     client_timeout_s: Seconds = Field(
-        30.0, description="How long the command line waits for an answer of the front; also its option --timeout."
+        30.0, description="How long the command line waits for an answer of the front; also the option --timeout."
     )
     client_tls: bool | None = Field(
-        None, description="Call the front with TLS; absent: if SEGSVC_GRPC_TLS_CERT is set. For a proxy that ends TLS."
+        None,
+        description="Call the front with TLS, e.g. if a proxy ends TLS; absent: only if SEGSVC_GRPC_TLS_CERT is set.",
     )
     client_tls_ca: Path | None = Field(
-        None, description="PEM of the authorities to trust; absent: SEGSVC_GRPC_TLS_CERT, else those that gRPC knows."
+        None,
+        description="PEM of the authorities to trust; absent: SEGSVC_GRPC_TLS_CERT, else gRPC's default authorities.",
     )
     client_tls_cert: Path | None = Field(
-        None, description="PEM certificate chain of the client, where one is asked for."
+        None, description="PEM certificate chain of the client, if the front asks for one."
     )
     client_tls_key: Path | None = Field(None, description="PEM private key of the client, without a password.")
     client_tls_name: str = Field("", description="Name in the front's certificate; empty: the host of its address.")
-    client_http_proxy: bool = Field(False, description="Call the front by the proxy that http_proxy names.")
+    client_http_proxy: bool = Field(False, description="Call the front through the proxy that http_proxy names.")
 
     # -- the queue of operations ------------------------------------------------------------------------------------
     queued_operations_max: int = Field(
@@ -131,17 +133,21 @@ class Settings(BaseSettings):
 
     # -- how long things may take -----------------------------------------------------------------------------------
     operation_deadline_s: float = Field(
-        120.0, gt=0, le=3600, description="Not decided this long after its start: aborted."
+        120.0, gt=0, le=3600, description="An operation not decided this long after its start is aborted."
     )
-    redispatch_quiet_s: Seconds = Field(3.0, description="PREPARING and quiet this long: a fresh chord.")
-    recovery_interval_s: Seconds = Field(2.0, description="How often recovery and each front look.")
-    warm_interval_s: Seconds = Field(3.0, description="How often beat runs the warmer.")
-    statement_timeout_s: Seconds = Field(30.0, description="Bound of one SQL statement of an operation.")
-    read_timeout_s: Seconds = Field(2.0, description="Bound of one SQL statement of a read.")
-    connect_timeout_s: int = Field(2, ge=1, le=3600, description="Bound of connecting to PostgreSQL.")
+    redispatch_quiet_s: Seconds = Field(
+        3.0, description="An operation PREPARING without progress for this long gets a new chord."
+    )
+    recovery_interval_s: Seconds = Field(
+        2.0, description="Interval of recovery, and of each front's check of operation deadlines."
+    )
+    warm_interval_s: Seconds = Field(3.0, description="Interval at which beat runs the warmer.")
+    statement_timeout_s: Seconds = Field(30.0, description="Time limit of one SQL statement of an operation.")
+    read_timeout_s: Seconds = Field(2.0, description="Time limit of one SQL statement of a read.")
+    connect_timeout_s: int = Field(2, ge=1, le=3600, description="Time limit of connecting to PostgreSQL.")
     lock_timeout_s: float = Field(2.0, ge=0.001, le=2, description="Longest wait for a shard's lock before a requeue.")
-    cache_timeout_s: Seconds = Field(0.5, description="Bound of one exchange with the cache.")
-    cache_ttl_s: int = Field(86_400, ge=60, le=TTL_MAX_S, description="Life of a cache entry (with jitter).")
+    cache_timeout_s: Seconds = Field(0.5, description="Time limit of one exchange with the cache.")
+    cache_ttl_s: int = Field(86_400, ge=60, le=TTL_MAX_S, description="Lifetime of a cache entry (with jitter).")
     cache_warm_budget_bytes: int = Field(
         8 << 30,
         ge=0,
@@ -149,13 +155,13 @@ class Settings(BaseSettings):
         description="The warmer stops when the cache uses more memory than this. 0 = never warm.",
     )
     request_id_ttl_s: int = Field(
-        7 * 86_400, ge=60, le=TTL_MAX_S, description="How long an answer is kept for its request_id."
+        7 * 86_400, ge=60, le=TTL_MAX_S, description="How long the answer to a request_id is kept."
     )
     tombstone_ttl_s: int = Field(
         30 * 86_400,
         ge=60,
         le=TTL_MAX_S,
-        description="How long deleted users are remembered; longer than the topics' retention.",
+        description="How long deleted users are remembered; must exceed the topics' retention.",
     )
     fence_ttl_s: int = Field(
         30 * 86_400, ge=3600, le=TTL_MAX_S, description="How long applied operations are remembered."
@@ -163,15 +169,20 @@ class Settings(BaseSettings):
 
     # -- what rules may cost ----------------------------------------------------------------------------------------
     condition_cost_max_us: float = Field(
-        30.0, gt=0, le=1e6, description="Microseconds that a rule's condition may cost a user; more is refused."
+        30.0, gt=0, le=1e6, description="Microseconds that a rule's condition may cost per user; more is refused."
     )
     conditions_cost_max_us: float = Field(
-        100.0, gt=0, le=1e6, description="Microseconds that the conditions of all live rules may cost a user together."
+        100.0,
+        gt=0,
+        le=1e6,
+        description="Microseconds that the conditions of all live rules together may cost per user.",
     )
 
     # -- events -----------------------------------------------------------------------------------------------------
     event_batch_max: int = Field(5000, ge=1, le=10_000, description="Events in one batch task.")
-    event_batches_in_flight_max: int = Field(8, ge=1, le=256, description="Batch tasks the bridge waits for at once.")
+    event_batches_in_flight_max: int = Field(
+        8, ge=1, le=256, description="Number of batch tasks that the bridge waits for at once."
+    )
 
     # -- processes --------------------------------------------------------------------------------------------------
     operation_worker_processes: int = Field(4, ge=1, le=64, description="Processes of the operations worker.")
@@ -191,16 +202,20 @@ class Settings(BaseSettings):
     flower_address: str = Field("127.0.0.1:5555", description="host:port of Flower.")
     flower_user: str = Field("segsvc", description="User name of Flower's basic authentication.")
     flower_password: str = Field("", description="Password of Flower; empty: Flower refuses to start.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Lowest level that is logged.")
     log_format: Literal["json", "console"] = Field("json", description="json for machines, console for people.")
-    failpoint_dir: Path | None = Field(None, description="Folder that arms failpoints; tests and demo only.")
-    stack_dir: Path = Field(Path("build/stack"), description="Where the local launcher keeps servers' data and logs.")
-    flower_db: Path | None = Field(None, description="File where Flower keeps its history; absent: in memory.")
+    failpoint_dir: Path | None = Field(
+        None, description="Folder whose files arm failpoints; for tests and the demo only."
+    )
+    stack_dir: Path = Field(
+        Path("build/stack"), description="Folder for the data and logs of the local launcher's servers."
+    )
+    flower_db: Path | None = Field(None, description="File for Flower's history; absent: in memory.")
 
     @field_validator("*", mode="before")
     @classmethod
     def _utf_8(cls, value: Any) -> Any:
-        """Bytes of another encoding could be sent to no server."""
+        """Text in another encoding could not be sent to any server."""
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("must be UTF-8")
         return value
@@ -276,7 +291,7 @@ class Settings(BaseSettings):
     )  # fmt: skip
     @classmethod
     def _absent(cls, value: Any) -> Any:
-        """Where a file or a choice may be absent, an empty variable is: a path of no letters would be a folder."""
+        """Where a file or a choice may be absent, an empty variable is absent: an empty path would be a folder."""
         return None if value == "" else value
 
     @model_validator(mode="after")
@@ -294,7 +309,7 @@ class Settings(BaseSettings):
         return len(self.shard_dsns)
 
     def masked(self) -> dict[str, Any]:
-        """All settings, and what stands beside them, as JSON values under their variables' names; passwords hidden."""
+        """All settings and BESIDE_THE_SETTINGS, as JSON values by the names of their variables; passwords hidden."""
         shown: dict[str, Any] = {}
         for name, value in self.model_dump(mode="json").items():
             if name == "flower_password":
@@ -310,21 +325,22 @@ class Settings(BaseSettings):
 
 
 def descriptions() -> dict[str, str]:
-    """Every variable there is, by name: what it is. As many as ``Settings.masked`` shows."""
+    """Description of every variable, by name; the same variables as in ``Settings.masked``."""
     fields = Settings.model_fields.items()
     return {f"SEGSVC_{name.upper()}": field.description or "" for name, field in fields} | BESIDE_THE_SETTINGS
 
 
 def unknown_settings() -> dict[str, str | None]:
-    """What is named like a setting and is none, in the environment, the file or the secrets -> the nearest setting.
+    """Names in the environment, the file or the secrets that look like a setting and are none -> the nearest setting.
 
-    To be called when the settings could be loaded.
+    Call it after the settings were loaded without an error.
     """
     names = {secret.name for secret in _secrets()}
     names |= {name for name, value in os.environ.items() if not _PLATFORM_URL.match(value)}
     env_file = _env_file()
     if env_file and Path(env_file).is_file():
         names |= dotenv_values(env_file).keys()
+
     known = descriptions()
     unknown = {
         name
@@ -333,6 +349,7 @@ def unknown_settings() -> dict[str, str | None]:
         and name not in {*known, LOCAL_STACK_MARKER}
         and not _OF_A_PLATFORM.fullmatch(name)
     }
+
     bare = {name.removeprefix("SEGSVC_"): name for name in known}
     nearest = {name: get_close_matches(name.removeprefix("SEGSVC_"), bare, n=1) for name in sorted(unknown)}
     return {name: bare[found[0]] if found else None for name, found in nearest.items()}
@@ -348,18 +365,18 @@ def _secrets() -> list[Path]:
 
 
 def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and int(text) <= 65535  # the largest there is
+    return text.isascii() and text.isdecimal() and int(text) <= 65535  # the largest port
 
 
 def load_settings(**overrides: Any) -> Settings:
     """Read the settings of this process.
 
     Args:
-        overrides: settings by field name, stronger than the environment (tests, command line).
+        overrides: settings by field name; they override the environment (for tests and the command line).
 
     Raises:
         pydantic.ValidationError: a value is missing or out of range; the message names the setting.
-        SettingsError: there is no folder of secrets.
+        SettingsError: the folder of secrets does not exist.
         OSError, UnicodeDecodeError: a file of settings cannot be read.
     """
     secrets_dir = os.environ.get("SEGSVC_SECRETS_DIR")

@@ -1,14 +1,15 @@
-"""Named points at which a test or the demo stops, kills or fails a process, to prove what survives it.
+"""Named points at which a test or the demo stops, kills or fails a process, to prove that the service survives it.
 
-Disarmed (no ``SEGSVC_FAILPOINT_DIR``), reaching a point costs one attribute look-up. Armed, a file of the point's
-name in that folder holds the action:
+Without ``SEGSVC_FAILPOINT_DIR``, reaching a point costs one attribute look-up. With it, a file with the point's name
+in that folder contains the action:
 
-    hold            wait until the file is gone or says something else, and do that
+    hold            wait until the file is gone or contains another action, and do that
     kill            SIGKILL this process
     fail            raise FailpointError
 
-followed, if wanted, by `` key=value`` words that must match where it is reached (``hold shard=2``). Every time an
-action fires, ``<point>.fired`` in the same folder gets a line with the process id and where.
+An action may be followed by `` key=value`` words, which must match the place where the point is reached (``hold
+shard=2``). Every time an action fires, ``<point>.fired`` in the same folder gets a line with the process id and the
+place.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Protocol
 
 
 class FailpointError(Exception):
-    """Raised where a test asked for a failure."""
+    """The failure that a test asked for."""
 
 
 class CrashPoints(Protocol):
-    """What the protocol calls at each of its points; a simulation brings its own."""
+    """The port that the protocol calls at each of its points; a simulation has its own implementation."""
 
     def reach(self, point: str, **where: object) -> None: ...
 
@@ -46,17 +47,19 @@ class Failpoints:
         self._folder = folder
 
     def reach(self, point: str, **where: object) -> None:
-        """Do what the file of this point says, if there is one and its words match.
+        """Execute the action in the file of this point, if the file exists and its words match.
 
         Raises:
             FailpointError: the file says ``fail``.
         """
         here = {f"{key}={value}" for key, value in where.items()}
+
         action = self._noted_action(point, here)
         if action == "hold":
             while self._action(point, here) == "hold":
                 time.sleep(self._POLL_S)
             action = self._noted_action(point, here)
+
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if action == "fail":
@@ -82,5 +85,5 @@ class Failpoints:
 
 
 def failpoints(folder: Path | None) -> CrashPoints:
-    """The points of this process: armed by ``folder``, or none."""
+    """The points of this process: armed by the files in ``folder``, or without effect if it is None."""
     return Failpoints(folder) if folder else NoFailpoints()

@@ -1,4 +1,4 @@
-"""Structured logging to standard error, one line an event; the standard library's loggers go the same way."""
+"""Structured logging to standard error, one line per event, also for the standard library's loggers."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ def configure_logging(level: str, form: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
+
     renderer: structlog.typing.Processor
     if form == "json":
         shared.append(structlog.processors.format_exc_info)
         renderer = structlog.processors.JSONRenderer()
     else:
-        # Plain tracebacks: the pretty ones show local variables, which may be secrets or somebody's attributes.
+        # Plain tracebacks: the pretty ones show local variables, which may be secrets or a user's attributes.
         renderer = structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
+
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level)),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
+
     handler = logging.StreamHandler(sys.stderr.beneath if isinstance(sys.stderr, LineStream) else sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -51,23 +54,24 @@ def configure_logging(level: str, form: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
+
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger of a module. Bind what identifies the work (operation, shard), never secrets or attributes."""
+    """The logger of a module. Bind values that identify the work (operation, shard), never secrets or attributes."""
     return cast(structlog.stdlib.BoundLogger, structlog.get_logger(name))
 
 
 class LineStream(io.TextIOBase):
-    """In place of a standard stream: each line that somebody prints becomes one JSON object.
+    """Replaces a standard stream: each printed line becomes one JSON object.
 
-    It does not go through logging, which prints here itself when a handler fails.
+    The lines do not go through logging, because logging prints here itself when a handler fails.
 
     Args:
-        beneath: standard error as it was.
+        beneath: the original standard error.
         name: ``stdout`` or ``stderr``.
     """
 
@@ -78,29 +82,30 @@ class LineStream(io.TextIOBase):
         self._lock = threading.RLock()
 
     def writable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def fileno(self) -> int:
-        """None, of which Celery asks whether it may write past the stream; to others it is no number, as they expect
-        of a stream without one."""
+        """None. Celery checks this value to see whether it may write past the stream. Other callers take None as they
+        take any stream without a number."""
         return cast(int, None)
 
     def write(self, text: str) -> int:
-        """Write the lines that are whole; the rest of the last one waits for its end."""
+        """Write the complete lines. The start of an incomplete last line is kept until its end comes."""
         with self._lock:
             *lines, self._rest = (self._rest + text).split("\n")
             for line in lines:
-                self._say(line)
+                self._write_line(line)
         return len(text)
 
     def flush(self) -> None:
-        """Lines are written when they end."""
+        """Flush the stream beneath. An incomplete line is not written before its end comes."""
         self.beneath.flush()
 
-    def _say(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         if not line.strip():
             return
+
         event = {
             "event": "output",
             "text": line,
@@ -108,15 +113,16 @@ class LineStream(io.TextIOBase):
             "level": "info" if self._name == "stdout" else "warning",
             "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
         }
+
         self.beneath.write(json.dumps(event) + "\n")
         self.beneath.flush()
 
 
 def take_over_output() -> None:
-    """Let everything that this process says be JSON, one object a line: what libraries print, warnings, and exceptions
-    that nobody caught. Only the interpreter's own last words (``faulthandler``) are not.
+    """Make all output of this process JSON, one object per line: prints of libraries, warnings, uncaught exceptions.
+    The only exception is the interpreter's crash report (``faulthandler``).
 
-    For a process that is ours alone; after ``configure_logging``.
+    For processes of segsvc only, not for a process that imports it. Call it after ``configure_logging``.
     """
     beneath = sys.stderr.beneath if isinstance(sys.stderr, LineStream) else sys.stderr
     sys.stdout = sys.__stdout__ = LineStream(beneath, "stdout")  # type: ignore[misc, assignment]
@@ -142,11 +148,11 @@ def take_over_output() -> None:
 
 
 class Demote(logging.Filter):
-    """Lets what happens every few seconds be seen at DEBUG alone, where it went well.
+    """Lowers INFO records of periodic work to DEBUG, so that work of every few seconds does not fill the log.
 
     Args:
-        about: what a record is about; None: nothing that may be demoted.
-        names: what is periodic, or how it begins.
+        about: the name of the work that a record is about; None: a record that keeps its level.
+        names: names of periodic work, or prefixes of them.
     """
 
     def __init__(self, about: Callable[[logging.LogRecord], Any], names: Collection[str]) -> None:
@@ -158,5 +164,6 @@ class Demote(logging.Filter):
         """Whether the record is written."""
         if record.levelno != logging.INFO or not str(self._about(record) or "").startswith(self._names):
             return True
+
         record.levelno, record.levelname = logging.DEBUG, "DEBUG"
         return logging.getLogger().isEnabledFor(logging.DEBUG)

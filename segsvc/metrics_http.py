@@ -1,8 +1,8 @@
-"""Metrics over HTTP: of this process alone, or of a worker and all that it forks, added up; and beside them, at
-``/health``, whether the process does what it is there for.
+"""Metrics over HTTP: of this process alone, or the sum of a worker and all processes that it forks. Beside them,
+``/health`` says whether the process does its work.
 
-The latter is prometheus_client's multiprocess mode: every process keeps its values in files of one folder. Where values
-live is decided when ``prometheus_client`` is imported, so the variable ``PROMETHEUS_MULTIPROC_DIR`` is set before.
+The sum uses prometheus_client's multiprocess mode: every process keeps its values in files of one folder. The library
+decides where values are kept when it is imported, so the variable ``PROMETHEUS_MULTIPROC_DIR`` must be set before.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ if TYPE_CHECKING:
 
 _LIVE_GAUGES = re.compile(r"gauge_live[a-z]*_(\d+)\.db")
 
-
-_SETTLED_WITHIN_S = 2.0
-_LOOK_AGAIN_S = 0.02
+_RETRY_FOR_S = 2.0
+_RETRY_AFTER_S = 0.02
 
 
 class MetricsAddressError(Exception):
-    """An address is in use, or not this machine's. The text names it."""
+    """The address is in use, or belongs to another machine. The text names it."""
 
 
 Health = Callable[[], str | None]
-"""What is wrong with this process, in words; None: nothing."""
+"""Returns what is wrong with this process, as a text; None: nothing is wrong."""
 
 
 @contextmanager
@@ -47,26 +46,30 @@ def serving(address: str, registry: CollectorRegistry | None = None, *, health: 
 
     Args:
         address: host:port; an empty one serves nothing.
-        registry: what to serve; None: what this process declared.
-        health: asked for ``/health``, which answers 200 if it finds nothing wrong, else 503 and what it says. None:
-            there is no ``/health``.
+        registry: the metrics to serve; None: the ones that this process declared.
+        health: called for ``/health``, which answers 200 if nothing is wrong, else 503 with the text. None: there is no
+            ``/health``.
 
     Raises:
-        MetricsAddressError: nothing can listen there.
+        MetricsAddressError: the server cannot listen on the address.
     """
     if not address:
         yield
         return
+
     host, _, port = address.rpartition(":")
     try:
         server, thread = start_http_server(int(port), host.strip("[]"), registry or REGISTRY)
     except OSError as error:
         raise MetricsAddressError(f"metrics on {address}: {error.strerror or error}") from error
+
     metrics_app = server.get_app()
     if health is not None and metrics_app is not None:
         server.set_app(_with_health(metrics_app, health))
-    # A child that outlives its parent must not keep the port; closing its copy leaves the parent's alone.
+
+    # A child that outlives its parent must not keep the port. Closing the child's copy does not affect the parent's.
     os.register_at_fork(after_in_child=server.socket.close)
+
     try:
         yield
     finally:
@@ -78,12 +81,12 @@ def serving(address: str, registry: CollectorRegistry | None = None, *, health: 
 def of_role(
     role: str, registry: CollectorRegistry | None = None, complete: Callable[[Metric], None] = lambda family: None
 ) -> CollectorRegistry:
-    """What a process of this role serves, of what is known to it.
+    """The metrics that a process of this role serves.
 
     Args:
         role: one of ``metrics.ROLES``.
-        registry: where values are; None: those of this process.
-        complete: adds to a family what is counted elsewhere.
+        registry: source of the values; None: the registry of this process.
+        complete: adds to a family the values that are counted elsewhere.
     """
     metrics.build_info.labels(role, segsvc.__version__, os.environ.get("SEGSVC_COMMIT", "")).set(1)
     served = CollectorRegistry()
@@ -92,7 +95,7 @@ def of_role(
 
 
 class _OfRole(Collector):
-    """Leaves out what other processes measure."""
+    """Leaves out the metrics that only other processes measure."""
 
     def __init__(self, role: str, registry: CollectorRegistry, complete: Callable[[Metric], None]) -> None:
         self._role = role
@@ -100,11 +103,11 @@ class _OfRole(Collector):
         self._complete = complete
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: a registry would ask for all values to learn the names."""
+        """Nothing. Without this, a registry would collect all values to learn the names."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """What is served."""
+        """The served families."""
         for family in self._registry.collect():
             if metrics.is_served(family.name, self._role):
                 self._complete(family)
@@ -112,11 +115,12 @@ class _OfRole(Collector):
 
 
 def _with_health(metrics_app: WSGIApplication, health: Health) -> WSGIApplication:
-    """Answers ``/health`` itself and hands on everything else."""
+    """An app that answers ``/health`` and passes all other requests to ``metrics_app``."""
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environ.get("PATH_INFO") != "/health":
             return metrics_app(environ, start_response)
+
         complaint = health()
         status = "200 OK" if complaint is None else "503 Service Unavailable"
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
@@ -139,28 +143,29 @@ def all_processes(folder: Path) -> CollectorRegistry:
 
 
 class _AllProcesses(MultiProcessCollector):
-    """Forgets the live gauges of processes that have ended, whatever ended them, before it adds the others up."""
+    """Removes the live gauges of processes that have ended, whatever ended them, before it sums up the rest."""
 
     def __init__(self, registry: CollectorRegistry, folder: Path) -> None:
         self._folder = folder
         super().__init__(registry, str(folder))  # type: ignore[no-untyped-call]
 
     def collect(self) -> Iterable[Metric]:
-        """What is served. Counters of processes that have ended stay in: a sum must not shrink."""
-        give_up = time.monotonic() + _SETTLED_WITHIN_S
+        """The served families. Counters of ended processes stay included: a sum must not shrink."""
+        give_up = time.monotonic() + _RETRY_FOR_S
         while True:
             try:
                 return self._add_up()
             except (FileNotFoundError, struct.error, ValueError):
-                # A process has just made its file and not written its head, or has just ended: a moment's matter.
+                # A process has just created its file without its header, or has just ended. Both pass within moments.
                 if time.monotonic() > give_up:
                     raise
-                time.sleep(_LOOK_AGAIN_S)
+                time.sleep(_RETRY_AFTER_S)
 
     def _add_up(self) -> Iterable[Metric]:
         for file in self._folder.iterdir():
             found = _LIVE_GAUGES.fullmatch(file.name)
             if found and not Path(f"/proc/{found[1]}").exists():
                 mark_process_dead(int(found[1]), str(self._folder))  # type: ignore[no-untyped-call]
+
         merged: Iterable[Metric] = super().collect()  # type: ignore[no-untyped-call]
         return merged

@@ -1,4 +1,4 @@
-"""Conditions of rules: CEL, read and judged by its official runtime; ``tree`` is what SQL is made from."""
+"""Conditions of rules: CEL, parsed and evaluated by its official runtime. SQL is built from ``tree``."""
 
 from segsvc.conditions.condition import Condition, parse_condition
 

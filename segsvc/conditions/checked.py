@@ -1,7 +1,7 @@
-"""The runtime's checked expression (``cel.expr.CheckedExpr``), as far as it is needed to build the tree.
+"""The runtime's checked expression (``cel.expr.CheckedExpr``), as far as the tree needs it.
 
-The message is described here, field numbers as published in cel-spec's checked.proto and syntax.proto: the runtime's
-wheel ships no Python classes for it.
+The messages are described here, because the runtime's wheel has no Python classes for them. The field numbers are
+those of cel-spec's checked.proto and syntax.proto.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SCALARS: Final = {
     "int32": _F.TYPE_INT32,
 }
 _PACKAGE: Final = "segsvc.conditions.checked"
-# message → (name, type, number). Before a type: "*" repeated, "?" one of several, so that its presence shows.
+# message → (name, type, number). Before a type: "*" repeated, "?" member of a oneof, so that its presence is known.
 _MESSAGES: Final = {
     "Checked": (("expr", "Expr", 4), ("source", "Source", 5)),
     "Source": (("positions", "*Position", 4),),
@@ -61,6 +61,7 @@ def _describe() -> descriptor_pb2.FileDescriptorProto:
         one_of = [name for name, kind, _ in fields if kind.startswith("?")]
         if one_of:
             described.oneof_decl.add(name="kind")
+
         for name, kind, number in fields:
             bare = kind.lstrip("*?")
             field = described.field.add(name=name, number=number)
@@ -70,6 +71,7 @@ def _describe() -> descriptor_pb2.FileDescriptorProto:
                 field.type_name = f".{_PACKAGE}.{bare}"
             if name in one_of:
                 field.oneof_index = 0
+
     return file
 
 
@@ -90,8 +92,8 @@ _ALLOWED: Final = (
 
 
 class NotInSubset(Exception):
-    """Valid CEL that has no equal in SQL, or has too long a list. ``position``: of the offending node, in characters
-    from the start."""
+    """Valid CEL with no equivalent in SQL, or with too long a list. ``position``: offset of the offending node, in
+    characters."""
 
     def __init__(self, what: str, position: int) -> None:
         super().__init__(what)
@@ -103,7 +105,7 @@ def to_tree(serialized: bytes) -> tree.Node:
     """The tree of a checked expression, as the runtime serialises it.
 
     Raises:
-        NotInSubset: it has something that conditions must not have.
+        NotInSubset: it contains something that conditions must not contain.
     """
     wrapped = any_pb2.Any.FromString(serialized)
     checked: Any = _Checked.FromString(wrapped.value)
@@ -160,12 +162,14 @@ class _Builder:
         call = expr.call
         function = call.function
         operands = [call.target, *call.args] if call.HasField("target") else list(call.args)
-        known = {"_&&_": 2, "_||_": 2, "!_": 1, "@in": 2, "size": 1, **dict.fromkeys((*_COMPARISONS, *_TESTS), 2)}
-        if known.get(function) != len(operands):
+        arity = {"_&&_": 2, "_||_": 2, "!_": 1, "@in": 2, "size": 1, **dict.fromkeys((*_COMPARISONS, *_TESTS), 2)}
+        if arity.get(function) != len(operands):
             raise self._refuse(f"{_spelled(function)} is not allowed", expr)
+
         if function == "@in" and _is_user(operands[1]) and operands[0].constant.WhichOneof("kind") == "string":
             # "name" in user: another way to write has(user.name).
             return tree.Has(self._name(operands[0].constant.string, operands[0]))
+
         built = [self.build(operand) for operand in operands]
         if function in _COMPARISONS:
             return tree.Compare(_COMPARISONS[function], *built)
@@ -181,7 +185,7 @@ def _is_user(expr: Any) -> bool:
 
 
 def _spelled(function: str) -> str:
-    """An operator as people write it."""
+    """An operator as authors of conditions write it."""
     return {"_?_:_": "?:", "_[_]": "[…]", "-_": "- before anything but a number"}.get(
         function, function.strip("_@")
     ) or function

@@ -1,6 +1,6 @@
-"""A condition: read once, with an exact refusal, then asked about users one by one; in bulk SQL answers.
+"""A condition: parsed once, with an exact refusal, then evaluated for single users. SQL evaluates it in bulk.
 
-The official runtime (package ``cel-expr-python``) reads, checks and evaluates: what it says is the meaning.
+The official runtime (package ``cel-expr-python``) parses, checks and evaluates: its result defines the meaning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from segsvc.domain.errors import FieldViolation, Reason, ServiceError
 from segsvc.domain.segment import CONDITION_BYTES_MAX
 
 DEPTH_MAX: Final = 32
-"""Levels of nesting; the runtime's parser holds conditions to it."""
+"""Levels of nesting; the runtime's parser enforces this limit."""
 _REASONS_SHOWN: Final = 3
 _VALUE_SHOWN: Final = 60
 _NODE_SHOWN: Final = 200
@@ -33,29 +33,29 @@ class Condition:
     """Made by ``parse_condition``.
 
     Attributes:
-        text: as it was given.
-        root: its tree.
+        text: the condition as it was given.
+        root: the root of its tree.
     """
 
     text: str
     root: tree.Node
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
-        """Whether it holds for a user; an error at the top, or anything but a bool, does not."""
+        """Whether the condition holds for a user. It does not if the whole is an error or any value but a bool."""
         return _holds(self.text, attributes)
 
     def explain(self, attributes: Mapping[str, Any]) -> str:
-        """Why it holds or does not, for people: the comparisons that decide, and what the user has."""
+        """Why the condition holds or does not, for people: the comparisons that decide, and the user's values."""
         if self.holds(attributes):
             return "the condition holds"
         return "; ".join(islice(_failures(self.root, attributes), _REASONS_SHOWN))
 
 
 def _failures(node: tree.Node, attributes: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps a node that is not true from being true."""
+    """The reasons why a node is not true."""
     match node:
         case tree.And(left, right):
-            # One is enough; the first is what people read first.
+            # One side is enough; people read the left one first.
             yield from _failures(left if not _holds(tree.render(left), attributes) else right, attributes)
         case tree.Or(left, right):
             yield from _failures(left, attributes)
@@ -75,11 +75,11 @@ def _holds(text: str, attributes: Mapping[str, Any]) -> bool:
 
 
 def _value(text: str, attributes: Mapping[str, Any]) -> Any:
-    """What the runtime says; an error is a text."""
+    """The runtime's result; an error is a text."""
     return _program(text).eval(data={"user": dict(attributes)}).value()
 
 
-# A program takes up to a hundred times as much memory as its text; only single users are asked about with it.
+# A program takes up to a hundred times as much memory as its text; it is used for single users only.
 @lru_cache(maxsize=256)
 def _program(text: str) -> Any:
     return _env.compile(text)
@@ -93,8 +93,9 @@ def _failure(node: tree.Node, attributes: Mapping[str, Any]) -> str:
         else f"user.{name} is absent"
         for name in names
     ]
+
     text = tree.render(node)
-    # Nothing is absent and it is an error: a value is of a type that this has no meaning for.
+    # No attribute is absent and the result is an error: a value has a type for which the node has no meaning.
     is_error = not isinstance(node, tree.Attribute) and isinstance(_value(text, attributes), str)
     said = "does not apply" if is_error and all(name in attributes for name in names) else "is not true"
     return f"{_shortened(text, _NODE_SHOWN)} {said}" + (f": {', '.join(found)}" if found else "")
@@ -110,10 +111,10 @@ def _as_node(value: Any) -> tree.Node:
 
 @lru_cache(maxsize=1024)  # a tree takes up to twenty times as much memory as its text
 def parse_condition(text: str, name: str = "rule.condition") -> Condition:
-    """Read a condition that is not empty.
+    """Parse a condition that is not empty.
 
     Args:
-        name: the field it came in, for the refusal.
+        name: the request's field with the condition, for the refusal.
 
     Raises:
         ServiceError: CONDITION_INVALID, with line and column.
@@ -123,24 +124,28 @@ def parse_condition(text: str, name: str = "rule.condition") -> Condition:
         raise _invalid(name, f"must be at most {CONDITION_BYTES_MAX} bytes, is {size}", 1, 1)
     if "\0" in text:
         raise _invalid(name, "must have U+0000 only as an escape", *_line_and_column(text, text.index("\0")))
+
     try:
         program = _env.compile(text)
     except TypeError:
         raise _invalid(name, "must not contain half of a surrogate pair", 1, 1) from None
     except RuntimeError as error:
         raise _from_runtime(name, str(error)) from None
+
     kind = program.return_type()
     if kind not in (cel.Type.BOOL, cel.Type.DYN):
         raise _invalid(name, f"must be a bool, is of type {str(kind).lower()}", 1, 1)
+
     try:
         root = checked.to_tree(program.serialize())
     except checked.NotInSubset as refusal:
         raise _invalid(name, refusal.what, *_line_and_column(text, refusal.position)) from None
+
     return Condition(text, root)
 
 
 def _line_and_column(text: str, position: int) -> tuple[int, int]:
-    """Both from 1, in characters."""
+    """Line and column, both counted from 1, in characters."""
     before = text[:position]
     return before.count("\n") + 1, position - (before.rfind("\n") + 1) + 1
 
@@ -149,7 +154,7 @@ def _from_runtime(name: str, message: str) -> ServiceError:
     found = _RUNTIME_ERROR.search(message)
     if found:
         return _invalid(name, found[3].removesuffix(" [INVALID_ARGUMENT]"), int(found[1]), int(found[2]))
-    # The parser counts the depth of what is written, then of what it has understood. Neither complaint has a place.
+    # The parser checks the depth of the text, then of the parsed expression. Neither message has a position.
     if "recursion limit" in message or "recursion depth" in message:
         return _invalid(name, f"must be nested at most {DEPTH_MAX} levels deep", 1, 1)
     return _invalid(name, "is not a CEL expression", 1, 1)

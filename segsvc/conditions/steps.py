@@ -1,7 +1,7 @@
-"""A condition taken apart at its ``&&`` and ``||``: what has to be evaluated for a user for whom no side decides early.
+"""A condition split at its ``&&`` and ``||``: all parts, which are evaluated for a user for whom no side decides early.
 
-A condition is as cheap as its first comparison while that decides for everybody: ``has(user.new) && …`` costs nothing
-until an event brings ``new``. So what a condition may cost is what its parts cost together.
+While the first comparison decides for all users, a condition is as cheap as that comparison: ``has(user.new) && …``
+costs nothing until an event brings ``new``. So the cost of a condition is the sum of the costs of its parts.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from segsvc.conditions import tree
 from segsvc.conditions.tree import Node
 
 _ANY = tree.Constant(True)
-"""In place of an ``&&`` or ``||`` within something else."""
+"""Replaces an ``&&`` or ``||`` inside another expression."""
 
 
 def steps(root: Node) -> list[Node]:
-    """Parts without ``&&`` and ``||``. Each of those operators has its operands among them."""
+    """The parts, none of which contains ``&&`` or ``||``. The operands of these operators are parts of their own."""
     found: list[Node] = []
     _add(root, found)
     return found

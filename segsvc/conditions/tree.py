@@ -1,4 +1,4 @@
-"""The syntax tree of a condition: the part of CEL that has an equal in SQL."""
+"""The syntax tree of a condition: the part of CEL that has an equivalent in SQL."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """``user.name``: an error where the user has none."""
+    """``user.name``: an error if the user does not have the attribute."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class ListOf:
-    """A list literal: an error if one of its items is."""
+    """A list literal: an error if one of its items is an error."""
 
     items: tuple[Node, ...]
 
@@ -39,7 +39,7 @@ class Has:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Code points of a string, items of a list; an error for anything else."""
+    """Number of code points of a string or of items of a list; an error for other types."""
 
     of: Node
 
@@ -85,16 +85,16 @@ Node = Constant | Attribute | ListOf | Has | Size | Compare | In | Test | Not | 
 
 
 _OR, _AND, _RELATION, _UNARY, _PRIMARY = range(5)
-"""How tightly things bind."""
+"""Precedence of the operators, from loose to tight."""
 
 
 def render(node: Node) -> str:
-    """The node as CEL, with no more parentheses than it needs: so it is nested no deeper than what was read."""
+    """The node as CEL text with as few parentheses as possible, so it is nested no deeper than the parsed text."""
     return _render(node)[0]
 
 
 def _render(node: Node) -> tuple[str, int]:
-    """The text, and how tightly it binds."""
+    """The text and its precedence."""
     match node:
         case Constant(value):
             return _literal(value), _PRIMARY
@@ -130,7 +130,7 @@ def _literal(value: Scalar) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
-    # A double too large for its type is infinite.
+    # A literal too large for a double is infinite.
     return {"inf": "1e400", "-inf": "-1e400"}.get(repr(value), repr(value))
 
 
