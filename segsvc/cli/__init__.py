@@ -1,5 +1,5 @@
-"""The command line: the topmost layer, so it may use everything else. Modules import what is heavy inside commands,
-so that ``segsvc --help`` and shell completion answer at once."""
+"""The command line: the topmost layer, so it may use everything else. Modules import heavy packages inside
+commands, so that ``segsvc --help`` and shell completion answer at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def main() -> None:
     from segsvc.cli import streams  # noqa: PLC0415
 
     streams.prepare()
-    # gRPC's own lines on standard error are no answers of ours, nor the JSON that a process writes.
+    # Suppress gRPC's own lines on standard error: they are neither a command's answer nor a log line in JSON.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from segsvc.cli.app import app  # noqa: PLC0415  # typer costs more than a mistake in the entry point should
+    from segsvc.cli.app import app  # noqa: PLC0415  # importing typer is slow: not before the streams are ready
 
     app(prog_name="segsvc")

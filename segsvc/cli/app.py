@@ -17,7 +17,7 @@ PANEL = "Administration"
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    # A traceback of ours is for a bug report; locals could hold secrets.
+    # A traceback is for a bug report, and typer's shows local variables, which could hold secrets.
     pretty_exceptions_enable=False,
     help="segsvc: which segments is this user in? Settings are environment variables SEGSVC_*; see `segsvc config`.",
 )

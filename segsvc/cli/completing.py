@@ -1,7 +1,7 @@
-"""What the shell is offered on the tab key beyond commands and options: what the running front knows.
+"""Shell completion beyond commands and options: segments and operations, as the running front knows them.
 
-Loads what is heavy only when a name is to be completed, and says nothing if there is nothing to say: whatever it
-printed would stand in the middle of a line that is being typed.
+Imports heavy packages only when a name is to be completed. Prints nothing, not even an error: it would appear in the
+middle of the line that is being typed.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ Answer = TypeVar("Answer")
 
 
 def segment_slugs(incomplete: str) -> list[str]:
-    """Slugs of segments that begin like this."""
-    return [slug for slug in _asked(_slugs) if slug.startswith(incomplete)]
+    """Slugs of segments with this beginning."""
+    return [slug for slug in _ask_front(_slugs) if slug.startswith(incomplete)]
 
 
 def operation_names(incomplete: str) -> list[tuple[str, str]]:
-    """The newest operations that begin like this, and what each of them does."""
+    """The newest operations with this beginning, and what each of them does."""
     prefix = "operations/" if incomplete.startswith("operations/") else ""
-    found = ((prefix + name, title) for name, title in _asked(_operations))
+    found = ((prefix + name, title) for name, title in _ask_front(_operations))
     return [(name, title) for name, title in found if name.startswith(incomplete)]
 
 
-def _asked(question: Callable[[Front], list[Answer]]) -> list[Answer]:
+def _ask_front(question: Callable[[Front], list[Answer]]) -> list[Answer]:
     from segsvc.cli.front import connected  # noqa: PLC0415
     from segsvc.config import load_settings  # noqa: PLC0415
 
     try:
         with connected(load_settings()) as front:
             return question(front)
-    except Exception as error:  # noqa: BLE001  # the command itself will say what is wrong, when it is run
+    except Exception as error:  # noqa: BLE001  # the command itself reports it, when it is run
         del error
         return []
 

@@ -1,4 +1,4 @@
-"""Exporting the members of a segment: a stream that goes on by itself after a cut."""
+"""Export the members of a segment: a stream that resumes by itself after a broken connection."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from segsvc.cli.base import Refusal, bar, complain
 from segsvc.cli.front import Front, connected
 from segsvc.config import Settings
 
-_CUTS_MAX: Final = 3
-"""Cuts in a row, nothing received between them, before an export gives up."""
+_FAILURES_MAX: Final = 3
+"""Broken connections in a row, without a page received between them, before an export gives up."""
 
-_HOPELESS: Final = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
-"""Refusals after which going on from the same place would be refused again."""
+_FINAL_CODES: Final = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+"""Status codes after which resuming from the same place would be refused again."""
 
 
 @dataclass(slots=True)
 class Export:
-    """Where an export goes, and how far it is.
+    """Where an export goes, and how far it has come.
 
     Attributes:
         output: the file; None: standard output.
-        token: the place to go on from: everything before it has been written. Empty: the beginning.
+        token: where to resume: everything before it has been written. Empty: the beginning.
     """
 
     slug: str
@@ -40,28 +40,29 @@ class Export:
     token: str
     json_output: bool
     _whole: int = field(default=0, init=False)
-    """Bytes of the file that are whole pages, or were there before."""
+    """Bytes of the file that are whole pages, or were there before this export."""
 
     def run(self, settings: Settings) -> None:
-        """Write all members, or those that are missing.
+        """Write all members; with a token, those after it.
 
         Raises:
-            Refusal: refused, or cut off too often. Then, and after an interruption, it has been said how to go on.
+            Refusal: the front refused, or the connection broke too often. Then, and after an interruption, the command
+                that resumes the export has been printed.
         """
         with connected(settings) as front:
-            # Before the file is opened: a segment that does not exist must not empty one.
+            # Before the file is opened: for a segment that does not exist, the file must not be emptied.
             request = segments_pb2.GetSegmentStatisticsRequest(slug=self.slug)
             members = front.segments.GetSegmentStatistics(request, timeout=front.timeout_s).member_count
             with self._opened() as file:
                 try:
                     self._write_all(front, file, members)
                 except BaseException as error:
-                    if self.token and _worth_going_on(error):
+                    if self.token and _can_resume(error):
                         complain(f"to go on: {self._command()}")
                     raise
 
     def _write_all(self, front: Front, file: TextIO, members: int) -> None:
-        # The ids themselves on a terminal leave no place for a bar.
+        # No bar where the ids themselves go to the terminal.
         with bar(f"exporting {self.slug}", hidden=file is sys.stdout and file.isatty()) as shown:
             written = 0
             for page in self._pages(front):
@@ -74,18 +75,18 @@ class Export:
                 shown.to(written, max(written, members))
 
     def _pages(self, front: Front) -> Iterator[segments_pb2.ExportSegmentUsersResponse]:
-        """Pages of the stream, resumed after a cut."""
-        cuts = 0
+        """Pages of the stream; it is resumed after a broken connection."""
+        failures = 0
         while True:
-            # Read anew each time: the consumer moves it when it has written a page.
+            # Read again each time: the consumer moves the token when it has written a page.
             request = segments_pb2.ExportSegmentUsersRequest(slug=self.slug, resume_token=self.token)
             try:
                 for page in front.segments.ExportSegmentUsers(request):
-                    cuts = 0
+                    failures = 0
                     yield page
             except grpc.RpcError as error:
-                cuts += 1
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or cuts > _CUTS_MAX:
+                failures += 1
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or failures > _FAILURES_MAX:
                     raise
             else:
                 return
@@ -95,16 +96,19 @@ class Export:
         if self.output is None:
             yield sys.stdout
             return
+
         try:
             file = self.output.open("a" if self.token else "w")
         except OSError as error:
             raise Refusal(f"{self.output}: {error.strerror}") from error
+
         self._whole = file.tell()
         try:
             with file:
                 yield file
         except BaseException:
-            # When it is closed, which writes what it can. A page that is there in part would come twice.
+            # The file is closed now, so its buffer is written. A page that was written in part is cut off: resuming the
+            # export writes it again.
             if self.output.is_file():
                 os.truncate(self.output, self._whole)
             raise
@@ -115,15 +119,15 @@ class Export:
         return f"segsvc segments export {self.slug} --resume-token {self.token}{output}{json_output}"
 
 
-def _worth_going_on(error: BaseException) -> bool:
+def _can_resume(error: BaseException) -> bool:
     if isinstance(error, grpc.RpcError):
-        return error.code() not in _HOPELESS
-    # Whoever closes a pipe has what they wanted.
+        return error.code() not in _FINAL_CODES
+    # A reader that closes the pipe has what it wanted.
     return not isinstance(error, BrokenPipeError)
 
 
 def _text(page: segments_pb2.ExportSegmentUsersResponse, *, json_output: bool) -> str:
     if json_output:
-        # As every other --json: 64-bit integers are strings (``front.to_json``).
+        # As with every other --json, 64-bit integers are strings (``front.to_json``).
         return json.dumps({"user_ids": [str(user) for user in page.user_ids], "resume_token": page.resume_token}) + "\n"
     return "".join(f"{user_id}\n" for user_id in page.user_ids)

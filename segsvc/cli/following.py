@@ -1,4 +1,4 @@
-"""Following an operation to its end, with a bar, and saying how it ended."""
+"""Follow an operation to its end, with a progress bar, and say how it ended."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _WAIT_S = 20
 
 
 def metadata_of(operation: operations_pb2.Operation) -> Metadata:
-    """What the operation does and how far it is."""
+    """What the operation does, and how far it has come."""
     metadata = Metadata()
     operation.metadata.Unpack(metadata)
     return metadata
 
 
 def title_of(metadata: Metadata) -> str:
-    """``roll out checkout``."""
+    """What the operation does, in words: ``roll out checkout``."""
     return f"{Metadata.Kind.Name(metadata.kind).lower().replace('_', ' ')} {metadata.slug}"
 
 
 def follow(front: Front, operation: operations_pb2.Operation, *, quiet: bool) -> operations_pb2.Operation:
-    """Wait until an operation has ended; returns it as it is then.
+    """Wait until an operation has ended; returns its final state.
 
     Args:
-        quiet: without a bar.
+        quiet: without a progress bar.
 
     Raises:
-        grpc.RpcError: the front went away; the operation goes on, and how to find it again has been said.
+        grpc.RpcError: the front went away. The operation goes on, and the command that follows it has been printed.
     """
     if operation.done:
         return operation
@@ -77,23 +77,24 @@ def wait(front: Front, name: str) -> operations_pb2.Operation:
             return operation
 
 
-def _unknown(names: Sequence[str]) -> str:
-    """A line more about attributes that the condition names and no user has."""
+def _unknown_attributes(names: Sequence[str]) -> str:
+    """One more line, about attributes that the condition names and no user has."""
     return f"\nno user has {', '.join(f'user.{plain(name)}' for name in names)}" if names else ""
 
 
 def outcome(operation: operations_pb2.Operation) -> tuple[str, str]:
-    """(error, text): why it was aborted, or what it did; both empty while it has not ended."""
+    """(error, text): why the operation was aborted, or what it did; both are empty until it has ended."""
     if operation.HasField("error"):
         return describe(operation.error), ""
     if not operation.done:
         return "", ""
+
     title = title_of(metadata_of(operation))
     rolled_out, deleted = segments_pb2.RollOutSegmentResponse(), segments_pb2.DeleteSegmentResponse()
     if operation.response.Unpack(rolled_out):
         return "", (
             f"{title}: done; {rolled_out.added_count:,} added, {rolled_out.removed_count:,} removed, "
-            f"{rolled_out.member_count:,} members" + _unknown(rolled_out.unknown_attributes)
+            f"{rolled_out.member_count:,} members" + _unknown_attributes(rolled_out.unknown_attributes)
         )
     if operation.response.Unpack(deleted):
         return "", f"{title}: done; it had {deleted.removed_count:,} members"

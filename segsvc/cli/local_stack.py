@@ -1,4 +1,4 @@
-"""What the commands of the local stack share: its packages may be missing, and its errors are lines for people."""
+"""What the commands of the local stack share: its packages may be missing, and its errors become one-line messages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from segsvc.local.packages import what_is_missing
 
 
 @contextmanager
-def local_stack_at_hand() -> Iterator[None]:
-    """Inside the block ``segsvc.local`` can be imported, and an error of the stack ends the command with its text.
+def local_stack_available() -> Iterator[None]:
+    """Inside the block ``segsvc.local`` can be imported, and an error of the stack ends the command with its message.
 
     Raises:
         Refusal: the packages of the local stack are not installed, or the stack failed.

@@ -1,4 +1,4 @@
-"""The standard streams, made fit for a command: they are there even if they were closed, and take every text."""
+"""Prepare the standard streams for a command: open those that are closed, and make them accept every text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import select
 import sys
 from typing import Final, TextIO
 
-SPELT: Final = "segsvc-spelt"
-"""Error handler of the output's encodings: what they lack is written in ASCII, so that printing never fails."""
+ASCII_FALLBACK: Final = "segsvc-spelt"
+"""Name of the error handler for output: characters that its encoding lacks are written in ASCII, so that printing never
+fails."""
 
 _ASCII: Final = {
     "…": "...", "→": "->", "←": "<-", "✓": "+", "✗": "x", "\N{REPLACEMENT CHARACTER}": "?", "–": "-", "—": "-",
@@ -20,43 +21,46 @@ _ASCII: Final = {
 
 
 class Process:
-    """What is known of this process.
+    """Facts about this process.
 
     Attributes:
-        ours: it runs one command and nothing else, so its streams may be replaced.
+        owns_streams: the process runs one command and nothing else, so its streams may be replaced.
     """
 
-    ours = False
+    owns_streams = False
 
 
 def prepare() -> None:
-    """Open the streams that are closed, and let the others take every text. Called once, before anything else.
+    """Open the streams that are closed, and make all of them accept every text. Called once, before anything else.
 
-    A descriptor that stays closed would be given to the next socket, and what is printed would go there.
+    A descriptor that stays closed would be given to the next socket, and printed text would go there.
     """
-    # In this order, since the lowest free number is given out first. Writing to what is open for reading alone fails,
-    # as it does on a closed output. What is said on a closed standard error is lost, as its owner wants it.
+    # In this order, since the lowest free number is given out first. Standard output is opened for reading only: writing
+    # to it fails, as on a closed output. Text for a closed standard error is lost, as the caller who closed it wants.
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, flags), True)
+
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115  # lives as long as the process
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    codecs.register_error(SPELT, _spelt)
+
+    codecs.register_error(ASCII_FALLBACK, _to_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=SPELT)
-    Process.ours = True
+            stream.reconfigure(errors=ASCII_FALLBACK)
+
+    Process.owns_streams = True
 
 
 def is_unicode(stream: TextIO) -> bool:
-    """Whether a stream takes every character as it is."""
+    """Whether the encoding of a stream has every character."""
     return (stream.encoding or "").lower().replace("-", "").startswith("utf")
 
 
-def nobody_reads(stream: TextIO) -> bool:
+def reader_is_gone(stream: TextIO) -> bool:
     """Whether the other end of a pipe is closed."""
     try:
         poll = select.poll()
@@ -66,17 +70,17 @@ def nobody_reads(stream: TextIO) -> bool:
         return False
 
 
-def forget(stream: TextIO) -> None:
-    """Drop what a stream still holds, for the interpreter would try to write it once more at its end."""
+def discard_output(stream: TextIO) -> None:
+    """Drop the buffered text of a stream: the interpreter would try to write it once more when it exits."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
-def _spelt(error: UnicodeError) -> tuple[str, int]:
+def _to_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end]
-    spelt = "".join(_ASCII.get(character) or ascii(character)[1:-1] for character in lacking)
-    return spelt, error.end
+    missing = error.object[error.start : error.end]
+    replacement = "".join(_ASCII.get(character) or ascii(character)[1:-1] for character in missing)
+    return replacement, error.end

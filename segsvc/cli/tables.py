@@ -1,4 +1,4 @@
-"""The terminal, and tables whose words stay whole, also where the terminal is narrow: a name can be copied as it is."""
+"""The terminal, and tables that never break a word, not even on a narrow terminal: names can be copied as they are."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Terminal(Console):
     """Standard output, or standard error."""
 
     def on_broken_pipe(self) -> None:
-        """Leave a reader that has gone to the command's own end, which knows the exit code."""
-        raise  # noqa: PLE0704  # called while the error is handled
+        """Pass the error on: ``Commands.invoke`` handles a closed pipe, and knows the exit code."""
+        raise  # noqa: PLE0704  # rich calls this while it handles the error
 
 
 class Listing(Table):
-    """A table without lines. If its longest words do not fit beside each other, a row is written as lines of its own.
+    """A table without borders. If its longest words do not fit beside each other, each cell gets a line of its own.
 
     Args:
-        columns: their names.
-        right: those with numbers.
-        whole: those whose cells stay on one line.
+        columns: names of the columns.
+        right: columns of numbers, aligned to the right.
+        whole: columns whose cells stay on one line.
     """
 
     def __init__(self, columns: Sequence[str], *, right: Sequence[str], whole: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ class Listing(Table):
         super().add_row(*cells, style=style)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """What is written: the table, or its rows one below the other."""
+        """The table; if the terminal is too narrow, its cells one below the other."""
         spare = options.max_width - self._give_widths()
         if spare < 0:
             yield from self._lines()
@@ -57,7 +57,7 @@ class Listing(Table):
         yield from super().__rich_console__(console, options)
 
     def _give_widths(self) -> int:
-        """Give each column the width of its longest word, and return what that needs in all."""
+        """Give each column the width of its longest word; returns the width of the whole table."""
         for index, column in enumerate(self.columns):
             cells = [self._names[index], *(cells[index] for cells in self._cells)]
             words = cells if self._names[index] in self._whole else [word for cell in cells for word in cell.split()]
@@ -69,10 +69,10 @@ class Listing(Table):
         return max(cell_len(line) for cell in cells for line in cell.split("\n"))
 
     def _lines(self) -> RenderResult:
-        """Every cell on a line of its own after its column's name; the terminal wraps what is too long for it."""
+        """Each cell on a line of its own, after the name of its column; the terminal wraps lines that are too long."""
         for cells in self._cells:
-            # Of a name and its value, as of a setting, the name needs no other one before it.
-            pairs = [cells] if len(cells) == 2 else list(zip(self._names, cells, strict=True))  # a pair
+            # A pair of name and value, such as a setting, needs no column names.
+            pairs = [cells] if len(cells) == 2 else list(zip(self._names, cells, strict=True))
             for name, cell in pairs:
                 yield Segment(f"{name}: {cell}" if name else cell)
                 yield Segment.line()

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from segsvc.cli.base import FAILED, Refusal, settings_of_process
-from segsvc.cli.local_stack import local_stack_at_hand
+from segsvc.cli.local_stack import local_stack_available
 
 USERS_MIN: Final = 2000
 USERS_MAX: Final = 10_000_000
@@ -36,7 +36,7 @@ def demo(
         if running:
             all_ok = run_on(settings, users, report=report)
         else:
-            with local_stack_at_hand():
+            with local_stack_available():
                 from segsvc.demo.run import run_demo  # noqa: PLC0415
 
                 all_ok = run_demo(

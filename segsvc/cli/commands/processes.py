@@ -194,9 +194,9 @@ def _as_a_process(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        from segsvc.cli.startup import speak_as_a_process  # noqa: PLC0415
+        from segsvc.cli.startup import start_process_logging  # noqa: PLC0415
 
-        speak_as_a_process()
+        start_process_logging()
         command(**given)
 
     return run

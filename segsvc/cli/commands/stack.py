@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from segsvc.cli.base import FAILED, Json, Refusal, bar, complain, console, print_json, settings_of_process, table
-from segsvc.cli.local_stack import local_stack_at_hand
+from segsvc.cli.local_stack import local_stack_available
 
 PANEL: Final = "Installation"
 
@@ -18,7 +18,7 @@ def up(json_output: Json = False) -> None:
     from segsvc.cli.front import is_serving  # noqa: PLC0415
 
     settings_of_process()
-    with local_stack_at_hand():
+    with local_stack_available():
         from segsvc.local.stack import LocalStack  # noqa: PLC0415
         from segsvc.local.stack_env import metrics_addresses  # noqa: PLC0415
 
@@ -42,7 +42,7 @@ def up(json_output: Json = False) -> None:
 def down(purge: Annotated[bool, typer.Option("--purge", help="Delete its data as well.")] = False) -> None:
     """Stop the whole stack on this machine. The data stays, unless told otherwise."""
     settings_of_process()
-    with local_stack_at_hand():
+    with local_stack_available():
         from segsvc.local.stack import LocalStack  # noqa: PLC0415
 
         LocalStack(say=complain).down(purge=purge)
@@ -51,7 +51,7 @@ def down(purge: Annotated[bool, typer.Option("--purge", help="Delete its data as
 def status(json_output: Json = False) -> None:
     """Show every server and process of the stack on this machine. Exit code 1 unless all of them run."""
     settings_of_process()
-    with local_stack_at_hand():
+    with local_stack_available():
         from segsvc.local.stack import LocalStack  # noqa: PLC0415
 
         parts = LocalStack(say=complain).status()
