@@ -198,7 +198,7 @@ class FrontCommands(typer.Typer):
 
 
 def settings_of_process() -> Settings:
-    """The settings. A bad one ends the command with exit code 2 and a line that names it; an unknown one is warned of."""
+    """The settings. A bad one ends the command with exit code 2 and a line that names it; unknown ones are reported."""
     from pydantic import ValidationError  # noqa: PLC0415
     from pydantic_settings import SettingsError  # noqa: PLC0415
 
@@ -254,7 +254,7 @@ def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = (
 
 
 def wrapped(text: str, width: int, *, lead: str) -> str:
-    """Wrap a text at ``width``. The first line starts with ``lead``, the next ones are indented as far. Words stay whole."""
+    """Wrap a text at ``width``. Words stay whole. The first line starts with ``lead``, the rest is indented as far."""
     indent = " " * len(lead)
     return textwrap.fill(
         text, width, initial_indent=lead, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False

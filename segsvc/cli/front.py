@@ -1,4 +1,4 @@
-"""The running front, as a client of its public interface sees it."""
+"""A client of the running front, through its public interface."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from segsvc.cli.front_tls import reachable, tls_files, uses_tls, why_no_answer
 from segsvc.config import Settings
 
 ANSWER_BYTES_MAX: Final = 64 << 20
-"""A page of a thousand segments with long conditions is larger than what a client takes unless told."""
+"""A page of a thousand segments with long conditions is larger than a client accepts by default."""
 
 
 class Front:
     """Stubs of all services on one channel.
 
     Args:
-        timeout_s: bound of a call that does not wait for an operation.
+        timeout_s: deadline of a call that does not wait for an operation.
     """
 
     def __init__(self, channel: grpc.Channel, timeout_s: float) -> None:
@@ -36,14 +36,14 @@ class Front:
         self.segments = segments_pb2_grpc.SegmentServiceStub(channel)
         self.memberships = membership_pb2_grpc.MembershipServiceStub(channel)
         self.watching = operations_pb2_grpc.OperationServiceStub(channel)
-        # Neither of these two is annotated in its wheel.
+        # The wheels of these two have no type annotations.
         self.operations: Any = longrunning_grpc.OperationsStub(channel)  # type: ignore[no-untyped-call]
         self.health: Any = health_pb2_grpc.HealthStub(channel)
 
 
 @contextmanager
 def connected(settings: Settings) -> Iterator[Front]:
-    """The front of this installation, for the calls in the block.
+    """Connect to the front of this installation while the block runs.
 
     Raises:
         Refusal: a call was refused or failed, or the front cannot be reached.
@@ -52,13 +52,13 @@ def connected(settings: Settings) -> Iterator[Front]:
     try:
         yield Front(channel, settings.client_timeout_s)
     except grpc.RpcError as error:
-        raise Refusal(_line(error, settings)) from None
+        raise Refusal(_failure_line(error, settings)) from None
     finally:
         channel.close()
 
 
 def is_serving(settings: Settings) -> bool:
-    """Whether the front can answer now."""
+    """Whether the front says that it serves."""
     channel = _channel(settings)
     try:
         answer = Front(channel, settings.client_timeout_s).health.Check(health_pb2.HealthCheckRequest(), timeout=2)
@@ -74,7 +74,7 @@ def _channel(settings: Settings) -> grpc.Channel:
     address = reachable(settings.grpc_address)
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", ANSWER_BYTES_MAX),
-        # The library takes what `http_proxy` names for servers inside, too, and tells nobody.
+        # By default the library uses the proxy of `http_proxy`, for internal servers too, without a word.
         ("grpc.enable_http_proxy", int(settings.client_http_proxy)),
     ]
     if not uses_tls(settings):
@@ -85,8 +85,8 @@ def _channel(settings: Settings) -> grpc.Channel:
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(files.ca, files.key, files.cert), options)
 
 
-def _line(error: Any, settings: Settings) -> str:
-    """Why a call failed. What a stub raises is also its ``grpc.Call``, which the declared type does not say."""
+def _failure_line(error: Any, settings: Settings) -> str:
+    """Why a call failed. ``error``: what a stub raised, which is also a ``grpc.Call``, unlike its declared type."""
     status = rpc_status.from_call(error)
     if status is not None:
         return describe(status)
@@ -97,7 +97,7 @@ def _line(error: Any, settings: Settings) -> str:
 
 
 def describe(status: Status) -> str:
-    """A status as ``REASON: message``; of a refused field the field's own line is enough."""
+    """A status as ``REASON: message``. For a refused field, the message already names the field."""
     info = error_details_pb2.ErrorInfo()
     for detail in status.details:
         if detail.Unpack(info):
@@ -106,9 +106,9 @@ def describe(status: Status) -> str:
 
 
 def to_json(message: Message) -> dict[str, Any]:
-    """A message as JSON with the names of the protos; fields that are not set are shown with their default.
+    """A message as JSON with the names of the protos; unset fields have their default value.
 
-    64-bit integers are strings, as protobuf's own JSON has them: user ids go up to 2^63 - 1, and programs that read
-    numbers as doubles (JavaScript, jq) know them to 2^53 only.
+    64-bit integers are strings, as in protobuf's own JSON: user ids go up to 2^63 - 1, and programs that read numbers
+    as doubles (JavaScript, jq) are exact up to 2^53 only.
     """
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

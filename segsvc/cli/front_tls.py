@@ -1,4 +1,4 @@
-"""How the front is reached, with TLS or without, and why it is not: what a failed call's own text leaves open."""
+"""How to reach the front, with or without TLS, and why it does not answer, which gRPC's own error leaves open."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Final
 from segsvc.cli.base import Refusal
 from segsvc.config import Settings
 
-_LOOK_S: Final = 2.0
-"""Bound of each exchange with a front that did not answer."""
-_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104  # listened on, not called
+_PROBE_TIMEOUT_S: Final = 2.0
+"""Timeout of each exchange with a front that did not answer."""
+_ALL_INTERFACES: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104  # addresses to listen on, not to call
 
 _REFUSED: Final = (
     "refused the TLS connection; if it asks for a client's certificate, name one that it knows with "
@@ -23,10 +23,10 @@ _REFUSED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """What the files hold, in PEM; None: there is none.
+    """Contents of the files, in PEM; None: no file is set.
 
     Attributes:
-        ca: whom to trust; None: the authorities that gRPC knows.
+        ca: the authorities to trust; None: those that gRPC trusts by default.
         cert: the client's certificate chain, with its ``key``.
     """
 
@@ -36,13 +36,13 @@ class TlsFiles:
 
 
 def reachable(address: str) -> str:
-    """Where a process that listens on this address can be reached from the same machine."""
+    """The address by which a process that listens on ``address`` can be reached from the same machine."""
     host, _, port = address.rpartition(":")
-    return f"{_ANYWHERE.get(host, host)}:{port}"
+    return f"{_ALL_INTERFACES.get(host, host)}:{port}"
 
 
 def uses_tls(settings: Settings) -> bool:
-    """Whether calls are made with TLS: as the settings say, else if this installation's front has a certificate."""
+    """Whether calls use TLS: what the settings say; by default, whether this installation's front has a certificate."""
     return settings.grpc_tls_cert is not None if settings.client_tls is None else settings.client_tls
 
 
@@ -50,21 +50,21 @@ def tls_files(settings: Settings) -> TlsFiles:
     """The files of the client's TLS.
 
     Raises:
-        Refusal: one cannot be read, or is not what it should be; the text names its setting.
+        Refusal: a file cannot be read or has the wrong content; the text names its setting.
     """
     ca = _read("SEGSVC_CLIENT_TLS_CA", settings.client_tls_ca)
     if settings.client_tls_ca is None:
-        # A front with a certificate of its own is trusted by that.
+        # A front with a self-signed certificate is trusted because of that certificate.
         ca = _read("SEGSVC_GRPC_TLS_CERT", settings.grpc_tls_cert)
     cert = _read("SEGSVC_CLIENT_TLS_CERT", settings.client_tls_cert)
     key = _read("SEGSVC_CLIENT_TLS_KEY", settings.client_tls_key)
-    # gRPC says nothing of bad files but that the handshake failed.
-    _context(settings, trusting=True)
+    # Check the files here: for bad files gRPC would only say that the handshake failed.
+    _context(settings, verify=True)
     return TlsFiles(ca, cert, key)
 
 
 def why_no_answer(settings: Settings, *, timed_out: bool) -> str:
-    """What keeps the front from answering, as far as connecting once more shows it, and what to do."""
+    """Why the front does not answer, as far as a second connection shows it, and what to do."""
     address = settings.grpc_address
     if settings.client_http_proxy:
         return f"the front at {address} did not answer; SEGSVC_CLIENT_HTTP_PROXY is set: is it to be called by a proxy?"
@@ -73,6 +73,7 @@ def why_no_answer(settings: Settings, *, timed_out: bool) -> str:
             pass
     except OSError:
         return f"the front at {address} cannot be reached; is it running? (segsvc up, or segsvc serve)"
+
     found = _wrong_tls(settings) if uses_tls(settings) else _unexpected_tls(settings)
     if found:
         return f"the front at {address} {found}"
@@ -82,9 +83,9 @@ def why_no_answer(settings: Settings, *, timed_out: bool) -> str:
 
 
 def _unexpected_tls(settings: Settings) -> str:
-    """Why a call without TLS gets no answer; empty: not because of that."""
+    """Why a call without TLS gets no answer; empty: TLS is not the reason."""
     try:
-        with _handshake(settings, trusting=False):
+        with _handshake(settings, verify=False):
             pass
     except ssl.SSLError as error:
         if _is_plain(error):
@@ -95,10 +96,10 @@ def _unexpected_tls(settings: Settings) -> str:
 
 
 def _wrong_tls(settings: Settings) -> str:
-    """Why a call with TLS gets no answer; empty: not because of that."""
+    """Why a call with TLS gets no answer; empty: TLS is not the reason."""
     try:
-        with _handshake(settings, trusting=True) as connection:
-            connection.settimeout(_LOOK_S)
+        with _handshake(settings, verify=True) as connection:
+            connection.settimeout(_PROBE_TIMEOUT_S)
             # In TLS 1.3 a missing certificate is refused after the handshake, in place of the first answer.
             if not connection.recv(1):
                 return _REFUSED
@@ -119,7 +120,7 @@ def _wrong_tls(settings: Settings) -> str:
 
 
 def _is_plain(error: ssl.SSLError) -> bool:
-    """Whether the other side answered, or left, in the middle of the handshake as a server without TLS does."""
+    """Whether the other side broke the handshake off, by an answer or by closing, as a server without TLS does."""
     return isinstance(error, ssl.SSLEOFError) or error.reason in (
         "WRONG_VERSION_NUMBER",
         "UNEXPECTED_EOF_WHILE_READING",
@@ -128,27 +129,25 @@ def _is_plain(error: ssl.SSLError) -> bool:
 
 def _connect(settings: Settings) -> socket.socket:
     host, _, port = reachable(settings.grpc_address).rpartition(":")
-    return socket.create_connection((host.strip("[]"), int(port)), timeout=_LOOK_S)
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S)
 
 
-def _handshake(settings: Settings, *, trusting: bool) -> ssl.SSLSocket:
-    """Raises OSError, and SSLError, which is one."""
+def _handshake(settings: Settings, *, verify: bool) -> ssl.SSLSocket:
+    """Connect with TLS. Raises OSError (SSLError is one)."""
     host = reachable(settings.grpc_address).rpartition(":")[0].strip("[]")
     plain = _connect(settings)
     try:
-        return _context(settings, trusting=trusting).wrap_socket(
-            plain, server_hostname=settings.client_tls_name or host
-        )
+        return _context(settings, verify=verify).wrap_socket(plain, server_hostname=settings.client_tls_name or host)
     except BaseException:
         plain.close()
         raise
 
 
-def _context(settings: Settings, *, trusting: bool) -> ssl.SSLContext:
-    """The client's side of TLS. ``trusting`` False: any certificate will do, since nothing is sent."""
+def _context(settings: Settings, *, verify: bool) -> ssl.SSLContext:
+    """The client's side of TLS. ``verify`` False: accept any certificate, since nothing is sent."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["h2"])
-    if not trusting:
+    if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         return context
@@ -160,6 +159,7 @@ def _context(settings: Settings, *, trusting: bool) -> ssl.SSLContext:
             context.load_verify_locations(cafile=ca)
         except ssl.SSLError:
             raise Refusal(f"{name}: {ca} holds no certificate in PEM") from None
+
     if settings.client_tls_cert and settings.client_tls_key:
         try:
             context.load_cert_chain(settings.client_tls_cert, settings.client_tls_key, password=_no_password)
@@ -172,7 +172,7 @@ def _context(settings: Settings, *, trusting: bool) -> ssl.SSLContext:
 
 
 def _no_password() -> str:
-    """Instead of a question on the terminal."""
+    """Keeps OpenSSL from asking for a password on the terminal."""
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The rule that a command asks for, beside the one in force, and what would come of it."""
+"""The rule that a command asks for, compared with the rule in force, and a preview of its rollout."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from segsvc.cli.base import complain, plain
 from segsvc.cli.front import Front
 
 SIMILAR_KEY: Final = "segsvc-similar-attributes"
-"""Trailing metadata of a preview: JSON, for each unknown attribute the names of attributes that look like it."""
+"""Trailing metadata of a preview: JSON, for each unknown attribute the names of similar attributes."""
 NOT_ROLLED_OUT: Final = "not rolled out"
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a command says of the rule; what is None stays as it is in force.
+class RuleOptions:
+    """The options of a command that describe a rule. What is None stays as it is in the rule in force.
 
     Attributes:
-        everyone: the condition is dropped.
+        everyone: drop the condition.
         frozen: users who come or change later are left as they are.
     """
 
@@ -33,12 +33,12 @@ class Wish:
     frozen: bool | None
 
     def check(self) -> None:
-        """Raises typer.BadParameter: it contradicts itself."""
+        """Raises typer.BadParameter: the options contradict each other."""
         if self.everyone and self.condition:
             raise typer.BadParameter("--everyone drops the condition; leave --condition out")
 
     def rule_after(self, now: segments_pb2.Segment) -> segments_pb2.RollOutRule:
-        """The rule to put in force in place of the segment's."""
+        """The rule that replaces the segment's rule."""
         condition = "" if self.everyone else self.condition
         frozen = now.rule.policy == segments_pb2.RollOutRule.FROZEN if self.frozen is None else self.frozen
         return segments_pb2.RollOutRule(
@@ -50,23 +50,24 @@ class Wish:
 
 def rule_text(segment: segments_pb2.Segment) -> str:
     """A segment's rule in one line."""
-    return one_line(segment.rule) if segment.HasField("rule") else NOT_ROLLED_OUT
+    return rule_line(segment.rule) if segment.HasField("rule") else NOT_ROLLED_OUT
 
 
-def one_line(rule: segments_pb2.RollOutRule) -> str:
+def rule_line(rule: segments_pb2.RollOutRule) -> str:
+    """A rule in one line."""
     condition = f" if {plain(rule.condition)}" if rule.condition else ""
     frozen = ", frozen" if rule.policy == segments_pb2.RollOutRule.FROZEN else ""
     return f"{rule.percent:g} %{condition}{frozen}"
 
 
 @dataclass(frozen=True, slots=True)
-class Foreseen:
+class RolloutPreview:
     """What a rollout would do.
 
     Attributes:
-        segment: as it is now; its etag guards what was foreseen.
-        rule: to be put in force.
-        similar: for an attribute that no user has, names that look like it.
+        segment: as it is now. A rollout with its etag is refused if the segment has changed since this preview.
+        rule: the rule to put in force.
+        similar: for each attribute that no user has, the names of similar attributes.
     """
 
     segment: segments_pb2.Segment
@@ -74,9 +75,9 @@ class Foreseen:
     counts: segments_pb2.PreviewRollOutResponse
     similar: Mapping[str, Sequence[str]]
 
-    def tell(self) -> None:
-        """Say it on standard error: the old rule, the new one, and who would come and go."""
-        complain(f"{self.segment.slug}: {rule_text(self.segment)}  →  {one_line(self.rule)}")
+    def show(self) -> None:
+        """Print on standard error the old rule, the new rule, and how many users would come and go."""
+        complain(f"{self.segment.slug}: {rule_text(self.segment)}  →  {rule_line(self.rule)}")
         complain(
             f"{self.counts.added_count:,} would come, {self.counts.removed_count:,} would go, "
             f"{self.counts.member_count:,} members then"
@@ -85,23 +86,23 @@ class Foreseen:
             complain(warning)
 
     def warnings(self) -> Iterator[str]:
-        """Attributes that no user has."""
+        """A warning for each attribute that no user has."""
         for name in self.counts.unknown_attributes:
             similar = " or ".join(f"user.{plain(other)}" for other in self.similar.get(name, ()))
             yield f"warning: no user has user.{plain(name)}" + (f"; did you mean {similar}?" if similar else "")
 
 
-def foresee(front: Front, slug: str, wish: Wish) -> Foreseen:
+def fetch_preview(front: Front, slug: str, options: RuleOptions) -> RolloutPreview:
     """Ask the front what a rollout would do now. Raises grpc.RpcError."""
     segment = front.segments.GetSegment(segments_pb2.GetSegmentRequest(slug=slug), timeout=front.timeout_s)
-    rule = wish.rule_after(segment)
+    rule = options.rule_after(segment)
     request = segments_pb2.PreviewRollOutRequest(slug=slug, rule=rule)
     counts, call = front.segments.PreviewRollOut.with_call(request, timeout=front.timeout_s)
-    return Foreseen(segment, rule, counts, _similar(call))
+    return RolloutPreview(segment, rule, counts, _similar(call))
 
 
 def _similar(call: Any) -> Mapping[str, Sequence[str]]:
-    """Names that the preview of a newer or older front may leave out."""
+    """Similar names; empty for a front of another release that does not send them."""
     for key, value in call.trailing_metadata() or ():
         if key == SIMILAR_KEY:
             found: Mapping[str, Sequence[str]] = json.loads(value)

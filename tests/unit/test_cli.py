@@ -353,7 +353,7 @@ def test_the_report_of_the_check_ends_with_a_summary(capsys: pytest.CaptureFixtu
         "no difference in 1,000 users, 2 segments, 5,000 memberships, 900 cache entries (1.2 s)",
         "shard 2, shard_state: user_count is 1, there are 2 users",
         "… and 200 more",
-        "201 differences in 1,000 users, 2 segments, 5,000 memberships, 900 cache entries (left out) (1.2 s)",
+        "201 differences in 1,000 users, 2 segments, 5,000 memberships, 900 cache entries (not checked) (1.2 s)",
     ]
 
 

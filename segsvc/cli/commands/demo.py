@@ -18,12 +18,12 @@ def demo(
     users: Annotated[
         int, typer.Option(min=USERS_MIN, max=USERS_MAX, envvar="USERS", help="How many users arrive.")
     ] = 200_000,
-    keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the stack up afterwards.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the stack running afterwards.")] = False,
     replace: Annotated[
-        bool, typer.Option("--replace", envvar="REPLACE", help="Delete the stack that is there, with its data.")
+        bool, typer.Option("--replace", envvar="REPLACE", help="First delete the existing stack with its data.")
     ] = False,
     running: Annotated[
-        bool, typer.Option("--running", help="No stack of its own: the empty installation that the settings lead to.")
+        bool, typer.Option("--running", help="Start no stack: use the empty installation that the settings name.")
     ] = False,
     report: Annotated[Path, typer.Option(help="Where the report is written.")] = Path("build/demo-report.json"),
 ) -> None:

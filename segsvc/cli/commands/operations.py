@@ -23,7 +23,9 @@ from segsvc.cli.completing import operation_names
 if TYPE_CHECKING:
     from google.longrunning.operations_pb2 import Operation
 
-app = FrontCommands(no_args_is_help=True, help="Watch and cancel what changes segments.", rich_markup_mode=None)
+app = FrontCommands(
+    no_args_is_help=True, help="Watch and cancel operations, which change segments.", rich_markup_mode=None
+)
 
 Name = Annotated[
     str,
@@ -56,9 +58,11 @@ def list_operations(
             if not page.next_page_token:
                 break
             request.page_token = page.next_page_token
+
     if json_output:
         print_json([to_json(operation) for operation in found])
         return
+
     shown = table("operation", "what", "state", "accepted", whole=("operation", "state", "accepted"))
     for operation in found:
         metadata = metadata_of(operation)
@@ -73,7 +77,7 @@ def list_operations(
 
 @app.command(epilog=f"Example: segsvc operations show {_EXAMPLE}")
 def show(name: Name, json_output: Json = False) -> None:
-    """Show one operation with its shards."""
+    """Show one operation and the progress of each shard."""
     from segsvc.cli.following import get  # noqa: PLC0415
     from segsvc.cli.front import connected  # noqa: PLC0415
 
@@ -130,6 +134,7 @@ def _show(operation: Operation, *, json_output: bool) -> None:
     if json_output:
         print_json(to_json(operation))
         return
+
     metadata = metadata_of(operation)
     about = table("field", "value", whole=("value",))
     about.add_row("name", operation.name)
@@ -146,6 +151,7 @@ def _show(operation: Operation, *, json_output: bool) -> None:
     if operation.HasField("error"):
         about.add_row("why aborted", plain(describe(operation.error)))
     console().print(about)
+
     shards = table("shard", "state", "blocks", "added", "removed", right=("shard", "blocks", "added", "removed"))
     for shard in metadata.shards:
         state = operations_pb2.ShardProgress.State.Name(shard.state).lower()

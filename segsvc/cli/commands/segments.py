@@ -158,17 +158,17 @@ def preview(
     """Count what a rollout with the same options would change now, exactly; change nothing."""
 
     from segsvc.cli.front import connected, to_json  # noqa: PLC0415
-    from segsvc.cli.rolling_out import Wish, foresee, one_line  # noqa: PLC0415
+    from segsvc.cli.rolling_out import RuleOptions, fetch_preview, rule_line  # noqa: PLC0415
 
-    wish = Wish(percent, condition, everyone, None if policy is None else policy is PolicyName.FROZEN)
-    wish.check()
+    options = RuleOptions(percent, condition, everyone, None if policy is None else policy is PolicyName.FROZEN)
+    options.check()
     with connected(settings_of_process()) as front, bar("counting", hidden=json_output):
-        foreseen = foresee(front, slug, wish)
-    counts = foreseen.counts
+        rollout_preview = fetch_preview(front, slug, options)
+    counts = rollout_preview.counts
     if json_output:
         print_json(to_json(counts))
         return
-    console().print(f"{slug}: {_rule_text(foreseen.segment)}  →  {one_line(foreseen.rule)}")
+    console().print(f"{slug}: {_rule_text(rollout_preview.segment)}  →  {rule_line(rollout_preview.rule)}")
     numbers = ("match", "would come", "would go", "members then")
     shown = table("shard", *numbers, right=numbers)
     rows: list[tuple[str, segments_pb2.ShardCounts | segments_pb2.PreviewRollOutResponse]] = [
@@ -179,7 +179,7 @@ def preview(
         row = (part.matched_count, part.added_count, part.removed_count, part.member_count)
         shown.add_row(shard, *(f"{count:,}" for count in row))
     console().print(shown)
-    for warning in foreseen.warnings():
+    for warning in rollout_preview.warnings():
         console().print(warning)
 
 
@@ -205,22 +205,22 @@ def rollout(
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
     from segsvc.cli.front import connected  # noqa: PLC0415
-    from segsvc.cli.rolling_out import Wish, foresee  # noqa: PLC0415
+    from segsvc.cli.rolling_out import RuleOptions, fetch_preview  # noqa: PLC0415
 
-    wish = Wish(percent, condition, everyone, None if policy is None else policy is PolicyName.FROZEN)
-    wish.check()
+    options = RuleOptions(percent, condition, everyone, None if policy is None else policy is PolicyName.FROZEN)
+    options.check()
     with connected(settings_of_process()) as front:
         with bar("counting", hidden=json_output):
-            foreseen = foresee(front, slug, wish)
-        foreseen.tell()
+            rollout_preview = fetch_preview(front, slug, options)
+        rollout_preview.show()
         # A script has nobody to ask, and means what it says.
         if not yes and sys.stdin.isatty():
             typer.confirm("Roll it out?", abort=True, err=True)
         request = segments_pb2.RollOutSegmentRequest(
             slug=slug,
-            rule=foreseen.rule,
+            rule=rollout_preview.rule,
             # What was shown, and taken over from the rule in force, is true of this state only.
-            etag=etag or foreseen.segment.etag,
+            etag=etag or rollout_preview.segment.etag,
             request_id=str(uuid4()),
             return_immediately=True,
             replace_queued=replace_queued,

@@ -14,7 +14,7 @@ PANEL: Final = "Installation"
 
 
 def up(json_output: Json = False) -> None:
-    """Start the whole stack on this machine: servers, migrations, all processes. Changes nothing if it is up."""
+    """Start the whole stack on this machine: servers, migrations, all processes. Changes nothing if the stack is up."""
     from segsvc.cli.front import is_serving  # noqa: PLC0415
 
     settings_of_process()
@@ -23,6 +23,7 @@ def up(json_output: Json = False) -> None:
         from segsvc.local.stack_env import metrics_addresses  # noqa: PLC0415
 
         settings = LocalStack(say=complain, ready=is_serving).up()
+
     places = {
         "gRPC": settings.grpc_address,
         "Flower": f"http://{settings.flower_address}",
@@ -39,8 +40,8 @@ def up(json_output: Json = False) -> None:
     console().print(shown)
 
 
-def down(purge: Annotated[bool, typer.Option("--purge", help="Delete its data as well.")] = False) -> None:
-    """Stop the whole stack on this machine. The data stays, unless told otherwise."""
+def down(purge: Annotated[bool, typer.Option("--purge", help="Also delete its data.")] = False) -> None:
+    """Stop the whole stack on this machine. Its data stays unless --purge is given."""
     settings_of_process()
     with local_stack_available():
         from segsvc.local.stack import LocalStack  # noqa: PLC0415
@@ -55,6 +56,7 @@ def status(json_output: Json = False) -> None:
         from segsvc.local.stack import LocalStack  # noqa: PLC0415
 
         parts = LocalStack(say=complain).status()
+
     if json_output:
         print_json([{"name": part.name, "state": part.state, "pid": part.pid, "log": str(part.log)} for part in parts])
     else:
@@ -67,18 +69,18 @@ def status(json_output: Json = False) -> None:
 
 
 def migrate(json_output: Json = False) -> None:
-    """Bring the catalog and every shard to the newest schema; set up an installation that is new."""
+    """Bring the catalog and every shard to the newest schema; set up a new installation."""
     from segsvc.postgres.installation.migrate import Migrated, MigrationError  # noqa: PLC0415
     from segsvc.postgres.installation.migrate import migrate as run  # noqa: PLC0415
 
     settings = settings_of_process()
     with bar("migrating", hidden=json_output) as shown_bar:
 
-        def tell(step: Migrated) -> None:
+        def show_progress(step: Migrated) -> None:
             shown_bar.to(step.number, step.total, f"migrated {step.where}")
 
         try:
-            done = run(settings, tell)
+            done = run(settings, show_progress)
         except MigrationError as error:
             raise Refusal(str(error)) from error
     if json_output:
@@ -107,7 +109,7 @@ def config(json_output: Json = False) -> None:
 
 
 def _short(path: Path) -> str:
-    """A path as one would type it here."""
+    """A path, relative to the working folder where possible."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

@@ -1,4 +1,4 @@
-"""``segsvc users …``: what the service knows of one user, through the running front."""
+"""``segsvc users …``: what the service knows about one user, through the running front."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from segmentation.v1 import membership_pb2
 
 app = FrontCommands(
-    no_args_is_help=True, help="Look at one user; put one in or out of segments by hand.", rich_markup_mode=None
+    no_args_is_help=True, help="Show one user; include or exclude a user in segments by hand.", rich_markup_mode=None
 )
 
-UserId = Annotated[int, typer.Argument(min=1, max=USER_ID_MAX, help="The user's number.", show_default=False)]
+UserId = Annotated[int, typer.Argument(min=1, max=USER_ID_MAX, help="The user's id.", show_default=False)]
 Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False, autocompletion=segment_slugs)]
 Slugs = Annotated[
     list[str],
@@ -29,8 +29,10 @@ Slugs = Annotated[
         help="The segments: all of them are changed, or none.", show_default=False, autocompletion=segment_slugs
     ),
 ]
-For = Annotated[str | None, typer.Option("--for", help="How long it holds: 90s, 30m, 2h, 7d.", show_default=False)]
-Until = Annotated[str | None, typer.Option(help="When it ends: 2030-01-31T12:00:00Z.", show_default=False)]
+For = Annotated[
+    str | None, typer.Option("--for", help="How long the override holds: 90s, 30m, 2h, 7d.", show_default=False)
+]
+Until = Annotated[str | None, typer.Option(help="When the override ends: 2030-01-31T12:00:00Z.", show_default=False)]
 
 _DURATION = re.compile(r"([1-9][0-9]{0,8})([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -38,7 +40,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @app.command(epilog="Example: segsvc users show 42")
 def show(user_id: UserId, json_output: Json = False) -> None:
-    """Show what the service knows of a user from the events, and the overrides."""
+    """Show what the service knows about a user: attributes from events, and overrides."""
     from google.protobuf.json_format import MessageToDict  # noqa: PLC0415
     from segmentation.v1 import membership_pb2  # noqa: PLC0415
 
@@ -54,9 +56,11 @@ def show(user_id: UserId, json_output: Json = False) -> None:
             if not page.next_page_token:
                 break
             request.page_token = page.next_page_token
+
     if json_output:
         print_json({**to_json(user), "overrides": [to_json(override) for override in overrides]})
         return
+
     shown = table("field", "value", whole=("value",))
     shown.add_row("user", str(user.user_id))
     shown.add_row("shard", str(user.shard))
@@ -80,9 +84,11 @@ def segments(user_id: UserId, json_output: Json = False) -> None:
     with connected(settings_of_process()) as front:
         request = membership_pb2.GetUserSegmentsRequest(user_id=user_id)
         found = front.memberships.GetUserSegments(request, timeout=front.timeout_s)
+
     if json_output:
         print_json(to_json(found))
         return
+
     shown = table("slug", whole=("slug",))
     for slug in found.slugs:
         shown.add_row(slug)
@@ -92,7 +98,7 @@ def segments(user_id: UserId, json_output: Json = False) -> None:
 
 @app.command(epilog="Example: segsvc users explain 42 checkout")
 def explain(user_id: UserId, slug: Slug, json_output: Json = False) -> None:
-    """Say why a user is, or is not, in a segment."""
+    """Explain why a user is, or is not, in a segment."""
     from segmentation.v1 import membership_pb2  # noqa: PLC0415
 
     from segsvc.cli.front import connected, to_json  # noqa: PLC0415
@@ -100,9 +106,11 @@ def explain(user_id: UserId, slug: Slug, json_output: Json = False) -> None:
     with connected(settings_of_process()) as front:
         request = membership_pb2.CheckMembershipRequest(user_id=user_id, slug=slug)
         answer = front.memberships.CheckMembership(request, timeout=front.timeout_s)
+
     if json_output:
         print_json(to_json(answer))
         return
+
     shown = table("field", "value", whole=("value",))
     shown.add_row("member", "yes" if answer.member else "no")
     shown.add_row("reason", membership_pb2.CheckMembershipResponse.Reason.Name(answer.reason))
@@ -127,7 +135,7 @@ def exclude(user_id: UserId, slugs: Slugs, hold: For = None, until: Until = None
 
 @app.command(epilog="Example: segsvc users clear 42 checkout")
 def clear(user_id: UserId, slugs: Slugs, json_output: Json = False) -> None:
-    """Take overrides back: the user is again where the rules say."""
+    """Remove overrides: the rules decide again for this user."""
     from segmentation.v1 import membership_pb2  # noqa: PLC0415
 
     _modify(membership_pb2.ModifyUserOverridesRequest(user_id=user_id, clear=slugs), json_output=json_output)
@@ -170,7 +178,7 @@ def _show_overrides(overrides: Iterable[membership_pb2.Override]) -> None:
 def _expiry(hold: str | None, until: str | None) -> datetime | None:
     """When an override ends; None: never."""
     if hold is not None and until is not None:
-        raise typer.BadParameter("--for and --until say the same: give one of them")
+        raise typer.BadParameter("--for and --until exclude each other: give only one of them")
     if hold is not None:
         match = _DURATION.fullmatch(hold)
         if match is None:
@@ -182,14 +190,14 @@ def _expiry(hold: str | None, until: str | None) -> datetime | None:
     if until is None:
         return None
     try:
-        # A time without a zone is the reader's own.
+        # A time without a zone is local time.
         return datetime.fromisoformat(until).astimezone(UTC)
     except (ValueError, OverflowError):
         raise typer.BadParameter("--until is a time as 2030-01-31T12:00:00Z, from year 1 to year 9999") from None
 
 
 def _text(value: object) -> str:
-    """An attribute for people. JSON has only one kind of number: 42.0 is shown as 42."""
+    """The value of an attribute, for people. JSON has only one kind of number, so 42.0 is shown as 42."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
