@@ -35,8 +35,8 @@ def prepare() -> None:
 
     A descriptor that stays closed would be given to the next socket, and printed text would go there.
     """
-    # In this order, since the lowest free number is given out first. Standard output is opened for reading only:
-    # writing to it fails, as on a closed output. Text for a closed standard error is lost, as the caller who closed it wants.
+    # In this order, since the lowest free number is given out first. Standard output is opened for reading: writing
+    # fails, as on a closed output. What is written to a closed standard error is lost, as the caller wants it.
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)

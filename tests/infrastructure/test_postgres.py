@@ -108,7 +108,7 @@ def test_the_catalog_dies(system: System, slug: str, point: str, before: str, de
     looked = system.logged("worker-operations").count("recovery_incomplete")
     eventually(lambda: system.logged("worker-operations").count("recovery_incomplete") > looked + 1)
     assert system.prepared_on(name) == in_doubt_on
-    undecided = [text for text in told(system) if "the catalog, which alone decides, cannot be asked" in text]
+    undecided = [text for text in told(system) if "the catalog, which alone decides, cannot be read" in text]
     assert len(undecided) == len(in_doubt_on)
     assert system.read(slug) == system.members(slug, 60 if decided else 20, asked=0)
     system.catalog.start()

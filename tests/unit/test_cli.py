@@ -361,16 +361,16 @@ def test_the_doctor_speaks_in_sentences(runner: CliRunner, monkeypatch: pytest.M
     def breaks(_settings: Settings) -> list[Item]:
         raise ValueError("with a secret")
 
-    examinations = {"well": lambda _: [], "told": lambda _: [Item("so it is")], "ill": lambda _: [Item("it is", "do")]}
-    monkeypatch.setattr(doctor, "_examinations", lambda: {**examinations, "broken": breaks})
+    checks = {"well": lambda _: [], "told": lambda _: [Item("so it is")], "ill": lambda _: [Item("it is", "do")]}
+    monkeypatch.setattr(doctor, "_checks", lambda: {**checks, "broken": breaks})
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert result.stdout.splitlines()[:6] == ["✓ well", "✓ told", "    so it is", "✗ ill", "    it is", "    → do"]
-    assert result.stdout.splitlines()[6:8] == ["✗ broken", "    it cannot be looked at (ValueError)"]
-    assert result.stdout.splitlines()[-1] == "2 of 4 are not well"
+    assert result.stdout.splitlines()[6:8] == ["✗ broken", "    it cannot be checked (ValueError)"]
+    assert result.stdout.splitlines()[-1] == "2 of 4 checks failed"
     assert "secret" not in result.output
-    monkeypatch.setattr(doctor, "_examinations", lambda: {"well": lambda _: []})
-    assert runner.invoke(app, ["doctor"]).stdout == "✓ well\nall is well\n"
+    monkeypatch.setattr(doctor, "_checks", lambda: {"well": lambda _: []})
+    assert runner.invoke(app, ["doctor"]).stdout == "✓ well\nall checks passed\n"
     assert wrapped("shard 1: a-very-long-id is there", 20, lead="  → ").splitlines() == [
         "  → shard 1:",
         "    a-very-long-id",

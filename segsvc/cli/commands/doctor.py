@@ -1,4 +1,4 @@
-"""``segsvc doctor``: is everything there and well, and if not, what to do?"""
+"""``segsvc doctor``: check whether everything works, and say what to do if not."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, setti
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from segsvc.cli.doctor.items import Examination, Item, Result
+    from segsvc.cli.doctor.items import DoctorCheck, Item, Result
     from segsvc.config import Settings
 
 
 def doctor(json_output: Json = False) -> None:
-    """Look at every dependency and process, and say what to do for each thing that is not well. Exit code 1 then."""
+    """Check every dependency and process, and say what to do about each problem. Exit code 1 if there is one."""
     from segsvc.cli.doctor.items import Result  # noqa: PLC0415
 
     settings = settings_of_process()
     results: list[Result] = []
-    with bar("looking", hidden=json_output) as shown:
-        examinations = _examinations()
-        for number, (name, examine) in enumerate(examinations.items()):
-            shown.to(number, len(examinations), f"looking at {name}")
-            results.append(Result(name, _seen(examine, settings)))
+    with bar("checking", hidden=json_output) as shown:
+        checks = _checks()
+        for number, (name, check) in enumerate(checks.items()):
+            shown.to(number, len(checks), f"checking {name}")
+            results.append(Result(name, _run(check, settings)))
+
     if json_output:
         print_json([result.to_json() for result in results])
     else:
         _show(results)
-    if not all(result.well for result in results):
+    if not all(result.passed for result in results):
         raise typer.Exit(FAILED)
 
 
-def _examinations() -> Mapping[str, Examination]:
-    """What is looked at, in the order in which things depend on each other."""
+def _checks() -> Mapping[str, DoctorCheck]:
+    """All checks by name. A check comes after the checks of everything that it depends on."""
     from segsvc.cli.doctor import doubt, running, storage  # noqa: PLC0415
 
     return {
@@ -53,27 +54,28 @@ def _examinations() -> Mapping[str, Examination]:
     }
 
 
-def _seen(examine: Examination, settings: Settings) -> Sequence[Item]:
+def _run(check: DoctorCheck, settings: Settings) -> Sequence[Item]:
     from segsvc.cli.doctor.items import Item  # noqa: PLC0415
 
     try:
-        return examine(settings)
-    except Exception as error:  # noqa: BLE001  # told like the rest: it must not hide what the others find
-        remedy = "correct what is named above it first, or the settings that it depends on: `segsvc config`"
-        return [Item(f"it cannot be looked at ({type(error).__name__})", remedy)]
+        return check(settings)
+    except Exception as error:  # noqa: BLE001  # reported like a problem: it must not hide the results of other checks
+        remedy = "first fix the problems above, or correct the settings that it depends on: `segsvc config`"
+        return [Item(f"it cannot be checked ({type(error).__name__})", remedy)]
 
 
 def _show(results: Sequence[Result]) -> None:
-    """A line for each examination, and below it what was seen and what to do, in sentences as wide as the terminal."""
+    """Print a line for each check, and below it the observations and what to do, as wide as the terminal."""
     terminal = console()
     for result in results:
-        terminal.print("✓" if result.well else "✗", result.name)
+        terminal.print("✓" if result.passed else "✗", result.name)
         for item in result.items:
             terminal.print(wrapped(plain(item.text), terminal.width, lead="    "))
             if item.remedy:
                 terminal.print(wrapped(plain(item.remedy), terminal.width, lead="    → "))
-    ill = sum(not result.well for result in results)
-    terminal.print(f"{ill} of {len(results)} are not well" if ill else "all is well")
+
+    failed = sum(not result.passed for result in results)
+    terminal.print(f"{failed} of {len(results)} checks failed" if failed else "all checks passed")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""``segsvc events …``: what became of users' events."""
+"""``segsvc events …``: dead letters and lost events."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from segsvc.domain.event_records import FoundLoss
     from segsvc.postgres.catalog.event_records import PostgresEventRecords
 
-app = typer.Typer(no_args_is_help=True, help="Look after users' events.", rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, help="Handle user events that were not applied.", rich_markup_mode=None)
 dead = typer.Typer(
     no_args_is_help=True,
-    help="Events that nobody can apply: look at them, send them again, dismiss them.",
+    help="Events that cannot be applied: list, show, retry and dismiss them.",
     rich_markup_mode=None,
 )
 app.add_typer(dead, name="dead")
@@ -32,18 +32,18 @@ app.add_typer(lost, name="lost")
 
 _EXCERPT = 60
 
-LetterIds = Annotated[list[str] | None, typer.Argument(help="Letters, as in the list.", show_default=False)]
-LetterId = Annotated[str, typer.Argument(help="As in the list: topic/partition/offset.", show_default=False)]
+LetterIds = Annotated[list[str] | None, typer.Argument(help="Ids of dead letters, as in the list.", show_default=False)]
+LetterId = Annotated[str, typer.Argument(help="Its id, as in the list: topic/partition/offset.", show_default=False)]
 
 
 @contextmanager
 def _box() -> Iterator[DeadLetterBox]:
-    """The letters, connected; an outage in a line."""
+    """A connection to the dead letters; an outage of Kafka becomes a one-line message."""
     from segsvc.bootstrap import EventRecords  # noqa: PLC0415
     from segsvc.bridge.dead_letter_box import KAFKA_ERRORS, DeadLetterBox, LetterNotFound  # noqa: PLC0415
 
     settings = settings_of_process()
-    # What it cannot reach is said below, once.
+    # An unreachable broker is reported below, once.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     services = EventRecords(settings)
     box = None
@@ -63,17 +63,21 @@ def _box() -> Iterator[DeadLetterBox]:
 
 @dead.command("list", epilog="Example: segsvc events dead list --limit 20")
 def list_dead(
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most so many, oldest first.")] = 100,
-    new: Annotated[bool, typer.Option("--new", help="Only those that were neither sent again nor dismissed.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number, oldest first.")] = 100,
+    new: Annotated[
+        bool, typer.Option("--new", help="Only letters that were neither sent again nor dismissed.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """List dead letters, oldest first in each topic."""
     with _box() as box, bar("reading dead letters", hidden=json_output):
         found = list(islice(box.letters(only_new=new), limit + 1))
     more, found = len(found) > limit, found[:limit]
+
     if json_output:
         print_json([_to_json(letter) for letter in found])
         return
+
     shown = table("id", "time", "reason", "event", whole=("id", "time"))
     for letter in found:
         shown.add_row(letter.id, short_time(letter.time), plain(letter.reason), _excerpt(letter))
@@ -83,12 +87,13 @@ def list_dead(
 
 @dead.command(epilog="Example: segsvc events dead show create-user/0/17")
 def show(letter_id: LetterId, json_output: Json = False) -> None:
-    """Show one dead letter whole."""
+    """Show one dead letter in full."""
     with _box() as box:
         letter = box.letter(letter_id)
     if json_output:
         print_json(_to_json(letter))
         return
+
     shown = table("field", "value", whole=("value",))
     shown.add_row("id", letter.id)
     shown.add_row("topic", letter.topic)
@@ -98,7 +103,9 @@ def show(letter_id: LetterId, json_output: Json = False) -> None:
     shown.add_row("key", plain(_text(letter.key)))
     if not letter.whole:
         size = len(letter.raw or b"") if letter.size is None else letter.size
-        shown.add_row("what it is", f"the first {len(letter.raw or b''):,} of {size:,} bytes of the {letter.content}")
+        shown.add_row(
+            "what is shown", f"the first {len(letter.raw or b''):,} of {size:,} bytes of the {letter.content}"
+        )
     shown.add_row(letter.content, plain(_text(letter.raw)))
     shown.add_row("state", "done: sent again or dismissed" if letter.done else "waits")
     console().print(shown)
@@ -107,16 +114,19 @@ def show(letter_id: LetterId, json_output: Json = False) -> None:
 @dead.command(epilog="Example: segsvc events dead retry create-user/0/17 create-user/0/18")
 def retry(
     letter_ids: LetterIds = None,
-    everything: Annotated[bool, typer.Option("--all", help="All that were neither sent again nor dismissed.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All letters that were neither sent again nor dismissed.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
-    """Send dead letters once more to the topics that they came from, unchanged.
+    """Send dead letters again, unchanged, to the topics that they came from.
 
-    Worth it after a cause was mended, such as a limit. Each is sent once: it counts as done then, and what still cannot
-    be applied becomes a new dead letter. Letters that hold only a part of an event are left out. The letters themselves
-    stay where they are until the topic's retention drops them.
+    Useful after the cause was fixed, such as a limit. Each letter is sent once and then counts as done; an event that
+    still cannot be applied becomes a new dead letter. Letters that hold only a part of an event are skipped. Letters
+    stay in their topic until its retention drops them.
     """
     _letters_or_all(letter_ids, everything)
+
     sent = left_out = 0
     with _box() as box:
         if everything:
@@ -131,6 +141,7 @@ def retry(
                     if not box.retry(letter):
                         raise Refusal(f"the broker did not take {letter.id}; {sent:,} before it were sent again")
                     sent += 1
+
     if json_output:
         print_json({"sent": sent, "left_out": left_out})
         return
@@ -145,9 +156,9 @@ def dismiss(
     everything: Annotated[bool, typer.Option("--all", help="All that there are now.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Count dead letters as done without sending them: nobody needs these events any more.
+    """Mark dead letters as done without sending them: these events are no longer needed.
 
-    They stay where they are until the topic's retention drops them; `segsvc doctor` and the metrics no longer count
+    The letters stay in their topic until its retention drops them; `segsvc doctor` and the metrics no longer count
     them.
     """
     _letters_or_all(letter_ids, everything)
@@ -159,6 +170,7 @@ def dismiss(
             count = sum(not letter.done for letter in letters)
             for letter in letters:
                 box.dismiss(letter)
+
     if json_output:
         print_json({"dismissed": count})
     else:
@@ -179,7 +191,7 @@ def _refuse_what_cannot_be_sent(letters: list[Letter]) -> None:
 
 @lost.command("list", epilog="Example: segsvc events lost list")
 def list_lost(
-    everything: Annotated[bool, typer.Option("--all", help="Also those that were acknowledged.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also gaps that were acknowledged.")] = False,
     json_output: Json = False,
 ) -> None:
     """List gaps: offsets that Kafka dropped before the bridge had read them."""
@@ -188,6 +200,7 @@ def list_lost(
     if json_output:
         print_json([_loss_to_json(one) for one in found])
         return
+
     shown = table("id", "topic", "partition", "offsets", "at most", "found", "reason", "acknowledged", whole=("id",))
     for one in found:
         loss = one.loss
@@ -196,27 +209,29 @@ def list_lost(
         place = (plain(loss.topic), str(loss.partition), loss.offsets)
         shown.add_row(str(one.id), *place, count, short_time(one.find_time), loss.reason, known)
     console().print(shown)
-    console().print(f"{len(found):,} gaps{'' if everything else ' that nobody has acknowledged'}")
+    console().print(f"{len(found):,} gaps{'' if everything else ' not acknowledged'}")
 
 
 @lost.command(epilog="Example: segsvc events lost acknowledge 3")
 def acknowledge(
-    ids: Annotated[list[int] | None, typer.Argument(help="As in the list.", show_default=False)] = None,
+    ids: Annotated[list[int] | None, typer.Argument(help="Ids of gaps, as in the list.", show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that there are now.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Note that somebody knows of a gap: `segsvc doctor` and the alert no longer tell of it.
+    """Mark a gap as known: `segsvc doctor` and the alert no longer report it.
 
-    Before that, have the producers send those events again, or all of their users' current state.
+    Before that, have the producers send the lost events again, or the current state of all their users.
     """
     if bool(ids) == everything:
         raise typer.BadParameter("name gaps, or say --all")
+
     with _records() as records:
         there = {one.id for one in records.losses(acknowledged=True)}
         unknown = sorted(set(ids or ()) - there)
         if unknown:
             raise Refusal(f"{', '.join(map(str, unknown))}: there is no such gap; see `segsvc events lost list --all`")
         count = records.acknowledge(sorted(there) if everything else ids or ())
+
     if json_output:
         print_json({"acknowledged": count})
     else:
@@ -235,7 +250,7 @@ def _records() -> Iterator[PostgresEventRecords]:
 
 
 def _loss_to_json(one: FoundLoss) -> dict[str, Any]:
-    """A gap for programs. Offsets are strings: they may be beyond what a double holds."""
+    """A gap as JSON. Offsets are strings: a double may not hold them exactly."""
     loss = one.loss
     return {
         "id": one.id,
@@ -259,7 +274,7 @@ def _excerpt(letter: Letter) -> str:
 
 
 def _to_json(letter: Letter) -> dict[str, Any]:
-    """A letter for programs: the bytes as text where they are UTF-8, and always as base64."""
+    """A dead letter as JSON: its bytes as text, with escapes where they are not UTF-8, and as base64."""
     return {
         "id": letter.id,
         "topic": letter.topic,

@@ -38,7 +38,7 @@ def serve() -> None:
 
 
 def _sender(_settings: Settings) -> TaskSender:
-    # Imported after the fork of a front process: its connections are made there.
+    # Imported in the forked front process, which then makes its own connections.
     from tasks.app import app  # noqa: PLC0415
     from tasks.dispatcher import CeleryDispatcher  # noqa: PLC0415
 
@@ -46,12 +46,12 @@ def _sender(_settings: Settings) -> TaskSender:
 
 
 FLOWER_COLUMNS: Final = "name,kwargs,state,result,received,started,runtime,worker,uuid"
-"""Of Flower's list of tasks: what tells one rollout from another comes first."""
+"""Columns of Flower's list of tasks. The columns that distinguish one rollout from another come first."""
 WARMING_NICENESS: Final = 15
-"""Nobody waits for the warmer. Where it shares processors with a front, reads that miss go first."""
+"""No caller waits for the warmer. On a machine that it shares with a front, reads that miss the cache go first."""
 
 
-def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")]) -> None:
+def worker(queue: Annotated[Queue, typer.Option(help="The queue that the worker works on.")]) -> None:
     """Run the Celery worker of one queue."""
     from segsvc.cli.startup import start_process  # noqa: PLC0415
 
@@ -70,10 +70,10 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")])
             f"--queues={queue.value}",
             f"--hostname={queue.value}@%h",
             f"--concurrency={processes}",
-            # Workers need nothing of each other: what they know is in the ledger.
+            # Workers need nothing from each other: their shared state is in the ledger.
             "--without-mingle",
             "--without-gossip",
-            # Flower lives on them.
+            # Flower needs them.
             "--task-events",
             f"--loglevel={settings.log_level}",
         )
@@ -81,13 +81,13 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue it works on.")])
 
 @contextmanager
 def _worker_metrics(address: str, queue: Queue, stack_dir: Path) -> Iterator[None]:
-    """Serve the metrics of a worker and its children, added up, while the block runs.
+    """Serve the sum of the metrics of a worker and its children while the block runs.
 
-    They keep them in files of a fresh folder, in a local stack below its own. Nothing may have imported
-    ``prometheus_client`` before: its import decides where values live.
+    The processes keep their metrics in files of a new folder; in a local stack, it lies in the stack's folder.
+    ``prometheus_client`` must not have been imported before: where it keeps values is decided by its import.
 
     Raises:
-        Refusal: nothing can listen there.
+        Refusal: the address cannot be used.
     """
     if not address:
         yield
@@ -104,10 +104,10 @@ def _worker_metrics(address: str, queue: Queue, stack_dir: Path) -> Iterator[Non
 
 @contextmanager
 def _serving(address: str, role: str, health: Health, registry: CollectorRegistry | None = None) -> Iterator[None]:
-    """Serve a role's metrics, and its health; ``registry`` None: metrics of this process.
+    """Serve metrics and health of a role while the block runs. ``registry`` None: metrics of this process.
 
     Raises:
-        Refusal: nothing can listen there.
+        Refusal: the address cannot be used.
     """
     from segsvc.metrics_http import MetricsAddressError, of_role, serving  # noqa: PLC0415
 
@@ -120,7 +120,7 @@ def _serving(address: str, role: str, health: Health, registry: CollectorRegistr
 
 
 def beat() -> None:
-    """Run recovery, and Celery beat, which sends warming and upkeep on time. One is enough; two do no harm."""
+    """Run recovery, and Celery beat, which sends warming and upkeep on time. One is enough; a second does no harm."""
     from segsvc.cli.startup import start_process  # noqa: PLC0415
 
     settings = settings_of_process()
@@ -150,7 +150,7 @@ def flower() -> None:
     settings = settings_of_process()
     configure_logging(settings.log_level, settings.log_format)
     os.environ.update(flower_environment(settings))
-    # Not before this: a refusal needs nothing of Flower.
+    # Imported only now: a refusal does not need Flower.
     from tasks.flower_app import close_it  # noqa: PLC0415
 
     close_it()
@@ -158,10 +158,10 @@ def flower() -> None:
 
 
 def flower_environment(settings: Settings) -> dict[str, str]:
-    """Flower's options. As variables of this process: arguments could be read by everybody on the machine.
+    """Flower's options as environment variables: command-line arguments can be read by every user of the machine.
 
     Raises:
-        Refusal: there is no password, or one that Flower cannot take.
+        Refusal: the password is missing, or Flower does not support it.
     """
     if not settings.flower_password:
         raise Refusal("SEGSVC_FLOWER_PASSWORD is empty: Flower can start and stop workers, so it needs a password")
@@ -185,12 +185,12 @@ def _celery(*arguments: str) -> None:
     """Run a command of Celery in this process, on our application."""
     from tasks.app import app  # noqa: PLC0415
 
-    # Without its banner, which is for people and no line of a log.
+    # Without its banner, which is not a log line.
     app.start(argv=["--quiet", *arguments])
 
 
-def _as_a_process(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with all that it says in the form of its log."""
+def _with_process_logging(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with all its output in the form of its log."""
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -211,4 +211,4 @@ def add_to(app: typer.Typer) -> None:
         (bridge, "segsvc bridge"),
         (flower, "SEGSVC_FLOWER_PASSWORD=… segsvc flower"),
     ):
-        app.command(epilog=f"Example: {example}", rich_help_panel=PANEL)(_as_a_process(command))
+        app.command(epilog=f"Example: {example}", rich_help_panel=PANEL)(_with_process_logging(command))

@@ -1,4 +1,4 @@
-"""``segsvc segments …``: what an administrator does with segments, through the running front."""
+"""``segsvc segments …``: administration of segments, through the running front."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = FrontCommands(no_args_is_help=True, help="Create, roll out, change and del
 Slug = Annotated[str, typer.Argument(help="The segment.", show_default=False, autocompletion=segment_slugs)]
 Etag = Annotated[str, typer.Option(help="Refuse if the segment has changed since it had this etag.")]
 Labels = Annotated[list[str] | None, typer.Option("--label", help="key=value; may be repeated.")]
-NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as it is accepted.")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as the operation is accepted.")]
 
 
 class PolicyName(StrEnum):
@@ -38,13 +38,15 @@ Percent = Annotated[float, typer.Option(help="Share of the users, 0 to 100, at m
 ConditionText = Annotated[
     str | None,
     typer.Option(
-        "--condition", help='CEL over user: user.country == "RU". Absent: as it is in force.', show_default=False
+        "--condition", help='CEL over user: user.country == "RU". Default: the condition in force.', show_default=False
     ),
 ]
 Everyone = Annotated[bool, typer.Option("--everyone", help="Drop the condition.")]
 Policy = Annotated[
     PolicyName | None,
-    typer.Option(help="What users get who come or change later. Absent: as it is in force.", show_default=False),
+    typer.Option(
+        help="What applies to users who come or change later. Default: the policy in force.", show_default=False
+    ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -52,7 +54,9 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 @app.command("list", epilog="Example: segsvc segments list --order-by 'member_count desc'")
 def list_segments(
     label: Labels = None,
-    order_by: Annotated[str, typer.Option(help="slug, create_time or member_count; ' desc' turns it round.")] = "slug",
+    order_by: Annotated[
+        str, typer.Option(help="slug, create_time or member_count; ' desc' reverses the order.")
+    ] = "slug",
     json_output: Json = False,
 ) -> None:
     """List all segments with their rules and sizes."""
@@ -69,9 +73,11 @@ def list_segments(
             if not page.next_page_token:
                 break
             request.page_token = page.next_page_token
+
     if json_output:
         print_json([to_json(segment) for segment in found])
         return
+
     shown = table("slug", "rule", "members", "state", "name", right=("members",), whole=("slug", "state"))
     for segment in found:
         state = segments_pb2.Segment.State.Name(segment.state).lower()
@@ -95,13 +101,13 @@ def show(slug: Slug, json_output: Json = False) -> None:
 
 @app.command(epilog="Example: segsvc segments create checkout --name Checkout --label team=pay")
 def create(
-    slug: Annotated[str, typer.Argument(help="Its name in the API; never changed.", show_default=False)],
-    name: Annotated[str, typer.Option(help="For people; at most 200 characters.")] = "",
-    description: Annotated[str, typer.Option(help="For people; at most 4000 characters.")] = "",
+    slug: Annotated[str, typer.Argument(help="The segment's name in the API; it never changes.", show_default=False)],
+    name: Annotated[str, typer.Option(help="A name for people; at most 200 characters.")] = "",
+    description: Annotated[str, typer.Option(help="A description for people; at most 4000 characters.")] = "",
     label: Labels = None,
     json_output: Json = False,
 ) -> None:
-    """Create a segment. Nobody is in it until it is rolled out."""
+    """Create a segment. It has no members until it is rolled out."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
     from segsvc.cli.front import connected  # noqa: PLC0415
@@ -122,7 +128,7 @@ def edit(
     etag: Etag = "",
     json_output: Json = False,
 ) -> None:
-    """Change name, description or labels (all labels at once); what is not named stays."""
+    """Change name, description or labels (all labels at once); what is not given stays."""
     from google.protobuf.field_mask_pb2 import FieldMask  # noqa: PLC0415
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
@@ -138,6 +144,7 @@ def edit(
         raise typer.BadParameter("name at least one of --name, --description, --label, --clear-labels")
     if label and clear_labels:
         raise typer.BadParameter("--label replaces all labels already; leave --clear-labels out")
+
     segment = segments_pb2.Segment(
         slug=slug, display_name=name or "", description=description or "", labels=_labels(label), etag=etag
     )
@@ -155,8 +162,7 @@ def preview(
     policy: Policy = None,
     json_output: Json = False,
 ) -> None:
-    """Count what a rollout with the same options would change now, exactly; change nothing."""
-
+    """Count exactly what a rollout with the same options would change now; change nothing."""
     from segsvc.cli.front import connected, to_json  # noqa: PLC0415
     from segsvc.cli.rolling_out import RuleOptions, fetch_preview, rule_line  # noqa: PLC0415
 
@@ -168,6 +174,7 @@ def preview(
     if json_output:
         print_json(to_json(counts))
         return
+
     console().print(f"{slug}: {_rule_text(rollout_preview.segment)}  →  {rule_line(rollout_preview.rule)}")
     numbers = ("match", "would come", "would go", "members then")
     shown = table("shard", *numbers, right=numbers)
@@ -200,7 +207,8 @@ def rollout(
 ) -> None:
     """Put a rule in force for all users: on every shard, or on none. Condition and policy stay unless they are given.
 
-    Says what would come and go, and asks, on a terminal. Refused if the segment changes meanwhile.
+    Prints how many users would come and go, and on a terminal asks for confirmation. Refused if the segment changes
+    meanwhile.
     """
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
@@ -213,13 +221,15 @@ def rollout(
         with bar("counting", hidden=json_output):
             rollout_preview = fetch_preview(front, slug, options)
         rollout_preview.show()
-        # A script has nobody to ask, and means what it says.
+
+        # A script cannot be asked: it means what it says.
         if not yes and sys.stdin.isatty():
             typer.confirm("Roll it out?", abort=True, err=True)
+
         request = segments_pb2.RollOutSegmentRequest(
             slug=slug,
             rule=rollout_preview.rule,
-            # What was shown, and taken over from the rule in force, is true of this state only.
+            # The preview, and what was taken from the rule in force, hold for this state of the segment only.
             etag=etag or rollout_preview.segment.etag,
             request_id=str(uuid4()),
             return_immediately=True,
@@ -237,12 +247,12 @@ def delete(
     no_wait: NoWait = False,
     json_output: Json = False,
 ) -> None:
-    """Cancel a segment for all its users and remove it: on every shard, or on none. Asks first, on a terminal."""
+    """Remove a segment and all its memberships: on every shard, or on none. On a terminal, asks for confirmation."""
     from segmentation.v1 import segments_pb2  # noqa: PLC0415
 
     from segsvc.cli.front import connected  # noqa: PLC0415
 
-    # A script has nobody to ask, and means what it says.
+    # A script cannot be asked: it means what it says.
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Delete {slug} for all its users?", abort=True, err=True)
     request = segments_pb2.DeleteSegmentRequest(slug=slug, etag=etag, request_id=str(uuid4()), return_immediately=True)
@@ -265,6 +275,7 @@ def stats(slug: Slug, json_output: Json = False) -> None:
     if json_output:
         print_json(to_json(found))
         return
+
     shown = table("what", "value", right=("value",))
     for what, value in (
         ("members", f"{found.member_count:,}"),
@@ -283,12 +294,12 @@ def stats(slug: Slug, json_output: Json = False) -> None:
 def export(
     slug: Slug,
     output: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
-    resume_token: Annotated[str, typer.Option(help="Go on after an export that was cut off.")] = "",
+    resume_token: Annotated[str, typer.Option(help="Resume an export that was interrupted.")] = "",
     json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON object a page: user_ids (strings) and resume_token.")
+        bool, typer.Option("--json", help="One JSON object per page: user_ids (strings) and resume_token.")
     ] = False,
 ) -> None:
-    """Write the ids of all members, one a line."""
+    """Write the ids of all members, one per line."""
     from segsvc.cli.exporting import Export  # noqa: PLC0415
 
     Export(slug, output, resume_token, json_output).run(settings_of_process())
@@ -318,6 +329,7 @@ def _show_segment(segment: segments_pb2.Segment, json_output: bool) -> None:
     if json_output:
         print_json(to_json(segment))
         return
+
     shown = table("field", "value", whole=("value",))
     for field, value in (
         ("slug", segment.slug),
@@ -337,7 +349,7 @@ def _show_segment(segment: segments_pb2.Segment, json_output: bool) -> None:
 
 
 def _show_end(front: Front, operation: Operation, *, no_wait: bool, json_output: bool) -> None:
-    """Wait for an operation, unless told otherwise, and say how it ended."""
+    """Wait for an operation, unless ``no_wait``, and print how it ended."""
     from segsvc.cli.following import follow, outcome  # noqa: PLC0415
     from segsvc.cli.front import to_json  # noqa: PLC0415
 

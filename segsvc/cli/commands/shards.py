@@ -47,12 +47,12 @@ def copy_shard(
 def settle(
     shard: Shard,
     fence: Annotated[
-        str, typer.Option("--fence", help="DSN of the database that is no longer the shard; it is closed for ever.")
+        str, typer.Option("--fence", help="DSN of the database that is no longer the shard; it is shut for ever.")
     ],
     json_output: Json = False,
 ) -> None:
-    """End a move: the database that SEGSVC_SHARD_DSNS names is the shard and accepts writes; the other one is closed.
-    Works both ways: with the new database in --fence, it cancels the move."""
+    """End a move: the database that SEGSVC_SHARD_DSNS names is the shard and accepts writes; the other one is shut.
+    Works both ways: with the new database as --fence, it cancels the move."""
     from segsvc.bootstrap import settle_shard  # noqa: PLC0415
 
     settings = _settings(shard, fence)

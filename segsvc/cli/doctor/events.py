@@ -1,4 +1,4 @@
-"""What ``segsvc doctor`` says of user events: how many wait, for what, which are dead, which are lost."""
+"""What ``segsvc doctor`` reports about user events: how many wait and for what, dead letters, lost events."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from segsvc.domain.errors import ServiceError
 from segsvc.domain.event_records import FoundLoss
 
 WATCH_S: Final = 5.0
-"""For how long a lag that does not move is watched before anything is made of it."""
+"""How long a lag that does not move is watched before it is reported."""
 WATCH_MAX_S: Final = 20.0
-"""The same where nobody says what it waits for: a batch may be on its way for 15 s, an operation may hold the shard."""
+"""The same if the cause is unknown: a batch may be on its way for 15 s, or an operation may hold the shard."""
 _WATCH_STEP_S: Final = 0.25
 _READ_S: Final = 3.0
 TRANSACTION_MAX_S: Final = 60.0
-"""How long a producer's transaction may be open, unless it is told otherwise (``transaction.timeout.ms``)."""
+"""How long a producer's transaction may be open by default (``transaction.timeout.ms``)."""
 _PASSING: Final = frozenset({"LOCK_TIMEOUT", "BATCH_LOST"})
-"""Reasons to wait that usually pass by themselves within seconds."""
+"""Reasons to wait that usually pass within seconds."""
 _PLACES_MAX: Final = 5
 _RUNBOOK: Final = "operations.md#events-do-not-arrive"
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What was seen of the event topics.
+class Observation:
+    """What was observed in the event topics.
 
     Attributes:
-        stuck: of each partition that did not move while it was watched, how many events wait.
-        moving: likewise of those that did, or that nothing waits in.
-        open_transactions: partitions whose first unread message belongs to a transaction, which did not end meanwhile;
-            that offset, the messages from there on, and for how many seconds it is open, if that is known.
+        stuck: for each partition that did not move while it was watched, the number of waiting events.
+        moving: the same for partitions that moved, or in which nothing waits.
+        open_transactions: partitions whose first unread message belongs to a transaction that did not end while it was
+            watched: that offset, the number of messages from there on, and the transaction's age in seconds, if known.
     """
 
     stuck: Mapping[TopicPartition, int]
@@ -48,10 +48,11 @@ class Seen:
 
 
 class EventTopics:
-    """Looks at the topics of user events. Used once.
+    """Watches the topics of user events. Used once.
 
     Args:
-        committed: asks for what may be read; and for all there is (``everything``).
+        committed: reads committed messages only.
+        everything: reads uncommitted messages as well.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class EventTopics:
         self._everything = everything
         self._clock = clock
         self.partitions = committed.partitions(committed.event_topics())
-        self._begun = clock()
+        self._start_s = clock()
         self.first = self._states()
         self._ends = self._high_ends()
         self._last = self.first
-        self._still = {where for where, state in self.first.items() if state.lag}
+        self._stuck = {where for where, state in self.first.items() if state.lag}
         self._open = {where for where, state in self.first.items() if state.stable_end < self._ends[where]}
 
     def _states(self) -> dict[TopicPartition, PartitionState]:
@@ -75,37 +76,37 @@ class EventTopics:
         return {where: end for where, (_, end) in self._everything.ranges(self.partitions).items()}
 
     def watch(self, seconds: float, *, transactions: bool = True) -> None:
-        """Watch what does not move until it does, until so many seconds after the beginning at most.
+        """Watch the partitions that do not move until they do, for at most ``seconds`` after the beginning.
 
         Args:
-            transactions: whether to watch open transactions, too.
+            transactions: whether to watch open transactions as well.
         """
-        while (self._still or (transactions and self._open)) and self._clock() - self._begun < seconds:
+        while (self._stuck or (transactions and self._open)) and self._clock() - self._start_s < seconds:
             time.sleep(_WATCH_STEP_S)
             self._last = self._states()
             for where, state in self._last.items():
                 before = self.first[where]
                 if state.lag == 0 or (state.committed or 0) > (before.committed or 0):
-                    self._still.discard(where)
+                    self._stuck.discard(where)
                 if state.stable_end != before.stable_end:
                     self._open.discard(where)
 
     @property
-    def still(self) -> bool:
-        """Whether something waits that did not move."""
-        return bool(self._still)
+    def has_stuck(self) -> bool:
+        """Whether events wait in a partition that did not move."""
+        return bool(self._stuck)
 
     def count(self) -> None:
-        """Leave out what is no event: the offsets of markers and of aborted events wait for nobody."""
-        starts = {where: max(self._last[where].start, self._last[where].committed or 0) for where in self._still}
-        ends = {where: self._last[where].stable_end for where in self._still}
+        """Count only events: the offsets of markers and of aborted events do not wait."""
+        starts = {where: max(self._last[where].start, self._last[where].committed or 0) for where in self._stuck}
+        ends = {where: self._last[where].stable_end for where in self._stuck}
         counts = self._kafka.read(starts, ends, _READ_S) if starts else {}
-        self._counts = {where: counts.get(where, ends[where] - starts[where]) for where in self._still}
-        self._still = {where for where, count in self._counts.items() if count}
+        self._counts = {where: counts.get(where, ends[where] - starts[where]) for where in self._stuck}
+        self._stuck = {where for where, count in self._counts.items() if count}
 
-    def seen(self) -> Seen:
-        """What was seen; ``count`` first."""
-        stuck = {where: self._counts[where] for where in self._still}
+    def observation(self) -> Observation:
+        """What was observed; call ``count`` first."""
+        stuck = {where: self._counts[where] for where in self._stuck}
         moving = {where: self._last[where].lag for where in self.partitions if where not in self._counts}
         transactions: dict[TopicPartition, tuple[int, int, float | None]] = {}
         for where in sorted(self._open):
@@ -113,17 +114,17 @@ class EventTopics:
             written = self._everything.first_time(where, offset, _READ_S)
             age_s = None if written is None else max(0.0, time.time() - written)
             transactions[where] = (offset, self._ends[where] - offset, age_s)
-        return Seen(stuck, moving, transactions)
+        return Observation(stuck, moving, transactions)
 
 
 def items(settings: Settings, members: Callable[[], int | None]) -> Sequence[Item]:
-    """All that there is to say of user events.
+    """Everything to report about user events.
 
     Args:
-        members: how many bridges are in the group; None: the brokers cannot be asked.
+        members: number of bridges in the group; None: the brokers cannot be asked.
 
     Raises:
-        KafkaError, OSError: the brokers broke off.
+        KafkaError, OSError: the brokers closed the connection.
     """
     services = EventRecords(settings)
     committed = everything = None
@@ -131,19 +132,21 @@ def items(settings: Settings, members: Callable[[], int | None]) -> Sequence[Ite
         committed = KafkaState(settings, 500)
         everything = KafkaState(settings, 1, read_uncommitted=True)
         topics = EventTopics(committed, everything)
+
         topics.watch(WATCH_S)
-        waits = _waits(services) if topics.still else {}
-        bridges = members() if topics.still else None
-        if topics.still and bridges != 0 and not set(waits.values()) - _PASSING:
+        waits = _waits(services) if topics.has_stuck else {}
+        bridges = members() if topics.has_stuck else None
+        if topics.has_stuck and bridges != 0 and not set(waits.values()) - _PASSING:
             topics.watch(WATCH_MAX_S, transactions=False)
             waits = _waits(services)
+
         topics.count()
-        seen = topics.seen()
+        observation = topics.observation()
         return [
-            *_waiting(settings, committed, seen, waits, bridges),
-            *_transactions(seen),
-            *_passed_by(list(topics.first.values())),
-            *_of_catalog(services, committed),
+            *_waiting(settings, committed, observation, waits, bridges),
+            *_transactions(observation),
+            *_unread_losses(list(topics.first.values())),
+            *_recorded(services, committed),
         ]
     finally:
         for kafka in (committed, everything):
@@ -153,7 +156,7 @@ def items(settings: Settings, members: Callable[[], int | None]) -> Sequence[Ite
 
 
 def _waits(services: EventRecords) -> Mapping[str, str]:
-    """What the bridges say that they wait for. They say it in the catalog, so without that, that is all there is."""
+    """What the bridges wait for, as they write it to the catalog. If it cannot be reached, they wait for it."""
     try:
         return services.records.waits()
     except ServiceError as error:
@@ -161,20 +164,20 @@ def _waits(services: EventRecords) -> Mapping[str, str]:
 
 
 def _waiting(
-    settings: Settings, kafka: KafkaState, seen: Seen, waits: Mapping[str, str], bridges: int | None
+    settings: Settings, kafka: KafkaState, observation: Observation, waits: Mapping[str, str], bridges: int | None
 ) -> Sequence[Item]:
     found: list[Item] = []
     for topic in kafka.event_topics():
-        moving = sum(count for where, count in seen.moving.items() if where.topic == topic)
-        stuck = {where.partition: count for where, count in seen.stuck.items() if where.topic == topic}
-        if not any(where.topic == topic for where in (*seen.moving, *seen.stuck)):
-            continue  # there is no such topic, as is said above
+        moving = sum(count for where, count in observation.moving.items() if where.topic == topic)
+        stuck = {where.partition: count for where, count in observation.stuck.items() if where.topic == topic}
+        if not any(where.topic == topic for where in (*observation.moving, *observation.stuck)):
+            continue  # there is no such topic, which is reported above
         if not stuck:
             found.append(Item(f"{topic}: {moving:,} events wait" + (", and move" if moving else "")))
             continue
         numbers = ", ".join(map(str, sorted(stuck)))
         where = f"partition{'s' if len(stuck) > 1 else ''} {numbers}"
-        text = f"{topic}: {sum(stuck.values()):,} events wait in {where}, and do not become fewer"
+        text = f"{topic}: {sum(stuck.values()):,} events wait in {where}, and their number does not fall"
         cause, remedy = _cause(settings, topic, waits, bridges)
         found.append(Item(f"{text}: {cause}", f"{remedy} ({_RUNBOOK})"))
     return found
@@ -183,20 +186,20 @@ def _waiting(
 def _cause(settings: Settings, topic: str, waits: Mapping[str, str], bridges: int | None) -> tuple[str, str]:
     """Why the events of a topic wait, and what to do."""
     if bridges == 0:
-        return f"nobody is in the consumer group {settings.kafka_group}", "start `segsvc bridge`, or read its log"
+        return f"the consumer group {settings.kafka_group} has no members", "start `segsvc bridge`, or read its log"
     concerned = {what: reason for what, reason in waits.items() if _concerns(what, topic, settings)}
     if not concerned:
         return (
-            "nobody says for what",
-            "look whether `segsvc worker --queue events` runs and an operation holds the shards, and read their logs",
+            "the cause is unknown",
+            "check whether `segsvc worker --queue events` runs and an operation holds the shards, and read their logs",
         )
-    said = "; ".join(f"{what} ({reason})" for what, reason in sorted(concerned.items()))
+    reported = "; ".join(f"{what} ({reason})" for what, reason in sorted(concerned.items()))
     remedies = dict.fromkeys(_remedy(what, reason) for what, reason in sorted(concerned.items()))
-    return f"the bridge waits for {said}", "; ".join(remedies)
+    return f"the bridge waits for {reported}", "; ".join(remedies)
 
 
 def _concerns(what: str, topic: str, settings: Settings) -> bool:
-    """Whether what a bridge waits for can hold up events of this topic."""
+    """Whether the thing that a bridge waits for can hold up events of this topic."""
     others = {name for name in _names(settings) if name != topic}
     return not any(what.startswith((f"{name}/", f"{name} of ")) or f" {name}.dlq," in what for name in others)
 
@@ -211,11 +214,11 @@ def _remedy(what: str, reason: str) -> str:
     if what.startswith("shard "):
         if reason in _PASSING:
             return "an operation holds that shard: see what is in doubt above"
-        return "bring that shard back, and nothing else: its events go on by themselves"
+        return "bring that shard back, and do nothing else: its events continue by themselves"
     if "max.message.bytes" in what or what == "the dead-letter topics":
-        return "mend the dead-letter topic: a letter must be there before its event is passed over"
+        return "fix the dead-letter topic: a dead letter must be there before its event is skipped"
     if " offset " in what:
-        return "something at that offset cannot be read, or the brokers do not give it out: read the bridge's log"
+        return "the message at that offset cannot be read, or the brokers do not deliver it: read the bridge's log"
     if what == "the task broker":
         return "see the broker above"
     if what == "the catalog":
@@ -225,10 +228,10 @@ def _remedy(what: str, reason: str) -> str:
     return "read the bridge's log and the events worker's"
 
 
-def _transactions(seen: Seen) -> Sequence[Item]:
-    """Events that a producer has sent and not committed are not ours to read yet: that is no lag."""
+def _transactions(observation: Observation) -> Sequence[Item]:
+    """Open transactions. Events that a producer has sent but not committed may not be read yet: they are no lag."""
     found: list[Item] = []
-    for where, (offset, count, age_s) in seen.open_transactions.items():
+    for where, (offset, count, age_s) in observation.open_transactions.items():
         place = f"{where.topic}/{where.partition}"
         since = "" if age_s is None else f", open for {age_s:,.0f} s"
         text = f"{place}: {count:,} messages from offset {offset} on are behind a producer's transaction{since}"
@@ -240,8 +243,8 @@ def _transactions(seen: Seen) -> Sequence[Item]:
     return found
 
 
-def _passed_by(states: Sequence[PartitionState]) -> Sequence[Item]:
-    """What is lost already, though no bridge has come to notice it."""
+def _unread_losses(states: Sequence[PartitionState]) -> Sequence[Item]:
+    """Events that are lost, but that no bridge has noticed yet."""
     found: list[Item] = []
     for state in states:
         committed = state.committed
@@ -259,8 +262,8 @@ def _passed_by(states: Sequence[PartitionState]) -> Sequence[Item]:
     return found
 
 
-def _of_catalog(services: EventRecords, kafka: KafkaState) -> Sequence[Item]:
-    """Gaps that nobody has acknowledged, and dead letters that wait."""
+def _recorded(services: EventRecords, kafka: KafkaState) -> Sequence[Item]:
+    """Lost events that are not acknowledged, and dead letters that wait."""
     try:
         losses = services.records.losses()
         done = {
@@ -291,7 +294,7 @@ def _losses(losses: Sequence[FoundLoss]) -> Sequence[Item]:
         more = f" and {len(of_cause) - _PLACES_MAX} more" if len(of_cause) > _PLACES_MAX else ""
         counts = [one.loss.count_max for one in of_cause]
         known = [count for count in counts if count is not None]
-        count = f"at most {sum(known):,} events" if len(known) == len(counts) else "events, nobody knows how many"
+        count = f"at most {sum(known):,} events" if len(known) == len(counts) else "an unknown number of events"
         text = f"{topic}: lost {count}, in partition {places}{more}: {reason}"
         remedy = "let their producers send them again, then `segsvc events lost acknowledge`"
         items.append(Item(text, f"{remedy} (operations.md#events-were-lost)"))

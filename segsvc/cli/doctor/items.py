@@ -1,4 +1,4 @@
-"""What ``segsvc doctor`` finds."""
+"""The results of ``segsvc doctor``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from segsvc.config import Settings
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing that was seen.
+    """One observation.
 
     Attributes:
-        remedy: what to do about it; empty: it is only told, nothing is wrong.
+        remedy: what to do about it; empty: for information, nothing is wrong.
     """
 
     text: str
@@ -23,22 +23,23 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one examination saw."""
+    """What one check observed."""
 
     name: str
     items: Sequence[Item]
 
     @property
-    def well(self) -> bool:
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
         return not any(item.remedy for item in self.items)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "ok": self.well,
+            "ok": self.passed,
             "findings": [{"text": item.text, "remedy": item.remedy} for item in self.items],
         }
 
 
-Examination = Callable[[Settings], Sequence[Item]]
-"""Bounded in time; does not raise for what it is there to find."""
+DoctorCheck = Callable[[Settings], Sequence[Item]]
+"""One check of the doctor. Bounded in time; does not raise for the problems that it checks for."""

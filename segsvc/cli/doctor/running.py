@@ -1,4 +1,4 @@
-"""What ``segsvc doctor`` looks at in the broker, Kafka and our own processes."""
+"""What ``segsvc doctor`` checks in the broker, Kafka and the processes of segsvc."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tasks.queues import QUEUES
 from tasks.steps import HEALTH_COMMAND
 
 _PING_S: Final = 2.0
-_LOOK_S: Final = 1.0
+_SCAN_S: Final = 1.0
 _PREFIX: Final = re.compile(rb"segsvc:([a-z0-9-]+-[0-9a-f]{8}):")
 _UNPUBLISHED_MAX_S: Final = 30.0
 """A commit is published within a second or two."""
@@ -43,18 +43,21 @@ _HEALTH_SERVICES: Final = ("", "segmentation.v1.SegmentService", "segmentation.v
 
 
 def broker(settings: Settings) -> Sequence[Item]:
-    """The broker's server, its settings, that it is not the cache's, and who else uses it."""
+    """The broker's server and its settings, that it is not the cache's server, and other installations that use it."""
     try:
         with app.connection_for_read() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
-            channel: Any = connection.default_channel  # of the Redis transport, whose channels have a client
+            channel: Any = connection.default_channel  # a channel of the Redis transport, which has a client
             info: Mapping[str, Any] = channel.client.info()
             owners = _owners(channel.client)
     except InstallationUnknown:
-        return [Item("which names are ours cannot be asked without a database", "see the databases above")]
+        return [
+            Item("without a database it is unknown which keys belong to this installation", "see the databases above")
+        ]
     except (OperationalError, OSError) as error:
         reason = mask(str(error)) or type(error).__name__
         return [Item(f"it cannot be reached ({reason})", "start it or correct SEGSVC_BROKER_URL")]
+
     found: list[Item] = []
     policy = info.get("maxmemory_policy")
     if policy != "noeviction":
@@ -70,9 +73,9 @@ def broker(settings: Settings) -> Sequence[Item]:
 
 
 def _owners(client: Any) -> set[str]:
-    """Names of the installations that have keys on the broker, as far as a second of looking finds them."""
+    """Names of the installations that have keys on the broker, as far as a scan of one second finds them."""
     found: set[str] = set()
-    cursor, end = 0, time.monotonic() + _LOOK_S
+    cursor, end = 0, time.monotonic() + _SCAN_S
     while time.monotonic() < end:
         cursor, names = client.scan(cursor, count=1000)
         found.update(name[1].decode() for key in names if (name := _PREFIX.match(key)))
@@ -82,10 +85,10 @@ def _owners(client: Any) -> set[str]:
 
 
 def _cache_run_id(settings: Settings) -> str | None:
-    """None: the cache cannot be reached, which its own examination says."""
+    """The cache's run id; None: the cache cannot be reached, which its own check reports."""
     try:
         connection = CacheConnection(settings.cache_url, settings.cache_timeout_s)
-    except Exception as error:  # noqa: BLE001  # whatever it is, the cache's own examination names it
+    except Exception as error:  # noqa: BLE001  # whatever it is, the cache's own check reports it
         del error
         return None
     try:
@@ -95,8 +98,8 @@ def _cache_run_id(settings: Settings) -> str | None:
 
 
 def kafka(settings: Settings) -> Sequence[Item]:
-    """The brokers, the topics, and what becomes of the events in them."""
-    # What it cannot reach is said below, once.
+    """The brokers, the topics, and the state of the events in them."""
+    # An unreachable broker is reported below, once.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         consumer = KafkaConsumer(
@@ -109,10 +112,11 @@ def kafka(settings: Settings) -> Sequence[Item]:
     except (KafkaError, OSError) as error:
         text = f"no broker of {settings.kafka_bootstrap_servers} can be reached ({type(error).__name__})"
         return [Item(text, "start Kafka or correct SEGSVC_KAFKA_BOOTSTRAP_SERVERS")]
+
     try:
         return [*_topics(consumer, settings), *events.items(settings, lambda: _members(settings))]
     except (KafkaError, OSError) as error:
-        return [Item(f"the brokers broke off ({type(error).__name__})", "look at the brokers' logs")]
+        return [Item(f"the brokers closed the connection ({type(error).__name__})", "read the brokers' logs")]
     finally:
         consumer.close(autocommit=False)
 
@@ -128,34 +132,34 @@ def _topics(consumer: KafkaConsumer, settings: Settings) -> Sequence[Item]:
     for name in (*(name + SUFFIX for name in TOPICS), SEGMENT_EVENTS_TOPIC):
         topic = settings.kafka_topic_prefix + name
         if not consumer.partitions_for_topic(topic):
-            found.append(Item(f"{topic} does not exist: what belongs there waits", f"create the topic {topic}"))
+            found.append(Item(f"{topic} does not exist: its messages wait", f"create the topic {topic}"))
     return found
 
 
 def bridge(settings: Settings) -> Sequence[Item]:
-    """Whether a bridge is there, also while no event comes, and whether it publishes what was committed."""
+    """Whether a bridge runs, even while no events arrive, and whether it publishes committed changes."""
     return [*_group_items(settings), *_outbox_items(settings)]
 
 
 def _group_items(settings: Settings) -> Sequence[Item]:
-    if settings.kafka_stand_in:  # it cannot be asked about groups
+    if settings.kafka_stand_in:  # it does not report groups
         return []
     try:
         members = _members(settings)
     except KafkaError as error:
-        return [Item(f"the brokers do not say who is in its group ({type(error).__name__})", "look at their logs")]
+        return [Item(f"the brokers do not list the members of its group ({type(error).__name__})", "read their logs")]
     if members is None:
-        return [Item("whether it is there cannot be asked without Kafka", "see Kafka above")]
+        return [Item("without Kafka it is unknown whether it runs", "see Kafka above")]
     if members:
         return []
-    return [Item(f"nobody is in the consumer group {settings.kafka_group}", "start `segsvc bridge`, or read its log")]
+    return [Item(f"the consumer group {settings.kafka_group} has no members", "start `segsvc bridge`, or read its log")]
 
 
 def _members(settings: Settings) -> int | None:
-    """How many bridges are in the consumer group; None: the brokers cannot be asked.
+    """Number of bridges in the consumer group; None: the brokers cannot be reached.
 
     Raises:
-        KafkaError: they do not say.
+        KafkaError: the brokers do not list them.
     """
     if settings.kafka_stand_in:
         return None
@@ -178,22 +182,22 @@ def _outbox_items(settings: Settings) -> Sequence[Item]:
     try:
         waiting, age_s = service.reads.unpublished()
     except ServiceError:
-        return [Item("what it has to publish cannot be asked without the catalog", "see the databases above")]
+        return [Item("without the catalog it is unknown what waits to be published", "see the databases above")]
     finally:
         service.close()
     if age_s <= _UNPUBLISHED_MAX_S:
         return []
-    text = f"{waiting:,} commits are not on {SEGMENT_EVENTS_TOPIC}, the oldest for {age_s:,.0f} s"
+    text = f"{waiting:,} commits are not yet on {SEGMENT_EVENTS_TOPIC}, the oldest for {age_s:,.0f} s"
     return [Item(text, "start `segsvc bridge`, or read its log")]
 
 
 def flower(settings: Settings) -> Sequence[Item]:
-    """Whether Flower answers, where one is set up."""
+    """Whether Flower answers, if it is configured."""
     if not settings.flower_password:
-        return [Item("not looked at: SEGSVC_FLOWER_PASSWORD is empty")]
+        return [Item("not checked: SEGSVC_FLOWER_PASSWORD is empty")]
     address = reachable(settings.flower_address)
     try:
-        # Not by the proxy of the environment, which is for the world outside.
+        # Without the proxy of the environment, which is for servers outside.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(f"http://{address}/healthcheck", timeout=_PING_S):
             return []
@@ -203,7 +207,7 @@ def flower(settings: Settings) -> Sequence[Item]:
 
 
 def front(settings: Settings) -> Sequence[Item]:
-    """Whether the front answers, and which of its services can."""
+    """Whether the front answers, and which of its services can serve."""
     found: list[Item] = []
     try:
         with connected(settings) as stubs:
@@ -226,9 +230,9 @@ def workers(settings: Settings) -> Sequence[Item]:
         CeleryDispatcher(app).check()
         replies: Any = app.control.broadcast(HEALTH_COMMAND, reply=True, timeout=_PING_S)
     except (ServiceError, OperationalError, OSError):
-        return [Item("they cannot be asked without the broker", "see the broker above")]
+        return [Item("without the broker they cannot be asked", "see the broker above")]
     answers = {name: answer for reply in replies or () for name, answer in reply.items()}
-    return [*_missing(answers), *_not_well(answers)]
+    return [*_missing(answers), *_reported_problems(answers)]
 
 
 def _missing(answers: Mapping[str, Any]) -> Sequence[Item]:
@@ -240,11 +244,11 @@ def _missing(answers: Mapping[str, Any]) -> Sequence[Item]:
     ]
 
 
-def _not_well(answers: Mapping[str, Any]) -> Sequence[Item]:
-    """Workers that answer and do not work. One that knows no such question is of an older release."""
+def _reported_problems(answers: Mapping[str, Any]) -> Sequence[Item]:
+    """Workers that answer but do not work. A worker of an older release does not know the question, and is left out."""
     complaints = {name: answer.get("complaint") for name, answer in answers.items() if isinstance(answer, dict)}
     return [
-        Item(f"the worker {name} is not well: {complaint}", "read its log, and restart it")
+        Item(f"the worker {name} reports a problem: {complaint}", "read its log, and restart it")
         for name, complaint in sorted(complaints.items())
         if complaint
     ]

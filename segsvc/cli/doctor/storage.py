@@ -1,4 +1,4 @@
-"""What ``segsvc doctor`` looks at in PostgreSQL and the cache."""
+"""What ``segsvc doctor`` checks in PostgreSQL and the cache."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from segsvc.fan_out import SERVERS_AT_ONCE, ThreadFanOut
 from segsvc.postgres.installation.migrate import inspect
 
 SKEW_MAX: Final = 0.2
-"""Shards may differ from their mean by this share before it is worth a look."""
+"""Shards may differ from their mean by this share before it is reported."""
 RECOVERY_AGE_MAX_S: Final = 30.0
-"""Recovery looks every few seconds."""
-SHARED: Final = "give each installation a server of its own: they share its memory, and what ends it"
+"""Recovery runs every few seconds."""
+SHARED: Final = "give each installation a server of its own: they share its memory and its outages"
 _SKEW_USERS_MIN: Final = 1000
-"""With fewer users a shard, chance alone makes such a difference."""
+"""With fewer users per shard, such a difference may be chance."""
 
 
 def databases(settings: Settings) -> Sequence[Item]:
-    """Every database: in reach, the right one, migrated; every server: able to prepare enough transactions."""
+    """Whether every database can be reached, is the right one and is migrated, and every server can prepare enough
+    transactions."""
     return [Item(f"{finding.where}: {finding.problem}", finding.remedy) for finding in inspect(settings)]
 
 
 def recovery(settings: Settings) -> Sequence[Item]:
-    """Whether recovery, which runs in beat, looks after everything."""
+    """Whether recovery, which runs in beat, has completed a run recently."""
     service = Check(settings, with_cache=False)
     try:
         age_s = service.reads.recovery_age_s()
@@ -38,8 +39,10 @@ def recovery(settings: Settings) -> Sequence[Item]:
         service.close()
     if age_s is not None and age_s <= RECOVERY_AGE_MAX_S:
         return []
-    text = "recovery has never looked" if age_s is None else f"recovery last looked at everything {age_s:,.0f} s ago"
-    return [Item(text, "bring back what is out of reach; if nothing is, start `segsvc beat`, or read its log")]
+    text = "recovery has never run" if age_s is None else f"the last complete recovery run was {age_s:,.0f} s ago"
+    return [
+        Item(text, "bring back the servers that cannot be reached; if all can, start `segsvc beat`, or read its log")
+    ]
 
 
 def shard_skew(settings: Settings) -> Sequence[Item]:
@@ -61,7 +64,7 @@ def shard_skew(settings: Settings) -> Sequence[Item]:
 
 
 def skew_items(counts: Sequence[int]) -> Sequence[Item]:
-    """What is to be said of shards with so many users each."""
+    """The items for these numbers of users per shard."""
     users = ", ".join(f"{count:,}" for count in counts)
     mean = sum(counts) / max(1, len(counts))
     text = f"users a shard: {users}"
@@ -71,7 +74,7 @@ def skew_items(counts: Sequence[int]) -> Sequence[Item]:
 
 
 def cache(settings: Settings) -> Sequence[Item]:
-    """The cache's server, its settings, and who else uses it."""
+    """The cache's server, its settings, and other installations that use it."""
     found = cache_findings(settings.cache_url, timeout_s=settings.cache_timeout_s)
     if found:
         return [Item(sentence, "see SEGSVC_CACHE_URL and the server's configuration") for sentence in found]

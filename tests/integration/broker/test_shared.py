@@ -30,6 +30,6 @@ def test_doctor_names_who_shares_the_broker_and_workers_that_do_nothing(workplac
     deaf = "import tasks.broker\ntasks.broker.pulse.complaint = lambda: 'it is deaf'\n"
     workplace.worker(code=deaf)
     said = run(running.workers)
-    assert "is not well: it is deaf" in said
+    assert "reports a problem: it is deaf" in said
     assert "no worker of operations answers" not in said
     assert "no worker of events answers" in said

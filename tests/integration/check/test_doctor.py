@@ -65,14 +65,14 @@ PAST = 1000.0
             OperationState.PREPARING,
             PAST,
             (0, 1),
-            "all shards have voted for it, nobody decided in time; a front or recovery aborts it and rolls it back",
+            "all shards have voted, but no decision came in time; a front or recovery aborts it and rolls it back",
             True,
         ),
         (
             OperationState.COMMITTED,
             PAST,
             (0, 1),
-            "it is decided, and not committed here yet; recovery commits it",
+            "it is decided, but not committed here yet; recovery commits it",
             True,
         ),
         (OperationState.ABORTED, PAST, (1,), "it was aborted (CANCELLED); recovery rolls it back", True),
@@ -152,12 +152,15 @@ def test_an_operation_is_explained_when_nothing_is_prepared_any_more(world: Worl
         return item.text
 
     assert (
-        "it is decided, and not known to be committed on shard 1; recovery commits it there, which is overdue" in said()
+        "it is decided, but not known to be committed on shard 1; recovery commits it there, which is overdue" in said()
     )
     world.on_shard(1, "INSERT INTO applied_operations (operation_id, kind) VALUES (:id, 2)", id=operation)
-    assert "all shards have committed; recovery drops what the cache has of before" in said()
+    assert "all shards have committed; recovery drops the outdated cache entries" in said()
     world.on_catalog("UPDATE operations SET shards_committed_time = now()")
-    assert "all shards have committed, and the cache cannot be told; it is done when the cache can be reached" in said()
+    assert (
+        "all shards have committed, but the cache cannot be invalidated; it is done when the cache can be reached"
+        in said()
+    )
 
 
 def test_the_queue_is_told_of(world: World, check_settings: Settings) -> None:
@@ -172,8 +175,8 @@ def test_the_queue_is_told_of(world: World, check_settings: Settings) -> None:
     ("gid", "said"),
     [
         (f"segsvc:check:{ABSENT}:1", "the ledger has no such operation on this shard"),
-        (f"segsvc:other:{ABSENT}:1", "it is not ours"),
-        ("backup", "it is not ours"),
+        (f"segsvc:other:{ABSENT}:1", "it does not belong to this installation"),
+        ("backup", "it does not belong to this installation"),
     ],
 )
 def test_a_transaction_of_nobody_asks_for_a_person(world: World, check_settings: Settings, gid: str, said: str) -> None:
@@ -194,11 +197,11 @@ def test_what_cannot_be_asked_hides_nothing_else(world: World, check_settings: S
     try:
         shard_away = check_settings.model_copy(update={"shard_dsns": (nowhere, check_settings.shard_dsns[1])})
         silent, prepared, open_operation = doubt.in_doubt(shard_away)
-        assert silent.text == "shard 0: it cannot be asked what is prepared there"
+        assert silent.text == "shard 0: its prepared transactions cannot be read"
         for item in (prepared, open_operation):
             assert "it waits for the vote of shard 0 (out of reach); recovery sends what is missing again" in item.text
         [item] = doubt.in_doubt(check_settings.model_copy(update={"catalog_dsn": nowhere}))
-        assert "the catalog, which alone decides, cannot be asked; it stays until the catalog is back" in item.text
+        assert "the catalog, which alone decides, cannot be read; it stays until the catalog is back" in item.text
         assert item.text.startswith(f"shard 1: {gid} is prepared for")
         assert item.remedy
     finally:
@@ -213,7 +216,7 @@ def test_a_database_that_is_not_a_shard_hides_nothing_else(
     prepare(world, gid)
     try:
         silent, prepared = doubt.in_doubt(wrong)
-        assert silent.text == "shard 0: it cannot be asked what is prepared there"
+        assert silent.text == "shard 0: its prepared transactions cannot be read"
         assert prepared.text.startswith(f"shard 1: {gid} is prepared for")
         monkeypatch.setattr(doctor, "settings_of_process", lambda: wrong)
         looked_at = {
@@ -221,7 +224,7 @@ def test_a_database_that_is_not_a_shard_hides_nothing_else(
             "spread of the users": storage.shard_skew,
             "cache": storage.cache,
         }
-        monkeypatch.setattr(doctor, "_examinations", lambda: looked_at)
+        monkeypatch.setattr(doctor, "_checks", lambda: looked_at)
         with pytest.raises(typer.Exit) as ended:
             doctor.doctor(json_output=True)
     finally:
@@ -230,7 +233,7 @@ def test_a_database_that_is_not_a_shard_hides_nothing_else(
     found = {result["name"]: result["findings"] for result in json.loads(capsys.readouterr().out)}
     assert found["databases"][1]["text"].startswith("shard 0: its DSN points to the catalog of cluster 'check'")
     [spread] = found["spread of the users"]
-    assert spread["text"] == "it cannot be looked at (ProgrammingError)"
+    assert spread["text"] == "it cannot be checked (ProgrammingError)"
     assert "segsvc config" in spread["remedy"]
     assert found["cache"] == []
 
@@ -275,7 +278,7 @@ def test_commits_that_nobody_publishes_are_found(world: World, check_settings: S
             " SELECT 900 + n, now() - n * interval '50 seconds', 'created', 1, 'x', '{}' FROM generate_series(1, 2) n"
         )
     [item] = running.bridge(settings)
-    assert item.text == "2 commits are not on segment-events, the oldest for 100 s"
+    assert item.text == "2 commits are not yet on segment-events, the oldest for 100 s"
     assert "segsvc bridge" in item.remedy
     with world.catalog.begin() as connection:
         connection.exec_driver_sql("DELETE FROM audit WHERE seq > 900")
@@ -283,7 +286,7 @@ def test_commits_that_nobody_publishes_are_found(world: World, check_settings: S
 
 def test_a_flower_that_does_not_answer_is_found(check_settings: Settings) -> None:
     [item] = running.flower(check_settings)
-    assert (item.text, item.remedy) == ("not looked at: SEGSVC_FLOWER_PASSWORD is empty", "")
+    assert (item.text, item.remedy) == ("not checked: SEGSVC_FLOWER_PASSWORD is empty", "")
     there = check_settings.model_copy(update={"flower_password": "x", "flower_address": "127.0.0.1:1"})
     [item] = running.flower(there)
     assert item.text == "it does not answer at 127.0.0.1:1 (URLError)"
@@ -298,11 +301,11 @@ def test_recovery_that_does_not_look_is_found(world: World, check_settings: Sett
 
     age(None)
     [item] = storage.recovery(check_settings)
-    assert item.text == "recovery has never looked"
+    assert item.text == "recovery has never run"
     assert "segsvc beat" in item.remedy
     age("5 minutes")
     [item] = storage.recovery(check_settings)
-    assert item.text.startswith("recovery last looked at everything 30")
+    assert item.text.startswith("the last complete recovery run was 30")
     databases = Databases(check_settings, "test")
     try:
         PostgresMaintainedCatalog(databases).note_recovery()

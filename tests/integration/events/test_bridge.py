@@ -135,7 +135,7 @@ def test_a_dead_letter_topic_that_is_missing_holds_back_offsets_and_nothing_else
     topics.send_raw("create-user", b"nonsense", b"1")
     topics.create(range(1, 101))
     [missing] = running.bridge(settings)
-    assert missing.text == f"nobody is in the consumer group {prefix}"
+    assert missing.text == f"the consumer group {prefix} has no members"
     with RunningBridge(settings, bench.batches):
         bench.wait_for_users(100)
         assert topics.lag() > 0
