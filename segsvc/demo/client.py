@@ -1,4 +1,4 @@
-"""The service as its gateway and its administrators use it: the generated stubs, and nothing internal."""
+"""A client as the gateway and administrators use it: only the generated stubs, nothing internal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class OperationFailed(Exception):
 
 class Client:
     def __init__(self, address: str) -> None:
-        # The proxy of the environment is for the world outside.
+        # The environment's proxy is for the outside world, not for the front.
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.enable_http_proxy", 0)]
         self._channel = grpc.insecure_channel(address, options=options)
         self.segments = segments_pb2_grpc.SegmentServiceStub(self._channel)
@@ -44,7 +44,7 @@ class Client:
         return self.segments.PreviewRollOut(request, timeout=_TIMEOUT_S)
 
     def roll_out(self, slug: str, percent: float, condition: str = "") -> segments_pb2.RollOutSegmentResponse:
-        """Roll out and wait for the end. Raises OperationFailed."""
+        """Roll out and wait until it ends. Raises OperationFailed."""
         rule = segments_pb2.RollOutRule(percent=percent, condition=condition)
         request = segments_pb2.RollOutSegmentRequest(slug=slug, rule=rule)
         response = segments_pb2.RollOutSegmentResponse()
@@ -52,7 +52,7 @@ class Client:
         return response
 
     def start_roll_out(self, slug: str, percent: float) -> str:
-        """Roll out without waiting; the operation's name."""
+        """Start a rollout without waiting. Returns the operation's name."""
         request = segments_pb2.RollOutSegmentRequest(
             slug=slug, rule=segments_pb2.RollOutRule(percent=percent), return_immediately=True
         )
@@ -63,14 +63,14 @@ class Client:
             yield message.metadata
 
     def delete(self, slug: str) -> segments_pb2.DeleteSegmentResponse:
-        """Delete and wait for the end. Raises OperationFailed."""
+        """Delete and wait until it ends. Raises OperationFailed."""
         response = segments_pb2.DeleteSegmentResponse()
         request = segments_pb2.DeleteSegmentRequest(slug=slug)
         _unpack(self.segments.DeleteSegment(request, timeout=_TIMEOUT_S), response)
         return response
 
     def export(self, slug: str) -> Iterator[int]:
-        """Ids of all members."""
+        """Yields the ids of all members."""
         for message in self.segments.ExportSegmentUsers(segments_pb2.ExportSegmentUsersRequest(slug=slug), timeout=600):
             yield from message.user_ids
 
@@ -80,7 +80,7 @@ class Client:
         )
 
     def list_slugs(self) -> list[str]:
-        """Slugs of all segments, page by page."""
+        """Slugs of all segments, read page by page."""
         slugs: list[str] = []
         token = ""
         while True:
@@ -107,7 +107,7 @@ class Client:
         effect: membership_pb2.Override.Effect.ValueType,
         expire_time: float | None = None,
     ) -> None:
-        """Put a user in or out. ``expire_time``: Unix time in seconds; None: for ever."""
+        """Include or exclude a user. ``expire_time``: Unix time in seconds; None: never expires."""
         override = membership_pb2.Override(slug=slug, effect=effect)
         if expire_time is not None:
             override.expire_time.FromNanoseconds(int(expire_time * 1e9))
@@ -119,11 +119,11 @@ class Client:
         self.memberships.ModifyUserOverrides(request, timeout=_TIMEOUT_S)
 
     def many_user_segments(self, user_ids: Sequence[int]) -> Iterator[tuple[int, list[str] | None]]:
-        """(user id, slugs) for each user, in their order; None: there is no such user.
+        """Yields (user id, slugs) for each user, in the given order. Slugs are None if there is no such user.
 
         Raises:
             grpc.RpcError: a call failed as a whole.
-            OperationFailed: a user's read failed with anything else than NOT_FOUND.
+            OperationFailed: a user's read failed with an error other than NOT_FOUND.
         """
         for first in range(0, len(user_ids), _BATCH):
             part = user_ids[first : first + _BATCH]

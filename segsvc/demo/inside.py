@@ -1,4 +1,4 @@
-"""What the demonstration cannot see from outside: how far the events are, and who would be a hit."""
+"""Reads of internal state that no client can make: how many users have arrived, and which reads would be hits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Inside:
         return self._inspection.user_count()
 
     def hit_share(self, user_ids: Sequence[int]) -> float:
-        """Share of these users whom the hot reader would answer from the cache now, 0 to 1."""
+        """Share of these users that the hot reader would answer from the cache now, 0 to 1."""
         hits = 0
         for first in range(0, len(user_ids), _CHUNK):
             entries = self._inspection.cached(user_ids[first : first + _CHUNK])
@@ -34,15 +34,16 @@ class Inside:
         return hits / len(user_ids)
 
     def check(self) -> tuple[int, str]:
-        """Run ``segsvc check`` as its user would: (exit code, last line of what it printed)."""
+        """Run ``segsvc check`` as a user would. Returns the exit code and the last printed line."""
         done = subprocess.run(
             [sys.executable, "-m", "segsvc", "check"],
-            # The demonstration's own stack, whatever other one the environment names.
+            # Use the demonstration's own stack, even if the environment names another one.
             env={**os.environ, **({"SEGSVC_ENV_FILE": str(self._env_file)} if self._env_file.exists() else {})},
             capture_output=True,
             text=True,
             check=False,
             timeout=600,
         )
+
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         return done.returncode, lines[-1] if lines else "no output"

@@ -1,4 +1,4 @@
-"""Users for the demonstration: as skewed as in life, and the same for the same seed."""
+"""Users for the demonstration: with skewed attributes, as real users have, and the same for the same seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ID_BITS = 40
 _ID_STEP = 0x9E3779B97F4A7C15 | 1
 
 BOUNDARY_USER = 2**63 - 1
-"""The largest legal user id; always among the users."""
+"""The largest valid user id; always one of the users."""
 
 
 def user_ids(count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -37,15 +37,16 @@ def event(user_id: int, attributes: Mapping[str, object]) -> bytes:
 
 
 def people(count: int, seed: int = 1, chunk: int = 10_000) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """(user id, attributes) for each user.
+    """Yields (user id, attributes) for each user.
 
-    Countries and app versions follow a power law, ages a skewed bell, sign-ups grow over the years, and most users
-    have no tag; a few lack an attribute altogether.
+    Countries and app versions follow a power law, ages a skewed bell, sign-ups grow over the years. Most users
+    have no tag; a few users lack the attribute age.
     """
     random = np.random.default_rng(seed)
     ids = user_ids(count)
     country_shares = _zipf(len(_COUNTRIES), 1.1)
     version_shares = _zipf(len(_VERSIONS), 1.4)
+
     for first in range(0, count, chunk):
         n = min(chunk, count - first)
         countries = random.choice(len(_COUNTRIES), n, p=country_shares)
@@ -55,6 +56,7 @@ def people(count: int, seed: int = 1, chunk: int = 10_000) -> Iterator[tuple[int
         days = (_SIGNUP_DAYS * np.sqrt(random.random(n))).astype(int)
         tag_counts = random.choice(4, n, p=(0.7, 0.2, 0.08, 0.02))
         no_age = random.random(n) < 0.03
+
         for i in range(n):
             attributes: dict[str, object] = {
                 "country": _COUNTRIES[countries[i]],

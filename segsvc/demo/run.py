@@ -1,4 +1,4 @@
-"""The demonstration from nothing to its report: a stack of its own, the story, and what to do next."""
+"""The whole demonstration: it starts a stack of its own, runs the story, and prints the next steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from segsvc.config import Settings
 from segsvc.demo.people import user_ids
-from segsvc.demo.running import summarise, tell_story
+from segsvc.demo.running import run_story, summarise
 from segsvc.demo.screen import Screen
 from segsvc.demo.story import commands, failpoint_dir
 from segsvc.local.processes import LocalStackError, ended_as_interrupted, tail
@@ -20,10 +20,11 @@ from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import metrics_addresses
 
 _MARKER = "made-by-demo"
-"""A file in the stack's folder: the demonstration made it and may delete it. Held locked by the one that runs."""
+"""A file in the stack's folder that says: the demonstration made this folder and may delete it. A running demonstration
+holds a lock on it."""
 _LOG_LINES = 15
 OPERATION_DEADLINE_S = 10.0
-"""Shorter than in production, so that what happens after a crash can be watched."""
+"""Shorter than in production, so that recovery from a crash can be watched."""
 
 
 def run_demo(
@@ -32,19 +33,20 @@ def run_demo(
     """Run the demonstration; True if every step found what it expected.
 
     Args:
-        users: how many arrive.
+        users: number of users that arrive.
         keep: leave the stack up afterwards.
-        replace: delete the stack that is in the folder, whoever made it.
+        replace: delete the stack in the folder, even if no demonstration made it.
         stack_dir: folder of the stack; deleted afterwards unless kept.
-        report: where the report is written.
+        report: path of the report.
 
     Raises:
-        LocalStackError: the stack did not start, or the folder holds somebody's data.
-        KeyboardInterrupt, SystemExit: interrupted; nothing is left.
+        LocalStackError: the stack did not start, or the folder holds data that no demonstration made.
+        KeyboardInterrupt, SystemExit: interrupted; stack and data were removed.
     """
     screen = Screen()
     started = time.monotonic()
     screen.console.print(f"[bold]segsvc[/bold]: {users:,} users, on a stack of its own")
+
     _take_folder(stack_dir, replace=replace)
     stack = LocalStack(
         {"failpoint_dir": failpoint_dir(stack_dir.resolve()), "operation_deadline_s": OPERATION_DEADLINE_S},
@@ -52,6 +54,7 @@ def run_demo(
         say=screen.note,
         ready=ready,
     )
+
     with contextlib.ExitStack() as undo:
         screen.chapter("The stack starts")
         undo.enter_context(ended_as_interrupted())
@@ -60,28 +63,31 @@ def run_demo(
         undo.enter_context(_marked(stack_dir))
         failpoint_dir(stack_dir).mkdir(exist_ok=True)
         screen.note(f"[dim]{time.monotonic() - started:.1f} s[/dim]")
-        tell_story(settings, users, screen, lambda: _show_log(screen, stack))
+
+        run_story(settings, users, screen, lambda: _show_log(screen, stack))
         screen.write(report)
         summarise(screen, time.monotonic() - started, report)
+
         if keep:
             undo.pop_all()
-            # From now on it is somebody's, and only deleted if somebody says so.
+            # From now on the stack belongs to the user: it is deleted only on request.
             (stack_dir / _MARKER).unlink()
             _next_steps(screen, settings, users)
+
     if not keep:
         screen.note("the stack is stopped and its data deleted (KEEP=1 leaves it up)")
     return screen.all_ok
 
 
 def _take_folder(stack_dir: Path, *, replace: bool) -> None:
-    """Make room for the stack. Unless told to ``replace`` whatever is there, only what a demonstration left that was
-    killed is deleted.
+    """Empty the folder for the stack. Without ``replace``, only the remains of a killed demonstration are deleted.
 
     Raises:
         LocalStackError: the folder holds a stack, or another demonstration runs in it.
     """
     if not stack_dir.exists() or not any(stack_dir.iterdir()):
         return
+
     marker = stack_dir / _MARKER
     if marker.exists():
         with marker.open() as file:
@@ -94,6 +100,7 @@ def _take_folder(stack_dir: Path, *, replace: bool) -> None:
             f"{stack_dir} holds a stack with data. Delete it with 'segsvc down --purge' or REPLACE=1 make demo "
             f"(segsvc demo --replace), or {_OWN_FOLDER}"
         )
+
     LocalStack(home=stack_dir, say=lambda _: None).down(purge=True)
     shutil.rmtree(stack_dir, ignore_errors=True)
 
@@ -103,14 +110,14 @@ _OWN_FOLDER = "give the demonstration a folder of its own: SEGSVC_STACK_DIR=buil
 
 @contextlib.contextmanager
 def _marked(stack_dir: Path) -> Iterator[None]:
-    """Inside the block the folder is a running demonstration's, which another one leaves alone."""
+    """Inside the block, the folder belongs to a running demonstration. Another one will not touch it."""
     with (stack_dir / _MARKER).open("w") as marker:
         fcntl.flock(marker, fcntl.LOCK_EX)
         yield
 
 
 def _show_log(screen: Screen, stack: LocalStack) -> None:
-    """The newest warnings and errors of all processes; the end of the front's log if there are none."""
+    """Print the newest warnings and errors of all processes, or the end of the front's log if there are none."""
     found: list[tuple[str, str]] = []
     for log in stack.logs.glob("*.log"):
         for line in tail(log, 500).splitlines():
@@ -118,6 +125,7 @@ def _show_log(screen: Screen, stack: LocalStack) -> None:
                 entry = json.loads(line)
                 if entry.get("level") in ("warning", "error", "critical"):
                     found.append((entry["timestamp"], f"{log.name}: {entry['level']}: {entry['event']}"))
+
     front = stack.logs / "serve.log"
     lines = [text for _, text in sorted(found)[-_LOG_LINES:]] or [f"{front}:", *tail(front).splitlines()]
     screen.console.print("\nThe last lines of the logs that matter:", *lines, sep="\n  ", markup=False)

@@ -1,6 +1,6 @@
-"""The demonstration on an installation that is there; and what it shares with the one that starts its own stack.
+"""The demonstration on an existing installation, and the code that both kinds of demonstration share.
 
-Nothing here needs the packages of a local stack: the image of docker/ has none of them.
+This module does not need the packages of a local stack: the image of docker/ does not contain them.
 """
 
 from __future__ import annotations
@@ -19,40 +19,43 @@ from segsvc.demo.story import Story
 
 
 class DemoRefused(Exception):
-    """The installation is not one on which the demonstration can run; the message says why."""
+    """The demonstration cannot run on this installation; the message says why."""
 
 
 def run_on(settings: Settings, users: int, *, report: Path) -> bool:
-    """Run the demonstration on an installation that is there, empty and running, with its failpoints armed by a folder
-    that this process and its operations worker share. True if every step found what it expected.
+    """Run the demonstration on an installation that is running and has no users. Its failpoint folder must be shared by
+    this process and the operations worker. Returns True if every step found what it expected.
 
     Raises:
-        DemoRefused: it has no such folder, or it has users.
+        DemoRefused: the installation has no such folder, or it has users.
         ServiceError: SHARD_UNAVAILABLE.
     """
     if settings.failpoint_dir is None:
         raise DemoRefused("the demonstration holds a worker at a failpoint: set SEGSVC_FAILPOINT_DIR for both")
+
     inspection = Inspection(settings)
     try:
-        there = inspection.user_count()
+        user_count = inspection.user_count()
     finally:
         inspection.close()
-    if there:
-        raise DemoRefused(f"the demonstration needs an installation without users; this one has {there:,}")
+    if user_count:
+        raise DemoRefused(f"the demonstration needs an installation without users; this one has {user_count:,}")
+
     screen = Screen()
     started = time.monotonic()
     screen.console.print(f"[bold]segsvc[/bold]: {users:,} users, on the installation {settings.cluster!r}")
-    tell_story(settings, users, screen, lambda: screen.note("look at the logs of the processes"))
+
+    run_story(settings, users, screen, lambda: screen.note("look at the logs of the processes"))
     screen.write(report)
     summarise(screen, time.monotonic() - started, report)
     return screen.all_ok
 
 
-def tell_story(settings: Settings, users: int, screen: Screen, explain: Callable[[], None]) -> None:
-    """Run the story; what goes wrong ends with an explanation."""
+def run_story(settings: Settings, users: int, screen: Screen, explain: Callable[[], None]) -> None:
+    """Run the story. After a failure, call ``explain``, which shows where to look."""
     story = Story(settings, users, screen)
     try:
-        story.tell()
+        story.run()
     except StepFailed:
         explain()
     except (grpc.RpcError, OperationFailed) as error:
@@ -63,7 +66,7 @@ def tell_story(settings: Settings, users: int, screen: Screen, explain: Callable
 
 
 def summarise(screen: Screen, seconds: float, written: Path) -> None:
-    """Say how many steps found what they expected, and which did not."""
+    """Print how many steps found what they expected, and which steps did not."""
     failed = [report for report in screen.reports if not report.ok]
     screen.chapter("Summary")
     if failed:

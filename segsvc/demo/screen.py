@@ -1,4 +1,4 @@
-"""What the demonstration prints and remembers: steps with what was expected, what happened, and how long it took."""
+"""The demonstration's output and report: steps with the expected result, the actual one, and the duration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.text import Text
 
 
 def as_percent(share: float) -> str:
-    """A share of 0 to 1 for people: 19.98 %."""
+    """A share from 0 to 1 as a percentage for people: 19.98 %."""
     return f"{100 * share:.2f} %"
 
 
@@ -32,12 +32,12 @@ class StepReport:
 
 
 class StepFailed(Exception):
-    """A step found something else than it expected; the report has it."""
+    """A step did not find what it expected; the report has the details."""
 
 
 @dataclass(slots=True)
 class Step:
-    """A running step. ``say`` what it found; what ``expect`` refuses makes the step fail."""
+    """A running step. ``expect`` records what it found, and marks the step as failed if that is wrong."""
 
     name: str
     expected: str
@@ -45,7 +45,7 @@ class Step:
     ok: bool = True
 
     def expect(self, holds: bool, actual: str) -> None:
-        """Record what was found. One refusal is enough for the step to count as failed."""
+        """Record the finding ``actual`` and whether it is right. After a wrong finding, later ones are ignored."""
         if not self.ok:
             return
         self.actual = actual
@@ -53,11 +53,11 @@ class Step:
 
 
 class Screen:
-    """Prints as a person wants to read it; ``write`` leaves the report for programs. Texts of users go in as they are,
-    without markup, but for notes."""
+    """Prints for people; ``write`` writes the report for programs. Only notes interpret markup; other texts are printed
+    as they are."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # Into a file or a pipe nothing is wrapped.
+        # Output to a file or a pipe is not wrapped.
         self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.reports: list[StepReport] = []
 
@@ -65,11 +65,11 @@ class Screen:
         self.console.print(f"\n[bold]{title}[/bold]")
 
     def note(self, text: str) -> None:
-        """A line of our own, with markup."""
+        """Print a line with markup."""
         self._indented(Text.from_markup(text))
 
     def say(self, text: str) -> None:
-        """A line as it is."""
+        """Print a line as it is."""
         self._indented(Text(text))
 
     def _indented(self, text: Text) -> None:
@@ -80,7 +80,7 @@ class Screen:
 
     @contextmanager
     def step(self, name: str, expected: str) -> Iterator[Step]:
-        """Run a step, print its outcome and time, remember it. An exception counts as its outcome and goes on."""
+        """Run a step, print its outcome and duration, record it. An exception is the outcome and is raised again."""
         step = Step(name, expected)
         started = time.monotonic()
         try:
@@ -94,20 +94,21 @@ class Screen:
             self._show(step, seconds)
 
     def _show(self, step: Step, seconds: float) -> None:
-        """What was found, and after it what had been expected; wider than the terminal, it goes on below its text."""
+        """Print what was found, then what was expected. A text wider than the terminal continues below its start."""
         mark = Text("✓", "green") if step.ok else Text("✗", "red")
         style = "dim" if step.ok else "red"
         found = Text(f"{step.name}: {step.actual} ").append(f"(expected: {step.expected}; {seconds:.2f} s)", style)
         if not self.console.is_terminal:
             self.console.print(" ", mark, found)
             return
+
         row = Table.grid(padding=(0, 1, 0, 0))
         row.add_row(" ", mark, found)
         self.console.print(row)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[ProgressBar]:
-        """A progress bar that disappears when it is done; without a terminal it prints nothing."""
+        """A progress bar that disappears at the end of the block. Without a terminal it prints nothing."""
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield ProgressBar(progress, progress.add_task(title, total=total))

@@ -1,4 +1,4 @@
-"""The steps of the demonstration, in their order. Each says what it expects before it looks."""
+"""The steps of the demonstration, in order. Each states what it expects before it checks."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Story:
         self._client.close()
         self._inside.close()
 
-    def tell(self) -> None:
-        """Run all steps. Raises StepFailed after the last if one of them found something else than it expected."""
+    def run(self) -> None:
+        """Run all steps. Raises StepFailed after the last one if a step did not find what it expected."""
         self._client.wait_ready(30)
         self._arrive()
         self._create()
@@ -88,6 +88,7 @@ class Story:
                 self._producer.flush()
             seconds = time.monotonic() - started
             step.expect(True, f"{self._users:,} events, {self._users / seconds:,.0f}/s")
+
         with self._screen.step("all users readable", f"{self._users:,} users on the shards") as step:
             with self._screen.bar("arriving", self._users) as bar:
 
@@ -103,14 +104,15 @@ class Story:
                 count == self._users,
                 f"{count:,} users {seconds:.1f} s after the first event was sent, {count / seconds:,.0f}/s",
             )
+
         sample = [*self._ids[:: max(1, self._users // 20_000)], BOUNDARY_USER]
         with self._screen.step("read a sample over gRPC", f"{len(sample):,} users found, in no segment yet") as step:
             found = [slugs for _, slugs in self._client.many_user_segments(sample)]
             step.expect(found == [[]] * len(sample), f"{sum(slugs == [] for slugs in found):,} found, in no segment")
 
     def _near(self, share: float, percent: float, users: float | None = None) -> bool:
-        """Whether a share of so many users (None: all) is within five standard deviations of a binomial one: wrong once
-        in two million."""
+        """Whether a share of ``users`` (None: all users) is within five standard deviations of a binomial
+        distribution: false by chance once in two million cases."""
         wanted = percent / 100
         return abs(share - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / (users or self._users))
 
@@ -122,6 +124,7 @@ class Story:
                 rule = "a rule" if segment.HasField("rule") else "no rule"
                 state = segment.State.Name(segment.state).lower()
                 step.expect((state, rule) == ("active", "no rule"), f"{state}, {rule}")
+
         for slug, _ in SEGMENTS[1:]:
             with self._screen.step(f"roll {slug} out to 20 %", "about 20 % of all users") as step:
                 share = self._client.roll_out(slug, 20).member_count / self._users
@@ -138,6 +141,7 @@ class Story:
                     self._near(share, percent),
                     f"{response.added_count:,} added, {response.removed_count:,} removed, {as_percent(share)} are in",
                 )
+
             with self._screen.step(f"export the {percent} %", "as many ids as members") as step:
                 started = time.monotonic()
                 exported = list(self._client.export(ROLLED_OUT))
@@ -147,6 +151,7 @@ class Story:
                     len(exported) == len(members[-1]) == response.member_count,
                     f"{len(exported):,} ids, {rate:,.0f}/s",
                 )
+
         with self._screen.step("compare the exports", "the first 10 % are all among the 30 %") as step:
             lost = members[0] - members[1]
             step.expect(not lost, f"{len(members[0]):,} of {len(members[0]):,} still in" if not lost else f"{lost=}")
@@ -157,6 +162,7 @@ class Story:
         fired.unlink(missing_ok=True)
         point = self._failpoints / PROTECTED_POINT
         shard = self._settings.shard_count - 1
+
         with self._screen.step(
             f"roll {ROLLED_OUT} out to 50 %, kill -9 the worker of shard {shard}", "the rollout finishes by itself"
         ) as step:
@@ -166,9 +172,10 @@ class Story:
                 if not wait_for(fired.exists, 10, poll_s=0.01):
                     step.expect(False, "no worker came to the failpoint")
                     return
+
                 victim = fired.read_text().split()[0]
-                # The process kills itself with SIGKILL where it stands: it may live in another container.
-                # Renamed, for a file that is half written would let it go on.
+                # The process kills itself with SIGKILL at the failpoint, because it may run in another container.
+                # The file is renamed into place: a half-written file would let the process continue.
                 order = point.with_suffix(".order")
                 order.write_text(f"kill shard={shard}")
                 order.replace(point)
@@ -178,6 +185,7 @@ class Story:
                 killed = time.monotonic()
             finally:
                 point.unlink(missing_ok=True)
+
             self._screen.note(f"shard {shard} is prepared, its vote is missing; process {victim} is dead")
             last = None
             for metadata in self._client.watch(name):
@@ -185,9 +193,10 @@ class Story:
             seconds = time.monotonic() - killed
             state = last.State.Name(last.state) if last else "unknown"
             step.expect(state == "DONE", f"{state} {seconds:.1f} s after the kill")
+
         with self._screen.step("count the members", "50 % on every shard, none half done") as step:
             statistics = self._client.statistics(ROLLED_OUT)
-            # The ids of the demonstration are spread evenly, whatever the number of shards.
+            # The demonstration's ids are spread evenly over any number of shards.
             each = self._users / self._settings.shard_count
             step.expect(
                 len(statistics.shards) == self._settings.shard_count
@@ -210,6 +219,7 @@ class Story:
                 f"{len(lists)} users",
             )
         self._screen.console.print(table)
+
         table = self._screen.table("segment", "members", "share")
         with self._screen.step("statistics of every segment", f"counted over {self._users:,} users") as step:
             counted = [self._client.statistics(slug) for slug, _ in SEGMENTS]
@@ -221,9 +231,9 @@ class Story:
         self._screen.console.print(table)
 
     def _target(self) -> None:
-        # Users who are not among those that leave later, so that each chapter stands by itself.
+        # Users who do not leave in a later chapter, so that each chapter is independent.
         looked_at = self._ids[len(self._ids) // 2 :]
-        Targeting(self._client, self._screen, looked_at, self._matching, self._send).tell()
+        Targeting(self._client, self._screen, looked_at, self._matching, self._send).run()
 
     def _send(self, topic: str, user_id: int, value: bytes) -> None:
         self._producer.send(topic, key=str(user_id).encode(), value=value)
@@ -237,7 +247,8 @@ class Story:
         ) as step:
             self._client.roll_out(ROLLED_OUT, 60)
             started = time.monotonic()
-            # A sample tells when to look at everybody: looking all the time would be the load that is to be absent.
+            # A sample shows when to check all users: checking all of them again and again would be a load of reads,
+            # and this step must have none.
             sample = random.Random(1).sample(self._ids, min(5_000, self._users))
 
             def warm() -> bool:
@@ -255,9 +266,11 @@ class Story:
         with self._screen.step(f"delete {DELETED}", f"taken from its {len(former):,} members") as step:
             removed = self._client.delete(DELETED).removed_count
             step.expect(removed == len(former), f"taken from {removed:,} users")
+
         with self._screen.step("list the segments", f"{DELETED} is not among them") as step:
             slugs = self._client.list_slugs()
             step.expect(DELETED not in slugs and len(slugs) == len(SEGMENTS) - 1, ", ".join(slugs))
+
         with self._screen.step("read every former member", f"nobody is in {DELETED}") as step:
             started = time.monotonic()
             wrong = 0
@@ -304,5 +317,5 @@ def commands(example_user: int) -> Sequence[str]:
 
 
 def failpoint_dir(stack_dir: Path) -> Path:
-    """Where the demonstration's stack looks for failpoints."""
+    """The failpoint folder of the demonstration's stack."""
     return stack_dir / "failpoints"

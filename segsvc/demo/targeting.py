@@ -16,7 +16,7 @@ TARGETED = "winter-sale"
 PERCENT = 40.0
 CONDITION = 'user.country in ["BR", "MX"] && user.platform != "web" && user.age >= 18'
 OVERRIDE_S = 3.0
-"""How long the short override holds."""
+"""Time until the short override expires."""
 UPDATE_TIMEOUT_S = 30.0
 
 Reason = membership_pb2.CheckMembershipResponse
@@ -24,7 +24,7 @@ Override = membership_pb2.Override
 
 
 def holds(attributes: Mapping[str, object]) -> bool:
-    """CONDITION said again in Python, so that what the service counts is compared with something else than itself."""
+    """CONDITION written again in Python, so that the service's counts are compared with an independent result."""
     age = attributes.get("age")
     return (
         attributes["country"] in ("BR", "MX") and attributes["platform"] != "web" and isinstance(age, int) and age >= 18
@@ -33,9 +33,9 @@ def holds(attributes: Mapping[str, object]) -> bool:
 
 class Targeting:
     """Args:
-    ids: the users that are looked at, all of whom exist.
-    matching: how many of all users the condition holds for.
-    send: sends an event: topic, user id, the event's JSON; returns when Kafka has it.
+    ids: existing users, among which examples are chosen.
+    matching: number of users, of all users, for whom the condition holds.
+    send: sends an event (topic, user id, the event's JSON) and returns when Kafka has it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Targeting:
         self._matching = matching
         self._send = send
 
-    def tell(self) -> None:
+    def run(self) -> None:
         self._roll_out()
         found = self._explain()
         self._override(found)
@@ -69,6 +69,7 @@ class Targeting:
                 preview.matched_count == self._matching and before == after,
                 f"{preview.matched_count:,} match, {preview.added_count:,} would come and {preview.removed_count:,} go",
             )
+
         with self._screen.step("roll it out", "the numbers of the preview") as step:
             done = self._client.roll_out(TARGETED, PERCENT, CONDITION)
             same = all(
@@ -80,7 +81,7 @@ class Targeting:
             )
 
     def _explain(self) -> dict[Reason.Reason.ValueType, int]:
-        """One user for each reason, shown as a table: reason → user id."""
+        """Find one user for each reason and print them as a table. Returns reason → user id."""
         reasons = (Reason.IN_ROLL_OUT, Reason.OUTSIDE_PERCENTAGE, Reason.CONDITION_NOT_MET)
         found: dict[Reason.Reason.ValueType, int] = {}
         table = self._screen.table("user", "in?", "why")
@@ -101,6 +102,7 @@ class Targeting:
     def _override(self, found: Mapping[Reason.Reason.ValueType, int]) -> None:
         self._screen.chapter("Some users are put in or out by hand")
         outside, inside = found[Reason.OUTSIDE_PERCENTAGE], found[Reason.IN_ROLL_OUT]
+
         with self._screen.step(f"exclude user {inside}", "not in the list of the next read") as step:
             self._client.override(inside, TARGETED, Override.EXCLUDE)
             answer = self._client.check(inside, TARGETED)
@@ -108,9 +110,11 @@ class Targeting:
                 TARGETED not in self._client.user_segments(inside) and answer.reason == Reason.EXCLUDED_BY_OVERRIDE,
                 answer.explanation,
             )
+
         with self._screen.step("clear it", "what the rule says, again") as step:
             self._client.clear_override(inside, TARGETED)
             step.expect(TARGETED in self._client.user_segments(inside), f"{TARGETED} is back")
+
         with self._screen.step(f"include user {outside} for {OVERRIDE_S:.0f} s", "in at once, out on time") as step:
             ends = time.time() + OVERRIDE_S
             self._client.override(outside, TARGETED, Override.INCLUDE, expire_time=ends)
@@ -119,7 +123,7 @@ class Targeting:
             while TARGETED in self._client.user_segments(outside) and asked < ends + 10:
                 asked = time.time()
             late_s = time.time() - ends
-            # The read that missed it was answered after the end, up to the precision of what the cache holds.
+            # The first read without the segment was answered after the expiry, up to the precision of the cache.
             step.expect(
                 at_once and -0.01 < late_s < 1,
                 f"{'in' if at_once else 'not in'} at once, out {1000 * late_s:.0f} ms after its end",
