@@ -26,6 +26,7 @@ from segsvc.postgres.catalog.segments import PostgresSegmentCatalog
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.installation import moving
 from segsvc.postgres.installation.check_reads import PostgresCheckReads
+from segsvc.postgres.installation.finder import find_installation
 from segsvc.postgres.installation.probes import PostgresProbes
 from segsvc.postgres.shard.condition_meter import PostgresMeter
 from segsvc.postgres.shard.maintenance import PostgresMaintainedShards
@@ -37,7 +38,6 @@ from segsvc.postgres.shard.participant import PostgresParticipant
 from segsvc.postgres.shard.statistics import PostgresShardCounter, PostgresUserReader
 from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.postgres.stalls import StallWatch
-from segsvc.postgres.whose import installation_of
 from segsvc.services.acceptance import Acceptance, Broker
 from segsvc.services.check.check import Checker
 from segsvc.services.cold_reads import ColdReads, Limits
@@ -92,9 +92,9 @@ def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: Progr
     return perform(tx, operation, on_progress, write=write)
 
 
-def whose(settings: Settings) -> Installation:
+def installation_of(settings: Settings) -> Installation:
     """The installation that these settings name, as its databases know it. Raises CATALOG_UNAVAILABLE."""
-    return installation_of(settings)
+    return find_installation(settings)
 
 
 WARM_TIMEOUT_S = 5.0
@@ -110,7 +110,7 @@ def make_cache(settings: Settings, *, timeout_s: float | None = None, rest: floa
     """The cache. ``timeout_s`` None: as the settings bound an exchange."""
     return CacheClient(
         settings.cache_url,
-        find_keys=lambda: Keys(whose(settings).tag.encode()),
+        find_keys=lambda: Keys(installation_of(settings).tag.encode()),
         timeout_s=timeout_s or settings.cache_timeout_s,
         ttl_s=settings.cache_ttl_s,
         rest=rest,

@@ -13,7 +13,7 @@ from celery.signals import (
     worker_ready,
 )
 
-from segsvc.bootstrap import WorkerServices, whose
+from segsvc.bootstrap import WorkerServices, installation_of
 from segsvc.config import Settings, load_settings, mask
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.installation import Installation
@@ -34,7 +34,7 @@ and beat send again long before, so a killed worker's message does not wait for 
 def installation(settings: Settings) -> Installation:
     """Whose names the broker's keys carry, and whose tasks are ours. Raises InstallationUnknown."""
     try:
-        return whose(settings)
+        return installation_of(settings)
     except ServiceError as error:
         reason = mask(str(error.__cause__ or error)).splitlines()[0]
         raise InstallationUnknown(f"no database says yet which installation this is: {reason}") from error

@@ -22,7 +22,7 @@ import redis
 import sqlalchemy as sa
 from google.longrunning import operations_pb2, operations_pb2_grpc
 
-from segsvc.bootstrap import Check, whose
+from segsvc.bootstrap import Check, installation_of
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
 from segsvc.demo.client import Client
@@ -271,7 +271,7 @@ class Rig:
     @property
     def prefix(self) -> str:
         """What everything on the broker begins with."""
-        return whose(self.settings).broker_prefix
+        return installation_of(self.settings).broker_prefix
 
     def tasks_under_way(self) -> dict[str, str]:
         """Messages that a worker has and has not acknowledged, by delivery tag."""

@@ -17,7 +17,7 @@ import redis
 import sqlalchemy as sa
 from segmentation.v1 import segments_pb2
 
-from segsvc.bootstrap import Check, whose
+from segsvc.bootstrap import Check, installation_of
 from segsvc.cache.keys import Keys
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
@@ -163,12 +163,12 @@ class System:
     @property
     def prefix(self) -> str:
         """What everything on the broker begins with."""
-        return whose(self.settings).broker_prefix
+        return installation_of(self.settings).broker_prefix
 
     @property
     def keys(self) -> Keys:
         """Of the cache."""
-        return Keys(whose(self.settings).tag.encode())
+        return Keys(installation_of(self.settings).tag.encode())
 
     @contextmanager
     def frozen(self, process: str) -> Iterator[None]:

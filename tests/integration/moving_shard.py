@@ -15,7 +15,7 @@ import redis
 import sqlalchemy as sa
 from segmentation.v1 import membership_pb2, segments_pb2
 
-from segsvc.bootstrap import make_cache, whose
+from segsvc.bootstrap import installation_of, make_cache
 from segsvc.cache.keys import Keys
 from segsvc.config import Settings
 from segsvc.domain.events import UserEvent
@@ -120,7 +120,7 @@ class Readers:
         self.reads = [0] * SHARDS
         self._truth = truth
         self._cache = redis.Redis.from_url(installation.cache.url)
-        self._keys = Keys(whose(installation.settings).tag.encode())
+        self._keys = Keys(installation_of(installation.settings).tag.encode())
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._read, args=(number,)) for number in range(3)]
         for thread in self._threads:

@@ -16,7 +16,7 @@ from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError
 from kombu.exceptions import OperationalError
 
-from segsvc.bootstrap import Check, whose
+from segsvc.bootstrap import Check, installation_of
 from segsvc.bridge.dead_letters import SUFFIX
 from segsvc.cache.connection import CacheConnection
 from segsvc.cli.base import Refusal
@@ -68,7 +68,7 @@ def broker(settings: Settings) -> Sequence[Item]:
         found.append(Item(text, "set appendonly yes"))
     if info.get("run_id") == _cache_run_id(settings):
         found.append(Item("it is the same server as the cache", "give the cache a server of its own"))
-    others = sorted(owners - {whose(settings).name})
+    others = sorted(owners - {installation_of(settings).name})
     return [*found, *(Item(f"the installation {name} uses this server too", SHARED) for name in others)]
 
 

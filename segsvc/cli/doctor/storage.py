@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from segsvc.bootstrap import Check, whose
+from segsvc.bootstrap import Check, installation_of
 from segsvc.cache.server_check import cache_findings, other_tags
 from segsvc.cli.doctor.items import Item
 from segsvc.config import Settings
@@ -79,7 +79,7 @@ def cache(settings: Settings) -> Sequence[Item]:
     if found:
         return [Item(sentence, "see SEGSVC_CACHE_URL and the server's configuration") for sentence in found]
     try:
-        own = whose(settings).tag
+        own = installation_of(settings).tag
     except ServiceError as error:
         return [Item(str(error), "see the databases above")]
     others = other_tags(settings.cache_url, timeout_s=settings.cache_timeout_s) - {own}

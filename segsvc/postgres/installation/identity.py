@@ -156,8 +156,9 @@ def look(database: Database) -> Seen | Finding:
         return Finding(database.name, f"cannot be read ({reason})", f"correct {database.setting}, or its role's rights")
 
 
-def whose(database: Database) -> Identity | None:
-    """Whom a database belongs to; None: to nobody yet. Raises DBAPIError: it cannot be reached or read now."""
+def identity_of(database: Database) -> Identity | None:
+    """The installation to which a database belongs; None: to none yet. Raises DBAPIError: it cannot be reached or read
+    now."""
     with database.engine.connect() as connection:
         return _about(connection, set(sa.inspect(connection).get_table_names())).identity
 

@@ -1,4 +1,4 @@
-"""Which attributes the users of a shard have: exactly for given names, by a sample for names to choose from."""
+"""Which attributes the users of a shard have: exactly for given names, and from a sample for names to choose from."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 import sqlalchemy as sa
 
 _SOME: Final = "(SELECT attributes FROM users LIMIT 2000)"
-"""Users among whom nearly every attribute is found that there is: the others are looked at only for the rest."""
+"""Users who together have nearly every attribute that exists: the rest of the users is read only for missing ones."""
 _NEWEST: Final = "(SELECT attributes FROM users ORDER BY slot DESC LIMIT 2000)"
-"""Users who have what producers have begun to send since then."""
+"""Users who have the attributes that producers have begun to send since then."""
 _AT_ONCE: Final = 500
 """Names that one statement asks for: PostgreSQL allows 1664 columns."""
 
@@ -18,7 +18,7 @@ _WHOLE: Final = "SELECT attributes || CAST('{{}}' AS jsonb) AS attributes FROM {
 
 
 def absent_attributes(connection: sa.Connection, names: Sequence[str]) -> list[str]:
-    """Those of these attributes that no user has."""
+    """The attributes among these that no user has."""
     missing = list(names)
     for users in (_SOME, "users"):
         missing = [
@@ -30,8 +30,8 @@ def absent_attributes(connection: sa.Connection, names: Sequence[str]) -> list[s
 
 
 def _absent_among(connection: sa.Connection, users: str, names: Sequence[str]) -> list[str]:
-    """One look at each user, whatever the number of names; their attributes are fetched once (see
-    ``condition_values.whole``)."""
+    """One pass over the users, whatever the number of names. Attributes are fetched once a user (see
+    ``conditions.values.whole``)."""
     asked = ", ".join(f"bool_or(u.attributes ? :name{number})" for number in range(len(names)))
     row = connection.execute(
         sa.text(f"SELECT {asked} FROM ({_WHOLE.format(users=users)}) u"),  # noqa: S608  # no value is in it

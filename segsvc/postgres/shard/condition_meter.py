@@ -1,12 +1,12 @@
 """What a condition costs a user, measured on a shard's own server. Implements ``services.rule_costs.Meter``.
 
-Asked are users of the shard, and made-up users who have all of the condition's attributes, as large as they may be, of
-each type in turn: what a condition costs today says little where nobody has its attributes yet. The dearest of these
-counts. Nothing is decided early (``conditions.steps``).
+The statement runs over users of the shard, and over made-up users who have all of the condition's attributes, as large
+as they may be, of each type in turn: what a condition costs today says little while no user has its attributes. The
+group of users that costs most counts. Nothing is decided early (``conditions.steps``).
 
-A busy machine makes a run longer, never shorter, so the shortest of several counts; and a run is shorter than the
-time that a scheduler lets a process have in one piece. What a statement takes for no user is taken off, and shared by
-the users of a large batch.
+A busy machine makes a run longer, never shorter, so the shortest of several runs counts; and a run is shorter than the
+time slice that a scheduler gives to a process. The time that a statement takes for no user is subtracted, and divided
+among the users of a large batch.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from segsvc.postgres.engine import Databases
 _DIALECT: Final = psycopg2.dialect(paramstyle="format")  # type: ignore[no-untyped-call]
 
 SAMPLE: Final = 128
-"""Users of the shard that are asked."""
+"""Users of the shard in the sample."""
 BATCH: Final = 5000
-"""Users that share what a statement costs whatever their number: a batch of events under load has as many."""
+"""Users among whom the fixed cost of a statement is divided: as many as a batch of events has under load."""
 RUNS: Final = 4
-"""Of which the shortest counts."""
+"""Runs of a statement, of which the shortest counts."""
 RUNS_MAX: Final = 24
-"""Before a cost is believed that leads to a refusal."""
+"""Runs before a cost is believed that leads to a refusal."""
 PATIENCE_S: Final = 1.0
 """How long the runs of one statement are repeated for that."""
 PREPARE_S: Final = 0.02
@@ -52,9 +52,9 @@ RUN_S: Final = 0.002
 ROWS_MAX: Final = 4096
 _EXECUTION_TIME: Final = re.compile(r"Execution Time: ([0-9.]+) ms")
 _ARGUMENTS_MAX: Final = 100
-"""PostgreSQL takes no more arguments of a function."""
+"""PostgreSQL's limit of a function's arguments."""
 
-# The group is chosen within the sample, so that a run reads no others. Attributes are whole there, as in memory.
+# The group is chosen within the sample, so that a run reads no other users. Attributes are whole there, as in memory.
 _SAMPLE: Final = sa.text(
     "WITH sample AS MATERIALIZED ("
     " SELECT u.attributes || CAST('{}' AS jsonb) AS attributes FROM users u"
@@ -91,21 +91,25 @@ class PostgresMeter:
         with self._databases.shard_snapshot(shard, timeout_s=timeout_s) as connection:
             slots = _some_slots(connection)
             groups = range(0 if slots else 1, len(made) + 1)
+
             # Planned once: a plan for each run would take longer than the run.
             connection.exec_driver_sql("SET LOCAL plan_cache_mode TO force_generic_plan")
-            # Left over, if the measurement before was cut short.
+            # They are left over if the previous measurement was cancelled.
             _drop_prepared(connection)
             users = _SAMPLE.bindparams(slots=slots, made=list(map(json.dumps, made))).subquery("users")
             lookups, in_batch = _of_batch(parts, sorted(attributes), users)
+
             sizes = {0: len(slots)} | dict.fromkeys(range(1, len(made) + 1), 1)
             alone = _Timed(connection, _ALONE, _of_rollout(parts, users), sizes, enough_us)
             beside = _Timed(connection, _BESIDE, in_batch, sizes, enough_us)
             looked_up = _Timed(connection, _LOOKED_UP, lookups, sizes, enough_us)
+
             rollout_us, _ = alone.worst(groups)
-            # Of one group, the dearest for a batch, so that the difference is that of the same users.
+            # Both of the group that costs a batch most, so that the difference is that of the same users.
             batch_us, group = beside.worst(groups)
             lookups_us, _ = looked_up.worst([group])
             _drop_prepared(connection)
+
         return ConditionCost(
             rollout_us=rollout_us,
             batch_us=max(0.0, batch_us - lookups_us) + max(0.0, beside.fixed_us - looked_up.fixed_us) / BATCH,
@@ -115,14 +119,15 @@ class PostgresMeter:
 
 
 def _drop_prepared(connection: sa.Connection) -> None:
-    """Drop the statements of a measurement, and no other: the session keeps one for its reads (``reads``)."""
+    """Deallocate the statements of a measurement, and no other: the session keeps one for its reads
+    (``memberships``)."""
     statement = sa.text("SELECT name FROM pg_prepared_statements WHERE name = ANY(:names)")
     for name in connection.execute(statement, {"names": [_ALONE, _BESIDE, _LOOKED_UP]}).scalars().all():
         connection.exec_driver_sql(f"DEALLOCATE {name}")
 
 
 class _Timed:
-    """A statement over the sample that is prepared, and how long it takes for a user of each group.
+    """A prepared statement over the sample, and how long it takes for a user of each group.
 
     Args:
         sizes: users in each group.
@@ -147,7 +152,7 @@ class _Timed:
         with driver.cursor() as cursor:
             text = cursor.mogrify(str(compiled), [values[key] for key in compiled.positiontup or ()]).decode()
         self.fixed_us = self._prepare(f"PREPARE {name} (int, int) AS {text}")
-        """What the statement takes to be read and planned, before it asks anybody."""
+        """How long the statement takes to be parsed and planned, before it reads any user."""
 
     def _prepare(self, text: str) -> float:
         took_s: list[float] = []
@@ -161,30 +166,31 @@ class _Timed:
         return min(took_s) * 1e6
 
     def _execute(self, text: str) -> sa.CursorResult[Any]:
-        # Without parameters a percent sign is one.
+        # Without parameters, so that a percent sign is not taken for a placeholder.
         return self._connection.exec_driver_sql(text, execution_options={"no_parameters": True})
 
     def run_s(self, group: int, times: int) -> float:
-        """How long it takes for a group, so many times over, by the server's clock: what the way there and back takes
-        says nothing."""
+        """How long the statement takes for a group, repeated this many times, by the server's clock: the round trip
+        says nothing about the cost."""
         lines = self._execute(
             f"EXPLAIN (ANALYZE, TIMING OFF, COSTS OFF, BUFFERS OFF, SUMMARY ON) EXECUTE {self._name}({group}, {times})"
         ).scalars()
         return float(next(found[1] for found in map(_EXECUTION_TIME.match, lines) if found)) / 1000
 
     def worst(self, groups: Sequence[int]) -> tuple[float, int]:
-        """What the group costs a user that costs most, and which it is."""
+        """The cost of a user in the group that costs most, and the number of that group."""
         found = [_Group(self, group, self._sizes[group]) for group in groups]
         until = time.monotonic() + PATIENCE_S
+
         while True:
-            # A run that was disturbed makes a group the dearest, which is then asked again, until another one is.
-            dearest = max(found, key=lambda group: group.user_us)
-            if dearest.runs >= (RUNS if time.monotonic() > until else self._runs_for(dearest.user_us)):
-                return dearest.user_us, dearest.number
-            dearest.again()
+            # A disturbed run makes its group the most expensive one. That group then runs again, until another one is.
+            worst = max(found, key=lambda group: group.user_us)
+            if worst.runs >= (RUNS if time.monotonic() > until else self._runs_for(worst.user_us)):
+                return worst.user_us, worst.number
+            worst.again()
 
     def _runs_for(self, cost_us: float) -> int:
-        """Runs before a cost is believed: the nearer it is above what may be, the more."""
+        """Runs before a cost is believed: the closer it is above the bound, the more."""
         if cost_us <= self._enough_us:
             return RUNS
         return RUNS_MAX if cost_us <= 4 * self._enough_us else 2 * RUNS
@@ -199,7 +205,8 @@ class _Group:
         self.number = number
         self.runs = 1
         self._empty_s = statement.run_s(number, 0)
-        # Ever more, until a run is long enough to say something.
+
+        # More and more repetitions, until a run is long enough to be measured.
         self._times = 1
         self._shortest_s = statement.run_s(number, 1)
         while self._shortest_s - self._empty_s < RUN_S / 4 and self._times * size < ROWS_MAX:
@@ -217,7 +224,7 @@ class _Group:
 
 
 def _some_slots(connection: sa.Connection) -> list[int]:
-    """Slots of some users, wherever they lie; empty: there are none yet."""
+    """Slots of some random users; empty: there are no users yet."""
     next_slot = connection.exec_driver_sql("SELECT next_slot FROM shard_state").scalar_one()
     wanted = np.unique(np.random.default_rng().integers(0, max(1, next_slot), SAMPLE)).tolist()
     found = connection.execute(
@@ -227,7 +234,7 @@ def _some_slots(connection: sa.Connection) -> list[int]:
 
 
 def _all(values: Sequence[Sql]) -> list[Sql]:
-    """How many rows there are, and something that has all of these computed."""
+    """A count of the rows, and counts that make the server compute all of these values."""
     return [
         sa.func.count(),
         *(
@@ -238,14 +245,14 @@ def _all(values: Sequence[Sql]) -> list[Sql]:
 
 
 def _of_rollout(parts: Sequence[Node], users: sa.Subquery) -> sa.Select[Any]:
-    """As ``condition_statements.slots_where`` asks."""
+    """The statement as ``conditions.statements.slots_where`` writes it."""
     in_memory = sa.select(whole(users.c.attributes).label("attributes")).offset(FENCE).subquery("in_memory")
     compiler = Compiler(InObject(in_memory.c.attributes))
     return sa.select(*_all([compiler.truth(part) for part in parts])).select_from(in_memory)
 
 
 def _of_batch(parts: Sequence[Node], names: Sequence[str], users: sa.Subquery) -> tuple[sa.Select[Any], sa.Select[Any]]:
-    """As ``condition_statements.matching`` asks: the lookups alone, and with the condition."""
+    """The statement as ``conditions.statements.matching`` writes it: the lookups alone, and with the condition."""
     found, attributes = in_columns(names, users, [], sa.true())
     compiler = Compiler(attributes)
     answers = [compiler.truth(part) for part in parts]
@@ -260,16 +267,19 @@ def _of_batch(parts: Sequence[Node], names: Sequence[str], users: sa.Subquery) -
 
 
 def made_up(parts: Sequence[Node]) -> list[Mapping[str, Any]]:
-    """Users with all attributes that these read (as many as a user may have, those named most often), of each type, as
-    large as together they may be. Attributes that are used as lists are lists in all but the last."""
+    """Users who have all attributes that these read (at most as many as a user may have: those named most often), of
+    each type, as large as they may be together. Attributes that are used as lists are lists in every user but the
+    last."""
     named = Counter(name for part in parts for name in _mentions(part))
     names = [name for name, _ in named.most_common(ATTRIBUTES_MAX)]
     if not names:
         return [{}]
+
     lists = {name for part in parts for name in _used_as_lists(part)}
     room = ATTRIBUTES_BYTES_MAX // len(names) - max(map(len, names)) - 8
     string = "m" * max(1, min(STRING_BYTES_MAX, room))
     strings = ["m" * max(1, min(STRING_BYTES_MAX, room // LIST_MAX - 4))] * max(1, min(LIST_MAX, room // 5))
+
     of_types: list[Sequence[Any]] = [(string,), (2**53 + 1,), (2**53 + 1, 0.123), (True,)]
     made: list[Mapping[str, Any]] = [
         {name: strings if name in lists else values[n % len(values)] for n, name in enumerate(names)}
@@ -279,7 +289,7 @@ def made_up(parts: Sequence[Node]) -> list[Mapping[str, Any]]:
 
 
 def _mentions(node: Node) -> list[str]:
-    """Names of attributes, as often as they are read."""
+    """Names of attributes, each as often as it is read."""
     match node:
         case tree.Attribute(name) | tree.Has(name):
             return [name]
@@ -300,7 +310,7 @@ def _mentions(node: Node) -> list[str]:
 
 
 def _used_as_lists(node: Node) -> list[str]:
-    """Names of attributes in which something is looked for, whose size is asked, or that are compared with a list."""
+    """Names of attributes that are searched for an item, whose size is asked, or that are compared with a list."""
     match node:
         case tree.In(item, tree.Attribute(name)):
             return [name, *_used_as_lists(item)]

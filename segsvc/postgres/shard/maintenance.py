@@ -13,7 +13,8 @@ from segsvc.postgres.engine import Databases
 from segsvc.postgres.forgetting import forget, older_than
 
 _OVERRIDES_KEPT_S: Final = 3600
-"""Expired overrides have no effect already, for reads compare the time themselves: they go when nobody is near."""
+"""How long expired overrides are kept. They have no effect any more, because reads compare the time themselves; the
+delay keeps their deletion away from their last readers."""
 
 
 class PostgresMaintainedShards:
@@ -41,11 +42,12 @@ class PostgresMaintainedShards:
         return {row.id: int(row.members) for row in rows}
 
     def forget(self, shard: int, *, request_ttl_s: int, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
-        """Drop what no message or reader can ask for any more."""
+        """Delete rows that no message and no reader can ask for any more."""
         fences = tables.applied_operations
         applied = fences.c.apply_time
-        # The newest fence stays, however old: its operation may not have ended, which can take as long as a cache or
-        # another shard is away. Any earlier one has, or the next would not have been applied.
+        # The newest fence stays, however old it is: its operation may not have ended, which can take as long as the
+        # cache or another shard is out of reach. Every earlier operation has ended, or the next would not have been
+        # applied.
         newest = sa.select(sa.func.max(fences.alias("fences").c.apply_time)).scalar_subquery()
         for table, old in (
             (tables.deleted_users, older_than(tables.deleted_users.c.delete_time, tombstone_ttl_s)),

@@ -98,11 +98,12 @@ class PostgresMemberReader:
         """
         user_ids: list[int] = []
         exhausted = False
-        # Bits, overrides and directory of one moment. Between two, a user may become a member by the one while ceasing
-        # to be one by the other: never out, and in neither.
+        # Bits, overrides and directory of one moment. Read at two moments, a user could be missed who is always a
+        # member: one who becomes a member by an override while the rule drops them, or the other way round.
         with self._databases.shard_snapshot(shard, timeout_s=timeout_s) as connection:
             if not select_known(connection, segment_id):
                 return MemberPage(known=False, user_ids=[], last_slot=after_slot, exhausted=True)
+
             while not exhausted and len(user_ids) < limit:
                 window = _read_window(connection, segment_id, after_slot)
                 slots = _first_blocks(window.slots[: limit - len(user_ids)])
@@ -120,9 +121,11 @@ def _read_window(connection: sa.Connection, segment_id: int, after_slot: int) ->
     overrides = select_overrides(connection, segment_id, after_slot, end)
     if len(overrides) == WINDOW_OVERRIDES:
         end = overrides[-1][0]
+
     row, bit = np.nonzero(bits.unpack(packed))
     by_rule = blocks[row] * BLOCK_SLOTS + bit
     by_rule = by_rule[(by_rule > after_slot) & (by_rule <= end)]
+
     included = np.array([slot for slot, effect in overrides if effect == Effect.INCLUDE], dtype=np.int64)
     excluded = np.array([slot for slot, effect in overrides if effect != Effect.INCLUDE], dtype=np.int64)
     # Both are sorted and without repetitions: a segment overrides a user once.
@@ -130,7 +133,7 @@ def _read_window(connection: sa.Connection, segment_id: int, after_slot: int) ->
 
 
 def _first_blocks(slots: Slots) -> Slots:
-    """As many of the slots as lie in DIRECTORY_BLOCKS blocks."""
+    """The slots that lie in the first DIRECTORY_BLOCKS blocks."""
     _, first = np.unique(slots // BLOCK_SLOTS, return_index=True)
     return slots[: int(first[DIRECTORY_BLOCKS])] if first.size > DIRECTORY_BLOCKS else slots
 
@@ -141,8 +144,8 @@ def _users_at(connection: sa.Connection, slots: Slots) -> list[int]:
         return []
     blocks = np.unique(slots // BLOCK_SLOTS)
     directory = select_directory(connection, blocks)
-    nobody = np.zeros(BLOCK_SLOTS, dtype=np.int64)
-    table = np.stack([directory.get(int(block), nobody) for block in blocks])
+    empty_block = np.zeros(BLOCK_SLOTS, dtype=np.int64)
+    table = np.stack([directory.get(int(block), empty_block) for block in blocks])
     found = table[np.searchsorted(blocks, slots // BLOCK_SLOTS), slots % BLOCK_SLOTS]
     users: list[int] = found[found != 0].tolist()
     return users

@@ -1,8 +1,8 @@
-"""Memberships as readers need them: users one by one for a miss, whole blocks for the warmer.
+"""Memberships as readers need them: single users for a miss, whole blocks for the warmer.
 
-Each function is one statement, hence one snapshot (READ COMMITTED): bits, row_version and overrides of one moment.
-An override that has not expired by the shard's clock is laid over the rule's bit. ``statement_timestamp()`` is the
-time of an answer: the snapshot is not older than it, so it holds everything acknowledged before.
+Each function is one statement, hence one snapshot (READ COMMITTED): bits, row_version and overrides of one moment. An
+override that has not expired by the shard's clock takes precedence over the rule's bit. ``statement_timestamp()`` is
+the time of an answer: the snapshot is not older than it, so it has everything that was acknowledged before.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _packed_int64s(*columns: sa.ColumnElement[Any]) -> sa.ColumnElement[bytes]:
     return sa.func.string_agg(row, sa.literal(b"", BYTEA))
 
 
-# The statements are built once: building one costs more than running it.
+# The statements are built once: building one takes longer than running it.
 
 
 def _users_statement() -> sa.Select[Any]:
@@ -66,6 +66,7 @@ def _users_statement() -> sa.Select[Any]:
         .scalar_subquery()
     )
     segment_ids = sa.func.array_agg(_overrides.segment_id)
+
     overridden = (
         sa.select(
             segment_ids.filter(_overrides.effect == Effect.INCLUDE).label("included"),
@@ -75,6 +76,7 @@ def _users_statement() -> sa.Select[Any]:
         .where(_overrides.user_id == _users.id, holds_now())
         .lateral("overridden")
     )
+
     return (
         sa.select(
             _users.id,
@@ -95,9 +97,11 @@ def _blocks_statement() -> sa.Select[Any]:
     first_slot = _directory.block * BLOCK_SLOTS
     in_block = _users.slot.between(first_slot, first_slot + (BLOCK_SLOTS - 1))
     bit = _users.slot.bitwise_and(BLOCK_SLOTS - 1)
-    # Both in one number, for a third less work of the server; a row_version stays far below 2**53.
+
+    # Both in one number, which saves the server a third of the work; a row_version stays far below 2**53.
     version_and_bit = _users.row_version.bitwise_lshift(_BIT_LENGTH).bitwise_or(bit)
     versions = sa.select(_packed_int64s(version_and_bit)).where(in_block).scalar_subquery()
+
     until_us = sa.func.coalesce(_microseconds(_overrides.expire_time), NEVER_US)
     included = sa.cast(sa.case((_overrides.effect == Effect.INCLUDE, 1), else_=0), sa.BigInteger)
     overrides = (
@@ -116,6 +120,7 @@ def _blocks_statement() -> sa.Select[Any]:
         .where(_memberships.block == _directory.block)
         .lateral("by_rule")
     )
+
     return (
         sa.select(
             _directory.block,
@@ -131,15 +136,15 @@ def _blocks_statement() -> sa.Select[Any]:
     )
 
 
-# Prepared on each connection: to plan it takes about as long as to run it for one user.
-# If the message that prepared it was cut short, it may be there all the same, and to prepare it a second time would be
-# refused for as long as the connection lives. So whatever is there is dropped first: nothing else stays prepared.
+# Prepared on each connection: planning it takes about as long as running it for one user.
+# If the message that prepared it was cancelled, it may be prepared nevertheless, and PostgreSQL would refuse to prepare
+# it again for as long as the connection lives. So everything is deallocated first: no other statement stays prepared.
 _PREPARE_USERS = "DEALLOCATE ALL; PREPARE segsvc_users (bigint[]) AS " + str(
     _users_statement().compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})  # type: ignore[no-untyped-call]
 )
 _SELECT_USERS = "EXECUTE segsvc_users (%s)"
 _BOUND = "SELECT set_config('statement_timeout', %s, true);"
-"""In one message with the next statement, the two are one transaction and one round trip."""
+"""Sent in one message with the next statement, so the two are one transaction and one round trip."""
 _SELECT_BLOCKS = _blocks_statement()
 _SELECT_DIRECTORY = sa.select(_directory.block, _directory.user_ids).where(_directory.block == sa.any_(_BLOCKS))
 _SELECT_SLUGS = sa.select(tables.shard_segments.c.id, tables.shard_segments.c.slug)
@@ -149,22 +154,24 @@ _SELECT_NEXT_SLOT = sa.select(tables.shard_state.c.next_slot)
 def select_users(
     connection: sa.Connection, user_ids: Sequence[int], timeout_s: float | None = None
 ) -> list[LoadedUser]:
-    """The users of these that exist, in no order, overrides laid over.
+    """The users among these that exist, in no order, with overrides applied.
 
     Args:
         timeout_s: bound of the statement; None: the session's.
     """
     bound = () if timeout_s is None else (bound_ms(timeout_s),)
     before = _BOUND if bound else ""
+
     # With the driver's own cursor: SQLAlchemy's result for one row costs as much as the rest of the exchange.
     driver: Any = connection.connection.driver_connection
     with driver.cursor() as cursor:
         if _PREPARE_USERS not in connection.info:
-            # A message of its own: what is prepared stays even if the statement that follows fails.
+            # A message of its own: the prepared statement stays even if the statement that follows fails.
             cursor.execute(before + _PREPARE_USERS, bound)
             connection.info[_PREPARE_USERS] = True  # gone with the connection
         cursor.execute(before + _SELECT_USERS, (*bound, list(user_ids)))
         rows = cursor.fetchall()
+
     return [
         LoadedUser(
             user_id,
@@ -172,13 +179,13 @@ def select_users(
             row_version,
             read_time_us,
             NEVER_US if valid_until_us is None else valid_until_us,
-            _laid_over(_unpacked_int64s(by_rule).tolist(), included, excluded),
+            _with_overrides(_unpacked_int64s(by_rule).tolist(), included, excluded),
         )
         for user_id, block, row_version, read_time_us, by_rule, included, excluded, valid_until_us in rows
     ]
 
 
-def _laid_over(
+def _with_overrides(
     by_rule: Sequence[int], included: Sequence[int] | None, excluded: Sequence[int] | None
 ) -> tuple[int, ...]:
     if not included and not excluded:
@@ -206,7 +213,7 @@ def select_directory(connection: sa.Connection, blocks: Sequence[int]) -> dict[i
 
 
 def select_blocks(connection: sa.Connection, blocks: Sequence[int]) -> list[UserBlock]:
-    """All that the memberships of these blocks' users depend on, in one snapshot."""
+    """Everything that the memberships of these blocks' users depend on, in one snapshot."""
     return [_user_block(row) for row in connection.execute(_SELECT_BLOCKS, {"blocks": list(blocks)})]
 
 
@@ -233,22 +240,22 @@ class PostgresMemberships:
     """Implements the reading ports of ``services.cold_reads`` and ``services.warming``.
 
     Args:
-        databases: with a pool as large as the threads that read at once, and the sessions' statement timeout set to
-            that of reads.
+        databases: with as many connections as threads read at once, and with the statement timeout of reads on their
+            sessions.
     """
 
     def __init__(self, databases: Databases) -> None:
         self._databases = databases
 
     def load(self, shard: int, user_ids: Sequence[int], *, timeout_s: float | None = None) -> list[LoadedUser]:
-        """The users of these that exist.
+        """The users among these that exist.
 
         Args:
             timeout_s: bound of the statement; None: the session's.
 
         Raises:
             ServiceError: SHARD_UNAVAILABLE, DEADLINE_EXCEEDED, OVERLOADED (every connection is in use).
-            LockTimeout: something holds the tables exclusively (a migration).
+            LockTimeout: another transaction holds the tables exclusively (a migration).
         """
         return self._read(shard, lambda connection: select_users(connection, user_ids, timeout_s))
 
@@ -257,29 +264,31 @@ class PostgresMemberships:
         return self._read(shard, select_slugs)
 
     def next_slot(self, shard: int) -> int:
-        """Slots given out so far: every user's slot is below. Raises as ``load``."""
+        """Slots given out so far: every user's slot is below this. Raises as ``load``."""
         return self._read(shard, select_next_slot)
 
     def _read(self, shard: int, read: Callable[[sa.Connection], T]) -> T:
-        """Run one statement, on a new connection if the first one turns out to be lost: it changes nothing, so it may
-        be run twice, and its snapshot is that of the second run."""
+        """Run one statement, again on a new connection if the first one turns out to be lost. It changes nothing, so it
+        may run twice; its snapshot is that of the second run."""
         try:
             with self._databases.shard_connection(shard) as connection:
                 return read(connection)
         except ServiceError as error:
-            # Every idle connection of this shard has been dropped with the lost one.
+            # The pool has dropped every idle connection of this shard together with the lost one.
             if error.reason is not Reason.SHARD_UNAVAILABLE:
                 raise
+
         with self._databases.shard_connection(shard) as connection:
             return read(connection)
 
     @contextmanager
     def warm_session(self, shard: int) -> Iterator[PostgresWarmSession | None]:
-        """A session for one run of the warmer; None: another one runs on this shard.
+        """A session for one run of the warmer; None: another run is going on on this shard.
 
         The advisory lock belongs to the session, not to a transaction: the run is many short transactions, so that no
-        snapshot grows old. Whatever ends the session (the end of the block, a crash, a lost connection) frees the
-        lock. It only saves work: two runs at once would still be right, for each fills under its own leases.
+        snapshot grows old. Whatever ends the session (the end of the block, a crash, a lost connection) releases the
+        lock. The lock only saves work: two runs at once would still be correct, because each fills under its own
+        leases.
         """
         with self._databases.shard_autocommit(shard) as connection:
             if not connection.execute(sa.select(sa.func.pg_try_advisory_lock(WARM_LOCK))).scalar_one():
@@ -288,7 +297,7 @@ class PostgresMemberships:
             try:
                 yield PostgresWarmSession(connection)
             finally:
-                # A session that was lost took its lock with it.
+                # A session that was lost has released its lock.
                 if not connection.invalidated:
                     _unlock(connection)
 

@@ -30,9 +30,9 @@ from segsvc.postgres.shard.attribute_names import absent_attributes, attribute_n
 from segsvc.postgres.shard.override_expiry import holds_now
 
 _BLOCKS_LISTED_MAX: Final = 64
-"""Up to so many blocks, deleting those that are listed takes no longer than deleting a range."""
+"""Up to this number of blocks, deleting listed blocks takes no longer than deleting a range."""
 
-# Built once: to build one takes as long as to run it.
+# Built once: building one takes as long as running it.
 _TAKE_LOCK: Final = sa.select(sa.func.pg_advisory_xact_lock(SHARD_LOCK))
 _SELECT_NEXT_SLOT: Final = sa.select(tables.shard_state.c.next_slot)
 _SELECT_SEGMENT: Final = sa.select(*SHARD_COLUMNS).where(tables.shard_segments.c.id == sa.bindparam("segment_id"))
@@ -53,7 +53,7 @@ _DELETE_LISTED: Final = sa.delete(tables.memberships).where(
 
 
 def lock_exclusive(connection: sa.Connection) -> None:
-    """Wait for every user change of the shard to end, and keep new ones out until this transaction ends.
+    """Wait for every change of users of the shard to end, and keep new changes out until this transaction ends.
 
     A statement of its own, and the first of its transaction: at READ COMMITTED the next statement's snapshot is then
     younger than the lock. In one statement with a read, the read could still see an older rule.
@@ -62,7 +62,7 @@ def lock_exclusive(connection: sa.Connection) -> None:
 
 
 class PostgresShardTransaction:
-    """One open transaction of a shard; whoever opened it holds the lock and ends it."""
+    """One open transaction of a shard. The caller that opened it holds the lock and ends it."""
 
     def __init__(self, connection: sa.Connection, shard: int) -> None:
         self._connection = connection
@@ -96,22 +96,23 @@ class PostgresShardTransaction:
             block=">i8",
             user_ids=("<i8", BLOCK_SLOTS),
         )
+
         user_ids = np.zeros((blocks, BLOCK_SLOTS), dtype=np.int64)
         user_ids[rows["block"].astype(np.int64) - first_block] = rows["user_ids"]
         return user_ids
 
     def condition_slots(self, condition: str, first_block: int, blocks: int) -> Int64s:
         """Slots of the users of a range of blocks for whom a condition holds."""
-        # Without an end (and a beginning) the server reads the table as it lies, which is faster than by slots.
+        # Without an end (and a beginning) the server scans the table sequentially, which is faster than by slots.
         to_the_end = (first_block + blocks) * BLOCK_SLOTS >= self.next_slot()
         return slots_where(self._connection, condition, first_block, None if to_the_end else blocks)
 
     def absent_attributes(self, names: Sequence[str]) -> Sequence[str]:
-        """Those of these attributes that no user of the shard has."""
+        """The attributes among these that no user of the shard has."""
         return absent_attributes(self._connection, names)
 
     def attribute_names(self) -> Sequence[str]:
-        """Attributes that users have, as far as some thousands of them show."""
+        """Attributes that users have, from a sample of some thousands of users."""
         return attribute_names(self._connection)
 
     def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed:
@@ -124,6 +125,7 @@ class PostgresShardTransaction:
             block=">i8",
             bits=("u1", BLOCK_BYTES),
         )
+
         packed = bits.empty(blocks)
         packed[rows["block"].astype(np.int64) - first_block] = rows["bits"]
         return packed
@@ -131,19 +133,22 @@ class PostgresShardTransaction:
     def write_segment_bits(self, segment_id: int, first_block: int, old: bits.Packed, new: bits.Packed) -> None:
         """Store the blocks that differ from ``old``; one without a bit set loses its row.
 
-        Deleted and appended rather than updated: COPY fills pages, and a new version of the row would not fit beside
-        the old one anyway. Nobody sees the moment between: it is one transaction, under the shard's exclusive lock.
+        Rows are deleted and appended rather than updated: COPY fills pages, and a new version of a row would not fit on
+        the page of the old one anyway. No reader sees the moment between: it is one transaction, under the shard's
+        exclusive lock.
         """
         rewritten = np.flatnonzero((old != new).any(axis=1))
         if not rewritten.size:
             return
+
         where: dict[str, Any] = {"segment_id": segment_id}
         if rewritten.size > max(_BLOCKS_LISTED_MAX, len(new) // 2):
-            # Nearly all: a rollout changes every block or few. The range is found faster than each of them.
+            # Nearly all: a rollout changes either every block or few. One range is found faster than each block.
             rewritten = np.arange(len(new))
             self._connection.execute(_DELETE_RANGE, where | {"first": first_block, "last": first_block + len(new) - 1})
         else:
             self._connection.execute(_DELETE_LISTED, where | {"blocks": (rewritten + first_block).tolist()})
+
         kept = rewritten[new[rewritten].any(axis=1)]
         if kept.size:
             append_rows(
@@ -174,7 +179,7 @@ class PostgresShardTransaction:
 
     def delete_segment(self, segment_id: int) -> None:
         """Remove a segment's bits, its overrides and itself from the shard."""
-        # One exchange: with the bits as few as they are, exchanges are what a deletion takes.
+        # One exchange: the rows of bits are few, so the exchanges determine how long a deletion takes.
         self._connection.exec_driver_sql(
             "WITH of_bits AS (DELETE FROM memberships WHERE segment_id = %(id)s), "
             "of_overrides AS (DELETE FROM overrides WHERE segment_id = %(id)s) "
@@ -184,7 +189,7 @@ class PostgresShardTransaction:
 
 
 class PostgresShardSnapshots:
-    """Shards as they are at one moment, for counting. Implements ``services.preview.ShardSnapshots``."""
+    """Snapshots of shards, for counting. Implements ``services.preview.ShardSnapshots``."""
 
     def __init__(self, databases: Databases) -> None:
         self._databases = databases

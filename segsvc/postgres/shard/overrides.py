@@ -41,7 +41,7 @@ drops the entry, must not commit when the bar is gone and an old entry may be th
 
 
 LOCK_SHARE = 0.9
-"""Of a statement's time, how much it may wait for a lock."""
+"""The share of a statement's time that it may wait for a lock."""
 
 
 class PostgresOverrideStore:
@@ -72,35 +72,40 @@ class PostgresOverrideStore:
                     sa.func.set_config("lock_timeout", f"{self._lock_timeout_ms(timeout_s)}ms", True),
                 )
             )
-            # As events do: an operation that is in doubt on this shard ends first, and no deletion comes between.
+
+            # As for events: an operation that is in doubt on this shard ends first, and no deletion comes in between.
             lock_shared(connection)
-            # The row orders all changes of one user, events included.
+
+            # The row's lock orders all changes of one user, events included.
             statement = sa.select(sa.func.clock_timestamp()).where(_users.id == user_id).with_for_update()
             try:
                 now = connection.execute(statement).scalar_one_or_none()
             except sa.exc.DBAPIError as error:
-                # One row by its key: what takes long is the wait for its lock, whichever bound ends it first.
+                # One row by its key: only the wait for its lock can take long, whichever bound ends it first.
                 if sqlstate(error) in (LOCK_NOT_AVAILABLE, QUERY_CANCELED):
                     raise UserLockTimeout from error
                 raise
             if now is None:
                 return None
+
             if request is not None:
                 answered = _answer_of(connection, user_id, request)
                 if answered is not None:
                     return answered
+
             _apply(connection, user_id, changes, now)
             connection.execute(
                 sa.update(tables.users).where(_users.id == user_id).values(row_version=_users.row_version + 1)
             )
             changed = _user(connection, user_id)
+
             if request is not None:
                 _keep_answer(connection, user_id, request, changed)
             before_commit()
         return changed
 
     def _lock_timeout_ms(self, timeout_s: float | None) -> int:
-        """A statement's own bound must not come first: it does not say what the statement waited for."""
+        """The lock timeout ends before the statement's own bound, which would not say what the statement waited for."""
         bound_s = self._databases.lock_timeout_s
         return int(1000 * bound_s) if timeout_s is None else max(1, int(1000 * min(bound_s, LOCK_SHARE * timeout_s)))
 
@@ -124,9 +129,11 @@ class PostgresOverrideStore:
             segment_id = connection.execute(sa.select(_segments.id).where(_segments.slug == slug)).scalar_one_or_none()
             if segment_id is None:
                 return True, None
+
             segment = PostgresShardTransaction(connection, shard).segment(segment_id)
             if segment is None:
                 raise AssertionError("a segment of a snapshot stays there")
+
             bits = tables.memberships.c
             bit = connection.execute(
                 sa.select(sa.func.get_bit(bits.bits, user.slot % BLOCK_SLOTS)).where(
@@ -159,11 +166,13 @@ def _apply(connection: sa.Connection, user_id: int, changes: OverrideChanges, no
     for index, wanted in enumerate(changes.put):
         if wanted.expire_time is not None and wanted.expire_time <= now:
             raise ExpiryPassed(index)
+
     rows = connection.execute(sa.select(_segments.slug, _segments.id).where(_segments.slug.in_(changes.slugs)))
     ids = {row.slug: row.id for row in rows}
     for slug in changes.slugs:
         if slug not in ids:
             raise UnknownSlug(slug)
+
     concerned = int_array(ids.values())
     connection.execute(
         sa.delete(tables.overrides).where(_overrides.user_id == user_id, _overrides.segment_id == sa.any_(concerned))
@@ -193,7 +202,7 @@ def _user(connection: sa.Connection, user_id: int) -> UserOverrides:
 
 
 def _answer_of(connection: sa.Connection, user_id: int, request: RequestKey) -> UserOverrides | None:
-    """What this request was answered; None: it is new. Raises ServiceError REQUEST_ID_REUSED."""
+    """The answer that this request got before; None: it is new. Raises ServiceError REQUEST_ID_REUSED."""
     row = connection.execute(
         sa.select(_requests.content_hash, _requests.answer).where(
             _requests.user_id == user_id, _requests.request_id == request.request_id

@@ -29,10 +29,10 @@ UNDEFINED_OBJECT = "42704"
 OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
 DUPLICATE_OBJECT = "42710"
 _REFUSALS = ("22", "23", "42", "54")
-"""SQLSTATE classes that trying again does not mend: data exception, integrity violation, wrong statement, and one
-beyond a limit of the server."""
+"""SQLSTATE classes that do not pass when tried again: data exception, integrity violation, wrong statement, and a
+statement that exceeds a limit of the server."""
 
-# Built once: to build one takes as long as to run it.
+# Built once: building one takes as long as running it.
 _HAS_FENCE: Final = sa.select(
     sa.exists().where(tables.applied_operations.c.operation_id == sa.bindparam("operation_id"))
 )
@@ -64,7 +64,8 @@ class PostgresParticipant:
             return _has_fence(connection, operation_id)
 
     def prepared(self) -> Sequence[PreparedTransaction]:
-        """Prepared transactions of this shard's database, whoever made them, with their age by the shard's clock."""
+        """All prepared transactions of this shard's database, foreign ones included, with their age by the shard's
+        clock."""
         with self._databases.shard_tx(self.shard) as connection:
             return select_prepared(connection)
 
@@ -81,34 +82,38 @@ class PostgresParticipant:
             self._crash.reach("locked-not-prepared", **where)
             if not _insert_fence(connection, operation):
                 return None  # a twin's fence is there; leaving the block rolls back
+
             counts = self._do(connection, operation, on_progress)
             self._crash.reach("worked-not-prepared", **where)
+
             try:
                 tag = _utility(connection, "PREPARE TRANSACTION", gid)
             except exc.DBAPIError as error:
                 if sqlstate(error) == DUPLICATE_OBJECT:
-                    # A twin prepared under this gid; its copy is as good as ours, the next run counts and votes.
+                    # A twin has prepared under this gid. Its copy is as good as ours: the next run counts and votes.
                     raise shard_unavailable(self.shard) from error
                 raise
             if tag != "PREPARE TRANSACTION":
-                # In a transaction that failed or was lost the server answers ROLLBACK and raises nothing. Voting
-                # now would lose the shard's work.
+                # If the transaction failed or was lost, the server answers ROLLBACK and raises no error. A vote now
+                # would lose the shard's work.
                 log.error("prepare_rolled_back", operation=str(operation.id), shard=self.shard, tag=tag)
                 raise shard_unavailable(self.shard)
-            # The driver still believes it is inside a transaction; its ROLLBACK leaves the prepared one in place.
+
+            # The driver still takes itself to be inside a transaction; its ROLLBACK leaves the prepared one in place.
             connection.rollback()
+
         self._crash.reach("prepare-answered", **where)
         return counts
 
     def _do(self, connection: sa.Connection, operation: Operation, on_progress: ProgressHook) -> ShardCounts:
-        """The work. What the database refuses now it refuses for ever, since the work is deterministic.
+        """Do the work. What the database refuses now it will always refuse, because the work is deterministic.
 
         Raises:
             WorkFailed: data or constraints forbid it; the reason is in the log, not in the message.
         """
         try:
             return self._work(PostgresShardTransaction(connection, self.shard), operation, on_progress, True)
-        except (exc.DBAPIError, psycopg2.Error) as error:  # the latter from COPY, which goes past SQLAlchemy
+        except (exc.DBAPIError, psycopg2.Error) as error:  # psycopg2.Error comes from COPY, which bypasses SQLAlchemy
             if not sqlstate(error).startswith(_REFUSALS):
                 raise
             log.exception("work_refused", operation=str(operation.id), shard=self.shard, sqlstate=sqlstate(error))
@@ -120,23 +125,23 @@ class PostgresParticipant:
     def count(self, operation: Operation) -> ShardCounts:
         """Count what a prepared operation changes, without changing anything."""
         with self._databases.shard_connection(self.shard) as connection:
-            # No lock: the prepared transaction holds it exclusively, so users and bits stand still under us.
+            # No lock: the prepared transaction holds it exclusively, so users and bits do not change meanwhile.
             return self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, False)
 
     def commit_prepared(self, gid: Gid) -> Finish:
-        """COMMIT PREPARED, outside any transaction as the server wants it."""
+        """COMMIT PREPARED, outside any transaction, as the server requires."""
         return self._finish("COMMIT PREPARED", gid)
 
     def rollback_prepared(self, gid: Gid) -> Finish:
-        """ROLLBACK PREPARED. The caller has made sure that the operation is ABORTED or everywhere DONE."""
+        """ROLLBACK PREPARED. The caller has made sure that the operation is ABORTED, or DONE on every shard."""
         return self._finish("ROLLBACK PREPARED", gid)
 
     def redo(self, operation: Operation) -> None:
-        """The work and its fence in one ordinary transaction; nothing if the fence is there already.
+        """Do the work and write its fence in one ordinary transaction; do nothing if the fence is there already.
 
         Raises:
-            ServiceError: SHARD_UNAVAILABLE, also when the shard's lock is not to be had: the decision stands, so
-                there is nothing to do but to try again.
+            ServiceError: SHARD_UNAVAILABLE, also when the shard's lock was not acquired in time: the decision stands,
+                so all that the caller can do is try again.
         """
         try:
             with self._databases.shard_tx(self.shard) as connection:
@@ -161,7 +166,7 @@ class PostgresParticipant:
 
 
 def select_prepared(connection: sa.Connection) -> list[PreparedTransaction]:
-    """Prepared transactions of this database as they are now, oldest first; of no snapshot."""
+    """Prepared transactions of this database as they are now, not as of a snapshot; oldest first."""
     return [PreparedTransaction(row.gid, row.age_s) for row in connection.execute(_SELECT_PREPARED)]
 
 
@@ -172,14 +177,14 @@ def _has_fence(connection: sa.Connection, operation_id: UUID) -> bool:
 def _insert_fence(connection: sa.Connection, operation: Operation) -> bool:
     """Whether this transaction is the one that applies the operation here.
 
-    If a twin's fence is not committed yet, this waits for the twin to end (at most ``lock_timeout``).
+    If the fence of a twin is not committed yet, this waits for the twin to end (at most ``lock_timeout``).
     """
     result = connection.execute(_INSERT_FENCE, {"operation_id": operation.id, "kind": operation.plan.kind})
     return bool(result.rowcount)
 
 
 def _utility(connection: sa.Connection, command: str, gid: Gid) -> str:
-    """Run a two-phase command and give the server's command tag, which alone says what happened."""
+    """Run a two-phase command and return the server's command tag: only the tag says what happened."""
     # The driver quotes the gid; the server takes no parameters in utility commands.
     result: Any = connection.exec_driver_sql(f"{command} %s", (str(gid),))
     return str(result.context.cursor.statusmessage)

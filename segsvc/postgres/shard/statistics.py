@@ -17,7 +17,7 @@ from segsvc.postgres.shard.override_expiry import holds_now
 
 
 def _override_effects() -> sa.Subquery:
-    """How many overrides of ``:segment_id`` put somebody in whom the rule has not, or keep somebody out whom it has."""
+    """How many overrides of ``:segment_id`` include a non-member of the rule, or exclude a member."""
     overrides, users, memberships = tables.overrides.c, tables.users.c, tables.memberships.c
     by_rule = sa.func.coalesce(sa.func.get_bit(memberships.bits, users.slot % BLOCK_SLOTS) == 1, sa.false())
     return (
@@ -58,7 +58,7 @@ def _counts() -> sa.Select[Any]:
 
 
 _SELECT_COUNTS: Final = _counts()
-"""Built once: to build it takes longer than to run it."""
+"""Built once: building it takes longer than running it."""
 
 
 def select_counts(connection: sa.Connection, shard: int, segment_id: int) -> ShardStatistics:

@@ -1,4 +1,5 @@
-"""Directory, bits and counters of a shard by block, for users who come and go. Implements ``services.user_bits``."""
+"""Directory, bits and counters of a shard by block, for users who are created, changed or deleted. Implements
+``services.user_bits``."""
 
 from __future__ import annotations
 
@@ -40,11 +41,11 @@ class PostgresShardBits:
         return [to_shard_segment(*row) for row in rows]
 
     def matching(self, conditions: Sequence[str], slots: Int64s) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-        """For each condition in turn, for which of the users in these slots it holds, with the attributes of now."""
+        """For each condition in turn, for which of the users in these slots it holds, by their present attributes."""
         return matching(self._connection, conditions, slots)
 
     def directory(self, blocks: Sequence[int]) -> Mapping[int, bits.UserIds]:
-        """User ids of those of these blocks that exist."""
+        """User ids, for the blocks among these that exist."""
         directory = tables.directory.c
         rows = self._connection.execute(
             sa.select(directory.block, directory.user_ids).where(directory.block == sa.any_(int_array(blocks)))
@@ -55,7 +56,8 @@ class PostgresShardBits:
         """Write blocks of the directory, new ones too."""
         if not directory:
             return
-        # One bytea for all blocks, cut by the server: an array of bytea would be quoted twice.
+
+        # One bytea for all blocks, which the server cuts: an array of bytea would be quoted twice.
         self._connection.execute(
             sa.text(
                 "INSERT INTO directory (block, user_ids) "
@@ -72,7 +74,7 @@ class PostgresShardBits:
 
     def bit_rows(self, blocks: Sequence[int]) -> bits.BitRows:
         """Every segment's bits in these blocks, by block and segment."""
-        # One row a block: thousands of small rows would cost more to fetch than to find.
+        # One row a block: thousands of small rows would take longer to fetch than to find.
         rows = self._connection.execute(
             sa.text(
                 "SELECT block, array_agg(segment_id ORDER BY segment_id) AS segment_ids, "
@@ -81,6 +83,7 @@ class PostgresShardBits:
             ),
             {"blocks": bigint_array(blocks)},
         ).all()
+
         return bits.BitRows(
             blocks=np.repeat(
                 np.array([row.block for row in rows], dtype=np.int64),
@@ -91,9 +94,13 @@ class PostgresShardBits:
         )
 
     def put_bit_rows(self, rows: bits.BitRows, *, stored: npt.NDArray[np.bool_]) -> None:
-        """Write rows of bits in place of those that are stored; one without a bit set is not written.
+        """Write rows of bits in place of the stored ones; a row without a bit set is not written.
 
-        Deleted and appended, not updated: COPY fills pages, and a new version of a row seldom fits beside the old one.
+        Args:
+            stored: for each row, whether it is stored already.
+
+        Rows are deleted and appended, not updated: COPY fills pages, and a new version of a row seldom fits on the page
+        of the old one.
         """
         if stored.any():
             self._connection.execute(
@@ -107,6 +114,7 @@ class PostgresShardBits:
                     "segment_ids": bigint_array(rows.segment_ids[stored].tolist()),
                 },
             )
+
         kept = rows.packed.any(axis=1)
         if kept.any():
             append_rows(

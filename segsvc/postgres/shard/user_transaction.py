@@ -1,6 +1,6 @@
 """Users of one shard, as a batch of events sees and changes them. Implements ``services.ingestion.UserStore``.
 
-Many rows go to the server as arrays of equal length, so that one statement serves any number of them.
+Rows go to the server as arrays of equal length, so that one statement takes any number of them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.shard.user_bits import PostgresShardBits, int_array
 
 _REFUSED_CLASSES = ("22", "23")
-"""SQLSTATE classes of data exceptions and of violated constraints: the statement fails again however often."""
+"""SQLSTATE classes of data exceptions and of violated constraints: the statement would fail every time."""
 _RETRY_STATES = ("40001", "40P01")
-"""Serialisation failure and deadlock: the transaction was the victim, not the cause."""
+"""Serialisation failure and deadlock: the transaction was the victim, not the cause, so it may be tried again."""
 
 
 def lock_shared(connection: sa.Connection) -> None:
     """Wait for an operation on the shard to end, and keep the next one out until this transaction ends.
 
     A statement of its own, and the first of its transaction: at READ COMMITTED the next statement's snapshot is then
-    younger than the lock, and sees the rules that the operation left.
+    younger than the lock, and sees the rules that the operation has written.
     """
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock_shared(SHARD_LOCK)))
 
@@ -58,7 +58,7 @@ class PostgresUserStore:
         try:
             with self._databases.shard_tx(shard, timeout_s=timeout_s) as connection:
                 yield PostgresUserTransaction(connection, until)
-        except (exc.DBAPIError, psycopg2.Error) as error:  # the latter from COPY, which goes past SQLAlchemy
+        except (exc.DBAPIError, psycopg2.Error) as error:  # psycopg2.Error comes from COPY, which bypasses SQLAlchemy
             state = sqlstate(error)
             if state.startswith(_REFUSED_CLASSES):
                 raise Unstorable(state) from error
@@ -71,7 +71,7 @@ class PostgresUserTransaction(PostgresShardBits):
     """One transaction of a shard. Implements ``services.ingestion.UserTransaction``.
 
     Args:
-        until: ``time.monotonic()`` after which no condition is asked any more; None: they are.
+        until: ``time.monotonic()`` after which no further condition is asked; None: no bound.
     """
 
     def __init__(self, connection: sa.Connection, until: float | None) -> None:
@@ -81,7 +81,7 @@ class PostgresUserTransaction(PostgresShardBits):
     def matching(self, conditions: Sequence[str], slots: Int64s) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
         """See ``UserTransaction.matching``. Raises ServiceError DEADLINE_EXCEEDED."""
         for answer in super().matching(conditions, slots):
-            # The statements are bounded one by one, and many conditions are several of them.
+            # Each statement has a bound of its own, and many conditions take several statements.
             if self._until is not None and time.monotonic() > self._until:
                 raise ServiceError(Reason.DEADLINE_EXCEEDED, "the batch takes too long")
             yield answer
@@ -92,7 +92,7 @@ class PostgresUserTransaction(PostgresShardBits):
         return int(self._connection.execute(sa.select(tables.shard_state.c.next_slot).with_for_update()).scalar_one())
 
     def find(self, user_ids: Sequence[int]) -> Mapping[int, StoredUser]:
-        """Those of these users that are there, their rows locked in the order of their ids."""
+        """The users among these that exist, their rows locked in the order of their ids."""
         users = tables.users.c
         rows = self._connection.execute(
             sa.select(users.id, users.slot, users.version)
@@ -103,14 +103,14 @@ class PostgresUserTransaction(PostgresShardBits):
         return {row.id: StoredUser(row.slot, row.version) for row in rows}
 
     def find_tombstones(self, user_ids: Sequence[int]) -> AbstractSet[int]:
-        """Those of these users that were deleted."""
+        """The users among these that were deleted."""
         deleted = tables.deleted_users.c
         return set(
             self._connection.execute(sa.select(deleted.id).where(deleted.id == sa.any_(int_array(user_ids)))).scalars()
         )
 
     def known(self, user_ids: Int64s) -> Int64s:
-        """Those of these users that are there or were deleted."""
+        """The users among these that exist or were deleted."""
         found = self._connection.execute(
             sa.text(
                 "SELECT id FROM users WHERE id = ANY(CAST(:ids AS bigint[])) "

@@ -17,7 +17,7 @@ from uuid import uuid4
 import pytest
 import redis
 
-from segsvc.bootstrap import whose
+from segsvc.bootstrap import installation_of
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.processes import free_ports
 from segsvc.local.redis import BROKER_CONFIG, RedisServer
@@ -39,7 +39,7 @@ class Workplace:
 
     @property
     def prefix(self) -> str:
-        return whose(self.installation.settings).broker_prefix
+        return installation_of(self.installation.settings).broker_prefix
 
     @property
     def client(self) -> redis.Redis:
@@ -108,7 +108,7 @@ class Workplace:
                 "timelimit": [None, None],
                 "argsrepr": "()",
                 "kwargsrepr": "{}",
-                "installation": whose(self.installation.settings).name,
+                "installation": installation_of(self.installation.settings).name,
             },
             "properties": {
                 "correlation_id": task_id,

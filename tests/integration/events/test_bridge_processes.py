@@ -14,7 +14,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from segsvc.bootstrap import whose
+from segsvc.bootstrap import installation_of
 from segsvc.bridge.flows import RESULT_WAIT_S
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
@@ -75,7 +75,7 @@ class Stack:
     @property
     def prefix(self) -> str:
         """What everything on the broker begins with."""
-        return whose(self.shards.settings).broker_prefix
+        return installation_of(self.shards.settings).broker_prefix
 
     @property
     def failpoints(self) -> Path:

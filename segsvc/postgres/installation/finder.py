@@ -71,7 +71,7 @@ def _ask(settings: Settings) -> tuple[Installation | None, Exception | None]:
     with identity.open_databases(settings) as databases:
         for database in databases:
             try:
-                found = identity.whose(database)
+                found = identity.identity_of(database)
             except exc.DBAPIError as error:
                 why = why or error
                 continue
@@ -82,5 +82,5 @@ def _ask(settings: Settings) -> tuple[Installation | None, Exception | None]:
     return None, why
 
 
-installation_of: Final = InstallationFinder()
+find_installation: Final = InstallationFinder()
 """The finder of this process; forked children inherit what it knows."""
