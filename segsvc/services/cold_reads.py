@@ -1,16 +1,18 @@
-"""Users whose entry is not in the cache, loaded from their shard: many in one statement, filled under a lease.
+"""Loads users whose entry is not in the cache from their shard: many in one statement, filled under a lease.
 
 The steps of one load, in this order (each but the third may fail at any point without harm):
 
-1. acquire: ask the cache for leases. Refused for a user: the answer is good, but nothing is filled for that user.
-2. Its reply. Only then the shard is read: what a writer changed after step 1 has removed the lease, and what it
-   acknowledged before step 1 is in the statement's snapshot. Read before the lease, a stale row could be filled.
+1. acquire: ask the cache for leases. If a user's lease is refused, the answer is good, but nothing is filled for that
+   user.
+2. The reply comes. Only then the shard is read: a writer that changes a user after step 1 removes the lease, and what
+   it acknowledged before step 1 is in the statement's snapshot. If the shard were read before the lease, a stale row
+   could be filled.
 3. One SELECT for all users of the load.
 4. Every caller is answered.
 5. fill, which the cache does only over our own lease, under the generation of step 1.
 
-A call joins a load only while it is gathering, that is before step 1. A load whose SELECT has been sent may carry what
-was true before a change that was acknowledged since; a call that begins now must see that change.
+A call joins a load only while it is gathering, that is before step 1. A load whose SELECT has been sent may return
+data from before a change that was acknowledged since; a call that begins now must see that change.
 """
 
 from __future__ import annotations
@@ -33,12 +35,11 @@ from segsvc.services.slug_map import SlugMap
 log = get_logger(__name__)
 
 USERS_PER_LOAD: Final = 256
-"""Users of one statement at most; it takes some 0.3 ms a user."""
+"""The most users in one statement; it takes some 0.3 ms a user."""
 
 Outcome = Entry | ServiceError
 Answer = Callable[[int, Outcome], None]
-"""Called once, from a thread of ours, with the user and what became of the read. Must not block."""
-
+"""Called once, from a thread of ours, with the user and the outcome of the read. Must not block."""
 
 Gone = Callable[[], bool]
 """Whether the caller has left. Called from threads of ours; must not block."""
@@ -48,7 +49,7 @@ class UserReads(Protocol):
     """A shard, as far as a miss needs it."""
 
     def load(self, shard: int, user_ids: Sequence[int], *, timeout_s: float | None = None) -> Sequence[LoadedUser]:
-        """The users of these that exist. Raises SHARD_UNAVAILABLE, DEADLINE_EXCEEDED, LockTimeout."""
+        """Those of these users that exist. Raises SHARD_UNAVAILABLE, DEADLINE_EXCEEDED, LockTimeout."""
 
 
 class EntryCache(Protocol):
@@ -68,8 +69,8 @@ class Limits:
     Attributes:
         waiting_max: reads that may wait for one shard at once; more are refused as OVERLOADED.
         threads: loads of one shard at once.
-        statement_s: what the shard's sessions allow a statement.
-        stalled_s: a load that has taken longer is given up: its server neither answers nor refuses.
+        statement_s: how long the shard's sessions let a statement run.
+        stalled_s: a load that takes longer is given up: its server neither answers nor refuses.
     """
 
     waiting_max: int
@@ -86,7 +87,7 @@ class _Waiter:
     gone: Gone | None = None
 
     def in_vain(self, now: float) -> bool:
-        """Whether nobody waits for its answer any more, or no answer comes in time."""
+        """Whether its caller has left, or its deadline has passed."""
         return (self.deadline is not None and self.deadline <= now) or (self.gone is not None and self.gone())
 
 
@@ -98,9 +99,9 @@ class _Load:
     """Users on their way from a shard.
 
     Attributes:
-        waiting: those who are not answered yet.
+        waiting: reads that are not answered yet.
         at_cache: it waits for the cache.
-        asked_at: when the shard was asked; None: it has not been, has answered, or was held to hang because of it.
+        asked_at: when the shard was asked; None: it was not asked yet, it has answered, or this load was given up.
     """
 
     started: float
@@ -117,7 +118,7 @@ class _Shard:
         gathering: reads that no load has taken yet.
         loads: loads that run now.
         waiting: reads that are not answered yet, gathering or loading.
-        down: the last that was heard of the shard is that it could not be reached, or it hangs.
+        down: at the last attempt the shard could not be reached, or hung.
         pace: of loads.
         probe_at: when the next read may try a shard that is down.
     """
@@ -136,7 +137,7 @@ class ColdReads:
     """Loads users from the shards on threads of its own. Made after the last fork of a process; ``close`` ends it."""
 
     PROBE_S = 0.1
-    """How often a shard that is down is tried, by one read each time; the others fail at once."""
+    """Pause between two probes of a shard that is down. One read is the probe; all other reads fail at once."""
     _WATCH_S = 0.05
 
     def __init__(
@@ -171,9 +172,9 @@ class ColdReads:
         Outcomes: the entry, or ServiceError USER_NOT_FOUND, SHARD_UNAVAILABLE, OVERLOADED, DEADLINE_EXCEEDED, INTERNAL.
 
         Args:
-            deadline: when the answer must be there, on ``time.monotonic()``'s clock; None: there is none.
+            deadline: when the answer must be there, on ``time.monotonic()``'s clock; None: no deadline.
             gone: once it is true, users who are not being read yet are not read for this caller.
-            share: of the places, those that reads of this kind may take.
+            share: the part of the places that reads of this kind may take.
         """
         now = time.monotonic()
         for user_id in user_ids:
@@ -188,17 +189,20 @@ class ColdReads:
         with shard.changed:
             if self._closing.is_set():
                 return shard_unavailable(shard.number)
+
             if shard.down:
-                # Without a thread that is free it would try nothing, and only wait with those that hang.
+                # Without a free thread the read would probe nothing, and only wait behind the loads that hang.
                 if waiter.since < shard.probe_at or len(shard.loads) >= self._limits.threads:
                     return shard_unavailable(shard.number)
                 shard.probe_at = waiter.since + self.PROBE_S
-            # Those that gather come first, in loads of so many users.
+
+            # The reads that gather already are loaded first, USERS_PER_LOAD at a time.
             wait_s = len(shard.gathering) // USERS_PER_LOAD * shard.pace.usual_s / self._limits.threads
             left_s = None if waiter.deadline is None else waiter.deadline - waiter.since
             if shard.waiting >= max(1, places) or not fits(wait_s, shard.pace.usual_s, left_s):
                 message = f"too many reads wait for shard {shard.number}"
                 return overloaded(message, wait_s, shard=str(shard.number), limit=str(places))
+
             shard.gathering.setdefault(user_id, []).append(waiter)
             shard.waiting += 1
             shard.changed.notify()
@@ -210,11 +214,13 @@ class ColdReads:
         return sum(shard.waiting for shard in self._shards)
 
     def close(self, timeout_s: float) -> None:
-        """Take no more, answer what waits, end the threads. After ``timeout_s`` what still waits gets no answer."""
+        """Accept no more reads, answer those that wait, end the threads. Reads that still wait after ``timeout_s`` get
+        no answer."""
         self._closing.set()
         for shard in self._shards:
             with shard.changed:
                 shard.changed.notify_all()
+
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -234,7 +240,7 @@ class ColdReads:
                     shard.loads.discard(load)
 
     def _next(self, shard: _Shard) -> _Load | None:
-        """The next load; None: there will be none."""
+        """Wait for reads, and take them as the next load; None: this is closed."""
         with shard.changed:
             while not shard.gathering:
                 if self._closing.is_set():
@@ -250,17 +256,19 @@ class ColdReads:
         user_ids = list(load.waiting)
         if not user_ids:
             return
+
         load.at_cache = True
         grant = self._acquire(shard, user_ids)
         load.at_cache = False
         filled: frozenset[int] = grant.user_ids if grant else frozenset()
+
         load.asked_at = time.monotonic()
         try:
             with metrics.cold_read_seconds.time():
                 rows = self._read(shard, user_ids, self._timeout_s(load))
         except (ServiceError, LockTimeout) as error:
             load.asked_at = None
-            # Told before the cache is: it may hang as well.
+            # The callers are answered before the leases are given back: the cache may hang as well.
             self._fail(shard, load, error)
             load.at_cache = True
             self._give_back(shard, grant, filled)
@@ -268,6 +276,7 @@ class ColdReads:
         load.asked_at = None
         shard.pace.took(time.monotonic() - load.started)
         self._mark_up(shard)
+
         entries = {
             row.user_id: (row.valid_until_us, row.row_version, row.read_time_us, row.block, *segment_ids)
             for row, segment_ids in rows
@@ -275,6 +284,7 @@ class ColdReads:
         for user_id in user_ids:
             outcome = entries.get(user_id) or user_not_found(user_id)
             self._answer_user(shard, load, user_id, outcome, "miss" if user_id in filled else "bypass")
+
         load.at_cache = True
         if grant:
             self._fill(shard, grant, [(user_id, entries[user_id]) for user_id in filled if user_id in entries])
@@ -302,7 +312,7 @@ class ColdReads:
         ]
 
     def _timeout_s(self, load: _Load) -> float | None:
-        """The time that the most patient caller has left; None: more than a statement is allowed anyway."""
+        """The time that the most patient caller has left; None: no less than the session's bound of a statement."""
         deadlines = [waiter.deadline for waiters in list(load.waiting.values()) for waiter in waiters]
         longest = max((deadline for deadline in deadlines if deadline is not None), default=0.0)
         left_s = longest - time.monotonic()
@@ -317,7 +327,7 @@ class ColdReads:
             log.info("not_filled", shard=shard.number, users=len(rows), reason=error.reason.text)
 
     def _give_back(self, shard: _Shard, grant: Grant | None, user_ids: Iterable[int]) -> None:
-        """Give leases back early; left alone they would end by themselves, and nobody could fill until then."""
+        """Give leases back early. They would expire by themselves, but no process could fill these users until then."""
         leased = list(user_ids)
         if grant is None or not leased:
             return
@@ -330,7 +340,7 @@ class ColdReads:
 
     def _answer_user(self, shard: _Shard, load: _Load, user_id: int, outcome: Outcome, source: str) -> None:
         with shard.changed:
-            # Whoever takes the waiters out answers them: this thread, or the watch that gave the load up.
+            # The thread that takes the waiters out answers them: this one, or the watch that gave the load up.
             waiters = load.waiting.pop(user_id, [])
             shard.waiting -= len(waiters)
         _answer(waiters, user_id, outcome, source)
@@ -345,11 +355,11 @@ class ColdReads:
         elif error.reason is Reason.SHARD_UNAVAILABLE:
             self._mark_down(shard, error)
         elif error.reason is Reason.DEADLINE_EXCEEDED:
-            self._mark_up(shard)  # slow, but there
+            self._mark_up(shard)  # slow, but it can be reached
         self._end(shard, load, error)
 
     def _mark_down(self, shard: _Shard, error: ServiceError) -> None:
-        """Fail at once what gathered: it would only wait for the same failure."""
+        """Mark the shard as down, and fail the gathered reads at once: they would only wait for the same failure."""
         with shard.changed:
             if not shard.down:
                 log.warning("shard_down", shard=shard.number)
@@ -366,8 +376,8 @@ class ColdReads:
             log.info("shard_back", shard=shard.number)
 
     def _drop_expired(self, shard: _Shard, load: _Load | None, now: float) -> None:
-        """Answer the reads whose deadline has passed, or whose caller has left, and take them out: of a load, or of
-        those that gather (None)."""
+        """Answer the reads whose deadline has passed, or whose caller has left, and take them out of the load; or, if
+        ``load`` is None, out of the gathering reads."""
         with shard.changed:
             waiting = shard.gathering if load is None else load.waiting
             expired: _Waiting = {}
@@ -382,8 +392,9 @@ class ColdReads:
                 else:
                     del waiting[user_id]
             shard.waiting -= sum(map(len, expired.values()))
-            # What gathers waits for a thread, and each of these for what its load waits for.
+            # Gathering reads wait for a thread, and each thread waits for what its load waits for.
             at_cache = load.at_cache if load else any(each.at_cache for each in shard.loads)
+
         error = _not_in_time(shard, at_cache)
         for user_id, waiters in expired.items():
             _answer(waiters, user_id, error, "error")
@@ -391,7 +402,7 @@ class ColdReads:
     # -- watching ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Answer in time for shards that do not: a server that hangs refuses nothing and breaks no connection."""
+        """Answer in time when a shard does not: a server that hangs refuses nothing and breaks no connection."""
         while not self._closing.wait(self._WATCH_S):
             for shard in self._shards:
                 metrics.cold_reads_waiting.labels(shard.number).set(shard.waiting)
@@ -401,16 +412,18 @@ class ColdReads:
     def _watch_shard(self, shard: _Shard, now: float) -> None:
         for load in (None, *shard.loads.copy()):
             self._drop_expired(shard, load, now)
+
         give_up = now - self._limits.stalled_s
         with shard.changed:
-            # Also those whose callers have all gone: it is the shard that is judged. Once for each: it may be back
-            # before the load knows.
+            # Loads whose callers have all gone count too: this judges the shard. Each load counts once: the shard may
+            # be back before the load ends.
             stalled = [load for load in shard.loads if (asked_at := load.asked_at) is not None and asked_at < give_up]
-            # Nobody takes them: every thread of the shard is in a load that stalls. One that waits for the cache does
-            # not: the cache's own bound ends that, and it says nothing of the shard.
+            # No thread takes the gathering reads: every thread of the shard is in a load that stalls. A load that waits
+            # for the cache does not stall: the cache's own bound ends the wait, which says nothing about the shard.
             untaken = any(waiters[0].since < give_up for waiters in shard.gathering.values()) and not any(
                 load.at_cache for load in shard.loads
             )
+
         error = shard_unavailable(shard.number)
         if stalled or untaken:
             self._mark_down(shard, error)
@@ -434,12 +447,12 @@ def _answer(waiters: Sequence[_Waiter], user_id: int, outcome: Outcome, source: 
     if not waiters:
         return
     if isinstance(outcome, ServiceError):
-        # An unknown user is an answer, and the caller's business: it says nothing about the service.
+        # "Unknown user" is a correct answer: it is no failure of the service.
         source = "unknown" if outcome.reason is Reason.USER_NOT_FOUND else "error"
     metrics.reads.labels(source).inc(len(waiters))
     for waiter in waiters:
         try:
             waiter.answer(user_id, outcome)
         except Exception:
-            # One caller's failure must not keep the others from their answer.
+            # One caller's failure must not keep the other callers from their answers.
             log.exception("answer_failed", user_id=user_id)

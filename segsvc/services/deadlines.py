@@ -1,4 +1,4 @@
-"""Deadlines of operations, kept by the fronts too: the queue goes on even if no worker does."""
+"""Enforces the deadlines of operations in the fronts too: the queue goes on even if no worker does."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ log = get_logger(__name__)
 
 class LateOperations(Protocol):
     def abort_late_ones(self) -> None:
-        """Abort what is PREPARING past its deadline, and start the next. Raises ServiceError, LockTimeout."""
+        """Abort operations that are PREPARING past their deadline, and start the next. Raises ServiceError,
+        LockTimeout."""
 
 
 class DeadlineKeeper:
-    """A thread that aborts operations at their deadlines, from the moment it is made.
+    """A thread that aborts operations at their deadlines. It runs from the moment this is made.
 
-    Recovery does the same. But recovery is a message to a worker, and all workers may hang, or the broker. Callers wait
-    at a front, and a front needs the catalog alone for this; so what they wait for has an end while a front lives.
+    Recovery does the same, but another process runs it, which may be down or hang. Callers wait at a front, and a front
+    needs only the catalog for this; so every operation that they wait for has an end as long as a front lives.
 
     Args:
-        interval_s: how often to look.
+        interval_s: pause between two checks.
     """
 
     def __init__(self, operations: LateOperations, *, interval_s: float) -> None:
@@ -34,7 +35,7 @@ class DeadlineKeeper:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop; returns when a look that is under way has ended."""
+        """Stop; returns when a check that is under way has ended."""
         self._closed.set()
         self._thread.join()
 
@@ -43,7 +44,8 @@ class DeadlineKeeper:
             try:
                 self._operations.abort_late_ones()
             except (ServiceError, LockTimeout) as error:
-                # Without the catalog nothing can be decided, and the next look is near. Its outage has alarms enough.
+                # Without the catalog nothing can be decided, and the next check comes soon. Other alarms report the
+                # catalog's outage.
                 log.debug("deadlines_not_looked_at", reason=str(error))
-            except Exception:  # the queue would stand still without this thread, when all workers hang
+            except Exception:  # without this thread the queue would stop while all workers hang
                 log.exception("looking_at_deadlines_failed")

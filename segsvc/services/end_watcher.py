@@ -1,4 +1,4 @@
-"""Waiting for operations to end: one thread looks at the ledger for all who wait in this process."""
+"""Waiting for operations to end: one thread reads the ledger for all that wait in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EndListener(Protocol):
     """Both raise what the block turns into CATALOG_UNAVAILABLE."""
 
     def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
-        """Those that are DONE or ABORTED. Made to be called often."""
+        """Those of these operations that are DONE or ABORTED. Made to be called often."""
 
     def await_end(self, seconds: float) -> None:
         """Wait until an operation may have ended since the last look, at most so long."""
@@ -32,12 +32,12 @@ class FinalOperations(Protocol):
 
 
 class OperationEndWatcher:
-    """Futures of operations' ends. One statement a round, however many wait; none when nobody does.
+    """Futures of operations' ends. One statement a round, however many calls wait; none while no call waits.
 
     A rollout takes a tenth of a second: looking must not be what keeps the cores from it, so the ledger tells when it
     is time to look.
 
-    While the catalog is out of reach the waiters go on waiting, each as long as it wants to.
+    While the catalog is out of reach the waiters go on waiting, each until its own time is up.
     """
 
     _POLL_S = 0.05
@@ -64,10 +64,11 @@ class OperationEndWatcher:
         return future
 
     def close(self) -> None:
-        """Stop; whoever still waits is cancelled."""
+        """Stop; the futures of operations that have not ended are cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+
         self._thread.join()
         for futures in self._waiting.values():
             for future in futures:
@@ -83,7 +84,7 @@ class OperationEndWatcher:
             except ServiceError as error:
                 log.warning("watching_paused", reason=error.reason.text)
                 self._pause(self._OUTAGE_POLL_S)
-            except Exception:  # without this thread every call that waits would wait to its deadline
+            except Exception:  # without this thread every waiting call would wait until its deadline
                 log.exception("watching_failed")
                 self._pause(self._OUTAGE_POLL_S)
 
@@ -92,7 +93,7 @@ class OperationEndWatcher:
             with self._changed:
                 futures = self._waiting.pop(operation.id, [])
             for future in futures:
-                # False: the waiter has given up.
+                # False: the waiter has cancelled it.
                 if future.set_running_or_notify_cancel():
                     future.set_result(operation)
 

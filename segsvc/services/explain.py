@@ -1,4 +1,4 @@
-"""Why a user is, or is not, in a segment: all that it depends on, of one moment, and which of it decided."""
+"""Why a user is in a segment or not: all facts that it depends on, from one moment, and the one that decided."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from segsvc.domain.sharding import check_user_id
 
 
 class Decision(IntEnum):
-    """What decided; numbers as in the protos."""
+    """The fact that decided; numbers as in the protos."""
 
     INCLUDED_BY_OVERRIDE = 1
     EXCLUDED_BY_OVERRIDE = 2
@@ -32,8 +32,8 @@ class Explanation:
 
     Attributes:
         bucket: 0 … 99,999.
-        rule: None: never rolled out.
-        override: None: none holds.
+        rule: None: the segment was never rolled out.
+        override: None: no override is in force.
         text: for people.
     """
 
@@ -60,7 +60,7 @@ class ExplainService:
         self._reader = reader
 
     def explain(self, user_id: int, slug: str, *, timeout_s: float | None = None) -> Explanation:
-        """Why the user is in the segment or not, as every read says it.
+        """Why the user is in the segment or not. ``member`` is what every read answers.
 
         Raises:
             ServiceError: FIELD_REQUIRED, FIELD_INVALID, USER_NOT_FOUND, SEGMENT_NOT_FOUND, SHARD_UNAVAILABLE,
@@ -68,11 +68,13 @@ class ExplainService:
         """
         check_user_id(user_id)
         check_slug(slug)
+
         exists, facts = self._reader.facts(user_id, slug, timeout_s=timeout_s)
         if not exists:
             raise user_not_found(user_id)
         if facts is None:
             raise segment_not_found(slug)
+
         where = bucket(user_id, facts.segment.salt)
         decision, text = _decide(facts, where)
         member = decision in (Decision.INCLUDED_BY_OVERRIDE, Decision.IN_ROLL_OUT)
@@ -86,18 +88,23 @@ def _decide(facts: MembershipFacts, where: int) -> tuple[Decision, str]:
         if override.effect is Effect.INCLUDE:
             return Decision.INCLUDED_BY_OVERRIDE, f"put in by hand, {until}"
         return Decision.EXCLUDED_BY_OVERRIDE, f"kept out by hand, {until}"
+
     if rule is None:
         return Decision.NO_RULE, "the segment was never rolled out"
+
     frozen = rule.policy is Policy.FROZEN
     if frozen and facts.bit:
         return Decision.IN_ROLL_OUT, "the frozen rollout found the user in"
+
     condition = parse_condition(rule.condition) if rule.condition else None
     if condition is not None and not condition.holds(facts.attributes):
         return Decision.CONDITION_NOT_MET, condition.explain(facts.attributes)
+
     if where >= rule.threshold:
         return Decision.OUTSIDE_PERCENTAGE, f"bucket {where} is not below {rule.threshold} ({rule.percent:g} %)"
     if frozen:
         text = f"bucket {where} is below {rule.threshold} ({rule.percent:g} %), but not at the frozen rollout"
         return Decision.NOT_IN_FROZEN_ROLL_OUT, text
+
     met = " and the condition holds" if condition is not None else ""
     return Decision.IN_ROLL_OUT, f"bucket {where} is below {rule.threshold} ({rule.percent:g} %){met}"

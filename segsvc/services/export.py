@@ -1,4 +1,4 @@
-"""Export of a segment's members, batch by batch, by shard and then by arrival."""
+"""Export of a segment's members in batches, ordered by shard and then by arrival of the user."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ExportCursor:
     """How far an export is.
 
     Attributes:
-        shard: where it goes on; the number of shards: it is at its end.
-        after_slot: the last slot done there.
+        shard: the shard where it goes on; the number of shards: it is at its end.
+        after_slot: the last slot of that shard that is done.
     """
 
     segment: Segment
@@ -54,8 +54,8 @@ class ExportBatch:
 class ExportService:
     """Reads members in short transactions, one a batch: an export of hours holds no lock and no snapshot.
 
-    A user who is a member from the beginning to the end comes exactly once; who becomes one or ceases to be one
-    meanwhile may or may not come.
+    A user who is a member from the beginning to the end is exported exactly once. A user who becomes a member during
+    the export, or stops being one, may or may not be exported.
     """
 
     def __init__(self, segments: SegmentService, reader: MemberReader) -> None:
@@ -79,7 +79,7 @@ class ExportService:
         return ExportCursor(segment, shard, after_slot)
 
     def next(self, cursor: ExportCursor, *, timeout_s: float | None = None) -> tuple[ExportBatch, ExportCursor] | None:
-        """The next batch, never an empty one, and where to go on. None: that was all.
+        """The next batch, never an empty one, and where to go on. None: there are no more members.
 
         Raises:
             ServiceError: SEGMENT_NOT_FOUND if the segment was deleted meanwhile, SHARD_UNAVAILABLE,
@@ -91,6 +91,7 @@ class ExportService:
             )
             if not page.known:
                 require_same(self._segments, cursor.segment, timeout_s)
+
             done = replace(cursor, after_slot=page.last_slot)
             cursor = replace(cursor, shard=cursor.shard + 1, after_slot=BEFORE_FIRST_SLOT) if page.exhausted else done
             if page.user_ids:

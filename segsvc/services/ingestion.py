@@ -1,8 +1,8 @@
 """User events become users, bits and counters: one batch, one shard, one transaction.
 
-A batch may be repeated, late, out of order or half of another: whoever sends it sends it again until it gets a report,
-and every event either moves its user forward or has no effect (``domain.user_fold``). What a report promises: every
-event in it that is not named dead is in PostgreSQL, or had no effect, and no later read finds an older state in the
+A batch may be repeated, late, out of order or half of another: its sender sends it again until it gets a report, and
+every event either moves its user forward or has no effect (``domain.user_fold``). A report promises: every event of the
+batch that it does not list as dead is in PostgreSQL, or had no effect, and no later read finds an older state in the
 cache.
 """
 
@@ -26,8 +26,8 @@ from segsvc.services.user_bits import Int64s, ShardBits, clear_users, evaluate_a
 log = get_logger(__name__)
 
 BATCH_S = 6.0
-"""How long a statement of a batch may take, and a batch before its last statement begins: the sender waits 15 s, and so
-hears that it was too much. One event has the session's bound."""
+"""Bound of each statement of a batch, and of the time until its last statement begins. The sender waits 15 s, so it
+learns that the batch was too much. A batch of one event has the session's bound instead."""
 
 
 class UserTransaction(ShardBits, Protocol):
@@ -37,24 +37,25 @@ class UserTransaction(ShardBits, Protocol):
         """Wait for operations on the shard and for other batches; keep both out until the transaction ends.
 
         Returns:
-            the slot that the next new user gets.
+            The slot that the next new user gets.
         """
 
     def find(self, user_ids: Sequence[int]) -> Mapping[int, StoredUser]:
-        """The users that are there, their rows locked in the order of their ids. ``user_ids`` is sorted."""
+        """Those of these users that exist, their rows locked in the order of their ids. ``user_ids`` is sorted."""
 
     def find_tombstones(self, user_ids: Sequence[int]) -> AbstractSet[int]:
-        """Those that were deleted."""
+        """Those of these users that were deleted."""
 
     def known(self, user_ids: Int64s) -> Int64s:
-        """Those that are there or were deleted, in any order; their rows are not locked. ``user_ids`` is sorted."""
+        """Those of these users that exist or were deleted, in any order; their rows are not locked. ``user_ids`` is
+        sorted."""
 
     def insert(self, user_ids: Int64s, first_slot: int, versions: Int64s | int, attributes: Sequence[str]) -> None:
         """Write new users, one after the other in the slots from ``first_slot`` on.
 
         Args:
-            versions: of each user, or of all.
-            attributes: JSON text, one a user.
+            versions: one for each user, or one for all.
+            attributes: JSON text, one for each user.
         """
 
     def update(self, users: Sequence[UserRow]) -> None:
@@ -71,7 +72,7 @@ class UserTransaction(ShardBits, Protocol):
 
 
 class UserStore(Protocol):
-    """Where users live."""
+    """The shards, as far as changes of users need them."""
 
     @property
     def shard_count(self) -> int: ...
@@ -80,12 +81,12 @@ class UserStore(Protocol):
         """Open a transaction; the end of the block commits, an exception rolls back.
 
         Args:
-            timeout_s: bound of each statement; and no condition is asked once this much time is gone. None: the
+            timeout_s: bound of each statement; and no condition is evaluated once this much time has passed. None: the
                 session's bound of a statement.
 
         Raises:
             Unstorable: the database refused the data.
-            LockTimeout: the shard's lock was not to be had in time; nothing was done.
+            LockTimeout: the shard's lock was not acquired in time; nothing was done.
             ServiceError: SHARD_UNAVAILABLE or DEADLINE_EXCEEDED (whether a commit took effect is then unknown),
                 OVERLOADED.
         """
@@ -95,10 +96,10 @@ class CacheInvalidation(Protocol):
     """The cache, as far as a change of users must reach it."""
 
     def drop_entries(self, shard: int, user_ids: Sequence[int]) -> None:
-        """Drop what the cache holds of these users, and end fills that began before.
+        """Drop the cache's entries of these users, and make fills fail that began before.
 
         Raises:
-            ServiceError: CACHE_UNAVAILABLE: some of it may still be there.
+            ServiceError: CACHE_UNAVAILABLE: some of the entries may still be there.
         """
 
 
@@ -109,7 +110,7 @@ class BatchReport:
     Attributes:
         applied: events that changed a user.
         ignored: events without an effect: duplicates, and those overtaken by newer ones.
-        dead: (index in the batch, reason) of events that the database refuses whatever one does.
+        dead: (index in the batch, reason) of events that the database will always refuse.
     """
 
     applied: int
@@ -128,17 +129,18 @@ class Ingestion:
     def apply_batch(self, shard: int, events: Sequence[UserEvent]) -> BatchReport:
         """Apply events, all of one shard.
 
-        An event that the database refuses is found by halving the batch, so that it takes no other with it.
+        An event that the database refuses is found by halving the batch, so that no other event fails with it.
 
         Raises:
-            LockTimeout, ServiceError: it could not be done now. Some of it may have been; send the whole batch again,
-                or, after DEADLINE_EXCEEDED, in smaller ones.
+            LockTimeout, ServiceError: the batch could not be applied now. Part of it may have been applied; send the
+                whole batch again or, after DEADLINE_EXCEEDED, in smaller batches.
             ValueError: an event belongs to another shard.
         """
         shard_count = self._users.shard_count
         for event in events:
             if shard_of(event.user_id, shard_count) != shard:
                 raise ValueError(f"an event of user {event.user_id} was sent to shard {shard}")
+
         applied = 0
         dead: list[tuple[int, str]] = []
         stale: set[int] = set()
@@ -159,14 +161,15 @@ class Ingestion:
         self._crash.reach("events-committed-not-reported", shard=shard)
         if stale:
             # After COMMIT, before the report. If it fails, or this process dies, there is no report and the batch
-            # comes again: its events then have no effect, and drop the entries all the same. Creations of new users
-            # are never among them, so those go on while the cache is down.
+            # comes again: its events then have no effect, and the entries are dropped again. New users are never among
+            # these, so creations go on while the cache is down.
             self._cache.drop_entries(shard, sorted(stale))
+
         dead.sort()
         return BatchReport(applied, len(events) - applied - len(dead), tuple(dead))
 
     def _apply(self, shard: int, events: Sequence[UserEvent]) -> tuple[int, AbstractSet[int]]:
-        """Apply events in one transaction: how many had an effect, and the users of whom the cache may be wrong now."""
+        """Apply events in one transaction: how many had an effect, and the users whose entries may be stale now."""
         with self._users.transaction(shard, timeout_s=BATCH_S if len(events) > 1 else None) as tx:
             next_slot = tx.lock()
             if all(type(event) is CreateUser for event in events):
@@ -175,14 +178,14 @@ class Ingestion:
 
 
 def _create(tx: UserTransaction, next_slot: int, events: Sequence[UserEvent]) -> int:
-    """Apply creations alone, which is what nearly all batches are: the same as ``_fold``, by columns.
+    """Apply a batch of creations only, as nearly all batches are: the same result as ``_fold``, computed by columns.
 
-    Of a user who is not there the first creation counts; of one who is there or was deleted, none. Rows of users who
-    are there are only looked at, so none is locked: to come or to go takes the row of shard_state, which is ours. The
-    cache never holds a user who was not there.
+    For a user who does not exist, the first creation counts; for a user who exists or was deleted, none counts. Rows of
+    existing users are read without a lock: to create or delete a user takes the row of shard_state, which this
+    transaction holds. The cache never holds an entry of a user who did not exist.
 
     Returns:
-        how many had an effect.
+        How many creations had an effect.
     """
     user_ids, first = np.unique(np.fromiter((event.user_id for event in events), np.int64), return_index=True)
     known = tx.known(user_ids)
@@ -201,6 +204,7 @@ def _fold(tx: UserTransaction, next_slot: int, events: Sequence[UserEvent]) -> t
     """Apply events of any kinds, user by user."""
     users = _load(tx, sorted({event.user_id for event in events}))
     effects = fold(users, events)
+
     created: list[UserRow] = []
     changed: list[UserRow] = []
     removed: list[tuple[int, UserFold]] = []
@@ -216,11 +220,13 @@ def _fold(tx: UserTransaction, next_slot: int, events: Sequence[UserEvent]) -> t
             removed.append((user_id, user))
         if user.needs_tombstone:
             tombstones[user_id] = user.version
+
     if created:
         user_ids = np.array([user.user_id for user in created], dtype=np.int64)
         versions = np.array([user.version for user in created], dtype=np.int64)
         tx.insert(user_ids, next_slot, versions, [user.attributes for user in created])
         place_users(tx, next_slot, user_ids)
+
     if changed:
         tx.update(changed)
         evaluate_again(
@@ -228,6 +234,7 @@ def _fold(tx: UserTransaction, next_slot: int, events: Sequence[UserEvent]) -> t
             np.array([user.slot for user in changed], dtype=np.int64),
             np.array([user.user_id for user in changed], dtype=np.int64),
         )
+
     if removed:
         clear_users(tx, np.array([user.slot for _, user in removed], dtype=np.int64))
         tx.remove([user_id for user_id, _ in removed])
@@ -235,6 +242,7 @@ def _fold(tx: UserTransaction, next_slot: int, events: Sequence[UserEvent]) -> t
         tx.insert_tombstones(tombstones)
     if created or removed:
         tx.advance(next_slot + len(created), len(created) - len(removed))
+
     return effects, {user_id for user_id, user in users.items() if user.may_be_cached_stale}
 
 
@@ -242,6 +250,7 @@ def _load(tx: UserTransaction, user_ids: Sequence[int]) -> dict[int, UserFold]:
     """The users as the shard holds them now; ``user_ids`` ascending, and so is the result."""
     stored = tx.find(user_ids)
     deleted = tx.find_tombstones(user_ids)
+
     users: dict[int, UserFold] = {}
     for user_id in user_ids:
         if user_id in stored:

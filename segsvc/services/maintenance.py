@@ -1,4 +1,4 @@
-"""What is done again and again without anybody asking: counting members for lists, and forgetting what is old."""
+"""Periodic upkeep: counts members for lists, measures conditions, and deletes what is old."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from segsvc.log import get_logger
 log = get_logger(__name__)
 
 CONDITIONS_AT_ONCE = 20
-"""Conditions that one round measures: it has other things to do."""
+"""The most conditions that one round measures: the round has other work too."""
 
 
 class MaintainedShards(Protocol):
     """Both raise SHARD_UNAVAILABLE, LockTimeout (a migration holds a table)."""
 
     def member_counts(self, shard: int) -> Mapping[int, int]:
-        """Members of each segment on this shard by segment id, overrides laid over."""
+        """Members of each segment on this shard by segment id, overrides included."""
 
     def forget(self, shard: int, *, request_ttl_s: int, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
-        """Drop tombstones, fences, overrides and answers kept for request ids whose time is over."""
+        """Delete tombstones, fences, overrides and answers kept for request ids whose time is over."""
 
 
 class MaintainedCatalog(Protocol):
@@ -33,17 +33,17 @@ class MaintainedCatalog(Protocol):
     def now(self) -> datetime: ...
 
     def put_member_counts(self, counts: Mapping[int, int], counted_after: datetime) -> None:
-        """Store counts of segments that have no newer one, and that no operation was changing since ``counted_after``;
-        one that is locked is left out."""
+        """Store the counts of segments that have no newer count, and that no operation has changed since
+        ``counted_after``; a segment whose row is locked is left out."""
 
     def forget(self, *, request_ttl_s: int) -> None:
-        """Drop answers kept for request ids whose time is over."""
+        """Delete answers kept for request ids whose time is over."""
 
     def unmeasured_conditions(self, limit: int) -> Sequence[str]:
-        """Conditions of live rules whose cost is not known; each once, at most so many."""
+        """Conditions of live rules whose cost is not known; each once, at most ``limit``."""
 
     def put_cost(self, condition: str, cost: ConditionCost) -> None:
-        """Store what a condition costs with the rules that have it and no cost."""
+        """Store a condition's cost with the rules that have this condition and no cost yet."""
 
 
 class Costs(Protocol):
@@ -73,7 +73,7 @@ class MaintenanceService:
         self._fence_ttl_s = fence_ttl_s
 
     def run(self) -> None:
-        """One round of everything; what cannot be done now is left to the next round, and keeps nothing else back."""
+        """Do one round of upkeep. A step that fails is left to the next round, and does not stop the other steps."""
         self._try("counting members", self._count_members)
         self._try("measuring conditions", self._measure_conditions)
         self._try("forgetting in the catalog", lambda: self._catalog.forget(request_ttl_s=self._request_id_ttl_s))
@@ -88,8 +88,9 @@ class MaintenanceService:
             log.warning("maintenance_incomplete", what=what, reason=reason)
 
     def _count_members(self) -> None:
-        # The time is taken before the first shard is read: whatever an operation has done since then is newer.
+        # The time is taken before the first shard is read: all that an operation has done since then is newer.
         counted_after = self._catalog.now()
+
         totals: dict[int, int] = {}
         for shard in self._shard_numbers:
             for segment_id, count in self._shards.member_counts(shard).items():
@@ -97,7 +98,7 @@ class MaintenanceService:
         self._catalog.put_member_counts(totals, counted_after)
 
     def _measure_conditions(self) -> None:
-        """Rules that a release accepted which did not measure: without a cost they count as nothing."""
+        """Measure rules that an earlier release accepted without measuring: without a cost they count as free."""
         for condition in self._catalog.unmeasured_conditions(CONDITIONS_AT_ONCE):
             self._catalog.put_cost(condition, self._costs.measured(condition, timeout_s=None))
 

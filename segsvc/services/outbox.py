@@ -1,7 +1,7 @@
-"""What happened to segments, told to the world: the audit trail is the outbox of the topic ``segment-events``.
+"""Publishes what happened to segments: the audit trail is the outbox of the topic ``segment-events``.
 
-At least once, after the commit, in the order of ``seq``. A message may come twice (a publisher died between the
-broker's acknowledgement and the mark); it is then the same message, and ``seq`` tells.
+Each entry is published at least once, after its commit, in the order of ``seq``. A message may come twice (if a
+publisher died between the broker's acknowledgement and the mark); it is then the same message, with the same ``seq``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from segsvc.domain.audit import AuditEntry
 
 BATCH_MAX = 200
-"""Messages between two marks: after a crash so many come twice at most."""
+"""Messages between two marks: the most that come twice after a crash."""
 
 
 class OutboxClaim(Protocol):
@@ -22,7 +22,7 @@ class OutboxClaim(Protocol):
 
     @property
     def entries(self) -> Sequence[AuditEntry]:
-        """The oldest unpublished ones in order; none if another publisher is at it."""
+        """The oldest unpublished entries in order; none if another publisher holds the claim."""
 
     def mark_published(self, up_to_seq: int) -> None:
         """Note that the entries up to this one are on the topic."""
@@ -42,12 +42,12 @@ class SegmentEventPublisher(Protocol):
         """Put (key, value) messages on the topic, in order.
 
         Returns:
-            how many from the front are acknowledged. Fewer than given: the broker is out of reach, or refuses.
+            How many of the first messages are acknowledged. Fewer than given: the broker is out of reach, or refuses.
         """
 
 
 class Outbox:
-    """Publishes what the catalog's commits left behind."""
+    """Publishes the audit entries that commits have written to the catalog."""
 
     def __init__(self, store: OutboxStore, publisher: SegmentEventPublisher) -> None:
         self._store = store
@@ -57,7 +57,7 @@ class Outbox:
         """Publish the oldest unpublished entries.
 
         Returns:
-            how many were published, and whether something went wrong with those left: try again later.
+            How many were published, and whether some could not be: try again later.
 
         Raises:
             ServiceError: CATALOG_UNAVAILABLE.
@@ -66,7 +66,8 @@ class Outbox:
             entries = claim.entries
             if not entries:
                 return 0, False
-            # The transaction is open while the broker answers, so nobody publishes a later entry before these are
+
+            # The transaction is open until the broker answers, so no publisher publishes a later entry before these are
             # marked. It holds an advisory lock of its own and nothing else: no operation waits for it.
             acknowledged = self._publisher.publish([(entry.slug, message_of(entry)) for entry in entries])
             if acknowledged:
@@ -75,7 +76,7 @@ class Outbox:
 
 
 def message_of(entry: AuditEntry) -> bytes:
-    """The message: ``seq``, ``type``, ``slug``, ``time``, ``operation`` (of operations), and what the entry tells."""
+    """The message: ``seq``, ``type``, ``slug``, ``time``, ``operation`` (if one did it), and the entry's details."""
     message: dict[str, Any] = {
         "seq": entry.seq,
         "type": entry.action,

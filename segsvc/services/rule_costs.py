@@ -1,7 +1,7 @@
-"""What a rule's condition costs, measured before it is accepted, and held against the bounds.
+"""Measures what a rule's condition costs before the rule is accepted, and refuses a rule beyond the bounds.
 
-Every live rule's condition is asked of every user who comes or changes, in the one transaction in which their shard
-applies events. So a rule's cost is everybody's.
+Every live rule's condition is evaluated for every user who is created or changes, in the one transaction in which their
+shard applies events. So each rule slows the events of all users.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.segment import Rule
 
 MEASURED_KEPT: Final = 256
-"""Costs that a process remembers: a preview and the rollout after it measure once."""
+"""Costs that a process remembers, so that a preview and the rollout after it measure only once."""
 MEASURED_KEPT_S: Final = 600.0
 
 
@@ -26,10 +26,10 @@ class Meter(Protocol):
     """The shards, as far as measuring needs them."""
 
     def measure(self, condition: str, shard: int, *, enough_us: float, timeout_s: float | None) -> ConditionCost:
-        """What a condition costs a user of a shard.
+        """What a condition costs for one user of a shard.
 
         Args:
-            enough_us: a cost beyond this is measured again and again before it is believed.
+            enough_us: a cost beyond this is measured several times before it is believed.
 
         Raises:
             ServiceError: SHARD_UNAVAILABLE, DEADLINE_EXCEEDED, OVERLOADED.
@@ -37,10 +37,10 @@ class Meter(Protocol):
 
 
 class RulesInForce(Protocol):
-    """The catalog, as far as the rules that are in force matter. Raises CATALOG_UNAVAILABLE, DEADLINE_EXCEEDED."""
+    """The catalog, as far as measuring needs it. Raises CATALOG_UNAVAILABLE, DEADLINE_EXCEEDED."""
 
     def rules_in_force(self, *, timeout_s: float | None) -> Sequence[RuleInForce]:
-        """Every segment's rule that has a condition."""
+        """Every rule in force that has a condition."""
 
 
 class RuleCosts:
@@ -56,7 +56,7 @@ class RuleCosts:
         """What the rule's condition costs; None: it has none.
 
         Args:
-            segment_id: of the segment whose rule it shall be.
+            segment_id: of the segment that is to get the rule.
 
         Raises:
             ServiceError: CONDITION_TOO_COSTLY, alone or with all other live rules; CATALOG_UNAVAILABLE;
@@ -64,23 +64,27 @@ class RuleCosts:
         """
         if not rule.condition:
             return None
+
         in_force = self._catalog.rules_in_force(timeout_s=timeout_s)
-        # What a live rule has, was measured when it was accepted: to roll it out to more users measures nothing.
+        # A condition of a live rule was measured when that rule was accepted: rolling it out to more users does not
+        # measure it again.
         cost = next((other.cost for other in in_force if other.condition == rule.condition and other.cost), None)
         if cost is None:
             cost = self.measured(rule.condition, timeout_s=timeout_s)
+
         refusal = refusal_of(segment_id, rule, cost, in_force, self._limits)
         if refusal is not None:
             raise refusal
         return cost
 
     def measured(self, condition: str, *, timeout_s: float | None) -> ConditionCost:
-        """What a condition costs, on one of the shards that can be asked. Raises as ``check``, the bounds apart."""
+        """What a condition costs, on one shard that can be asked. Raises as ``check``, except CONDITION_TOO_COSTLY."""
         now = time.monotonic()
         with self._lock:
             known = self._measured.get(condition)
         if known is not None and now - known[0] < MEASURED_KEPT_S:
             return known[1]
+
         cost = self._measure(condition, None if timeout_s is None else now + timeout_s)
         with self._lock:
             self._measured[condition] = now, cost
@@ -90,7 +94,7 @@ class RuleCosts:
         return cost
 
     def _measure(self, condition: str, until: float | None) -> ConditionCost:
-        # Any shard will do, for its users are a sample of all. One that is away is none.
+        # Any shard will do, because its users are a sample of all users. A shard that is down is passed over.
         shards = random.sample(self._shards, len(self._shards))
         for number, shard in enumerate(shards, start=1):
             left_s = None if until is None else until - time.monotonic()
