@@ -14,10 +14,10 @@ from segsvc.postgres.conditions.values import Sql, ordered_to_literal, text
 
 
 class Attributes(Protocol):
-    """What the compiler asks of attributes; each implementation is free to look a value up in its own way."""
+    """What the compiler needs of attributes; each implementation looks values up in its own way."""
 
     def has(self, name: str) -> Sql:
-        """Whether it is there; never NULL."""
+        """Whether the attribute exists; never NULL."""
         ...
 
     def json(self, name: str) -> Sql:
@@ -29,7 +29,7 @@ class Attributes(Protocol):
         ...
 
     def ordered(self, op: Comparison, name: str, number: Scalar) -> Sql:
-        """Its order towards a number below 2**53 in size; NULL: it is absent, or no number."""
+        """Its comparison with a number whose size is below 2**53; NULL: it is absent, or not a number."""
         ...
 
 
@@ -49,14 +49,14 @@ class InObject:
         return self._attributes.op("->>", return_type=sa.Text())(sa.literal(name, sa.Text))
 
     def ordered(self, op: Comparison, name: str, number: Scalar) -> Sql:
-        # A path looks at the type and the value in one go, which halves the time. In its strict mode a missing member
-        # and another type are "unknown", and the operator's answer to that is NULL.
+        # A path checks the type and the value in one step, which halves the time. In strict mode, a missing member and
+        # another type are "unknown", for which the operator returns NULL.
         path = f'strict $."{name}" {op} {decimal(number):f}'
         return self._attributes.op("@@", return_type=sa.Boolean())(sa.literal(path, sa.Text).cast(JSONPATH))
 
 
 class Named:
-    """Columns of jsonb that were given names, and beside them the attributes that there were before."""
+    """Columns of jsonb under new names, in addition to the attributes that existed before."""
 
     def __init__(self, attributes: Attributes, named: Mapping[str, Sql]) -> None:
         self._attributes = attributes

@@ -1,8 +1,8 @@
-"""Conditions over attributes that were taken out of the object before: many conditions, the same users.
+"""Conditions over attributes that were extracted from the object first: many conditions over the same users.
 
-To look an attribute up in a JSONB object costs more than to compare it, and every condition looks again. So the batch's
-attributes become columns, each value with its type looked at once, and the conditions are compiled over these. They
-mean the same: it is the same compiler, reaching for attributes elsewhere.
+Looking an attribute up in a JSONB object costs more than comparing it, and every condition would look it up again. So
+the attributes of a batch become columns, the type of each value is checked once, and the conditions are compiled over
+these columns. They mean the same: it is the same compiler, which finds attributes in another place.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def clauses_over_columns(
 
     Args:
         users: with a column ``attributes``.
-        keys: columns of ``users`` to have in the subquery.
+        keys: columns of ``users`` that the subquery shall have.
         where: which of the users.
     """
     names = sorted(frozenset().union(*(attributes_of(condition.root) for condition in conditions)))
@@ -55,11 +55,12 @@ def clauses_over_columns(
 def in_columns(
     names: Sequence[str], users: sa.FromClause, keys: list[sa.ColumnElement[Any]], where: Sql
 ) -> tuple[sa.Subquery, InColumns]:
-    """A subquery of the users' keys and of the attributes of these names, and where the compiler finds them in it."""
+    """A subquery of the users' keys and of the attributes with these names, and where the compiler finds them in it."""
     in_memory = (
         sa.select(*keys, whole(users.c.attributes).label("attributes")).where(where).offset(FENCE).subquery("in_memory")
     )
     attributes = in_memory.c.attributes
+
     looked_up = (
         sa.select(
             *(column for column in in_memory.c if column is not attributes),
@@ -67,7 +68,7 @@ def in_columns(
                 attributes.op("->", return_type=JSONB())(sa.literal(name, sa.Text)).label(f"j{n}")
                 for n, name in enumerate(names)
             ),
-            # Not from the value: to make one and to read it again costs as much as to look it up.
+            # Not from the value above: making a value and reading it again costs as much as looking it up.
             *(
                 attributes.op("->>", return_type=sa.Text())(sa.literal(name, sa.Text)).label(f"t{n}")
                 for n, name in enumerate(names)
@@ -76,6 +77,7 @@ def in_columns(
         .offset(FENCE)
         .subquery("looked_up")
     )
+
     typed = (
         sa.select(
             *looked_up.c,
@@ -84,6 +86,7 @@ def in_columns(
         .offset(FENCE)
         .subquery("x")
     )
+
     columns = {name: Extracted(typed.c[f"j{n}"], typed.c[f"n{n}"], typed.c[f"t{n}"]) for n, name in enumerate(names)}
     return typed, InColumns(columns)
 
@@ -92,7 +95,7 @@ class InColumns:
     """``Attributes`` that were extracted.
 
     Attributes:
-        used: the columns that were asked for; the server leaves out the others.
+        used: the columns that the compiler asked for; the server does not compute the rest.
     """
 
     def __init__(self, extracted: Mapping[str, Extracted]) -> None:
@@ -109,7 +112,7 @@ class InColumns:
         return self._use(f"text {name}", self._extracted[name].text)
 
     def ordered(self, op: tree.Comparison, name: str, number: Scalar) -> Sql:
-        # NULL, an error, for what is no number.
+        # NULL, which is an error, for a value that is not a number.
         column = self._use(f"number {name}", self._extracted[name].number)
         ordered: Sql = ORDER[op](column, sa.literal(decimal(number), sa.Numeric))
         return ordered

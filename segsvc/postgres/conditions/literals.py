@@ -1,4 +1,4 @@
-"""Literals of conditions: how they are written in SQL, and what is known of them beforehand."""
+"""Literals of conditions: how they are written in SQL, and what can be computed from literals alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from segsvc.conditions.tree import Comparison, Constant, ListOf, Node, Scalar, StringTest
 
 EXACT_BELOW: Final = 2**53
-"""Smaller numbers are compared alike as they are and as doubles; from here on literals need more SQL."""
+"""Below this size, comparing numbers exactly and comparing them as doubles agree. From here on, literals need more
+SQL."""
 
 ORDER: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -24,16 +25,16 @@ _TESTS: Final[dict[str, Callable[[str, str], bool]]] = {
     "startsWith": str.startswith, "endsWith": str.endswith, "contains": operator.contains,
 }  # fmt: skip
 _OTHER_TYPES_START: Final = (*"0123456789-", "[", "{")
-"""How the text of a number, a list or an object begins."""
+"""The characters with which the text of a number, a list or an object starts."""
 
 
 def is_constant(node: Node) -> bool:
-    """Whether it is a literal, or a list of literals alone."""
+    """Whether the node is a literal, or a list of literals only."""
     return isinstance(node, Constant) or (isinstance(node, ListOf) and all(map(is_constant, node.items)))
 
 
 def is_large_number(node: Node) -> bool:
-    """Whether it is a literal that only a comparison by its type compares rightly."""
+    """Whether the node is a literal number that is compared correctly only if its type is taken into account."""
     return isinstance(node, Constant) and _is_number(node.value) and not -EXACT_BELOW < node.value < EXACT_BELOW  # type: ignore[operator]
 
 
@@ -42,16 +43,17 @@ def is_small_number(node: Node) -> TypeGuard[Constant]:
 
 
 def is_plain(node: Node) -> bool:
-    """Whether it is constant, and equal to an attribute, or to a list of some, exactly when it is equal as jsonb."""
+    """Whether the node is constant and equals an attribute, or a list of attributes, exactly when the two are equal as
+    jsonb."""
     if isinstance(node, ListOf):
         return all(map(is_plain, node.items))
     return isinstance(node, Constant) and not is_large_number(node)
 
 
 def is_plain_text(node: Node) -> TypeGuard[Constant]:
-    """Whether it is a literal string that no bool, number or list looks like as text.
+    """Whether the node is a literal string that cannot be the text of a bool, a number or a list.
 
-    Equality with it needs no look at the type: an attribute with this text is this string.
+    Equality with it needs no check of the type: an attribute with this text is this string.
     """
     if not isinstance(node, Constant) or not isinstance(node.value, str) or "\0" in node.value:
         return False
@@ -72,7 +74,8 @@ def _plain(node: Node) -> Any:
     if isinstance(node, ListOf):
         return [_plain(item) for item in node.items]
     assert isinstance(node, Constant)
-    # No attribute is infinite or has a U+0000 in it, and jsonb knows neither. An object will do: no attribute is one.
+    # No attribute is infinite or has a U+0000 in it, and jsonb cannot hold either. An object serves instead: no
+    # attribute is one.
     if node.value in (math.inf, -math.inf):
         return {"infinite": node.value > 0}
     if isinstance(node.value, str) and "\0" in node.value:
@@ -81,11 +84,11 @@ def _plain(node: Node) -> Any:
 
 
 def decimal(number: Scalar) -> Decimal:
-    """A number that is not infinite, as it is written."""
+    """A finite number, exactly as it is written."""
     return Decimal(repr(number))
 
 
-# -- what is known without a user --------------------------------------------------------------------------------------
+# -- what literals alone determine -------------------------------------------------------------------------------------
 
 
 def same(left: Node, right: Node) -> bool:

@@ -1,15 +1,17 @@
-"""Conditions as SQL over JSONB attributes, so that a million users are asked where they are.
+"""Conditions as SQL over JSONB attributes, so that conditions of a million users are evaluated where the users are
+stored.
 
-SQL's NULL plays CEL's error: ``NULL OR true`` is true, ``NOT NULL`` is NULL, as ``||`` and ``!`` have it. Every node
-becomes an expression that cannot raise: a cast stands only inside a CASE that has looked at the type before, and
-nothing constant is left for the planner to fold. Values are bound parameters.
+SQL's NULL stands for CEL's error: ``NULL OR true`` is true and ``NOT NULL`` is NULL, as with CEL's ``||`` and ``!``.
+Every node becomes an expression that cannot raise: a cast occurs only inside a CASE that has checked the type before,
+and no constant expression is left that the planner could fold. Values are bound parameters.
 
-Numbers: CEL compares an int with a double as doubles. Attributes keep the two apart by their scale (``domain.events``).
-A literal below 2**53 in size needs no such care: around it, comparing exactly and comparing as doubles agree.
+Numbers: CEL compares an int with a double as doubles. Attributes distinguish the two by their scale
+(``domain.events``). A literal below 2**53 in size needs no such care: there, comparing exactly and comparing as doubles
+agree.
 
-Length: to look at a value's type and then at the value, it is written down twice or more. That is little for an
-attribute, but a comparison within a comparison would multiply. SQL names nothing but the columns of a subquery, so what
-is computed within a comparison becomes one, and is written down once.
+Length: to check a value's type and then use the value, its expression is written twice or more. That is short for an
+attribute, but a comparison within a comparison would multiply it. SQL can name only the columns of a subquery, so what
+is computed within a comparison becomes such a column, and is written once.
 """
 
 from __future__ import annotations
@@ -53,19 +55,19 @@ from segsvc.postgres.conditions.values import (
 )
 
 _ARGUMENTS_MAX: Final = 100
-"""PostgreSQL takes no more arguments of a function."""
+"""PostgreSQL's limit of a function's arguments."""
 _MIRRORED: Final[dict[tree.Comparison, tree.Comparison]] = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _ERROR: Final = sa.null().cast(sa.Boolean)
 _NO_TEXT: Final = sa.null().cast(sa.Text)
 FENCE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
-"""OFFSET 0: it keeps the planner from putting a subquery's expressions back into each place where a column is used."""
+"""OFFSET 0: it keeps the planner from inlining a subquery's expressions into each place where a column is used."""
 
 
 def condition_clause(condition: Condition, attributes: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
     """True where the condition holds, false elsewhere; never NULL.
 
     Args:
-        attributes: a JSONB object; what it lacks is absent.
+        attributes: a JSONB object; a member that it lacks is an absent attribute.
     """
     return Compiler(InObject(attributes)).clause(condition)
 
@@ -109,6 +111,7 @@ class Compiler:
             node = _without_parts(node, parts)
         if not parts:
             return self._relation(node)
+
         columns = [self._json(part).label(f"v{number}") for number, part in enumerate(parts)]
         # Correlated: attributes are columns of the query around it.
         named = sa.select(*columns).correlate_except().offset(FENCE).subquery()
@@ -144,7 +147,7 @@ class Compiler:
                 return sa.func.to_jsonb(self.truth(node), type_=JSONB())
 
     def _sound(self, *nodes: Node) -> Sql:
-        """Whether none of these is an error, nor anything in them."""
+        """Whether none of these nodes is an error or contains one."""
         return sa.and_(sa.true(), *(self._json(leaf).is_not(None) for node in nodes for leaf in _leaves(node)))
 
     def _built(self, node: ListOf) -> Sql:
@@ -173,20 +176,23 @@ class Compiler:
 
     def _equal(self, left: Node, right: Node) -> Sql:
         if isinstance(left, ListOf) and isinstance(right, ListOf):
-            # Both sides are evaluated whole before they are compared, so an error in either is one of the comparison.
+            # Both sides are evaluated completely before they are compared, so an error in either is an error of the
+            # comparison.
             return when(self._sound(left, right), self._items_equal(left, right))
         if is_constant(left) and is_constant(right):
             return sa.literal(same(left, right))
+
         if is_large_number(left):
             left, right = right, left
         for attribute, constant in ((left, right), (right, left)):
             if isinstance(attribute, tree.Attribute) and is_plain_text(constant):
                 return self._attributes.text(attribute.name) == sa.literal(constant.value, sa.Text)
+
         one = self._json(left)
         if isinstance(right, Constant) and is_large_number(right) and not _is_bool(left):
             return equal_to_large(one, right.value)
         other = self._json(right)
-        # Neither is ever two numbers that only a comparison by their types compares rightly.
+        # If one side is a constant or a bool, the two are never numbers that must be compared by their types.
         if any(is_constant(each) or _is_bool(each) for each in (left, right)):
             return one == other
         return sa.case(
@@ -194,7 +200,7 @@ class Compiler:
         )
 
     def _items_equal(self, left: Node, right: Node) -> Sql:
-        """Equality of what is sound."""
+        """Equality of nodes that are sound."""
         if not (isinstance(left, ListOf) and isinstance(right, ListOf)):
             return self._equal(left, right)
         if len(left.items) != len(right.items):
@@ -210,11 +216,13 @@ class Compiler:
             if isinstance(right, Constant):
                 return _known(ordered(op, left, right))
             return self._ordered(_MIRRORED[op], right, left)
+
         if isinstance(left, tree.Attribute) and is_small_number(right):
             return self._attributes.ordered(op, left.name, right.value)
         if isinstance(left, tree.Size) and is_small_number(right):
             size: Sql = ORDER[op](self._size(left.of), sa.literal(decimal(right.value), sa.Numeric))
             return size
+
         value = self._json(left)
         if isinstance(right, Constant):
             return ordered_to_literal(op, value, right.value)
@@ -243,7 +251,8 @@ class Compiler:
         if isinstance(container, Constant):
             return _ERROR
         values = self._json(container)
-        # Lists of users hold strings only, so containment of the one-item list is equality with some item.
+
+        # Lists in users' attributes hold only strings, so containment of the one-item list is equality with some item.
         if is_constant(item):
             return when(is_type(values, "array"), values.op("@>")(literal(ListOf((item,)))))
         value = self._json(item)
@@ -253,10 +262,11 @@ class Compiler:
         )
 
     def _in_list(self, item: Node, container: ListOf) -> Sql:
-        # What is equal exactly when it is equal as jsonb is looked up at once, however many there are.
+        # Items that are equal exactly when they are equal as jsonb are looked up at once, however many there are.
         if isinstance(item, tree.Attribute) and container.items and all(map(is_plain_text, container.items)):
             texts = sa.literal([each.value for each in container.items if isinstance(each, Constant)], ARRAY(sa.Text))
             return self._attributes.text(item.name) == sa.any_(texts)
+
         plain: list[Node] = []
         others: list[Node] = []
         for each in container.items:
@@ -265,19 +275,21 @@ class Compiler:
         if plain:
             texts = sa.literal(list(map(json_text, plain)), ARRAY(sa.Text))
             clauses.append(self._json(item) == sa.any_(texts.cast(ARRAY(JSONB))))
-        # An error anywhere in the list, or in the item, is one of the whole, found or not.
+        # An error anywhere in the list, or in the item, is an error of the whole, whether the item is found or not.
         return when(self._sound(item, *others), sa.or_(sa.false(), *clauses))
 
     def _test(self, function: tree.StringTest, of: Node, part: Node) -> Sql:
         if isinstance(of, Constant) and isinstance(part, Constant):
             return _known(tested(function, of, part))
-        # No attribute has a U+0000 in it, and PostgreSQL knows none: what lies between them is looked at.
+
+        # No attribute has a U+0000 in it, and PostgreSQL's text cannot: so the pieces between them are tested.
         if isinstance(part, Constant) and "\0" in str(part.value):
             return when(self._string(of).is_not(None), sa.false())
         if isinstance(of, Constant) and "\0" in str(of.value):
             pieces = str(of.value).split("\0")
-            looked_at = {"startsWith": pieces[:1], "endsWith": pieces[-1:], "contains": pieces}[function]
-            return sa.or_(*(self._test(function, Constant(piece), part) for piece in dict.fromkeys(looked_at)))
+            tested_pieces = {"startsWith": pieces[:1], "endsWith": pieces[-1:], "contains": pieces}[function]
+            return sa.or_(*(self._test(function, Constant(piece), part) for piece in dict.fromkeys(tested_pieces)))
+
         whole, piece = self._string(of), self._string(part)
         if function == "startsWith":
             return sa.func.starts_with(whole, piece)
@@ -297,12 +309,12 @@ class Compiler:
 
 
 def _is_bool(node: Node) -> bool:
-    """Whether it is a bool or an error, never anything else."""
+    """Whether the node is always a bool or an error."""
     return isinstance(node, tree.Compare | tree.In | tree.Test | tree.Has | tree.And | tree.Or | tree.Not)
 
 
 def _writes_once(node: tree.Compare | tree.In) -> bool:
-    """Whether each operand will be written down once, however it is computed; see ``Compiler._equal``."""
+    """Whether each operand will be written only once, however it is computed; see ``Compiler._equal``."""
     if not isinstance(node, tree.Compare) or node.operator not in ("==", "!="):
         return False
     operands = (node.left, node.right)
@@ -310,7 +322,7 @@ def _writes_once(node: tree.Compare | tree.In) -> bool:
 
 
 def _without_parts(node: tree.Compare | tree.In, parts: list[Node]) -> tree.Compare | tree.In:
-    """The node with attributes of new names in place of what is computed in it, which is appended to the parts."""
+    """The node with attributes of new names in place of its computed parts, which are appended to ``parts``."""
     if isinstance(node, tree.Compare):
         return tree.Compare(node.operator, _named(node.left, parts), _named(node.right, parts))
     return tree.In(_named(node.item, parts), _named(node.container, parts))
@@ -328,12 +340,12 @@ def _named(node: Node, parts: list[Node]) -> Node:
 
 
 def _name(number: int) -> str:
-    """Of a part: no attribute is called so."""
+    """The name of a part; no attribute has such a name."""
     return f"#{number}"
 
 
 def _leaves(node: Node) -> Iterator[Node]:
-    """What a node is made of, lists apart, that may be an error."""
+    """The nodes of which a node consists, lists taken apart, that may be an error."""
     if isinstance(node, ListOf):
         for item in node.items:
             yield from _leaves(item)

@@ -1,7 +1,7 @@
-"""Values of attributes in SQL: jsonb that may be of any type, looked at before it is compared.
+"""Values of attributes in SQL: jsonb that may be of any type, whose type is checked before it is compared.
 
-A type is looked at by a CASE around what takes it for granted, so that no user can make a statement fail. NULL is CEL's
-error. Numbers are ints if their scale is 0, and doubles if it is not (``domain.events`` writes them so).
+A CASE checks the type around each expression that relies on it, so that no user's attributes can make a statement fail.
+NULL is CEL's error. Numbers are ints if their scale is 0, and doubles if it is not (``domain.events`` writes them so).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Sql = sa.ColumnElement[Any]
 
 
 def when(check: Sql, value: Sql) -> Sql:
-    """The value where the check is true, NULL elsewhere; the value is not looked at there."""
+    """The value where the check is true, NULL elsewhere; the value is evaluated only where the check is true."""
     return sa.case((check, value))
 
 
 def whole(attributes: Sql) -> Sql:
-    """Attributes in one piece, for a column of a fenced subquery; the same value.
+    """The same attributes in one piece in memory, for a column of a fenced subquery.
 
-    Beyond 2 KB a row's attributes are compressed and lie in another table, and every operator would fetch and unpack
-    them again. A concatenation with nothing does it once and gives what is in memory then.
+    Beyond 2 KB a row's attributes are compressed and stored in another table, and every operator would fetch and unpack
+    them again. A concatenation with an empty object does this once, and its result is in memory.
     """
     return concatenated(attributes, sa.literal_column("'{}'::jsonb", JSONB))
 
@@ -36,7 +36,7 @@ def concatenated(one: Sql, other: Sql) -> Sql:
 
 
 def number_or_null(value: Sql) -> Sql:
-    """A jsonb number as numeric; NULL: it is none."""
+    """A jsonb number as numeric; NULL: it is not a number."""
     return when(is_type(value, "number"), numeric(value))
 
 
@@ -69,7 +69,7 @@ def numbers_equal(one: Sql, other: Sql) -> Sql:
 
 
 def equal_to_large(value: Sql, number: Scalar) -> Sql:
-    """Equality with a literal number that is 2**53 or more in size. NULL only if the value is."""
+    """Equality with a literal number whose size is 2**53 or more. NULL only if the value is NULL."""
     as_double = double(value) == sa.literal(float(number), sa.Double)
     exactly = numeric(value) == sa.literal(decimal(number), sa.Numeric)
     equal = as_double if isinstance(number, float) else sa.case((is_double(value), as_double), else_=exactly)
@@ -83,9 +83,10 @@ def ordered_to_literal(op: Comparison, value: Sql, scalar: Scalar) -> Sql:
     if isinstance(scalar, str):
         before, zero, _ = scalar.partition("\0")
         if zero:
-            # No attribute lies between what is before the U+0000 and the whole.
+            # No attribute has a U+0000, so none lies between the text before it and the whole text.
             compare = ORDER["<=" if op in ("<", "<=") else ">"]
         return when(is_type(value, "string"), compare(text(value), sa.literal(before, sa.Text)))
+
     if not is_large_number(Constant(scalar)):
         return when(is_type(value, "number"), compare(numeric(value), sa.literal(decimal(scalar), sa.Numeric)))
     as_double = compare(double(value), sa.literal(float(scalar), sa.Double))

@@ -33,7 +33,7 @@ from segsvc.postgres.shard.participant import select_prepared
 
 
 class PostgresCheckReads:
-    """Reads of one process; its connections are bounded like everybody's, statement by statement."""
+    """Reads of one process; each statement is bounded, as on every connection."""
 
     def __init__(self, databases: Databases) -> None:
         self._databases = databases
@@ -47,15 +47,15 @@ class PostgresCheckReads:
         return CatalogView(now, [segment_rows.to_segment(row) for row in segments], operations)
 
     def recovery_age_s(self) -> float | None:
-        """How long ago recovery last looked at everything, by the catalog's clock; None: never."""
+        """How long ago recovery last ran over everything, by the catalog's clock; None: never."""
         age = sa.extract("epoch", sa.func.now() - tables.installation.c.recovery_time)
         with self._databases.catalog_tx() as connection:
             found = connection.execute(sa.select(age)).scalar_one_or_none()
         return None if found is None else float(found)
 
     def unpublished(self) -> tuple[int, float]:
-        """Commits that ``segment-events`` has not been told of: how many, and how long the oldest has waited in
-        seconds, by the catalog's clock; 0 if there is none."""
+        """Commits that are not published to ``segment-events``: how many, and for how many seconds the oldest has
+        waited, by the catalog's clock; 0 if there is none."""
         audit = tables.audit.c
         age = sa.func.coalesce(sa.extract("epoch", sa.func.now() - sa.func.min(audit.time)), 0)
         statement = sa.select(sa.func.count(), age).where(sa.not_(audit.published))
@@ -87,12 +87,13 @@ def _snapshot(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 
 def _operations(connection: sa.Connection, fence_ttl_s: float, asked_for: Collection[UUID]) -> list[LedgerEntry]:
-    """Operations that are not final, ended within this time, or are asked for; and all of the segments that have one
-    which is not final."""
+    """Operations that are not final, ended within this time, or are asked for; and all operations of the segments that
+    have one which is not final."""
     table = tables.operations.c
     votes = tables.votes.c
     voted = sa.select(sa.func.array_agg(votes.shard)).where(votes.operation_id == table.id).scalar_subquery()
     open_ones = tables.operations.alias("open_ones")
+
     rows = connection.execute(
         sa.select(
             table.id,
@@ -161,7 +162,7 @@ class PostgresShardSnapshot:
         return UserColumns(rows["slots"].astype(np.int64), rows["ids"].astype(np.int64))
 
     def directory(self, first: int, count: int) -> DirectoryRows:
-        """Directory rows of a range of blocks, those of a wrong size left out."""
+        """Directory rows of a range of blocks; rows of a wrong size are left out."""
         rows = self._copy(
             "SELECT block, user_ids FROM directory WHERE block >= {} AND block < {} AND octet_length(user_ids) = {}",
             first,
@@ -173,7 +174,7 @@ class PostgresShardSnapshot:
         return DirectoryRows(rows["blocks"].astype(np.int64), rows["user_ids"].astype(np.int64))
 
     def bit_rows(self, first: int, count: int) -> bits.BitRows:
-        """Membership rows of a range of blocks in the order of segment and block, those of a wrong size left out."""
+        """Membership rows of a range of blocks, by segment and block; rows of a wrong size are left out."""
         rows = self._copy(
             "SELECT segment_id, block, bits FROM memberships "
             "WHERE block >= {} AND block < {} AND octet_length(bits) = {} ORDER BY segment_id, block",
@@ -237,7 +238,7 @@ class PostgresShardSnapshot:
         )
 
     def living_tombstones(self) -> Sequence[int]:
-        """Deleted users who are among the users."""
+        """Deleted users who also have a row among the users."""
         return self._ids(
             sa.select(tables.deleted_users.c.id)
             .join_from(tables.deleted_users, tables.users, tables.users.c.id == tables.deleted_users.c.id)

@@ -1,7 +1,7 @@
-"""What the SQL of this service demands of a database and its server, beside the schema.
+"""What the SQL of this service demands of a database and its server, apart from the schema.
 
-Read on a session as the service opens it. What a session can set for itself, it sets (``engine.SESSION_SETTINGS``); it
-is read all the same, since a pooler between may drop what a client asks for.
+The values are read on a session as the service opens it. What a session can set for itself, it sets
+(``engine.SESSION_SETTINGS``); it is read nevertheless, because a pooler in between may drop what a client asks for.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Nature:
 
 
 def read_nature(connection: sa.Connection) -> Nature:
-    """What this session's database is like."""
+    """The nature of this session's database."""
     current = sa.func.current_setting
     row = connection.execute(
         sa.select(
@@ -83,7 +83,7 @@ def unmet(database: str, nature: Nature) -> Iterator[tuple[str, str]]:
             "data goes there with pg_dump and pg_restore, for an encoding cannot be changed"
         )
         yield problem, remedy
-        # The rest is said once there is a database that will do.
+        # The rest is reported once there is a database with the right encoding.
         return
     for name, (wanted, why) in _SESSION.items():
         if nature.settings[name] != wanted:

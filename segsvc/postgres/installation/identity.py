@@ -1,6 +1,7 @@
-"""What the databases say of themselves, held against the settings: is each DSN the database it is taken for?
+"""Compares what the databases store about themselves with the settings: does each DSN lead to the right database?
 
-Reads only. ``segsvc migrate`` asks before it changes anything, every process when it starts, ``segsvc doctor`` always.
+It only reads. ``segsvc migrate`` checks before it changes anything, every process checks when it starts, and
+``segsvc doctor`` checks whenever it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Finding:
         where: ``the catalog``, ``shard 2``, or the databases of one server.
         problem: what is wrong, with the values seen.
         remedy: what to do about it.
-        outage: it may pass by itself, or with what is being done: no reason not to start.
+        outage: it may pass by itself, or when a move ends: no reason not to start.
     """
 
     where: str
@@ -43,7 +44,7 @@ class Finding:
 
 
 class FindingsError(Exception):
-    """Carries what was found; its text has one line a finding."""
+    """Carries findings; its text has one line for each."""
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         super().__init__("\n".join(map(str, findings)))
@@ -81,10 +82,10 @@ class Database:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whom a database belongs to: the row that founding wrote.
+    """What a database belongs to: the row that founding wrote.
 
     Attributes:
-        installation: made when the catalog was; tells apart installations that have the same name.
+        installation: drawn when the catalog was set up; distinguishes installations with the same name.
         shard: its number; None: it is a catalog.
     """
 
@@ -103,12 +104,12 @@ class Seen:
     """A database as it is.
 
     Attributes:
-        server: tells servers apart, replicas and copies included.
+        server: identifies the server; different for replicas and copies.
         revision: of the schema; None: no migration has run.
-        foreign_tables: tables there, if no migration has run: somebody else's.
+        foreign_tables: tables in the database, if no migration has run: they belong to something else.
         identity: None: it has none yet.
         founded: of a shard: it has an identity; of a catalog: all shards have theirs.
-        retired: the shard goes on in another database since then, and here are old data; None: it does not.
+        retired: since when the shard goes on in another database, and the data here are old; None: it does not.
         closed: writes are refused, because it is being moved.
         prepared_max: ``max_prepared_transactions`` of the server.
         nature: encoding, version and settings.
@@ -142,12 +143,12 @@ def open_databases(settings: Settings) -> Iterator[tuple[Database, ...]]:
 
 
 def look(database: Database) -> Seen | Finding:
-    """Read what a database says of itself; a Finding if it cannot be reached, or not be read."""
+    """Read what a database stores about itself; a Finding if it cannot be reached or read."""
     try:
         with database.engine.connect() as connection:
             return read(connection)
     except exc.OperationalError as error:
-        # For the operator, whose DSN it is: the driver's reason (it never has the password) is what helps.
+        # The driver's reason helps the operator, whose DSN it is; it never contains the password.
         reason = mask(str(error.orig).strip().splitlines()[0])
         remedy = f"start its server or correct {database.setting}"
         return Finding(database.name, f"cannot be reached ({reason})", remedy, outage=True)
@@ -164,7 +165,7 @@ def identity_of(database: Database) -> Identity | None:
 
 
 def read(connection: sa.Connection) -> Seen:
-    """Read what this database says of itself."""
+    """Read what this database stores about itself."""
     server = connection.execute(
         sa.select(
             sa.text("(SELECT system_identifier::text FROM pg_control_system()) AS system"),
@@ -174,11 +175,13 @@ def read(connection: sa.Connection) -> Seen:
             (sa.func.current_setting("default_transaction_read_only") == "on").label("closed"),
         )
     ).one()
+
     names = set(sa.inspect(connection).get_table_names())
     revision: str | None = None
     if "alembic_version" in names:
         revision = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
     about = _about(connection, names) if revision is not None else _About()
+
     return Seen(
         server=f"{server.system} {server.started}",
         database=server.database,
@@ -195,7 +198,7 @@ def read(connection: sa.Connection) -> Seen:
 
 @dataclass(frozen=True, slots=True)
 class _About:
-    """What a database's row about itself says; no row: nothing."""
+    """The content of a database's row about itself; empty if there is no row."""
 
     identity: Identity | None = None
     founded: bool = False
@@ -208,6 +211,7 @@ def _about(connection: sa.Connection, names: set[str]) -> _About:
         row = connection.execute(sa.select(of.cluster, of.shard_count, of.id, of.founded)).one_or_none()
         if row:
             return _About(Identity(row.cluster, row.shard_count, row.id), founded=row.founded is not None)
+
     if tables.shard_state.name in names:
         state = tables.shard_state.c
         row = connection.execute(
@@ -226,11 +230,17 @@ def wrong_databases(settings: Settings, seen: Mapping[Database, Seen]) -> list[F
     Args:
         seen: the databases that could be reached, as they are.
     """
-    return [*_shared(seen), *_others(settings, seen), *_strangers(settings, seen), *_retired(seen), *_replaced(seen)]
+    return [
+        *_duplicates(seen),
+        *_foreign(settings, seen),
+        *_of_other_installations(settings, seen),
+        *_retired(seen),
+        *_replaced(seen),
+    ]
 
 
-def _shared(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
-    """Two DSNs, one database."""
+def _duplicates(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Databases to which two DSNs lead."""
     first: dict[tuple[str, str], Database] = {}
     for database, what in seen.items():
         other = first.setdefault((what.server, what.database), database)
@@ -242,8 +252,8 @@ def _shared(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
             )
 
 
-def _others(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Finding]:
-    """Databases that are another shard, another installation's, or not ours at all."""
+def _foreign(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Databases that are another shard, belong to another cluster, or are not this service's at all."""
     for database, what in seen.items():
         found = what.identity
         if found is None:
@@ -270,15 +280,15 @@ def _others(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Findi
             )
 
 
-def _strangers(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Finding]:
-    """Shards of an installation that has our name but another catalog."""
+def _of_other_installations(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Finding]:
+    """Shards of another installation that has the same cluster name as ours."""
     catalog = next((what for database, what in seen.items() if database.shard is None), None)
     if catalog is None or catalog.identity is None or catalog.identity.cluster != settings.cluster:
         return
     for database, what in seen.items():
         found = what.identity
         if found is None or found.shard != database.shard or found.cluster != settings.cluster:
-            continue  # nothing yet, or said already
+            continue  # not set up yet, or reported already
         if found.installation != catalog.identity.installation:
             yield Finding(
                 database.name,
@@ -289,7 +299,7 @@ def _strangers(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Fi
 
 
 def _retired(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
-    """Databases that a shard has left."""
+    """Databases from which a shard was moved away."""
     for database, what in seen.items():
         if what.retired is not None:
             yield Finding(
@@ -302,9 +312,9 @@ def _retired(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
 def _replaced(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
     """New databases where there must be data.
 
-    The catalog says last of all that the installation is founded. Before that, a shard without an identity is one to
-    be founded; after it, it is the wrong database. Likewise the catalog is migrated first of all: beside a founded
-    shard, a catalog that was never migrated is the wrong one.
+    Founding writes last of all into the catalog that the installation is founded. Before that, a shard without an
+    identity is yet to be founded; after that, it is the wrong database. Likewise, the catalog is migrated first of all:
+    if a shard is founded, a catalog that was never migrated is the wrong one.
     """
     catalog = next((what for database, what in seen.items() if database.shard is None), None)
     if catalog is None:
@@ -326,14 +336,14 @@ def _replaced(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
 
 
 def unfit(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
-    """Databases on which our SQL would not mean what it says."""
+    """Databases on which our SQL would mean something else."""
     for database, what in seen.items():
         for problem, remedy in unmet(what.database, what.nature):
             yield Finding(database.name, problem, remedy)
 
 
 def closed(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
-    """Databases that refuse writes: they are being moved, or a move was broken off."""
+    """Databases that refuse writes: they are being moved, or a move was interrupted."""
     for database, what in seen.items():
         if what.closed:
             yield Finding(
@@ -345,8 +355,8 @@ def closed(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
 
 
 def scarce_prepared_transactions(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
-    """Servers whose ``max_prepared_transactions`` is too low: 2 × its shards + 4, for two of each shard can exist
-    while an old one waits for its rollback, and a few are for people."""
+    """Servers whose ``max_prepared_transactions`` is too low. They need 2 × their shards + 4: two of each shard can
+    exist while an old one waits for its rollback, and a few are for people."""
     shards_of: dict[str, list[Database]] = {}
     for database, what in seen.items():
         if database.shard is not None:

@@ -1,7 +1,7 @@
 """Brings the catalog and every shard to the newest schema, founds an installation, and checks both at start.
 
-Founding writes into each shard which one it is, and last of all into the catalog that all of them are there. From
-then on a DSN that points elsewhere is noticed before anything is read or written (``identity``).
+Founding writes into each shard its number, and last of all into the catalog that all shards are set up. From then on, a
+DSN that leads to another database is noticed before anything is read or written (``identity``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WAIT_S: Final = 60
 
 
 class MigrationError(FindingsError):
-    """The databases are not what the settings take them for, or not all there. What was found is attached."""
+    """The databases are not the ones that the settings name, or some are missing. The findings are attached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Migrated:
         where: ``the catalog`` or ``shard 2``.
         before: its revision before; None: the database was new.
         after: its revision now; the same as before if there was nothing to do.
-        number: this is the number-th of ``total`` databases.
+        number: the position of this database among ``total``, from 1.
     """
 
     where: str
@@ -59,7 +59,7 @@ class Migrated:
 def alembic_config(kind: Kind, connection: sa.Connection | None = None) -> Config:
     """Alembic's configuration for the migrations of a kind of database.
 
-    They lie in the package ``migrations``, which is found alike in a checkout and when it is installed.
+    They are in the package ``migrations``, which is found both in a checkout and when it is installed.
 
     Args:
         connection: where to run them; None: only to read them.
@@ -89,11 +89,11 @@ def head(kind: Kind) -> str:
 def migrate(settings: Settings, progress: Callable[[Migrated], None] | None = None) -> list[Migrated]:
     """Migrate the catalog, then every shard, and found the installation if it is new.
 
-    Each database is one transaction, so a crash leaves it as it was or done. Idempotent; two processes at once are
-    safe (two threads are not: Alembic's operations are global to a process).
+    Each database is migrated in one transaction, so a crash leaves it either unchanged or done. Idempotent; two
+    processes at once are safe (two threads are not: Alembic's operations are global to a process).
 
     Args:
-        progress: told of each database when it is done.
+        progress: called with each database when it is done.
 
     Raises:
         MigrationError: a database is out of reach or not the one it should be, and nothing was changed at all; or
@@ -131,8 +131,8 @@ def _refuse_unless_right(settings: Settings, databases: tuple[Database, ...]) ->
 
 
 def _look_at(databases: tuple[Database, ...]) -> tuple[dict[Database, Seen], list[Finding]]:
-    """What could be read of the databases, and a finding for each that could not. All at once: one that is out of
-    reach takes seconds, and there may be many."""
+    """The databases that could be read, and a finding for each that could not. All are read at once: a database that is
+    out of reach takes seconds, and there may be many."""
     seen: dict[Database, Seen] = {}
     unreachable: list[Finding] = []
     fan_out = ThreadFanOut(SERVERS_AT_ONCE)
@@ -140,6 +140,7 @@ def _look_at(databases: tuple[Database, ...]) -> tuple[dict[Database, Seen], lis
         looks = fan_out(identity.look, databases)
     finally:
         fan_out.close()
+
     for database, what in zip(databases, looks, strict=True):
         if isinstance(what, Finding):
             unreachable.append(what)
@@ -167,8 +168,9 @@ def _migration(database: Database) -> Iterator[sa.Connection]:
         _set_local(connection, "lock_timeout", f"{_WAIT_S}s")
         _set_local(connection, "statement_timeout", f"{_WAIT_S + 1}s")
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-        # A change of a table waits for all who use it, and everybody else queues behind it: so it waits only shortly.
-        # Once it has its locks it may take as long as the table is big.
+
+        # A change of a table waits for all transactions that use it, and new ones queue behind it: so it waits only
+        # briefly. Once it has its locks, it may take as long as the size of the table requires.
         _set_local(connection, "lock_timeout", "2s")
         _set_local(connection, "statement_timeout", "0")
         yield connection
@@ -188,14 +190,14 @@ def _set_local(connection: sa.Connection, name: str, value: str) -> None:
 
 
 def _upgrade(database: Database, connection: sa.Connection) -> tuple[str | None, str]:
-    """Run the migrations that are missing; the revisions before and after."""
+    """Run the missing migrations. Returns the revisions before and after."""
     before = identity.read(connection).revision
     command.upgrade(alembic_config(database.kind, connection), "head")
     return before, head(database.kind)
 
 
 def _name_installation(connection: sa.Connection, settings: Settings, catalog: Database) -> UUID:
-    """The id of the installation, which is made with its row; it is not founded yet then."""
+    """The id of the installation. Inserts its row if it is missing; the installation is not founded yet then."""
     exists = connection.execute(sa.select(sa.exists().select_from(tables.installation))).scalar_one()
     if not exists:
         connection.execute(
@@ -207,7 +209,7 @@ def _name_installation(connection: sa.Connection, settings: Settings, catalog: D
 
 
 def _found_shard(connection: sa.Connection, settings: Settings, database: Database, installation: UUID) -> None:
-    """Write into a new shard which one it is."""
+    """Write its number into a new shard."""
     connection.execute(
         insert(tables.shard_state)
         .values(
@@ -233,7 +235,7 @@ def _found_catalog(connection: sa.Connection, settings: Settings, database: Data
 
 
 def _refuse_unless_ours(connection: sa.Connection, settings: Settings, database: Database) -> UUID:
-    """Look again under the lock: another migrator, with other settings, may have been here since the first look.
+    """Check again under the lock: another migrator with other settings may have run since the first check.
 
     Returns the installation that the database belongs to.
     """
@@ -270,11 +272,11 @@ def inspect(settings: Settings) -> list[Finding]:
 
 
 def verify(settings: Settings) -> list[Finding]:
-    """Called by every process before it does anything: may it work with these databases?
+    """Check that this process may work with these databases. Every process calls this before it does anything else.
 
     Returns:
-        Databases out of reach, or closed while they are moved: no reason not to start, for a process serves what can
-        be served.
+        Findings about databases out of reach, or closed while they are moved: no reason not to start, because a process
+        serves what it can.
 
     Raises:
         StartupError: a database is the wrong one, its schema is not this release's, our SQL would mean something else

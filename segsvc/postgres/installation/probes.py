@@ -1,4 +1,4 @@
-"""Signs of life of the databases, for health checks."""
+"""Probes of the databases, for health checks."""
 
 from __future__ import annotations
 
