@@ -1,9 +1,10 @@
-"""Moves a shard to another database while reads go on: a copy, then one of the two is fenced and the other opened.
+"""Moves a shard to another database while reads go on: the shard is copied, then one copy is fenced and the other
+opened.
 
-While both exist, PostgreSQL refuses writes to either (``default_transaction_read_only`` of the database, for every
-session), so both give the same answers and readers may use the one or the other. ``copy`` makes the second one;
-``fence`` takes one out of use for ever; ``reopen`` lets writes into the one that is left. In that order nobody can
-read old data: see docs/operations.md, "Moving a shard to another server", and ADR 0016.
+While both exist, PostgreSQL refuses writes to both (``default_transaction_read_only`` of the database, for every
+session). So both give the same answers, and readers may use either. ``copy`` makes the second database; ``fence`` takes
+one of the two out of use for ever; ``reopen`` allows writes to the remaining one. In that order no reader can see old
+data: see docs/operations.md, "Moving a shard to another server", and ADR 0016.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.shard.participant import select_prepared
 
 _READERS: Final = "segsvc-reads"
-"""``application_name`` of sessions that never write: they are left alone, so that reads go on without a break."""
+"""``application_name`` of sessions that never write: they are not ended, so that reads go on without a break."""
 _MAINTENANCE: Final = "postgres"
-"""Database from which another one of its server is shut: nobody can shut the one he is in."""
+"""Database from which another database of its server is shut: a session cannot shut its own database."""
 _QUIET_S: Final = 0.5
-"""Nobody is left in a database when nobody was seen there for so long: a session that is being opened shows late."""
+"""A database has no sessions left when none was seen for this long: a session that is being opened becomes visible
+late."""
 _LEAVE_S: Final = 20.0
 """How long sessions may take to end."""
 _SETTLE_WAIT_S: Final = 5.0
@@ -42,7 +44,7 @@ _SETTLE_FIRST: Final = "end that one with `segsvc shards settle`"
 
 
 class MoveRefused(FindingsError):
-    """The move cannot be made, or not go on. What was found says why; unless it says otherwise, nothing changed."""
+    """The move cannot be made or cannot go on. The findings say why; unless they say otherwise, nothing changed."""
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
         super().__init__([Finding(where, problem, remedy)])
@@ -52,7 +54,7 @@ class MoveRefused(FindingsError):
 class Copied:
     """Attributes:
     users: rows of the table ``users``.
-    copy_s: how long it took; writes of the shard have waited since its beginning.
+    copy_s: how long the copy took; writes to the shard have waited since its start.
     """
 
     users: int
@@ -63,18 +65,18 @@ class Copied:
 
 
 def copy(
-    settings: Settings, shard: int, target_dsn: str, tell: Callable[[int, int], None] = lambda done, total: None
+    settings: Settings, shard: int, target_dsn: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Copied:
     """Close the shard to writes and copy it into an empty database, which is closed as well.
 
-    Waits for operations and batches that are at work on the shard; nothing can be prepared there afterwards.
+    Waits for operations and batches that work on the shard; nothing can be prepared there afterwards.
 
     Args:
-        tell: told after each table, how many of how many are copied.
+        progress: called after each table with how many tables are copied, and how many there are.
 
     Raises:
-        MoveRefused: a database is not what it must be, or the shard stays in doubt. The shard is as it was.
-        ServiceError: UNAVAILABLE, a database went away. If that was at the very end, both may exist and be closed.
+        MoveRefused: a database is not what it must be, or the shard stays in doubt. The shard is unchanged.
+        ServiceError: UNAVAILABLE, a database went away. If this happened at the very end, both may exist and be closed.
     """
     source, target = _databases(settings, shard, target_dsn)
     with ExitStack() as stack:
@@ -84,18 +86,21 @@ def copy(
         guard = stack.enter_context(_locked(source, shard, wait_s=settings.operation_deadline_s + 30))
         if _seen(source).closed:
             raise MoveRefused(source.name, "it is closed to writes: a move was begun", _SETTLE_FIRST)
+
         began = time.monotonic()
         try:
             closed_at = _close(guard)
             target_session = stack.enter_context(target.engine.connect())
-            users = _copy_tables(source, target_session, shard, tell)
+            users = _copy_tables(source, target_session, shard, progress)
         except BaseException:
-            _open(guard)  # the target has nothing: its transaction is not committed, and will not be
+            _open(guard)  # the target is empty: its transaction is not committed, and never will be
             raise
-        # From here on both may exist. If the answer is lost the shard stays closed, and `settle` says which one it is.
+
+        # From here on both may exist. If the answer is lost, the shard stays closed, and `settle` determines which
+        # database is kept.
         with translated(shard):
             target_session.commit()
-        # Once more: a session that was being opened when the shard was closed might have been missed.
+        # Once more: a session that was being opened when the shard was closed may have been missed.
         _end_sessions(guard, before=closed_at, spare_readers=True)
         return Copied(users, time.monotonic() - began)
 
@@ -117,7 +122,7 @@ def _seen(database: Database, name: str = "") -> Seen:
 
 
 def _refuse_unless_ours(settings: Settings, shard: int) -> Seen:
-    """The shard that the settings name, if it is the right one of this installation."""
+    """The shard that the settings name. Raises MoveRefused if it is not the right one of this installation."""
     with identity.open_databases(settings) as databases:
         seen = {database: _seen(database) for database in databases if database.shard in (None, shard)}
         found = identity.wrong_databases(settings, seen)
@@ -136,6 +141,7 @@ def _refuse_unless_movable(settings: Settings, shard: int, source: Database, tar
         raise MoveRefused("the new database", "it is not empty", "give an empty one")
     for finding in identity.unfit({target: _seen(target, "the new database")}):
         raise MoveRefused("the new database", finding.problem, finding.remedy)
+
     dsns = [*settings.shard_dsns]
     dsns[shard] = target_dsn
     with identity.open_databases(settings.model_copy(update={"shard_dsns": tuple(dsns)})) as databases:
@@ -145,9 +151,9 @@ def _refuse_unless_movable(settings: Settings, shard: int, source: Database, tar
 
 @contextmanager
 def _locked(source: Database, shard: int, *, wait_s: float) -> Iterator[sa.Connection]:
-    """A session that holds the shard's lock, so that nothing writes there and nothing is prepared.
+    """A session that holds the shard's lock, so that nothing writes to the shard and nothing is prepared there.
 
-    A prepared transaction keeps the lock, so having it means that there is none of ours.
+    A prepared transaction holds the lock, so if this session has acquired it, none of ours is prepared.
     """
     with translated(shard), source.engine.connect() as guard:
         guard.execution_options(isolation_level="AUTOCOMMIT")
@@ -160,6 +166,7 @@ def _locked(source: Database, shard: int, *, wait_s: float) -> Iterator[sa.Conne
                 raise
             problem = "an operation or another move holds it, and does not end"
             raise MoveRefused(source.name, problem, "see `segsvc doctor`, and run it again") from error
+
         try:
             if prepared := select_prepared(guard):
                 raise MoveRefused(
@@ -172,22 +179,24 @@ def _locked(source: Database, shard: int, *, wait_s: float) -> Iterator[sa.Conne
 
 
 def _unbounded(connection: sa.Connection) -> None:
-    """Lift the bounds of this session: a copy takes as long as the shard is big."""
+    """Lift the bounds of this session: the time of a copy depends on the size of the shard."""
     for name in ("statement_timeout", "idle_in_transaction_session_timeout"):
         connection.execute(sa.select(sa.func.set_config(name, "0", False)))
 
 
-def _copy_tables(source: Database, target: sa.Connection, shard: int, tell: Callable[[int, int], None]) -> int:
-    """Make the schema and copy every table, all from one moment. Left uncommitted. Returns how many users there are."""
+def _copy_tables(source: Database, target: sa.Connection, shard: int, progress: Callable[[int, int], None]) -> int:
+    """Make the schema and copy every table, all in one snapshot. Does not commit. Returns the number of users."""
     with translated(shard), source.engine.connect() as reading:
         reading.execution_options(isolation_level="REPEATABLE READ")
         _unbounded(reading)
         _unbounded(target)
+
         command.upgrade(alembic_config("shard", target), "head")
         all_tables = tables.shard.sorted_tables
         for number, table in enumerate(all_tables, 1):
             copy_table(reading, target, table)
-            tell(number, len(all_tables))
+            progress(number, len(all_tables))
+
         target.exec_driver_sql("ANALYZE")
         _set_read_only(target, "SET default_transaction_read_only = on")
         users: int = target.execute(sa.select(sa.func.count()).select_from(tables.users)).scalar_one()
@@ -198,14 +207,14 @@ def _copy_tables(source: Database, target: sa.Connection, shard: int, tell: Call
 
 
 def _close(connection: sa.Connection) -> datetime:
-    """Let no transaction write to this database any more: a session keeps what it was opened with, so those that might
-    be writing are ended. Returns since when every new one is bound, by the server's clock."""
+    """Refuse all writes to this database from now on. A session keeps the setting with which it was opened, so sessions
+    that may write are ended. Returns the time, by the server's clock, from which every new session has the setting."""
     _set_read_only(connection, "SET default_transaction_read_only = on")
     return _end_older_sessions(connection)
 
 
 def _open(connection: sa.Connection) -> None:
-    """Let transactions write again, those of sessions that were opened meanwhile included."""
+    """Allow writes again. Sessions that were opened meanwhile are ended, because they would keep refusing writes."""
     connection.exec_driver_sql("SET default_transaction_read_only = off")  # this one's own
     _set_read_only(connection, "RESET default_transaction_read_only")
     _end_older_sessions(connection)
@@ -233,14 +242,14 @@ def _end_sessions(
     spare_readers: bool = False,
     database: str | None = None,
 ) -> None:
-    """End the sessions of clients in a database (None: this one); returns when they are gone.
+    """End the sessions of clients in a database (None: this one). Returns when they are gone.
 
     Args:
         before: only those that began before it.
-        spare_readers: leave those alone that never write.
+        spare_readers: do not end sessions that never write.
 
     Raises:
-        MoveRefused: some do not go.
+        MoveRefused: some sessions do not end.
     """
     statement = sa.text(
         "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -249,6 +258,7 @@ def _end_sessions(
         "AND backend_start < COALESCE(CAST(:before AS timestamptz), 'infinity')"
     )
     parameters = {"database": database, "before": before, "spared": _READERS if spare_readers else ""}
+
     deadline = time.monotonic() + _LEAVE_S
     quiet_since = time.monotonic()
     while time.monotonic() < quiet_since + _QUIET_S:
@@ -263,13 +273,14 @@ def _end_sessions(
 
 
 def fence(settings: Settings, shard: int, other_dsn: str) -> bool:
-    """Take the other database of a move out of use for ever: marked as left, and shut to everybody by its server.
+    """Take the other database of a move out of use for ever: mark it as left, and make its server refuse all
+    connections.
 
-    Idempotent. The shard that the settings name stays closed to writes. An empty database, which a copy that was
-    broken off has left, needs no fence.
+    Idempotent. The shard that the settings name stays closed to writes. An empty database, which an interrupted copy
+    has left, needs no fence.
 
     Returns:
-        whether the other one is shut; False: it is empty, and open as before.
+        whether the other database is shut; False: it is empty, and open as before.
 
     Raises:
         MoveRefused: these two are not the databases of one move, or they differ. Nothing changed.
@@ -277,6 +288,7 @@ def fence(settings: Settings, shard: int, other_dsn: str) -> bool:
     """
     kept = _refuse_unless_ours(settings, shard)
     assert kept.identity is not None  # it is ours
+
     keeping, other = _databases(settings, shard, other_dsn)
     url = other.engine.url
     lobby = make_engine(
@@ -300,10 +312,10 @@ def fence(settings: Settings, shard: int, other_dsn: str) -> bool:
 
 
 def _is_open(connection: sa.Connection, name: str, identity_: Identity) -> bool:
-    """Whether a database lets anybody in.
+    """Whether a database accepts connections.
 
     Raises:
-        MoveRefused: there is none of that name, or it was shut by somebody else.
+        MoveRefused: there is none of that name, or something else than a move has shut it.
     """
     row = connection.execute(
         sa.text(
@@ -312,6 +324,7 @@ def _is_open(connection: sa.Connection, name: str, identity_: Identity) -> bool:
         ),
         {"name": name},
     ).one_or_none()
+
     if row is None:
         raise MoveRefused("the other database", f"there is no {name!r} on that server", "correct its DSN")
     if not row.open and row.note != _note(identity_):
@@ -337,11 +350,12 @@ def _refuse_unless_copies(kept: Seen, keeping: Database, other: Database) -> Non
         problem = "it is the one that SEGSVC_SHARD_DSNS names"
         raise MoveRefused("the other database", problem, "change that setting first, or give the other one's DSN")
     if left.retired is not None:
-        return  # by an earlier run, which looked
+        return  # by an earlier run, which made these checks
     for where, what in ((keeping.name, kept), ("the other database", left)):
         if not what.closed:
             problem = "it is open to writes, so the two are not the databases of one move"
             raise MoveRefused(where, problem, "begin with `segsvc shards copy`")
+
     with keeping.engine.connect() as ours, other.engine.connect() as theirs:
         if prepared := select_prepared(theirs):
             raise MoveRefused("the other database", f"{prepared[0].gid!r} is prepared there", "see `segsvc doctor`")
@@ -351,7 +365,8 @@ def _refuse_unless_copies(kept: Seen, keeping: Database, other: Database) -> Non
 
 
 def _summary(connection: sa.Connection) -> list[Any]:
-    """Two copies of which one has changed since differ in this: every change of data is in one of them."""
+    """Values in which two copies differ if one of them has changed since the copy: every change of data changes one of
+    these values."""
     state, fences, users = tables.shard_state.c, tables.applied_operations.c, tables.users.c
     return [
         connection.execute(sa.select(state.next_slot, state.user_count)).one(),
@@ -363,7 +378,7 @@ def _summary(connection: sa.Connection) -> list[Any]:
 
 
 def _mark_left(database: Database, shard: int) -> None:
-    """Write it into the data as well: whoever opens this database by hand must not start on it."""
+    """Mark the data as left, too: if a person opens this database by hand, no process may start on it."""
     with translated(shard), database.engine.begin() as connection:
         connection.execute(sa.text("SET TRANSACTION READ WRITE"))
         state = tables.shard_state
@@ -378,7 +393,7 @@ def _shut(connection: sa.Connection, name: str, identity_: Identity) -> None:
 
 
 def reopen(settings: Settings, shard: int) -> None:
-    """Let writes into the shard that the settings name; call it when the other database of the move is fenced.
+    """Allow writes to the shard that the settings name. To be called when the other database of the move is fenced.
 
     Idempotent.
 
