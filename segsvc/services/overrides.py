@@ -35,13 +35,12 @@ from segsvc.services.segments import SegmentService
 LOCK_PATIENCE_S = 10.0
 """How long a change waits for a shard that an operation holds, if the caller has no deadline."""
 
-
 LOCK_WAIT_MIN_S = 0.05
-"""With less time than this left, waiting once more is no use."""
+"""With less time than this left, the change does not wait again."""
 
 
 class OverrideStore(Protocol):
-    """Overrides where their users live. All raise SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
+    """The shards, as far as overrides need them. All methods raise SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
 
     @property
     def shard_count(self) -> int: ...
@@ -59,11 +58,11 @@ class OverrideStore(Protocol):
 
         Args:
             before_commit: called with the user's row locked, everything written and nothing committed.
-            timeout_s: bound of each statement; waiting for a lock ends a little earlier, so that it is known to have
-                been that. None: the session's.
+            timeout_s: bound of each statement. A wait for a lock ends a little earlier, so that the error can name the
+                lock as the cause. None: the session's bound.
 
         Returns:
-            the user afterwards (of a repeated request: as it was answered); None: there is no such user.
+            The user's overrides afterwards (for a repeated request: as it was answered); None: there is no such user.
 
         Raises:
             UnknownSlug, ExpiryPassed; ServiceError REQUEST_ID_REUSED; LockTimeout: an operation holds the shard;
@@ -71,7 +70,7 @@ class OverrideStore(Protocol):
         """
 
     def page(self, user_id: int, after: str, limit: int, *, timeout_s: float | None) -> list[Override] | None:
-        """Overrides that hold, by slug, after this one; None: there is no such user."""
+        """Overrides in force, by slug, those after slug ``after``; None: there is no such user."""
 
 
 class UserBars(Protocol):
@@ -106,11 +105,12 @@ class OverrideService:
 
         Raises:
             ServiceError: FIELD_REQUIRED, FIELD_INVALID, USER_NOT_FOUND, SEGMENT_NOT_FOUND, SEGMENT_DELETING,
-                REQUEST_ID_REUSED, SHARD_UNAVAILABLE, CACHE_UNAVAILABLE (it may have been made, and is not visible to
-                every read yet: repeat it), DEADLINE_EXCEEDED.
+                REQUEST_ID_REUSED, SHARD_UNAVAILABLE, CACHE_UNAVAILABLE (the change may have been made, and is not
+                visible to every read yet: repeat it), DEADLINE_EXCEEDED.
         """
         check_user_id(user_id)
         check_changes(changes)
+
         give_up = time.monotonic() + (LOCK_PATIENCE_S if timeout_s is None else timeout_s)
         shard = shard_of(user_id, self._store.shard_count)
         token: bytes | None = None
@@ -130,8 +130,8 @@ class OverrideService:
                 changed = self._store.modify(user_id, changes, request, bar, timeout_s=left_s)
                 break
             except LockTimeout as held:
-                # Nothing was done, and what holds the lock ends by itself: an operation that is in doubt on this shard,
-                # or another change of this user, which may have to wait for the cache.
+                # Nothing was done, and the holder of the lock ends by itself: an operation that is in doubt on this
+                # shard, or another change of this user, which may have to wait for the cache.
                 if timeout_s is not None:
                     left_s = give_up - time.monotonic()
                 if give_up - time.monotonic() < LOCK_WAIT_MIN_S:
@@ -140,8 +140,10 @@ class OverrideService:
                 raise self._refusal(unknown.slug, timeout_s) from None
             except ExpiryPassed as passed:
                 raise invalid_field(f"set[{passed.index}].expire_time", "must be in the future") from None
+
         if changed is None:
             raise user_not_found(user_id)
+
         self._crash.reach("override-committed", shard=shard)
         # After COMMIT, before the answer. A repeated request comes here without a bar of its own: the first one may
         # have died between its COMMIT and drop_entries.
@@ -149,7 +151,7 @@ class OverrideService:
         return changed
 
     def list(self, user_id: int, *, page_size: int, page_token: str, timeout_s: float | None = None) -> OverridePage:
-        """Overrides of a user that hold now, by slug.
+        """Overrides of a user that are in force now, by slug.
 
         Raises:
             ServiceError: FIELD_INVALID, PAGE_TOKEN_INVALID, USER_NOT_FOUND, SHARD_UNAVAILABLE, DEADLINE_EXCEEDED.
@@ -164,8 +166,8 @@ class OverrideService:
         return OverridePage(page, encode_token(scope, [page[-1].slug]) if len(found) > page_size else "")
 
     def _refusal(self, slug: str, timeout_s: float | None) -> ServiceError:
-        """Why a segment that the shard does not have cannot be changed. The shard's lock was held, so it is no
-        creation on its way: at most a deletion that has come this far."""
+        """Why a segment that the shard does not have cannot be changed. The shard's lock was held, so no creation of it
+        is in flight: at most a deletion that is committed on this shard."""
         segment = self._segments.get(slug, timeout_s=timeout_s)
         return segment_deleting(slug) if segment.state is SegmentState.DELETING else segment_not_found(slug)
 

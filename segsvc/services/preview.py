@@ -20,10 +20,10 @@ from segsvc.services.statistics import require_same
 
 
 class ShardSnapshot(ShardTransaction, Protocol):
-    """A shard to be counted on."""
+    """A shard as it is at one moment, to count on."""
 
     def attribute_names(self) -> Sequence[str]:
-        """Attributes that users have, as far as some of them show."""
+        """Names of attributes that users have, taken from some of the users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Preview:
 
     Attributes:
         counts: by shard.
-        unknown: attributes that the condition names and no user has; for each, names that users have and that look
-            like it, the most similar first.
+        unknown: attributes that the condition names and no user has; for each, similar names that users do have, the
+            most similar first.
     """
 
     counts: Sequence[ShardCounts]
@@ -47,15 +47,16 @@ class ShardSnapshots(Protocol):
     def shard_count(self) -> int: ...
 
     def snapshot(self, shard: int, *, timeout_s: float | None) -> AbstractContextManager[ShardSnapshot]:
-        """Read-only, and without a lock that anybody waits for. Raises SHARD_UNAVAILABLE, DEADLINE_EXCEEDED."""
+        """Read-only, and without a lock that other transactions wait for. Raises SHARD_UNAVAILABLE,
+        DEADLINE_EXCEEDED."""
 
 
 class PreviewService:
     """Previews roll-outs.
 
     Args:
-        costs: refuses what no rollout would be accepted with, before it is counted.
-        fan_out: asks the shards; its threads bound how many are at work at once.
+        costs: refuses a rule that no rollout would be accepted with, before anything is counted.
+        fan_out: visits the shards; its threads bound how many are visited at once.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class PreviewService:
         """
         if rule.condition:
             parse_condition(rule.condition)
+
         segment = self._segments.get(slug, timeout_s=timeout_s)
         if segment.state is SegmentState.DELETING:
             raise segment_deleting(slug)
@@ -85,19 +87,20 @@ class PreviewService:
         def visit(shard: int) -> tuple[ShardCounts, bool, Sequence[str]]:
             with self._shards.snapshot(shard, timeout_s=timeout_s) as snapshot:
                 counts = count_roll_out(snapshot, plan)
-                # To choose from, where a name is known nowhere; the other shards may know it yet.
+                # Names to suggest instead of an absent attribute. It is unknown only if every other shard lacks it too.
                 names = snapshot.attribute_names() if counts.absent_attributes else ()
                 return counts, snapshot.segment(segment.id) is not None, names
 
         visits = self._fan_out(visit, range(self._shards.shard_count))
         if not all(known for _, known, _ in visits):
             require_same(self._segments, segment, timeout_s)
+
         counts = [counts for counts, _, _ in visits]
         names = sorted({name for _, _, names in visits for name in names})
         return Preview(counts, {name: _nearest(name, names) for name in unknown_attributes(counts)})
 
 
 def _nearest(name: str, names: Sequence[str]) -> list[str]:
-    """Names that look like this one, the most similar first, whatever their case."""
+    """Names that are similar to this one, the most similar first; upper and lower case count as the same."""
     by_lower = {other.lower(): other for other in reversed(names)}
     return [by_lower[found] for found in get_close_matches(name.lower(), by_lower, n=3)]

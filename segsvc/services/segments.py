@@ -1,5 +1,5 @@
-"""Segments as people see them: get, list, edit. What decides memberships changes in ``services.acceptance`` and
-``services.creations``."""
+"""Segments as people see them: get, list, edit. ``services.acceptance`` and ``services.creations`` are for changes that
+decide memberships."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from segsvc.domain.paging import decode_token, encode_token
 from segsvc.domain.segment import Segment, SegmentText, check_labels, check_slug, check_text, new_etag
 
 PAGE_BYTES_MAX = 2 << 20
-"""A page is cut once its texts are larger: a thousand segments with long descriptions would be 20 MB, and clients
-refuse messages over 4 MiB by default."""
+"""A page is cut when its texts are larger than this: a thousand segments with long descriptions would be 20 MB, and
+clients refuse messages over 4 MiB by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class SegmentPage:
 
 
 class SegmentCatalog(Protocol):
-    """The catalog, as far as people's view of segments needs it. Reserved slugs are invisible to all of it.
+    """The catalog, as far as people's view of segments needs it. No method shows reserved slugs.
 
     Every method is one transaction and raises CATALOG_UNAVAILABLE in an outage; ``timeout_s`` bounds each of its
     statements (None: the session's bound).
@@ -60,8 +60,8 @@ class SegmentCatalog(Protocol):
 
         Args:
             changes: new values; empty: nothing is written, but the etag is compared.
-            expected_etag: what the caller has seen; empty: whatever it is.
-            etag: the new one.
+            expected_etag: the etag that the caller has seen; empty: any etag will do.
+            etag: the new etag.
 
         Raises:
             ServiceError: SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH.
@@ -82,10 +82,10 @@ class SegmentService:
     def list(
         self, query: SegmentQuery, *, page_size: int, page_token: str = "", timeout_s: float | None = None
     ) -> SegmentPage:
-        """One page of the segments there are.
+        """One page of the existing segments.
 
         Args:
-            page_size: most segments on the page, at least 1; the page may be shorter though others follow.
+            page_size: the most segments on the page, at least 1; the page may be shorter even if more pages follow.
             page_token: ``next_page_token`` of the page before, with the same query; empty: the first page.
 
         Raises:
@@ -93,8 +93,10 @@ class SegmentService:
         """
         check_labels(query.labels, "labels")
         after = _position(page_token, query) if page_token else None
-        # One more than asked for tells whether another page follows.
+
+        # One more than the page holds shows whether another page follows.
         segments, total = self._catalog.page(query, after, page_size + 1, timeout_s=timeout_s)
+
         shown = _cut(segments[:page_size])
         token = _token(query, shown[-1]) if len(shown) < len(segments) else ""
         return SegmentPage(shown, total, token)
@@ -108,18 +110,19 @@ class SegmentService:
         etag: str = "",
         timeout_s: float | None = None,
     ) -> Segment:
-        """Change what people read of a segment: no shard is asked, no membership changes.
+        """Change a segment's texts for people: no shard is visited, no membership changes.
 
         Args:
-            text: the new values of ``fields``; the others are ignored.
+            text: the new values of ``fields``; other values in it are ignored.
             fields: what to change; empty: nothing, but the etag is compared.
-            etag: what the caller has seen; empty: the change is made whatever came in between.
+            etag: the etag that the caller has seen; empty: the change overwrites any change made in between.
 
         Raises:
             ServiceError: SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH, FIELD_REQUIRED, FIELD_INVALID,
                 CATALOG_UNAVAILABLE (whether it took effect is then unknown; it may be repeated without an etag).
         """
         check_slug(slug, "segment.slug")
+
         values: dict[EditedField, str | Mapping[str, str]] = {
             EditedField.DISPLAY_NAME: text.display_name,
             EditedField.DESCRIPTION: text.description,
@@ -158,7 +161,7 @@ def _position(page_token: str, query: SegmentQuery) -> SegmentPosition:
 
 
 def _cut(segments: Sequence[Segment]) -> Sequence[Segment]:
-    """As many of them as fit PAGE_BYTES_MAX, but at least one."""
+    """The first segments, as many as fit in PAGE_BYTES_MAX, but at least one."""
     size = 0
     for count, segment in enumerate(segments):
         texts = [segment.display_name, segment.description, *segment.labels.keys(), *segment.labels.values()]

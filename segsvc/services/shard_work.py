@@ -1,4 +1,4 @@
-"""What an operation does on one shard, inside the transaction that the commit protocol prepares.
+"""The work of an operation on one shard, inside the transaction that the commit protocol prepares.
 
 Deterministic: the same shard and the same plan give the same bits and counts, so that the work can be done again
 after any crash, and counted again while its first copy is prepared.
@@ -29,11 +29,11 @@ from segsvc.domain.stored import Int64s
 from segsvc.twophase.ports import ProgressHook, WorkFailed
 
 CHUNK_BLOCKS = 1000
-"""Blocks worked on at a time: about 8 MB of user ids, so that memory does not grow with the users."""
+"""Blocks in work at a time: about 8 MB of user ids, so that memory does not grow with the number of users."""
 
 CONDITION_BLOCKS = 4000
-"""Blocks that a condition is asked of at a time: at most 16 MB of slots. More than above, since the server reads the
-users of a part of the shard more slowly than all of them."""
+"""Blocks for which a condition is evaluated at a time: at most 16 MB of slots. More than CHUNK_BLOCKS, because the
+server takes longer per user to read a part of the shard than to read all of it."""
 
 
 class ShardTransaction(Protocol):
@@ -55,19 +55,19 @@ class ShardTransaction(Protocol):
         """Slots of the users of a range of blocks for whom a condition holds, in any order."""
 
     def absent_attributes(self, names: Sequence[str]) -> Sequence[str]:
-        """Those of these attributes that no user of the shard has, in any order."""
+        """Those of these attribute names that no user of the shard has, in any order."""
 
     def segment_bits(self, segment_id: int, first_block: int, blocks: int) -> bits.Packed: ...
 
     def write_segment_bits(self, segment_id: int, first_block: int, old: bits.Packed, new: bits.Packed) -> None:
-        """Store the blocks that differ; one without a bit set loses its row."""
+        """Store the blocks that differ; the row of a block without a bit set is deleted."""
 
     def put_rule(self, segment_id: int, rule: Rule, rule_count: int, frozen_slot: int | None) -> None: ...
 
     def insert_segment(self, segment: ShardSegment) -> None: ...
 
     def delete_segment(self, segment_id: int) -> None:
-        """Remove its bits, its overrides and itself."""
+        """Delete the segment with its bits and its overrides."""
 
 
 def perform(tx: ShardTransaction, operation: Operation, on_progress: ProgressHook, *, write: bool) -> ShardCounts:
@@ -102,7 +102,8 @@ def _create(tx: ShardTransaction, plan: OperationPlan, *, write: bool) -> ShardC
 def _existing(tx: ShardTransaction, plan: OperationPlan) -> ShardSegment:
     segment = tx.segment(plan.segment_id)
     if segment is None:
-        # The start validated it against the catalog, and nothing else can be in flight: the shard's copy is wrong.
+        # The start of the operation found the segment in the catalog, and no other operation can be in flight: the
+        # shard's copy is wrong.
         raise WorkFailed(
             Failure(
                 Reason.INTERNAL.text,
@@ -115,6 +116,7 @@ def _existing(tx: ShardTransaction, plan: OperationPlan) -> ShardSegment:
 
 def _delete(tx: ShardTransaction, plan: OperationPlan, *, write: bool) -> ShardCounts:
     segment = _existing(tx, plan)
+
     members = segment.rule_count
     overridden = tx.overridden(segment.id)
     if overridden.included.size or overridden.excluded.size:
@@ -122,18 +124,19 @@ def _delete(tx: ShardTransaction, plan: OperationPlan, *, write: bool) -> ShardC
             bits.popcount((old | included) & ~excluded)
             for _, old, included, excluded in _membership_chunks(tx, segment.id, _blocks(tx.next_slot()), overridden)
         )
+
     if write:
         tx.delete_segment(segment.id)
     return ShardCounts(tx.shard, matched=0, added=0, removed=members, members=0)
 
 
 def _blocks(next_slot: int) -> int:
-    """Blocks that hold so many slots."""
+    """Number of blocks needed for this many slots."""
     return -(-next_slot // BLOCK_SLOTS)
 
 
 def _chunks(total: int) -> Iterator[tuple[int, int]]:
-    """(first block, number of blocks) of each chunk of so many blocks."""
+    """(first block, number of blocks) of each chunk of ``total`` blocks."""
     for first in range(0, total, CHUNK_BLOCKS):
         yield first, min(CHUNK_BLOCKS, total - first)
 
@@ -141,7 +144,7 @@ def _chunks(total: int) -> Iterator[tuple[int, int]]:
 def _membership_chunks(
     tx: ShardTransaction, segment_id: int, blocks: int, overridden: bits.OverriddenSlots
 ) -> Iterator[tuple[tuple[int, int], bits.Packed, bits.Packed, bits.Packed]]:
-    """For each chunk: where it is, the bits stored, and the slots included and excluded by overrides."""
+    """For each chunk: its range, the stored bits, and the slots that overrides include and exclude."""
     for first, count in _chunks(blocks):
         yield (
             (first, count),
@@ -152,7 +155,7 @@ def _membership_chunks(
 
 
 def _condition_bits(tx: ShardTransaction, condition: str, blocks: int, on_progress: ProgressHook) -> bits.Packed:
-    """For whom of the shard a condition holds. Takes longest of all, so it says that somebody is at work."""
+    """The users of the shard for whom a condition holds. This step takes longest, so it reports that work goes on."""
     packed = bits.empty(blocks)
     for first in range(0, blocks, CONDITION_BLOCKS):
         count = min(CONDITION_BLOCKS, blocks - first)
@@ -164,16 +167,18 @@ def _condition_bits(tx: ShardTransaction, condition: str, blocks: int, on_progre
 def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHook, *, write: bool) -> ShardCounts:
     """Evaluate the rule for every user of the shard and store the bits that differ.
 
-    ``added`` and ``removed`` count users whose membership changes, overrides laid over before and after, so that
+    ``added`` and ``removed`` count users whose membership changes, overrides included both before and after, so that
     members afterwards = members before + added - removed.
     """
     rule = plan.rule
     if rule is None:
         raise ValueError("a roll-out has a rule")
+
     next_slot = tx.next_slot()
     blocks_total = _blocks(next_slot)
-    # A bit for each user of the shard is little enough to be kept.
+    # One bit for each user of the shard is small enough to keep in memory.
     condition_bits = _condition_bits(tx, rule.condition, blocks_total, on_progress) if rule.condition else None
+
     matched = added = removed = members = rule_count = 0
     blocks_done = 0
     for (first, count), old, included, excluded in _membership_chunks(
@@ -184,6 +189,7 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
         if condition_bits is not None:
             condition_holds &= bits.unpack(condition_bits[first : first + count])
         new = bits.pack(condition_holds & (buckets(user_ids, plan.salt) < rule.threshold))
+
         matched += int(condition_holds.sum())
         rule_count += bits.popcount(new)
         before = (old | included) & ~excluded
@@ -191,13 +197,16 @@ def _roll_out(tx: ShardTransaction, plan: OperationPlan, on_progress: ProgressHo
         members += bits.popcount(after)
         added += bits.popcount(after & ~before)
         removed += bits.popcount(before & ~after)
+
         if write:
             tx.write_segment_bits(plan.segment_id, first, old, new)
         blocks_done += count
         on_progress(ShardProgress(tx.shard, ShardState.WORKING, blocks_done, blocks_total, added, removed))
-    # A name that nobody has is often a misspelling, and it costs another look at every user only then.
+
+    # An attribute that no user has is often a misspelling. Only such a name costs another read of every user.
     names = sorted(attributes_of(parse_condition(rule.condition).root)) if rule.condition else []
     absent = tuple(sorted(tx.absent_attributes(names))) if names else ()
+
     if write:
         frozen_slot = next_slot - 1 if rule.policy is Policy.FROZEN else None
         tx.put_rule(plan.segment_id, rule, rule_count, frozen_slot)

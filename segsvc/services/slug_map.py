@@ -18,12 +18,12 @@ _READS_MAX: Final = 3
 class SlugMap:
     """Which slug a segment id stands for. Only ever grows: an id is never reused and keeps its slug for life.
 
-    For any number of threads. Ids are the same on all shards, so one map serves them all; it is filled from whichever
-    shard used an id that is not known yet.
+    Safe for any number of threads. Ids are the same on all shards, so one map serves them all; it is filled from a
+    shard that used an id which is not known yet.
 
     Args:
-        load: the (id, slug) pairs of a shard.
-        encode: what the hot path wants to have at hand for a slug.
+        load: reads the (id, slug) pairs of a shard.
+        encode: makes of a slug the bytes that the hot path needs.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SlugMap:
     ) -> None:
         self._load = load
         self._encode = encode
-        # One a shard: a shard that hangs must not keep others' new segments from being learnt.
+        # One lock for each shard: a shard that hangs must not keep the map from learning other shards' new segments.
         self._locks: dict[int, threading.Lock] = {}
         self._slugs: dict[int, str] = {}
         self.encoded: dict[int, bytes] = {}
@@ -46,33 +46,33 @@ class SlugMap:
         return {segment_id for segment_id in segment_ids if segment_id not in self._slugs}
 
     def learn(self, shard: int, segment_ids: Iterable[int]) -> set[int]:
-        """Fill the map from a shard unless it knows these ids. Returns those that the shard does not know either.
+        """Fill the map from a shard unless it knows these ids. Returns the ids that the shard does not know either.
 
         Raises:
             ServiceError: the shard cannot be read.
         """
         with self._locks.setdefault(shard, threading.Lock()):
-            # Asked under the lock: of many threads that met a new segment, one loads and the others find it there.
+            # Checked under the lock: if many threads meet a new segment, one loads it and the rest find it in the map.
             missing = self.unknown(segment_ids)
             if not missing:
                 return missing
             for segment_id, slug in self._load(shard).items():
                 self.encoded[segment_id] = self._encode(slug)
-                # Last: an id counts as known when everything about it is there.
+                # Last: an id counts as known once this map has it, and then its encoded slug must be there.
                 self._slugs[segment_id] = slug
         return self.unknown(missing)
 
     def read_named(
         self, shard: int, read: Callable[[], T], segment_ids: Callable[[T], Iterable[int]]
     ) -> tuple[T, set[int]]:
-        """Read something of a shard, and know all its segments' names.
+        """Read something from a shard, and learn the slugs of all segments in it.
 
-        A segment deleted between the read and the look at the names has none. Leaving it out would mix two moments in
-        one answer, so the read is made again, as it is without that segment.
+        A segment that was deleted between the two reads has no slug. Leaving it out would mix two moments in one
+        answer, so the first read is made again, and then finds the shard without that segment.
 
         Returns:
-            What was read, and ids to leave out: bits that belong to no segment, which is damage for the checker to
-            name. It is logged, and does not keep the rest from being answered.
+            What was read, and ids to leave out: bits that belong to no segment, which is damage that the checker
+            reports. It is logged, and does not keep the rest from being answered.
 
         Raises:
             ServiceError: the shard cannot be read.

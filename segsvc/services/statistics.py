@@ -25,7 +25,7 @@ class StatisticsService:
     """Counts a segment.
 
     Args:
-        fan_out: asks the shards; its threads bound how many statements run at once.
+        fan_out: visits the shards; its threads bound how many statements run at once.
     """
 
     def __init__(self, segments: SegmentService, counter: ShardCounter, fan_out: ThreadFanOut) -> None:
@@ -53,8 +53,8 @@ class StatisticsService:
 def require_same(segments: SegmentService, segment: Segment, timeout_s: float | None) -> None:
     """Called when a shard does not know a segment that the catalog knew.
 
-    Either it was deleted meanwhile, or it is so new (or its deletion so far) that this shard's commit is still on its
-    way. In the second case the catalog still has it, and on this shard it has no members.
+    Either the segment was deleted meanwhile, or its creation is not yet committed on this shard (or its deletion
+    already is). In the second case the catalog still has it, and on this shard it has no members.
 
     Raises:
         ServiceError: SEGMENT_NOT_FOUND in the first case.

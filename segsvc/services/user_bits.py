@@ -1,7 +1,8 @@
-"""Users come into a shard's blocks and leave them: directory, bits and counters, whatever the number of segments.
+"""Adds users to a shard's blocks and removes them: directory, bits and counters, for any number of segments.
 
-Bits say what the rules say, overrides apart. The caller's transaction shares the shard's lock, so no rule changes
-under it, and holds the row of shard_state, so nobody else reads and writes these blocks: read, modify, write is safe.
+Bits hold the result of the rules, without overrides. The caller's transaction shares the shard's lock, so no rule
+changes meanwhile, and holds the row of shard_state, so no other transaction changes these blocks: read, modify, write
+is safe.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from segsvc.domain.segment import Policy, ShardSegment
 from segsvc.domain.sharding import BLOCK_SLOTS
 
 ROWS_AT_ONCE = 65_536
-"""Rows of bits (128 bytes each) held at a time while users leave: bounds memory, whatever the number of segments."""
+"""Rows of bits (128 bytes each) held at a time while users leave: bounds memory, for any number of segments."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -30,13 +31,13 @@ class ShardBits(Protocol):
         """The shard's segments that have a rule, by id."""
 
     def matching(self, conditions: Sequence[str], slots: Int64s) -> Iterable[tuple[str, npt.NDArray[np.bool_]]]:
-        """For each condition in turn, for which of the users in these slots it holds, with the attributes of now.
+        """For each condition in turn, for which of the users in these slots it holds, with their present attributes.
 
-        A handful of statements, whatever the number of conditions.
+        Takes a few statements, for any number of conditions.
         """
 
     def directory(self, blocks: Sequence[int]) -> Mapping[int, Int64s]:
-        """User ids of those of these blocks that exist, 1024 each, 0 where there is no user."""
+        """User ids, for the blocks that exist: 1024 each, 0 where there is no user."""
 
     def put_directory(self, directory: Mapping[int, Int64s]) -> None:
         """Write blocks of the directory, new ones too."""
@@ -45,10 +46,10 @@ class ShardBits(Protocol):
         """Every segment's bits in these blocks, by block and segment; rows without a bit set do not exist."""
 
     def put_bit_rows(self, rows: bits.BitRows, *, stored: npt.NDArray[np.bool_]) -> None:
-        """Write rows of bits; one without a bit set is not kept.
+        """Write rows of bits; a row without a bit set is not kept.
 
         Args:
-            stored: of each row, whether there is one of its block and segment now, which is replaced.
+            stored: for each row, whether one of its block and segment exists now, which is replaced.
         """
 
     def add_to_rule_counts(self, added: Mapping[int, int]) -> None:
@@ -81,6 +82,7 @@ def place_users(tx: ShardBits, first_slot: int, user_ids: Int64s) -> None:
             packed[n] = bits.pack(flags.reshape(block_count, BLOCK_SLOTS))
     if not counts:
         return
+
     touched = packed.any(axis=2)
     which_segment, which_block = np.nonzero(touched)
     rows = bits.BitRows(
@@ -96,11 +98,12 @@ def place_users(tx: ShardBits, first_slot: int, user_ids: Int64s) -> None:
 def _evaluated(
     tx: ShardBits, segments: Sequence[ShardSegment], slots: Int64s, user_ids: Int64s
 ) -> Iterator[tuple[ShardSegment, npt.NDArray[np.bool_]]]:
-    """Each segment with the users whom its rule says are members, overrides apart. All of them have a rule."""
-    # Many segments may share a condition: it is asked once, and where the attributes are.
+    """Each segment with the users that its rule makes members, without overrides. All of the segments have a rule."""
+    # Many segments may share a condition: it is evaluated once, in the database, where the attributes are.
     conditions = sorted({segment.rule.condition for segment in segments if segment.rule and segment.rule.condition})
     holds: dict[str, npt.NDArray[np.bool_]] = {"": np.ones(user_ids.shape, dtype=np.bool_)}
     holds.update(tx.matching(conditions, slots))
+
     hashes = UserHashes(user_ids)
     for segment in segments:
         if segment.rule is None:
@@ -109,13 +112,14 @@ def _evaluated(
 
 
 def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
-    """Set and clear the bits of users whose rows have just got other attributes.
+    """Set and clear the bits of users whose attributes have just changed.
 
-    Rules without a condition say of them what they said, and FROZEN ones keep what the rollout found.
+    Rules without a condition give the same result as before, and FROZEN rules keep what the rollout found.
     """
     segments = [segment for segment in tx.rules() if _follows_changes(segment)]
     if not segments:
         return
+
     members = np.stack([flags for _, flags in _evaluated(tx, segments, slots, user_ids)])
     index_of = {segment.id: n for n, segment in enumerate(segments)}
     ids = np.array([segment.id for segment in segments], dtype=np.int64)
@@ -156,9 +160,9 @@ def evaluate_again(tx: ShardBits, slots: Int64s, user_ids: Int64s) -> None:
 
 
 def _block_chunks(slots: Int64s, segments: int) -> Iterator[tuple[Int64s, Int64s]]:
-    """Blocks of these slots, as many at a time as memory allows, each with the positions of its slots."""
+    """Blocks of these slots, as many at a time as memory allows, with the positions of their slots."""
     blocks = np.unique(slots // BLOCK_SLOTS)
-    # Flags are a byte for each slot here, eight times their packed size.
+    # Flags take a byte for each slot here, eight times their packed size.
     at_once = max(1, ROWS_AT_ONCE // (8 * max(segments, 8)))
     for start in range(0, blocks.size, at_once):
         part = blocks[start : start + at_once]
@@ -171,18 +175,19 @@ def _follows_changes(segment: ShardSegment) -> bool:
 
 
 def clear_users(tx: ShardBits, slots: Int64s) -> None:
-    """Take users out of the directory and out of every segment, FROZEN ones included: they are gone."""
+    """Remove deleted users from the directory and from every segment, FROZEN ones included."""
     blocks, block_of_slot = np.unique(slots // BLOCK_SLOTS, return_inverse=True)
     leaving = np.zeros((blocks.size, BLOCK_SLOTS), dtype=np.bool_)
     leaving[block_of_slot, slots % BLOCK_SLOTS] = True
     leaving_packed = bits.pack(leaving)
+
     blocks_at_once = max(1, ROWS_AT_ONCE // max(len(tx.rules()), 64))
     removed: dict[int, int] = {}
     for start in range(0, blocks.size, blocks_at_once):
         chunk = slice(start, start + blocks_at_once)
         wanted = blocks[chunk].tolist()
         directory = tx.directory(wanted)
-        # A block without a row is a fault of the shard, which the checker names; it does not stop a deletion.
+        # A block without a row is a fault of the shard, which the checker reports; it does not stop a deletion.
         tx.put_directory(
             {
                 block: np.where(gone, 0, directory[block])
@@ -190,17 +195,20 @@ def clear_users(tx: ShardBits, slots: Int64s) -> None:
                 if block in directory
             }
         )
+
         rows = tx.bit_rows(wanted)
         cleared = rows.packed & leaving_packed[np.searchsorted(blocks, rows.blocks)]
         changed = cleared.any(axis=1)
         if not changed.any():
             continue
+
         cleared = cleared[changed]
         segment_ids = rows.segment_ids[changed]
         tx.put_bit_rows(
             bits.BitRows(blocks=rows.blocks[changed], segment_ids=segment_ids, packed=rows.packed[changed] & ~cleared),
             stored=np.ones(segment_ids.size, dtype=np.bool_),
         )
+
         lost = np.bitwise_count(cleared).sum(axis=1, dtype=np.int64)
         for segment_id, count in zip(segment_ids.tolist(), lost.tolist(), strict=True):
             removed[segment_id] = removed.get(segment_id, 0) - count
@@ -209,14 +217,14 @@ def clear_users(tx: ShardBits, slots: Int64s) -> None:
 
 
 def _takes_newcomers(segment: ShardSegment) -> bool:
-    """A FROZEN rule keeps out everyone whose slot is later than its rollout: everyone new."""
+    """A FROZEN rule excludes every user whose slot was given out after its rollout: every new user."""
     return segment.rule is not None and segment.rule.policy is Policy.LIVE
 
 
 def _merge(rows: bits.BitRows, old: bits.BitRows, first_block: int) -> npt.NDArray[np.bool_]:
-    """Add the bits that the first block has already. Returns for which rows there is one.
+    """Add the bits that the first block has already. Returns which of the rows are stored already.
 
-    Rows of later blocks belong to nobody: there are none, unless a fault has left some. They are replaced.
+    Rows of later blocks belong to no user: there are none, unless a fault has left some. They are replaced.
 
     Args:
         rows: is changed.

@@ -1,4 +1,4 @@
-"""What the service knows of one user."""
+"""Reads one user: attributes and version."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class UserReader(Protocol):
     """The shards, as far as reading a user needs them."""
 
     def get(self, user_id: int, *, timeout_s: float | None) -> User | None:
-        """None: nobody created the user, or somebody deleted them. Raises SHARD_UNAVAILABLE."""
+        """The user; None: the user was never created, or was deleted. Raises SHARD_UNAVAILABLE."""
 
 
 class UserService:

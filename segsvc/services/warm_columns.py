@@ -1,4 +1,4 @@
-"""Whole blocks turned from bits per segment into segments per user: the warmer's arithmetic, in numpy."""
+"""Turns whole blocks from bits per segment into segments per user: the warmer's arithmetic, in numpy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segsvc.services.slug_map import SlugMap
 
 
 def segments_of(blocks: Sequence[UserBlock]) -> set[int]:
-    """All segments that the memberships of these blocks speak of."""
+    """All segments that occur in the memberships of these blocks."""
     found: set[int] = set()
     for block in blocks:
         found.update(block.segment_ids.tolist(), block.overrides[:, 1].tolist())
@@ -23,19 +23,22 @@ def segments_of(blocks: Sequence[UserBlock]) -> set[int]:
 def entry_columns(
     blocks: Sequence[UserBlock], granted: npt.NDArray[np.int64], without_slug: set[int], slugs: SlugMap
 ) -> EntryColumns:
-    """Entries of the users of these blocks who are among the granted ones.
+    """Entries of those users of these blocks whose ids are among ``granted``.
 
     Args:
-        blocks: at least one, all of one statement.
+        blocks: at least one, all read by one statement.
+        granted: ids of users that the cache has given leases for.
         without_slug: segments to leave out, see ``SlugMap.read_named``.
     """
     by_slug = np.array(slugs.in_slug_order(segments_of(blocks) - without_slug), dtype=np.int64)
     flags, valid_until_us = _flags(blocks, by_slug)
+
     user_ids = np.concatenate([block.user_ids for block in blocks])
     wanted = np.flatnonzero((user_ids > 0) & np.isin(user_ids, granted))
     by_user = flags.reshape(user_ids.size, by_slug.size)[wanted]
     # Row by row, so a user's segments come together, in the order of the slugs.
     columns = np.flatnonzero(by_user) % max(by_slug.size, 1)
+
     return EntryColumns(
         user_ids=user_ids[wanted],
         blocks=np.repeat(np.array([block.block for block in blocks], dtype=np.uint32), BLOCK_SLOTS)[wanted],
@@ -50,15 +53,17 @@ def entry_columns(
 def _flags(
     blocks: Sequence[UserBlock], by_slug: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Who is in what, shape (blocks, 1024, segments), overrides laid over; and each slot's nearest expiry."""
+    """Memberships, shape (blocks, 1024, segments), overrides included; and each slot's nearest expiry."""
     sorter = np.argsort(by_slug)
-    # Turned while eight slots are one byte: an eighth of the work.
+
+    # Transposed while eight slots are one byte: an eighth of the work.
     packed = np.zeros((len(blocks), BLOCK_BYTES, by_slug.size), dtype=np.uint8)
     for index, block in enumerate(blocks):
         named = np.isin(block.segment_ids, by_slug)
         rows = sorter[np.searchsorted(by_slug, block.segment_ids[named], sorter=sorter)]
         packed[index, :, rows] = block.packed[named]
     flags = np.unpackbits(packed, axis=1, bitorder="little").view(np.bool_)
+
     valid_until_us = np.full((len(blocks), BLOCK_SLOTS), NEVER_US, dtype=np.int64)
     for index, block in enumerate(blocks):
         overrides = block.overrides[np.isin(block.overrides[:, 1], by_slug)]

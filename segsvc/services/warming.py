@@ -1,8 +1,8 @@
-"""Fills the cache ahead of the reads: after a bulk change every entry is a miss, and so is every new user's.
+"""Fills the cache ahead of the reads: after a bulk change every user is a miss, and so is every new user.
 
-Goes through the same steps as a read that misses (acquire, its reply, the read, fill), many users at a time, so it is
-as safe beside writers, readers and other warmers. A sweep covers a shard's blocks, most read first, those without
-reads newest first. Each run does the least that is needed:
+The warmer takes the same steps as a read that misses (acquire, its reply, the read, fill), many users at a time, so it
+is as safe beside writers, readers and other warmers. A sweep covers a shard's blocks: the most read ones first, then
+those without reads, newest first. Each run does the least that is needed:
 
 - nothing, if the last sweep was made under the generation in force, covers every user and is not old;
 - the new blocks, if only users came;
@@ -33,15 +33,16 @@ log = get_logger(__name__)
 BLOCKS_AT_ONCE: Final = 2
 """Blocks read by one statement. While they are leased, reads of their users are answered and fill nothing."""
 SWEEP_EVERY_S: Final = 60.0
-"""How often a shard is looked over although nothing is known to have changed; less often if that takes long."""
+"""How often a shard is swept again although nothing is known to have changed; less often if that takes long."""
 SWEEP_SHARE: Final = 0.05
-"""The part of the time that looking over may take."""
+"""The part of the time that sweeping again may take."""
 MAXMEMORY_SHARE: Final = 0.9
-"""The part of the server's memory that the warmer fills; the rest is for what is read."""
+"""The part of the server's memory that the warmer fills; the rest is for users that are read."""
 BUSY_SHARE: Final = 1 / 64
-"""A sweep that found more of its users busy has not made the shard warm. A few always are, where there are reads."""
+"""A sweep that found a larger part of its users busy has not made the shard warm. A few users are always busy while
+there are reads."""
 MISSING_SHARE: Final = 1 / 16
-"""With the memory used up, a block is still warmed if no more of its users are without a key: entries that are
+"""With the memory used up, a block is still warmed if at most this part of its users has no key: entries that are
 replaced take no more memory."""
 
 
@@ -52,7 +53,7 @@ class WarmSession(Protocol):
         """The users of these blocks; blocks without a directory row are left out."""
 
     def read(self, blocks: Sequence[int]) -> Sequence[UserBlock]:
-        """All that their memberships depend on, of one moment."""
+        """All that the memberships of these blocks depend on, read at one moment."""
 
 
 class WarmReads(Protocol):
@@ -62,7 +63,7 @@ class WarmReads(Protocol):
         """Slots given out so far."""
 
     def warm_session(self, shard: int) -> AbstractContextManager[WarmSession | None]:
-        """A session that no other warmer has at the same time; None: another has it."""
+        """A session that one warmer has at a time; None: another warmer has it."""
 
 
 class WarmCache(Protocol):
@@ -76,7 +77,7 @@ class WarmCache(Protocol):
 
 
 class Notes(Protocol):
-    """What the warmer and the fronts tell each other. All raise CACHE_UNAVAILABLE."""
+    """What the warmer and the fronts note for each other. All methods raise CACHE_UNAVAILABLE."""
 
     def hottest(self, shard: int) -> Sequence[int]: ...
 
@@ -96,8 +97,8 @@ class WarmReport:
     """What one run did.
 
     Attributes:
-        entries: filled.
-        blocks: looked at; 0: there was nothing to do, or another warmer does it.
+        entries: entries filled.
+        blocks: blocks visited; 0: there was nothing to do, or another warmer does it.
         stopped_by_budget: blocks were left cold because the memory for warming is used up.
     """
 
@@ -112,32 +113,32 @@ class WarmReport:
 class _Run:
     shard: int
     session: WarmSession
-    looking_over: bool
-    """Under this generation everything was warm once: users with a key need nothing."""
+    sweeping_again: bool
+    """A sweep under this generation was completed before: users with a key need nothing."""
     nonce: bytes | None
     filler: Executor
-    """One thread: while the cache takes one chunk in, the next is read and turned. Both are about equal work."""
+    """One thread: while the cache takes one chunk in, the next is read and transposed. Both take about as long."""
     filling: Future[int] | None = None
     entries: int = 0
     blocks: int = 0
     users: int = 0
     busy: int = 0
-    """Users who are leased to others or blocked: not warm, and not this run's to fill."""
+    """Users who are leased to another process or barred: they are not warm, and this run cannot fill them."""
     stopped_by_budget: bool = False
     started: float = field(default_factory=time.monotonic)
 
     def await_filling(self) -> None:
-        """Wait for the last fill. Raises what it raised."""
+        """Wait for the last fill. Raises the error that it raised."""
         if self.filling is not None:
             self.entries += self.filling.result()
             self.filling = None
 
 
 class Warmer:
-    """Warms shards, one run at a time a shard.
+    """Warms shards, one run at a time for each shard.
 
     Args:
-        budget_bytes: no entries are added while the cache's server uses more; 0: nothing is warmed.
+        budget_bytes: no entries are added while the cache's server uses more memory; 0: nothing is warmed.
         now_s: the wall clock, seconds since 1970.
     """
 
@@ -160,7 +161,7 @@ class Warmer:
         self._sweep_seconds: dict[int, float] = {}
 
     def warm_shard(self, shard: int) -> WarmReport:
-        """Do what is needed to have the shard's users in the cache, within the budget.
+        """Do what is needed so that the cache has the shard's users, within the budget.
 
         Raises:
             ServiceError: SHARD_UNAVAILABLE, CACHE_UNAVAILABLE: the next run goes on.
@@ -170,10 +171,11 @@ class Warmer:
         next_slot = self._reads.next_slot(shard)
         if not next_slot or self._is_warm(shard, self._notes.last_sweep(shard), next_slot):
             return WarmReport(shard)
+
         with self._reads.warm_session(shard) as session:
             if session is None:
                 return WarmReport(shard)
-            # Asked again: what another run did since is not to be done twice.
+            # Checked again: another run may have swept the shard in between.
             last = self._notes.last_sweep(shard)
             if self._is_warm(shard, last, next_slot):
                 return WarmReport(shard)
@@ -198,7 +200,8 @@ class Warmer:
         complete = all(self._warm(run, chunk) for chunk in self._chunks(shard, first_block, next_slot))
         run.await_filling()
         if run.busy > run.users * BUSY_SHARE:
-            complete = False  # the next run looks again: leases end within seconds
+            complete = False  # the next run tries again: leases end within seconds
+
         seconds = time.monotonic() - run.started
         if complete and run.nonce is not None:
             ended_s = int(self._now_s()) if last is None or whole else last.ended_s
@@ -206,13 +209,14 @@ class Warmer:
             if whole:
                 self._notes.fade(shard)
                 self._sweep_seconds[shard] = seconds
+
         metrics.warmed.labels(shard).inc(run.entries)
         if run.entries:
             log.info("warmed", shard=shard, entries=run.entries, blocks=run.blocks, seconds=round(seconds, 3))
         return WarmReport(shard, run.entries, run.blocks, seconds, run.stopped_by_budget)
 
     def _chunks(self, shard: int, first_block: int, next_slot: int) -> Iterator[list[int]]:
-        """The blocks from ``first_block`` on, in the order in which they are worth the memory."""
+        """The blocks from ``first_block`` on, in the order in which they deserve the memory."""
         end = -(-next_slot // BLOCK_SLOTS)
         hot = [block for block in self._notes.hottest(shard) if first_block <= block < end]
         known = set(hot)
@@ -221,12 +225,13 @@ class Warmer:
             yield order[first : first + BLOCKS_AT_ONCE]
 
     def _warm(self, run: _Run, blocks: Sequence[int]) -> bool:
-        """Warm some blocks. False: the generation has changed, and what this run has filled is of no more use."""
+        """Warm some blocks. False: the generation has changed, so that the entries filled by this run are misses."""
         run.blocks += len(blocks)
         users = self._worth_warming(run, run.session.users_of(blocks))
         user_ids = [user_id for members in users.values() for user_id in members]
         if not user_ids:
             return True
+
         grant = self._cache.acquire(run.shard, user_ids)
         run.users += len(user_ids)
         run.busy += grant.busy
@@ -234,6 +239,7 @@ class Warmer:
             self._cache.release(run.shard, grant, list(grant.user_ids))
             return False
         run.nonce = grant.nonce
+
         # Refused users are in the cache, being read, or being changed; blocks of only such users are not read.
         wanted = [block for block, members in users.items() if not grant.user_ids.isdisjoint(members)]
         if wanted:
@@ -263,16 +269,17 @@ class Warmer:
         return memory.used_bytes > limit
 
     def _worth_warming(self, run: _Run, users: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
-        """Leave out blocks that have all their keys already, and those for which there is no memory."""
+        """The blocks without those that have all their keys already, and those for which there is no memory."""
         full = self._is_full()
-        if not full and not run.looking_over:
+        if not full and not run.sweeping_again:
             return dict(users)
+
         worth = {}
         for (block, members), present in zip(
             users.items(), self._notes.present(run.shard, list(users.values())), strict=True
         ):
             missing = len(members) - present
-            if run.looking_over and not missing:
+            if run.sweeping_again and not missing:
                 continue
             if full and missing > len(members) * MISSING_SHARE:
                 run.stopped_by_budget = True
