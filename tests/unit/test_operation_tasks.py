@@ -36,7 +36,7 @@ def test_how_often_a_shard_is_tried(monkeypatch: pytest.MonkeyPatch, error: Exce
             put_progress = staticmethod(lambda *_: None)
 
     monkeypatch.setattr(tasks.operations, "runtime", Services)
-    monkeypatch.setattr(tasks.app, "whose", lambda _: Installation("test", uuid4()))
+    monkeypatch.setattr(tasks.app, "installation_of", lambda _: Installation("test", uuid4()))
     monkeypatch.setattr(tasks.operations.prepare_shard, "send_event", lambda *_, **__: None)
     ended = tasks.operations.prepare_shard.apply(
         kwargs={"operation_id": str(uuid4()), "shard": 1, "title": "roll out x"}
