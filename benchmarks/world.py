@@ -24,7 +24,7 @@ from benchmarks.seed import Shape, fill
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
 from segsvc.local.postgres import PostgresServer
-from segsvc.local.processes import Daemon, LocalStackError, ended_as_interrupted, find_marked, kill_marked
+from segsvc.local.processes import Daemon, LocalStackError, find_marked, kill_marked, termination_raises
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import write_env
@@ -62,7 +62,7 @@ class World:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
-            undo.enter_context(ended_as_interrupted())
+            undo.enter_context(termination_raises())
             self.folder.mkdir(parents=True, exist_ok=True)
             undo.enter_context(self._alone())
             self._clean_up()

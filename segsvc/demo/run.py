@@ -15,7 +15,7 @@ from segsvc.demo.people import user_ids
 from segsvc.demo.running import run_story, summarise
 from segsvc.demo.screen import Screen
 from segsvc.demo.story import commands, failpoint_dir
-from segsvc.local.processes import LocalStackError, ended_as_interrupted, tail
+from segsvc.local.processes import LocalStackError, tail, termination_raises
 from segsvc.local.stack import LocalStack
 from segsvc.local.stack_env import metrics_addresses
 
@@ -57,7 +57,7 @@ def run_demo(
 
     with contextlib.ExitStack() as undo:
         screen.chapter("The stack starts")
-        undo.enter_context(ended_as_interrupted())
+        undo.enter_context(termination_raises())
         undo.callback(lambda: stack.down(purge=True))
         settings = stack.up()
         undo.enter_context(_marked(stack_dir))

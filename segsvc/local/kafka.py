@@ -1,12 +1,12 @@
-"""A Kafka for one machine: the user's brokers, a real one of our own, or librdkafka's in-memory stand-in.
+"""A Kafka for one machine: the user's brokers, a real broker of our own, or librdkafka's in-memory stand-in.
 
-In this order, and the choice is always said:
+The first possible one is chosen, and the choice is always printed:
 
-1. ``SEGSVC_KAFKA_BOOTSTRAP_SERVERS`` is set: those brokers are used, and none is started or stopped.
-2. Java 17 or later and Maven are there: Apache Kafka's own broker (KRaft, one node) from its Maven artifact. The jars
-   are fetched once and kept.
-3. Neither: the mock broker inside librdkafka, in a process of its own. It keeps everything in memory and does not do
-   all that Kafka does. ``SEGSVC_REQUIRE_REAL_KAFKA=1`` makes this an error.
+1. ``SEGSVC_KAFKA_BOOTSTRAP_SERVERS`` is set: those brokers are used; none is started or stopped.
+2. Java 17 or later and Maven are installed: Apache Kafka's own broker (KRaft, one node) from its Maven artifact. The
+   jars are fetched once and kept.
+3. Otherwise: the mock broker of librdkafka, in a process of its own. It keeps everything in memory and lacks some
+   features of Kafka. ``SEGSVC_REQUIRE_REAL_KAFKA=1`` makes this an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from segsvc.local.processes import MARKER, Daemon, LocalStackError, free_ports, 
 JAVA_VERSION_MIN = 17
 START_TIMEOUT_S = 90.0
 
-# A user's events are in order within a partition; eight let several consumers share the work.
+# The events of one user are in order within a partition. Eight partitions let several consumers share the work.
 TOPICS: dict[str, int] = {
     **dict.fromkeys(events.TOPICS, 8),
     **{f"{topic}.dlq": 1 for topic in events.TOPICS},
@@ -45,8 +45,8 @@ TOPICS: dict[str, int] = {
 }
 
 _DEAD_LETTER_BYTES_MAX = 64 * 1024 * 1024
-"""A dead letter is an event and its headers, so its topic must allow more than the event's does. This is what the
-bridge's producer sends at most, far above what brokers allow by default."""
+"""A dead letter is an event and its headers, so its topic must allow larger messages than the event's topic. This is
+the largest message that the bridge's producer sends, far above the default limit of brokers."""
 
 Say = Callable[[str], object]
 
@@ -75,7 +75,7 @@ num.io.threads=4
 
 
 class KafkaServer(Protocol):
-    """What the stack and the tests need of a Kafka, whichever it is."""
+    """What the stack and the tests need from a Kafka of any kind."""
 
     bootstrap_servers: str
     stand_in: bool
@@ -90,12 +90,12 @@ class KafkaServer(Protocol):
 
 
 def real_kafka_required(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether ``SEGSVC_REQUIRE_REAL_KAFKA`` asks for a real broker (anything but empty and 0)."""
+    """Whether ``SEGSVC_REQUIRE_REAL_KAFKA`` requires a real broker (any value except empty and 0)."""
     return environ.get("SEGSVC_REQUIRE_REAL_KAFKA", "") not in ("", "0")
 
 
 def java_version() -> int | None:
-    """Major version of the ``java`` on the PATH; None if there is none or it does not say."""
+    """Major version of the ``java`` on the PATH; None if there is none or its version is unknown."""
     try:
         done = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -105,7 +105,7 @@ def java_version() -> int | None:
 
 
 def why_no_real_kafka() -> str | None:
-    """What is missing for a broker of our own, with the command that mends it; None if nothing is."""
+    """What is missing for a broker of our own, with the command that installs it; None if nothing is missing."""
     version = java_version()
     if version is None:
         return "Java is missing (apt-get install openjdk-17-jre-headless maven)"
@@ -125,21 +125,22 @@ def start_kafka(
     say: Say = print,
     environ: Mapping[str, str] = os.environ,
 ) -> KafkaServer:
-    """Start the best Kafka that can be had here, or find the user's. Topics are made by ``create_topics``.
+    """Start the best Kafka that is possible on this machine, or use the user's. ``create_topics`` makes the topics.
 
     Args:
-        folder: place of its data and log; made if absent.
+        folder: where its data and log are; made if absent.
         jars: folder where the broker's jars are kept between runs; made if absent.
-        ports: those of a real broker of our own; free ones unless given.
+        ports: ports of a real broker of our own and of its controller; by default, free ones.
         mark: the stack's folder for ``processes.find_marked``.
-        say: told in a sentence what was chosen, and what takes long.
+        say: called with a sentence about the choice, and about steps that take long.
 
     Raises:
-        LocalStackError: it did not start, or a real one is required and cannot be had.
+        LocalStackError: Kafka did not start, or a real one is required and not possible.
     """
     if servers := environ.get("SEGSVC_KAFKA_BOOTSTRAP_SERVERS"):
         say(f"Kafka: using your brokers at {servers}")
         return UserKafka(servers)
+
     missing = why_no_real_kafka()
     if missing is None:
         try:
@@ -150,16 +151,17 @@ def start_kafka(
             missing = str(error)
     elif real_kafka_required(environ):
         raise LocalStackError(
-            f"SEGSVC_REQUIRE_REAL_KAFKA=1, but no real Kafka can be had: {missing}; "
-            "or point SEGSVC_KAFKA_BOOTSTRAP_SERVERS at your own."
+            f"SEGSVC_REQUIRE_REAL_KAFKA=1, but no real Kafka can be started: {missing}; "
+            "or set SEGSVC_KAFKA_BOOTSTRAP_SERVERS to your own brokers."
         )
+
     server: RealKafka | StandInKafka
     if missing is None:
         server = RealKafka(folder, jars, ports=ports, mark=mark)
     else:
         say(
-            "ATTENTION: NO REAL KAFKA. librdkafka's in-memory broker stands in: nothing is kept on disk, and it does "
-            f"not do all that Kafka does. Why: {missing}"
+            "ATTENTION: NO REAL KAFKA. librdkafka's in-memory broker stands in: nothing is kept on disk, and some "
+            f"features of Kafka are missing. Reason: {missing}"
         )
         server = StandInKafka(folder, mark=mark)
     server.start()
@@ -167,7 +169,7 @@ def start_kafka(
 
 
 class UserKafka:
-    """Brokers that somebody else runs."""
+    """The user's own brokers."""
 
     stand_in = False
 
@@ -180,10 +182,10 @@ class UserKafka:
         return True
 
     def stop(self) -> None:
-        """Nothing: it is not ours."""
+        """Do nothing: the brokers are not ours."""
 
     def create_topics(self, topics: Mapping[str, int]) -> None:
-        """Create those that are absent, each with so many partitions."""
+        """Create the topics that are absent, each with its number of partitions."""
         create_topics(self.bootstrap_servers, topics)
 
 
@@ -195,7 +197,7 @@ class RealKafka:
     def __init__(
         self, folder: Path, jars: Path, *, ports: tuple[int, int] | None = None, mark: Path | None = None
     ) -> None:
-        """``ports``: those of the broker and of its controller; free ones unless given."""
+        """``ports``: of the broker and of its controller; by default, free ones."""
         self.folder = folder.resolve()
         self.bootstrap_servers = f"127.0.0.1:{ports[0]}" if ports else ""
         self.description = f"Kafka {KAFKA_ARTIFACT[2]} (a broker of our own)"
@@ -211,7 +213,7 @@ class RealKafka:
 
     @property
     def died(self) -> bool:
-        """Whether it has ended without being told to."""
+        """Whether it has ended without a call of ``stop`` or ``kill``."""
         return self._daemon.died
 
     @property
@@ -219,16 +221,17 @@ class RealKafka:
         return self._daemon.pid
 
     def start(self) -> None:
-        """Start it, formatting its storage the first time; returns when clients can connect.
+        """Start the broker, and format its storage the first time; returns when clients can connect.
 
         Raises:
-            LocalStackError: it did not start; with the last lines of its log.
+            LocalStackError: the broker did not start; with the last lines of its log.
         """
         if self.ports and self.running:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.ports = self.ports or _two(free_ports(2))
         self.bootstrap_servers = f"127.0.0.1:{self.ports[0]}"
+
         data = self.folder / "data"
         if not data.exists():
             unfinished = self.folder / "data.unfinished"
@@ -236,29 +239,30 @@ class RealKafka:
             config = self._write_config("format.properties", unfinished)
             self._format(config)
             unfinished.rename(data)
+
         config = self._write_config("server.properties", data)
         options = ["-Xmx512m", "-Xms128m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
         self._daemon.spawn(self._java(*options, "kafka.Kafka", str(config)), cwd=self.folder)
-        # First that it listens: kafka-python would wait longer and longer between its attempts.
+        # First wait until it listens: kafka-python would wait longer and longer between its attempts.
         listening = partial(_listens, self.ports[0])
         self._daemon.await_ready(listening, timeout_s=START_TIMEOUT_S)
         self._daemon.await_ready(lambda: _answers(self.bootstrap_servers), timeout_s=START_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Orderly shutdown. Returns when it is gone."""
+        """Shut it down in order. Returns when its process is gone."""
         self._daemon.stop(signals=((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)))
 
     def kill(self) -> None:
-        """SIGKILL, as a crash does. Returns when it is gone."""
+        """SIGKILL, like a crash. Returns when its process is gone."""
         self._daemon.stop(signals=((signal.SIGKILL, 5.0),))
 
     def restart(self) -> None:
-        """Stop, then start: same address, same data."""
+        """Stop, then start with the same address and data."""
         self.stop()
         self.start()
 
     def create_topics(self, topics: Mapping[str, int]) -> None:
-        """Create those that are absent, each with so many partitions."""
+        """Create the topics that are absent, each with its number of partitions."""
         create_topics(self.bootstrap_servers, topics)
 
     def _write_config(self, name: str, data: Path) -> Path:
@@ -274,13 +278,13 @@ class RealKafka:
             f"{prefix}.dateTimeFormat=HH:mm:ss.SSS",
             f"{prefix}.defaultLogLevel=info",
         ]
-        # Else it leaves files of its own in the machine's temporary folder when it is killed.
+        # Without these, a killed broker leaves files in the machine's temporary folder.
         places = [f"-Djava.io.tmpdir={self.folder}", "-XX:-UsePerfData"]
         return ["java", *places, *logging, "-cp", self._classpath, *arguments]
 
     def _format(self, config: Path) -> None:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        # One word: the id may begin with a hyphen, and would be taken for an option.
+        # One argument: the id may begin with a hyphen, and would otherwise be read as an option.
         command = self._java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(config))
         before = log_size(self.log)
         with self.log.open("ab") as log:
@@ -293,11 +297,11 @@ class RealKafka:
                     child.wait()
         if child.returncode != 0:
             said = tail(self.log, since=before)
-            raise LocalStackError(f"Kafka's storage could not be made. The last lines of {self.log}:\n{said}")
+            raise LocalStackError(f"Kafka's storage could not be formatted. The last lines of {self.log}:\n{said}")
 
 
 class StandInKafka:
-    """librdkafka's mock broker in a process of its own; everything is lost when it ends."""
+    """librdkafka's mock broker in a process of its own; all messages are lost when it ends."""
 
     stand_in = True
 
@@ -318,7 +322,7 @@ class StandInKafka:
         return self._daemon.pid
 
     def start(self) -> None:
-        """Start it; returns when it has said its address.
+        """Start the mock broker; returns when it has written its address.
 
         Raises:
             LocalStackError: it did not start; with the last lines of its log.
@@ -326,6 +330,7 @@ class StandInKafka:
         if self.running and self._address_file.exists():
             self.bootstrap_servers = json.loads(self._address_file.read_text())["bootstrap_servers"]
             return
+
         self.folder.mkdir(parents=True, exist_ok=True)
         self._address_file.unlink(missing_ok=True)
         self._daemon.spawn([sys.executable, "-m", "segsvc.local.kafka_standin", str(self._address_file)])
@@ -333,15 +338,15 @@ class StandInKafka:
         self.bootstrap_servers = json.loads(self._address_file.read_text())["bootstrap_servers"]
 
     def stop(self) -> None:
-        """End it, and with it all its messages. Returns when it is gone."""
+        """End the mock broker; its messages are lost. Returns when its process is gone."""
         self._daemon.stop(signals=((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)))
 
     def create_topics(self, topics: Mapping[str, int]) -> None:
-        """Nothing to do: it makes a topic (of four partitions) when a client first asks for it."""
+        """Do nothing: the mock broker makes a topic (of four partitions) when a client first asks for it."""
 
 
 def create_topics(bootstrap_servers: str, topics: Mapping[str, int]) -> None:
-    """Create those topics that are absent, each with so many partitions and the brokers' default replication.
+    """Create the topics that are absent, each with its number of partitions and the brokers' default replication.
 
     Raises:
         LocalStackError: the brokers refused or could not be reached.
@@ -354,7 +359,7 @@ def create_topics(bootstrap_servers: str, topics: Mapping[str, int]) -> None:
                 try:
                     admin.create_topics([_new_topic(name, topics[name])])
                 except TopicAlreadyExistsError:
-                    continue  # somebody else was faster
+                    continue  # another process was faster
         finally:
             admin.close()
     except KafkaError as error:

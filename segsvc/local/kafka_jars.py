@@ -33,19 +33,21 @@ _POM = """\
 
 
 def fetch_jars(jars: Path, *, mark: Path, say: Callable[[str], object] = print) -> None:
-    """Fetch the broker's jars with Maven into ``jars``, unless they are there. They appear whole or not at all.
+    """Fetch the broker's jars with Maven into ``jars``, unless it holds them. It appears complete or not at all.
 
     Raises:
-        LocalStackError: Maven failed; with the last lines of what it said.
+        LocalStackError: Maven failed; with the last lines of its output.
     """
     pom = _POM.format(*KAFKA_ARTIFACT, SLF4J_VERSION)
     if _holds(jars, pom):
         return
+
     say("Kafka: fetching the broker with Maven (43 MB, once)")
     jars.parent.mkdir(parents=True, exist_ok=True)
     unfinished = jars.with_name(f"{jars.name}.unfinished-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
+
     try:
         (unfinished / "pom.xml").write_text(pom)
         log = unfinished / "maven.log"
@@ -66,23 +68,26 @@ def fetch_jars(jars: Path, *, mark: Path, say: Callable[[str], object] = print) 
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
+
         if code != 0:
-            raise LocalStackError(f"Maven could not fetch Kafka (exit code {code}). What it said last:\n{tail(log)}")
-        # Beside the jars, it tells which versions they are.
+            raise LocalStackError(
+                f"Maven could not fetch Kafka (exit code {code}). The last lines of its output:\n{tail(log)}"
+            )
+        # Kept beside the jars: it says which versions they are.
         (unfinished / "pom.xml").rename(unfinished / "jars" / "pom.xml")
         shutil.rmtree(jars, ignore_errors=True)
         try:
             (unfinished / "jars").rename(jars)
         except OSError:
-            if not _holds(jars, pom):  # else another run was faster, with the same jars
+            if not _holds(jars, pom):  # otherwise another run was faster, with the same jars
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _has_maven_home() -> bool:
-    """Whether Maven can keep its repository where it wants to: in the home directory of the user database (not
-    $HOME), which system users and containers with a made-up user id lack."""
+    """Whether Maven can keep its repository in its default place: the home directory of the user database (not $HOME),
+    which system users and containers with an arbitrary user id lack."""
     try:
         home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
     except KeyError:
@@ -91,7 +96,7 @@ def _has_maven_home() -> bool:
 
 
 def _holds(jars: Path, pom: str) -> bool:
-    """Whether ``jars`` is what this pom names, and not an older version's."""
+    """Whether ``jars`` holds the versions that this pom names, and not older ones."""
     try:
         return (jars / "pom.xml").read_text() == pom
     except FileNotFoundError:

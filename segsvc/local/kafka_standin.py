@@ -18,12 +18,13 @@ from confluent_kafka import Producer
 def main(address_file: Path) -> None:
     """Run the mock broker until SIGTERM or SIGINT."""
     stopping = {signal.SIGTERM, signal.SIGINT}
-    # Blocked before librdkafka starts threads, which inherit the mask: sigwait below then gets the signal for certain.
+    # Blocked before librdkafka starts threads, which inherit the mask: then only sigwait below gets the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-    # The mock cluster belongs to this client, which sends nothing: it is there to hold the cluster and name its port.
+    # The mock cluster belongs to this client. The client sends nothing: it keeps the cluster alive and names its port.
     holder = Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "unused"})
     brokers = holder.list_topics(timeout=30).brokers.values()
     address = ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
+
     unfinished = address_file.with_suffix(".new")
     unfinished.write_text(json.dumps({"bootstrap_servers": address}))
     unfinished.replace(address_file)

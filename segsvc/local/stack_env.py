@@ -1,4 +1,4 @@
-"""What a local stack has chosen for itself, and ``stack.env``: all its settings, as every process of it reads them."""
+"""What a local stack has chosen for itself, and ``stack.env`` with all its settings, which its processes read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dotenv import dotenv_values
 from segsvc.config import Settings
 from segsvc.local.processes import free_ports
 
-# Ports that people expect; others are taken where these are not free.
+# The usual ports; other ports are chosen where these are not free.
 _PORTS = {
     "grpc_address": 50051,
     "flower_address": 5555,
-    # Apart by more than the front has processes, each of which takes the next one.
+    # Each process of the front takes the next port, so the gap to the next address is wide.
     "metrics_address": 9464,
     "operation_worker_metrics_address": 9564,
     "event_worker_metrics_address": 9565,
@@ -28,12 +28,12 @@ _PORTS = {
 
 
 def choose_ports(reserved: ExitStack, wanted: Mapping[str, int] | None = None) -> dict[str, int]:
-    """A port for each name: the one that is wanted if it is free, another one otherwise.
+    """A port for each name: the wanted port if it is free, otherwise another one.
 
-    No other stack that starts meanwhile chooses one of them, until ``reserved`` is closed: by then they are in use.
+    Until ``reserved`` is closed, no other stack that starts chooses one of them; by then they are in use.
 
     Args:
-        wanted: name → port, 0: any. Unless given: the settings of addresses, with the ports that people expect.
+        wanted: name → port, 0: any. By default, the settings with addresses and their usual ports.
     """
     wanted = _PORTS if wanted is None else wanted
     preferred = [port for port in wanted.values() if port]
@@ -42,16 +42,16 @@ def choose_ports(reserved: ExitStack, wanted: Mapping[str, int] | None = None) -
     return {name: port if port in free else others.pop() for name, port in wanted.items()}
 
 
-def usual_ports(kept: Kept) -> dict[str, int]:
-    """Setting of an address → the port that it had before, or that people expect."""
-    return {name: kept.ports.get(name, port) for name, port in _PORTS.items()}
+def preferred_ports(choices: StackChoices) -> dict[str, int]:
+    """Setting with an address → the port that it had before, or else the usual one."""
+    return {name: choices.ports.get(name, port) for name, port in _PORTS.items()}
 
 
-class Kept:
-    """What a stack chooses once and keeps for its life: ports and passwords. In a file for its owner's eyes only.
+class StackChoices:
+    """What a stack chooses once and keeps: ports and passwords. In a file that only its owner can read.
 
     Args:
-        path: the file; absent: nothing was chosen yet.
+        path: the file; it need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,19 +61,19 @@ class Kept:
         self._secrets: dict[str, str] = found.get("secrets", {})
 
     def secret(self, name: str, draw: Callable[[], str]) -> str:
-        """The password of this name, drawn and written down if there is none yet."""
+        """The password of this name; drawn and written to the file if there is none yet."""
         if name not in self._secrets:
             self._secrets[name] = draw()
             self.write()
         return self._secrets[name]
 
     def write(self) -> None:
-        """Write all of it, whole or not at all."""
+        """Write the file, completely or not at all."""
         _write_private(self._path, json.dumps({"ports": self.ports, "secrets": self._secrets}, indent=2) + "\n")
 
 
 def metrics_addresses(settings: Settings) -> dict[str, str]:
-    """Process, as people call it → host:port of its metrics; those that serve none are left out."""
+    """Name of a process for people → host:port of its metrics; without the processes that serve none."""
     addresses = {
         "front": settings.metrics_address,
         "operations worker": settings.operation_worker_metrics_address,
@@ -86,7 +86,7 @@ def metrics_addresses(settings: Settings) -> dict[str, str]:
 
 
 def write_env(path: Path, settings: Settings) -> None:
-    """Write all settings as ``SEGSVC_NAME='value'`` for its owner's eyes only, whole or not at all."""
+    """Write all settings as ``SEGSVC_NAME='value'`` to a file for its owner alone, completely or not at all."""
     lines = []
     for name, value in settings.model_dump(mode="json").items():
         if value is not None:
@@ -105,7 +105,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def read_env(path: Path) -> dict[str, Any]:
-    """What ``write_env`` wrote, by field name: the environment does not come into it."""
+    """What ``write_env`` wrote, by field name; the environment has no influence."""
     return {
         name.removeprefix("SEGSVC_").lower(): value
         for name, value in dotenv_values(path, interpolate=False).items()

@@ -1,4 +1,4 @@
-"""Our own processes under supervisord: started, restarted when they die, their logs rotated, their state told.
+"""Our own processes under supervisord, which starts them, restarts them when they end, and rotates their logs.
 
 supervisord runs in the foreground of a ``Daemon``; it is controlled over a Unix socket that only its user can open.
 """
@@ -22,13 +22,13 @@ from segsvc.local.folders import make_private, socket_folder
 from segsvc.local.processes import Daemon, LocalStackError, log_size, tail, wait_patiently
 
 START_TIMEOUT_S = 30.0
-# Longer than any process is given to end (they are stopped side by side).
+# Longer than the stop timeout of any process (they are stopped in parallel).
 STOP_TIMEOUT_S = 90.0
-# Shorter-lived than this is a failed start: a process in a crash loop shows as BACKOFF, in the end as FATAL.
-STEADY_AFTER_S = 2
+# A process that ends earlier than this has failed to start: in a crash loop its state is BACKOFF, in the end FATAL.
+STARTED_AFTER_S = 2
 START_ATTEMPTS = 20
-# Failed starts of one process that we watch before we say so.
-HOPELESS_AFTER = 3
+# After this many failed starts of one process, we report it.
+FAILED_STARTS_MAX = 3
 
 _CONFIG = """\
 ; Written by segsvc at every start: changes here are lost.
@@ -78,11 +78,11 @@ class ProcessSpec:
     """One process to keep running.
 
     Attributes:
-        name: what people call it; its log is ``<name>.log``.
+        name: its name for people; its log is ``<name>.log``.
         argv: program and arguments.
         stop_timeout_s: seconds from SIGTERM to SIGKILL of its whole process group; below ``STOP_TIMEOUT_S``.
-        stop_as_group: SIGTERM goes to its children as well. False for Celery workers: there it would kill the pool
-            in the middle of its tasks, while the parent alone lets them finish.
+        stop_as_group: whether its children get SIGTERM, too. False for Celery workers: SIGTERM would kill the pool in
+            the middle of its tasks, while the parent alone lets the tasks finish.
     """
 
     name: str
@@ -93,8 +93,13 @@ class ProcessSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessState:
-    """What supervisord knows of a process. ``state``: STARTING, RUNNING, BACKOFF, STOPPED, FATAL, …; ``pid``: None
-    when there is none; ``description``: for people (uptime, or the last error)."""
+    """What supervisord knows about a process.
+
+    Attributes:
+        state: STARTING, RUNNING, BACKOFF, STOPPED, FATAL, …
+        pid: None if there is no process.
+        description: for people: the uptime, or the last error.
+    """
 
     name: str
     state: str
@@ -106,8 +111,8 @@ class Supervisord:
     """supervisord with a fixed set of processes.
 
     Args:
-        folder: its place: configuration and socket.
-        logs: folder of all the logs.
+        folder: folder of its configuration and socket.
+        logs: folder of all logs.
         mark: the stack's folder for ``processes.find_marked``.
     """
 
@@ -116,7 +121,7 @@ class Supervisord:
         self.logs = logs.resolve()
         self.daemon = Daemon("supervisord", self.folder, log=self.logs / "supervisord.out", mark=mark)
         self._logs_before: dict[str, int] = {}
-        # supervisord first makes it with its process id appended.
+        # supervisord first makes the socket with its process id appended to the name.
         self.socket = socket_folder(self.folder, longest_name="control.0123456789") / "control"
 
     @property
@@ -125,11 +130,11 @@ class Supervisord:
 
     @property
     def config(self) -> Path:
-        """For people: ``supervisorctl -c <config>`` works beside us."""
+        """Its configuration file: people can use ``supervisorctl -c <config>`` at the same time."""
         return self.folder / "supervisord.conf"
 
     def start(self, processes: Sequence[ProcessSpec], *, env: Mapping[str, str]) -> None:
-        """Start supervisord and all processes with ``env`` in their environment; returns when it can be asked.
+        """Start supervisord and all processes with ``env`` in their environment; returns when supervisord answers.
 
         Raises:
             LocalStackError: supervisord itself did not start.
@@ -140,12 +145,13 @@ class Supervisord:
         self._logs_before = {process.name: log_size(self.log_of(process.name)) for process in processes}
         self.config.touch(mode=0o600)
         self.config.write_text(self._render(processes))
+
         argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.config)]
         self.daemon.spawn(argv, env={"PYTHONUNBUFFERED": "1", **env})
         self.daemon.await_ready(self._answers, timeout_s=START_TIMEOUT_S)
 
     def start_missing(self) -> list[str]:
-        """Start the processes that are down and that supervisord has given up; their names.
+        """Start the processes that do not run and that supervisord no longer restarts; returns their names.
 
         Raises:
             LocalStackError: supervisord does not answer.
@@ -153,7 +159,7 @@ class Supervisord:
         missing = [state.name for state in self.states() if state.state in ("STOPPED", "EXITED", "FATAL", "UNKNOWN")]
         for name in missing:
             self._logs_before[name] = log_size(self.log_of(name))
-            # Not waited for: that is await_running's.
+            # Without waiting: await_running waits.
             self._call("startProcess", name, False)
         return missing
 
@@ -161,9 +167,8 @@ class Supervisord:
         """Wait (``wait_patiently``) until all processes run and have stayed up for a moment.
 
         Raises:
-            LocalStackError: one did not; with the last lines of its log.
+            LocalStackError: a process did not; with the last lines of its log.
         """
-
         attempts: dict[str, set[int]] = {}
 
         def settled() -> bool:
@@ -171,7 +176,7 @@ class Supervisord:
             for info in infos:
                 if info["statename"] == "BACKOFF":
                     attempts.setdefault(info["name"], set()).add(info["start"])
-            looping = any(len(starts) >= HOPELESS_AFTER for starts in attempts.values())
+            looping = any(len(starts) >= FAILED_STARTS_MAX for starts in attempts.values())
             states = {info["statename"] for info in infos}
             return looping or "FATAL" in states or states <= {"RUNNING"}
 
@@ -203,15 +208,15 @@ class Supervisord:
         return self._call("getProcessInfo", name)["pid"] or None
 
     def log_of(self, name: str) -> Path:
-        """Log of one process (older ones beside it: ``.1``, ``.2``)."""
+        """Log of one process (older logs are beside it: ``.1``, ``.2``)."""
         return self.logs / f"{name}.log"
 
     def last_lines(self, name: str) -> str:
-        """The end of what a process has logged since this object started it; of all its log, if another one did."""
+        """The end of a process's log since this object started it; of its whole log, if another object did."""
         return tail(self.log_of(name), since=self._logs_before.get(name, 0))
 
     def stop_process(self, name: str) -> None:
-        """Stop one process and wait for its end; it stays down until ``start_process``."""
+        """Stop one process and wait for its end; supervisord does not start it again until ``start_process``."""
         self._call("stopProcess", name)
 
     def start_process(self, name: str) -> None:
@@ -227,14 +232,14 @@ class Supervisord:
             return str(value).replace("%", "%%")
 
         logs = escaped(self.logs)
-        # Said or not, root stays root; unsaid, supervisord warns about it.
+        # With or without this line root stays root; without it, supervisord prints a warning.
         user = "user = root\n" if os.geteuid() == 0 else ""
         head = _CONFIG.format(logs=logs, folder=escaped(self.folder), socket=escaped(self.socket), user=user)
         return head + "".join(
             _PROGRAM.format(
                 name=process.name,
                 command=escaped(shlex.join(process.argv)),
-                startsecs=STEADY_AFTER_S,
+                startsecs=STARTED_AFTER_S,
                 startretries=START_ATTEMPTS,
                 stop_timeout_s=process.stop_timeout_s,
                 stop_as_group="true" if process.stop_as_group else "false",
@@ -253,7 +258,7 @@ class Supervisord:
         """One call of supervisord's XML-RPC interface.
 
         Raises:
-            LocalStackError: it cannot be reached, or refuses.
+            LocalStackError: supervisord cannot be reached, or refuses.
         """
         transport = SupervisorTransport(None, None, f"unix://{self.socket}")
         proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from segsvc.local.processes import ended_as_interrupted
+from segsvc.local.processes import termination_raises
 from segsvc.log import configure_logging
 from tests.failure.cell import Cell, Outcome
 from tests.failure.matrix import Player, cells, left_out
@@ -90,7 +90,7 @@ def main() -> int:
     folder.chmod(0o755)
     outcomes: list[Outcome] = []
     try:
-        with ended_as_interrupted():
+        with termination_raises():
             play(wanted, folder, outcomes)
     finally:
         made = report(outcomes, started)

@@ -309,7 +309,7 @@ def test_the_stand_in_says_so_loudly_and_may_be_forbidden(home: Path) -> None:
     finally:
         server.stop()
     with pytest.raises(
-        LocalStackError, match="SEGSVC_REQUIRE_REAL_KAFKA=1, but no real Kafka can be had: Java is missing"
+        LocalStackError, match="SEGSVC_REQUIRE_REAL_KAFKA=1, but no real Kafka can be started: Java is missing"
     ):
         start_kafka(home, jars=JARS, say=said.append, environ={"SEGSVC_REQUIRE_REAL_KAFKA": "1"})
 

@@ -20,7 +20,7 @@ from segsvc.local import kafka, packages, preflight, processes, stack
 from segsvc.local.folders import make_private, socket_folder
 from segsvc.local.kafka_jars import fetch_jars
 from segsvc.local.processes import Daemon, LocalStackError, free_ports, kill_marked, tail, wait_until
-from segsvc.local.stack_env import Kept, read_env, write_env
+from segsvc.local.stack_env import StackChoices, read_env, write_env
 from segsvc.local.supervision import ProcessSpec, Supervisord
 
 PYTHON = sys.executable
@@ -148,10 +148,10 @@ def test_ended_by_itself_and_stopped_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_a_stack_chose_it_keeps(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "kept.json")
+    kept = StackChoices(tmp_path / "kept.json")
     kept.ports["cache"] = 4711
     assert kept.secret("flower", lambda: "drawn") == "drawn"
-    again = Kept(tmp_path / "kept.json")
+    again = StackChoices(tmp_path / "kept.json")
     assert again.ports == {"cache": 4711}
     assert again.secret("flower", lambda: "another") == "drawn"
     assert stat.S_IMODE((tmp_path / "kept.json").stat().st_mode) == 0o600
@@ -198,7 +198,7 @@ def test_a_private_folder_is_private_and_not_somebody_elses(tmp_path: Path) -> N
     make_private(tmp_path / "a" / "b")
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
     (tmp_path / "trap").symlink_to(tmp_path / "a")
-    with pytest.raises(LocalStackError, match="belongs to somebody else"):
+    with pytest.raises(LocalStackError, match="belongs to another user"):
         make_private(tmp_path / "trap")
 
 
