@@ -1,1 +1,1 @@
-"""Benchmarks of the whole and of its parts, each beside an honest reference on the same servers: ``make bench``."""
+"""Benchmarks of the service and of its parts, each beside an honest reference on the same servers: ``make bench``."""

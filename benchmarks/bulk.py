@@ -1,4 +1,4 @@
-"""Parts for benchmarks of bulk changes: one shard's work by itself, and the processes that a rollout passes through."""
+"""Parts for benchmarks of bulk changes: the work of one shard alone, and the processes that a rollout uses."""
 
 from __future__ import annotations
 
@@ -44,15 +44,14 @@ BARE_COUNT = (
     "SELECT count(*) FROM users WHERE attributes->>'country' = 'RU' "
     "AND attributes->>'platform' IN ('ios', 'android') AND (attributes->>'age')::int >= 18"
 )
-"""``seed.CONDITION`` as somebody writes it who knows that every user has these attributes, with these types."""
-
+"""``seed.CONDITION`` in SQL, written with the knowledge that every user has these attributes, with these types."""
 
 _PEER = sa.Table("memberships", sa.MetaData(), schema="peer")
 _segment_ids = itertools.count(1000)
 
 
 class ShardWork:
-    """What a task of an operation does on its shard, and what the end of the operation does there: in this process."""
+    """The work of an operation's task on its shard, and of the operation's end there, run in this process."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -84,17 +83,20 @@ class ShardWork:
         operation = Operation(
             uuid.uuid4(), 1, plan, OperationState.PREPARING, now, now, None, None, None, None, (), None
         )
+
         participant = self._participants[shard]
         gid = Gid(self._settings.cluster, operation.id, shard)
         counts = participant.prepare(operation, gid, lambda _: None)
-        assert counts is not None, "nobody else runs this operation"
+        assert counts is not None, "no other process runs this operation"
+
         finish = participant.commit_prepared(gid)
         assert finish is Finish.DONE, finish
+
         return counts
 
 
 class Service:
-    """A front, an operations worker and Celery's broker beside an installation, with nothing else that takes CPU."""
+    """A front, an operations worker and Celery's broker beside an installation. Nothing else takes CPU time."""
 
     def __init__(self, settings: Settings, broker: RedisServer, pids: Pids) -> None:
         self.settings = settings
@@ -103,7 +105,7 @@ class Service:
         self._celery = celery_beside(settings)
 
     def empty_chord(self) -> None:
-        """As many header tasks as there are shards, and a body, all of which return at once: on the same workers."""
+        """Run a chord on the same workers: one header task per shard and a body, all of which return at once."""
         nothing = self._celery.signature("celery.accumulate", queue="operations")
         header = [nothing.clone(args=(shard,)) for shard in range(self.settings.shard_count)]
         chord(header, nothing.clone(), app=self._celery).apply_async().get(timeout=30)
@@ -112,7 +114,7 @@ class Service:
         return bool(self._celery.control.ping(timeout=1))
 
     def worker_memory_mb(self) -> float:
-        """The most that any process of the operations worker has had resident, shared libraries included."""
+        """Peak resident memory of the largest process of the operations worker, shared libraries included."""
         worker = self.pids["worker"]
         assert isinstance(worker, int)
         return max(_peak_mb(child.pid) for child in psutil.Process(worker).children(recursive=True))
@@ -133,10 +135,12 @@ def service(world: World, installation: Installation) -> Iterator[Service]:
         settings = installation.settings.model_copy(
             update={"broker_url": broker.url, "grpc_address": f"127.0.0.1:{port}", "metrics_address": ""}
         )
+
         with contextlib.ExitStack() as stack:
             pids: dict[str, int] = {}
             running = Service(settings, broker, pids)
             stack.callback(running.close)
+
             pids["worker"] = stack.enter_context(
                 world.process(
                     *("worker", "-m", "segsvc", "worker", "--queue", "operations"),
@@ -147,6 +151,7 @@ def service(world: World, installation: Installation) -> Iterator[Service]:
             pids["front"] = stack.enter_context(
                 world.process("front", "-m", "segsvc", "serve", ready=lambda: is_serving(settings), settings=settings)
             )
+
             pids |= {"postgres": pid_of(world.postgres), "broker": pid_of(broker)}
             yield running
     finally:
@@ -154,7 +159,7 @@ def service(world: World, installation: Installation) -> Iterator[Service]:
 
 
 class OnAllShards:
-    """One statement on every shard at once, each on a connection that stays open."""
+    """Runs one statement on all shards at once, on connections that stay open."""
 
     def __init__(self, settings: Settings) -> None:
         self._engines = [sa.create_engine(dsn, isolation_level="AUTOCOMMIT") for dsn in settings.shard_dsns]
@@ -171,7 +176,7 @@ class OnAllShards:
             engine.dispose()
 
     def numbers(self, statement: str, *parameters: object) -> list[int]:
-        """The one number that the statement gives on each shard."""
+        """The single number that the statement returns on each shard."""
         return list(
             self._threads.map(
                 lambda connection: int(connection.exec_driver_sql(statement, parameters).scalar_one()),
@@ -185,7 +190,7 @@ def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: Progr
 
 
 def new_segment(installation: Installation) -> ShardSegment:
-    """A segment that shard 0 knows and nobody is in."""
+    """A new segment without members, known to shard 0."""
     number = next(_segment_ids)
     segment = ShardSegment(number, f"new-{number}", salt=number, rule=None, rule_count=0)
     installation.execute(
@@ -197,7 +202,7 @@ def new_segment(installation: Installation) -> ShardSegment:
 
 
 def load_peer_segment(engine: sa.Engine, segment_id: int, shape: Shape) -> int:
-    """Add a row for each bit of a segment of this shard; how many."""
+    """Add one row to the reference for each set bit of a segment of this shard. Returns the number of rows."""
     blocks = -(-shape.users // BLOCK_SLOTS)
     with engine.begin() as connection:
         tx = PostgresShardTransaction(connection, 0)
@@ -207,7 +212,7 @@ def load_peer_segment(engine: sa.Engine, segment_id: int, shape: Shape) -> int:
 
 
 def two_phase(connection: sa.Connection, gid: str) -> None:
-    """End the connection's transaction in two phases."""
+    """Commit the connection's transaction in two phases."""
     connection.exec_driver_sql("PREPARE TRANSACTION %s", (gid,))
     connection.rollback()
     connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -215,16 +220,16 @@ def two_phase(connection: sa.Connection, gid: str) -> None:
 
 
 def pid_of(server: PostgresServer | RedisServer) -> int:
-    """Of a server that runs."""
+    """Process id of a running server."""
     assert server.pid is not None
     return server.pid
 
 
 @contextlib.contextmanager
 def here_and(pids: Pids) -> Iterator[Spent]:
-    """``cpu_of`` these processes, and of this one by itself as ``client``: the servers are its children."""
+    """``cpu_of`` these processes, and of this process alone as ``client``, because the servers are its children."""
     with cpu_of(pids) as spent:
-        begun = time.process_time()  # inside: to look at the other processes takes CPU as well
+        begun = time.process_time()  # inside the block: reading the figures of other processes takes CPU time, too
         yield spent
         own_s = time.process_time() - begun
     spent.cpu_s = {"client": own_s, **spent.cpu_s}

@@ -1,4 +1,4 @@
-"""What every benchmark is made of: a registry, rounds that alternate with a reference, CPU time, and result rows.
+"""The parts of every benchmark: a registry, rounds that alternate with a reference, CPU time, and result rows.
 
 A benchmark is a function in a file of ``benchmarks/suite``::
 
@@ -9,8 +9,8 @@ A benchmark is a function in a file of ``benchmarks/suite``::
         pair = measure_pair(ours, reference)            # each a function that measures once and gives a Sample
         yield pair.result("read_hit", "calls/s", ratio_at_least(0.8))
 
-Rounds alternate, and which of the two goes first alternates as well, so that whatever else the machine does falls on
-both. Figures are medians; the spread is half of the distance between the quartiles, as a share of the median.
+Rounds alternate between the two, and the one that goes first alternates as well, so that other work on the machine
+affects both. Figures are medians. The spread is half of the distance between the quartiles, as a share of the median.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROUNDS: Final = 7
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A bound of a row's ratio or value. ``str`` gives it as the table shows it."""
+    """A bound for a row's ratio or value. ``str`` formats it for the table."""
 
     bound: float
     at_least: bool
@@ -77,13 +77,13 @@ class Result:
     """A row of the table and of latest.json.
 
     Attributes:
-        name: the benchmark's, or that and a word: ``read_hit.p99``.
+        name: the benchmark's name, perhaps with a suffix: ``read_hit.p99``.
         reference: the same figure of the reference, in the same unit and from the same run; None: there is none.
-        ratio: value / reference, or the other way round where less is better and the goal is "times better".
-        goal: None: the row only informs.
-        spread, reference_spread: see the module; None: measured once.
-        cpu_us_per_call: CPU time of each process involved, microseconds a call (or whatever the unit counts).
-        note: what limits it, what it leaves out, or what else a reader must know.
+        ratio: value / reference, or reference / value if less is better and the goal is "times better".
+        goal: None: the row is for information only.
+        spread, reference_spread: as the module defines it; None: measured once.
+        cpu_us_per_call: CPU time of each process involved, in microseconds per call (or per what the unit counts).
+        note: what limits the value, what it leaves out, or what else a reader must know.
         more: further figures for the file.
     """
 
@@ -108,11 +108,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points to be drawn, one PNG a curve: ``benchmarks/results/<name>.png``.
+    """Points to draw, one PNG per curve: ``benchmarks/results/<name>.png``.
 
     Attributes:
         series: name → (x, y) points. A reference is a series like any other.
-        logarithmic: both axes.
+        logarithmic: both axes are logarithmic.
     """
 
     name: str
@@ -150,9 +150,9 @@ class Sample:
     """One measurement.
 
     Attributes:
-        value: what is compared.
-        calls: how many calls (events, users…) the CPU time was spent on.
-        cpu_s: CPU seconds of each process involved meanwhile, see ``cpu_of``.
+        value: the figure that is compared.
+        calls: number of calls (events, users…) for which the CPU time was spent.
+        cpu_s: CPU seconds of each process involved during the measurement, see ``cpu_of``.
         more: other figures of the same run, by name: latencies, errors.
     """
 
@@ -164,7 +164,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """All rounds of one of the two."""
+    """All rounds of one side: ours or the reference."""
 
     samples: Sequence[Sample]
 
@@ -182,7 +182,7 @@ class Series:
 
     @property
     def cpu_us_per_call(self) -> dict[str, float]:
-        """Medians over the rounds, by process, and their sum as ``total``."""
+        """Medians over the rounds, by process; ``total`` is the median of the rounds' sums."""
         names = dict.fromkeys(name for sample in self.samples for name in sample.cpu_s)
         found = {
             name: statistics.median(1e6 * sample.cpu_s.get(name, 0.0) / sample.calls for sample in self.samples)
@@ -199,7 +199,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Rounds of ours and of a reference, taken in turns."""
+    """Alternating rounds of ours and of a reference."""
 
     ours: Series
     reference: Series
@@ -221,7 +221,7 @@ class Pair:
         """The row of this comparison.
 
         Args:
-            times_better: less is better and the goal says how many times: the ratio is reference / value.
+            times_better: less is better, and the goal is a factor: the ratio is reference / value.
         """
         ours, reference = self.ours.median, self.reference.median
         upper, lower = (reference, ours) if times_better else (ours, reference)
@@ -245,21 +245,22 @@ Measure = Callable[[], Sample]
 
 
 def measure(ours: Measure, *, rounds: int = 0) -> Series:
-    """Measure what has no reference of its own, after one round that does not count."""
+    """Measure without a reference, after one warm-up round that does not count."""
     ours()
     return Series([ours() for _ in range(rounds or rounds_wanted())])
 
 
 def measure_pair(ours: Measure, reference: Measure, *, rounds: int = 0, warm_up: bool = True) -> Pair:
-    """Measure both in turns.
+    """Measure both in alternating rounds.
 
     Args:
-        rounds: 0: as many as are usual (``ROUNDS``).
-        warm_up: one round before the first, which does not count. False for what cannot be done twice at will.
+        rounds: 0: the usual number (``ROUNDS``).
+        warm_up: run one round first that does not count. False for work that cannot be repeated at will.
     """
     if warm_up:
         ours()
         reference()
+
     mine: list[Sample] = []
     theirs: list[Sample] = []
     for number in range(rounds or rounds_wanted()):
@@ -283,20 +284,20 @@ def rounds_wanted() -> int:
 # -- CPU time -------------------------------------------------------------------------------------------------------
 
 Pids = Mapping[str, int | Sequence[int]]
-"""Name → process, or several. What they have started counts as theirs."""
+"""Name → one process or several. Processes that they started count as theirs."""
 
 
 def cpu_seconds(*pids: int) -> float:
-    """CPU time of these processes and of everything that they have started, ended children included.
+    """CPU time of these processes and of all processes that they started, ended ones included.
 
-    A process's own count of its children holds those that have ended and been waited for: PostgreSQL's postmaster
-    keeps so the time of backends that are gone.
+    A process's own count of its children includes children that ended and were waited for. That is how PostgreSQL's
+    postmaster keeps the time of backends that have ended.
     """
     total = 0.0
     for pid in pids:
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
-            # One that ends between the listing and the look is in its parent's count at the next look.
+            # A process that ends between the listing and this reading is in its parent's count at the next reading.
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
                 total += times.user + times.system + times.children_user + times.children_system
@@ -305,7 +306,7 @@ def cpu_seconds(*pids: int) -> float:
 
 @dataclass(slots=True)
 class Spent:
-    """Filled when the block of ``cpu_of`` ends."""
+    """The result of ``cpu_of``, filled in when its block ends."""
 
     cpu_s: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0

@@ -1,13 +1,13 @@
 """A gRPC client that is not the bottleneck: calls for many users, and the latency of each one.
 
-h2load sends one body a run, and ordinary clients cost more CPU than the server that they measure. This one writes
-requests that were encoded before, and of the answers it reads frames, lengths and the first field, which names the
-user: some microseconds a call. It speaks as much HTTP/2 as that takes (RFC 9113): header blocks refer to a table
-that the first request fills (RFC 7541), and what it does not expect is an error.
+h2load sends only one body per run, and ordinary clients cost more CPU time than the server that they measure. This
+client sends requests that were encoded before. In the answers it reads only frames, lengths and the first field, which
+names the user. That costs some microseconds per call. It implements the part of HTTP/2 that this needs (RFC 9113):
+header blocks refer to a table that the first request fills (RFC 7541), and an unexpected frame is an error.
 
     load = Load("127.0.0.1:50051", GET_USER_SEGMENTS, [Body.single(user) for user in users], connections=4)
     report = load.run(seconds=3, in_flight=64)              # as fast as it goes, always 64 calls in flight
-    report = load.run(seconds=3, rate=2000)                 # so many a second, late or not
+    report = load.run(seconds=3, rate=2000)                 # 2000 calls per second, late or not
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _WINDOW_DEFAULT: Final = 65_535
 _RECEIVE_BYTES: Final = 1 << 18
 _STREAMS_MAX: Final = 2**30
 TIMEOUT_S: Final = 10.0
-"""A connection on which nothing comes for so long while calls are in flight has failed."""
+"""A connection has failed if it receives nothing for this long while calls are in flight."""
 
 
 class LoadError(Exception):
-    """The server refused, or did not do what HTTP/2 says."""
+    """The server refused, or broke the rules of HTTP/2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Body:
 
     Attributes:
         frame: the message with gRPC's prefix.
-        answer_start: what the answer's message begins with; empty: anything.
+        answer_start: expected first bytes of the answer's message; empty: any answer is right.
     """
 
     frame: bytes
@@ -60,13 +60,13 @@ class Body:
 
     @classmethod
     def single(cls, user_id: int, *, checked: bool = True) -> Self:
-        """A GetUserSegments. ``checked`` False: the answer may be about anybody."""
+        """A GetUserSegments request. ``checked`` False: the answer may be about any user."""
         message = b"\x08" + varint(user_id)
         return cls(_framed(message), message if checked else b"")
 
     @classmethod
     def batch(cls, user_ids: Sequence[int]) -> Self:
-        """A BatchGetUserSegments."""
+        """A BatchGetUserSegments request."""
         packed = b"".join(varint(user_id) for user_id in user_ids)
         return cls(_framed(b"\x0a" + varint(len(packed)) + packed), b"")
 
@@ -77,13 +77,13 @@ def _framed(message: bytes) -> bytes:
 
 @dataclass(slots=True)
 class LoadReport:
-    """What a run saw.
+    """The figures of a run.
 
     Attributes:
-        latencies_s: of each call; with a rate, from the moment at which it should have been sent.
-        begun_s: of each call, on ``time.perf_counter``'s clock, in the order of ``latencies_s``.
-        failed: calls that were refused, or whose answer was about somebody else.
-        answer_bytes: of all messages.
+        latencies_s: latency of each call; with a rate, from the moment at which the call should have been sent.
+        begun_s: start of each call by ``time.perf_counter``, in the order of ``latencies_s``.
+        failed: calls that were refused, or whose answer was about another user.
+        answer_bytes: total size of all messages.
     """
 
     seconds: float = 0.0
@@ -108,7 +108,7 @@ class Load:
     """Connections to one server, and the requests to send in turn.
 
     Raises:
-        OSError: it cannot be reached.
+        OSError: the server cannot be reached.
     """
 
     def __init__(self, address: str, method: str, bodies: Sequence[Body], *, connections: int = 4) -> None:
@@ -133,17 +133,17 @@ class Load:
     def run(
         self, *, seconds: float = 0.0, calls: int = 0, in_flight: int = 64, rate: float | None = None
     ) -> LoadReport:
-        """Send calls for so long, or so many of them, and wait for the answers to all.
+        """Send calls for ``seconds``, or ``calls`` calls, and wait for all answers.
 
         Args:
-            in_flight: calls in flight over all connections, as long as there is no ``rate``.
-            rate: calls a second, evenly spaced.
+            in_flight: calls in flight over all connections; without effect if there is a ``rate``.
+            rate: calls per second, evenly spaced.
 
         Raises:
-            LoadError: a connection broke. Refused calls are counted instead.
+            LoadError: a connection broke. Refused calls do not raise; they are counted.
         """
         gc.collect()
-        gc.disable()  # its pauses would be counted as the server's
+        gc.disable()  # its pauses would count as the server's
         try:
             for connection in self._connections:
                 connection.reset()
@@ -156,6 +156,7 @@ class Load:
             took = time.perf_counter() - begun
         finally:
             gc.enable()
+
         return LoadReport(
             seconds=took,
             latencies_s=np.concatenate([np.array(c.latencies_s) for c in self._connections]),
@@ -172,6 +173,7 @@ class Load:
             bodies = self._take(min(share, left))
             left -= len(bodies)
             connection.send(bodies, now)
+
         while any(connection.pending for connection in self._connections):
             for connection, ended, now in self._receive(TIMEOUT_S):
                 if now >= end:
@@ -183,13 +185,16 @@ class Load:
     def _run_paced(self, begun: float, end: float, calls: int, rate: float) -> None:
         sent = 0
         total = min(calls, int((end - begun) * rate)) if end != float("inf") else calls
+
         while sent < total or any(connection.pending for connection in self._connections):
             now = time.perf_counter()
             due = min(total, int((now - begun) * rate) + 1)
             while sent < due:
-                # The moment at which it should have gone: a server that stalls must not slow the clock that judges it.
+                # Count from the moment at which the call should have been sent: a server that stalls must not slow the
+                # clock that measures it.
                 self._connections[sent % len(self._connections)].send(self._take(1), begun + sent / rate)
                 sent += 1
+
             wait = begun + sent / rate - time.perf_counter() if sent < total else TIMEOUT_S
             for _ in self._receive(max(0.0, wait), timeout_is_failure=sent >= total):
                 pass
@@ -202,10 +207,11 @@ class Load:
         return [bodies[index % len(bodies)] for index in range(first, first + count)]
 
     def _receive(self, timeout_s: float, *, timeout_is_failure: bool = True) -> list[tuple[_Connection, int, float]]:
-        """Read what has come: (connection, calls that ended, time)."""
+        """Read what has arrived. Returns (connection, number of ended calls, time) for each readable connection."""
         ready = self._selector.select(timeout_s)
         if not ready and timeout_is_failure:
             raise LoadError(f"no answer within {TIMEOUT_S:g} s")
+
         found = []
         for key, _ in ready:
             connection: _Connection = key.data
@@ -230,7 +236,7 @@ class _Connection:
             + _frame(_SETTINGS, 0, 0, settings)
             + _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _WINDOW_MAX - _WINDOW_DEFAULT))
         )
-        # POST and http from the static table; the rest goes into the dynamic one, the last being its entry 62.
+        # POST and http are in the static table. The other fields go into the dynamic table; the last one is entry 62.
         self._block = (
             b"\x83\x86"
              b"\x44" + _text(method)
@@ -245,21 +251,22 @@ class _Connection:
         self._received = 0
         self._waiting: list[tuple[Body, float]] = []
         self.pending: dict[int, tuple[float, bytes | None]] = {}
-        """Stream → when it was sent, and what its answer begins with; None: that has come, and was right."""
+        """Stream → time of sending, and expected first bytes of the answer; None: they arrived and were right."""
         self.reset()
 
     def reset(self) -> None:
-        """Forget the figures of the last run."""
+        """Reset the figures of the last run."""
         self.latencies_s: list[float] = []
         self.begun_s: list[float] = []
         self.failed = 0
         self.answer_bytes = 0
 
     def send(self, bodies: Sequence[Body], now: float) -> None:
-        """Send requests, as far as the server's window allows; the others follow when it opens."""
+        """Send requests as far as the server's window allows. The rest is sent when the window opens."""
         if self._waiting:
             self._waiting += [(body, now) for body in bodies]
             return
+
         out = []
         for number, body in enumerate(bodies):
             frame = body.frame
@@ -275,13 +282,15 @@ class _Connection:
             self._block = self._later_block
             out.append(_FRAME.pack(len(frame) << 8 | _DATA, _END_STREAM, stream))
             out.append(frame)
+
         if out:
             self.socket.sendall(b"".join(out))
 
     def feed(self, data: bytes, now: float) -> int:
-        """Take in what has come. Returns how many calls have ended by it."""
+        """Process received data. Returns the number of calls that it ended."""
         if self._rest:
             data = self._rest + data
+
         position, end, ended = 0, len(data), 0
         pending, unpack = self.pending, _FRAME.unpack_from
         while end - position >= _FRAME_BYTES:
@@ -290,6 +299,7 @@ class _Connection:
             following = start + (head >> 8)
             if following > end:
                 break
+
             kind = head & 0xFF
             if kind == _DATA:
                 length = head >> 8
@@ -304,6 +314,7 @@ class _Connection:
             else:
                 ended += self._control(kind, flags, stream, data[start:following], now)
             position = following
+
         self._rest = data[position:]
         if self._received > _WINDOW_MAX // 4:
             self.socket.sendall(_frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", self._received)))
@@ -314,7 +325,7 @@ class _Connection:
         begun, expected = self.pending.pop(stream)
         self.latencies_s.append(now - begun)
         self.begun_s.append(begun)
-        # A refusal is a header block without a message before it.
+        # A refusal is a header block with no message before it.
         self.failed += expected is not None
         return 1
 
@@ -340,7 +351,7 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def _text(text: str) -> bytes:
-    """A string as HPACK writes it, not compressed; below 127 bytes."""
+    """A string in HPACK's encoding, not compressed; shorter than 127 bytes."""
     if len(text) >= 0x7F:
         raise ValueError(f"too long for this client: {text}")
     return bytes((len(text),)) + text.encode()

@@ -1,4 +1,4 @@
-"""What the benchmarks of reads share: a front with its users in the cache, and calls measured with their CPU time."""
+"""Shared parts of the benchmarks of reads: a front with its users in the cache, and calls with their CPU time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from segsvc.local.processes import free_ports, wait_until
 
 
 class NoDispatcher:
-    """In the place of Celery: warming dispatches nothing."""
+    """Replaces Celery: warming dispatches nothing."""
 
     def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
         raise RuntimeError(f"a benchmark of reads dispatched {operation.id} to {shards}")
@@ -34,7 +34,7 @@ class NoDispatcher:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server and whose CPU time a call costs."""
+    """A running server, and the processes whose CPU time counts as a call's cost."""
 
     address: str
     pids: Pids
@@ -43,7 +43,7 @@ class Server:
 
 @contextlib.contextmanager
 def front(world: World, settings: Settings, *, name: str = "front", processes: int = 1) -> Iterator[Server]:
-    """``segsvc serve`` on these settings, alone: nothing else of the service runs."""
+    """``segsvc serve`` with these settings. No other process of the service runs."""
     address = free_address()
     own = settings.model_copy(
         update={
@@ -59,7 +59,7 @@ def front(world: World, settings: Settings, *, name: str = "front", processes: i
 
 @contextlib.contextmanager
 def peer(world: World, module: str, *arguments: str, settings: Settings) -> Iterator[Server]:
-    """One of ``benchmarks.peers``."""
+    """A server of ``benchmarks.peers``."""
     address = free_address()
     argv = ("-m", f"benchmarks.peers.{module}", address, *arguments)
     with world.process(f"peer-{module}", *argv, ready=lambda: answers(address)) as pid:
@@ -67,7 +67,7 @@ def peer(world: World, module: str, *arguments: str, settings: Settings) -> Iter
 
 
 def pids(world: World, front_pid: int) -> Pids:
-    """All processes that a read may cost."""
+    """All processes whose CPU time a read may use."""
     cache, postgres = world.cache.pid, world.postgres.pid
     assert cache is not None
     assert postgres is not None
@@ -79,7 +79,7 @@ def free_address() -> str:
 
 
 def answers(address: str) -> bool:
-    """Whether something accepts calls there."""
+    """Whether a server accepts calls at the address."""
     with grpc.insecure_channel(address) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=0.5)
@@ -109,13 +109,13 @@ def require_cached(settings: Settings, user_ids: Sequence[int]) -> None:
 
 
 def await_cached(settings: Settings, user_ids: Sequence[int], *, timeout_s: float = 30.0) -> None:
-    """Wait until the running stack's warmer has all of these users in the cache. Raises RuntimeError in the end."""
+    """Wait until the running stack's warmer has put all these users into the cache. Raises RuntimeError on timeout."""
     if not wait_until(lambda: not _not_cached(settings, user_ids), timeout_s=timeout_s, poll_s=0.25):
         require_cached(settings, user_ids)
 
 
 def _not_cached(settings: Settings, user_ids: Sequence[int]) -> int:
-    """How many of these users would be misses."""
+    """Number of these users whose read would be a miss."""
     inspection = Inspection(settings)
     try:
         pages = [user_ids[first : first + 1000] for first in range(0, len(user_ids), 1000)]
@@ -125,14 +125,14 @@ def _not_cached(settings: Settings, user_ids: Sequence[int]) -> int:
 
 
 def shuffled_users(shape: Shape) -> list[int]:
-    """All users of all shards in an order without pattern, the same in every run."""
+    """All users of all shards in a random order that is the same in every run."""
     user_ids = [int(user_id) for shard in range(shape.shards) for user_id in shape.user_ids(shard)]
     random.Random(1).shuffle(user_ids)
     return user_ids
 
 
 def stub(address: str) -> contextlib.AbstractContextManager[membership_pb2_grpc.MembershipServiceStub]:
-    """An ordinary client, for looking at answers."""
+    """An ordinary client, to inspect answers."""
 
     @contextlib.contextmanager
     def opened() -> Iterator[membership_pb2_grpc.MembershipServiceStub]:
@@ -143,7 +143,7 @@ def stub(address: str) -> contextlib.AbstractContextManager[membership_pb2_grpc.
 
 
 def answers_of(address: str, user_ids: Sequence[int]) -> dict[int, list[str]]:
-    """Each user's slugs, asked one by one."""
+    """The slugs of each user, from one call per user."""
     with stub(address) as client:
         return {
             user_id: list(client.GetUserSegments(pb.GetUserSegmentsRequest(user_id=user_id), timeout=5).slugs)
@@ -152,7 +152,7 @@ def answers_of(address: str, user_ids: Sequence[int]) -> dict[int, list[str]]:
 
 
 def require_same_answers(one: str, other: str, user_ids: Sequence[int]) -> None:
-    """Raises RuntimeError unless both servers list the same segments for each of these users."""
+    """Raises RuntimeError unless both servers return the same segments for each of these users."""
     mine, theirs = answers_of(one, user_ids), answers_of(other, user_ids)
     if mine != theirs:
         user_id = next(user for user in user_ids if mine[user] != theirs[user])
@@ -163,12 +163,13 @@ def require_same_answers(one: str, other: str, user_ids: Sequence[int]) -> None:
 def calls_per_second(
     load: Load, server: Server, *, seconds: float = 2.0, calls: int = 0, in_flight: int = 64
 ) -> Sample:
-    """One round of calls as fast as they go. Raises RuntimeError if one of them failed."""
+    """One round of calls at full speed. Raises RuntimeError if a call failed."""
     own = time.process_time()
     with cpu_of(server.pids) as spent:
         report = load.run(seconds=0.0 if calls else seconds, calls=calls, in_flight=in_flight)
     if report.failed:
         raise RuntimeError(f"{report.failed} of {report.calls} calls failed")
+
     cpu_s = {name: used for name, used in spent.cpu_s.items() if used}
     more = {
         "p50_ms": report.percentile_ms(50),
@@ -179,6 +180,6 @@ def calls_per_second(
 
 
 def users_per_second(load: Load, server: Server, users: int, *, seconds: float = 2.0, in_flight: int) -> Sample:
-    """As ``calls_per_second``, of calls with so many users each; CPU time is a user's."""
+    """As ``calls_per_second``, for calls with ``users`` users each; CPU time is per user."""
     sample = calls_per_second(load, server, seconds=seconds, in_flight=in_flight)
     return Sample(sample.value * users, sample.calls * users, sample.cpu_s, sample.more)

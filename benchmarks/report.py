@@ -1,4 +1,4 @@
-"""What a run leaves behind: the table for people, latest.json for programs, the curves as PNG."""
+"""The results of a run: a table for people, latest.json for programs, the curves as PNG."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SERIES_COLOURS: Final = ("#1f6feb", "#bf5b04", "#3b8132", "#8250df", "#57606a")
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """The rows, with notes below them; wide enough for a terminal of 120 columns."""
+    """Print the rows with notes below them; the table fits a terminal of 120 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in _TEXTS else "right", overflow="fold")
@@ -43,6 +43,7 @@ def print_table(results: Sequence[Result]) -> None:
             _cpu(row.cpu_us_per_call),
             _cpu(row.reference_cpu_us_per_call),
         )
+
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     for row in results:
@@ -51,8 +52,8 @@ def print_table(results: Sequence[Result]) -> None:
 
 
 def save(results: Sequence[Result], curves: Sequence[Curve], folder: Path = RESULTS) -> None:
-    """Write the rows into latest.json and draw the curves. Rows of benchmarks that did not run now stay as they are;
-    each row says when it was measured, and on what."""
+    """Write the rows into latest.json and draw the curves. Rows of benchmarks that did not run now stay unchanged. Each
+    row says when and on which machine it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     latest = folder / LATEST
     kept = {row["name"]: row for row in json.loads(latest.read_text())} if latest.exists() else {}
@@ -60,16 +61,18 @@ def save(results: Sequence[Result], curves: Sequence[Curve], folder: Path = RESU
     kept = {name: row for name, row in kept.items() if _benchmark_of(name) not in ran}
     for row in results:
         kept[row.name] = _as_json(row)
+
     unfinished = latest.with_suffix(".new")
     unfinished.write_text(json.dumps(list(kept.values()), indent=1, ensure_ascii=False) + "\n")
     unfinished.replace(latest)
+
     for curve in curves:
         draw(curve, folder / f"{curve.name}.png")
 
 
 def draw(curve: Curve, path: Path) -> None:
     """Draw one curve."""
-    # Imported here: the table needs none of it.
+    # Imported here, because the table does not need it.
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
@@ -79,11 +82,13 @@ def draw(curve: Curve, path: Path) -> None:
     for (name, points), colour in zip(curve.series.items(), _SERIES_COLOURS, strict=False):
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
+
     if curve.logarithmic:
         axes.set_xscale("log")
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+
     axes.set_title(curve.title, loc="left", fontsize=11)
     axes.set_xlabel(curve.x_label)
     axes.set_ylabel(curve.y_label)
@@ -91,7 +96,8 @@ def draw(curve: Curve, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()
-    # Without the date in it, so that the same figures are the same file.
+
+    # Without a date inside, so that the same figures give the same file.
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
@@ -127,7 +133,7 @@ def _with_spread(value: float | None, spread: float | None) -> str:
 
 
 def _short(value: float) -> str:
-    """Three significant digits, all digits before the point."""
+    """Three significant digits, and always all digits before the point."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:#.3g}".rstrip(".")

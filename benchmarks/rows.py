@@ -1,12 +1,12 @@
-"""The reference's way to store memberships: a row for each, as a service without blocks of bits keeps them.
+"""How the reference stores memberships: one row for each, as a service without blocks of bits does.
 
-In the schema ``peer`` of a shard's own database, so it is the same server with the same settings::
+The tables are in the schema ``peer`` of the shard's own database, so they use the same server and settings::
 
     peer.users        id (primary key), attributes
     peer.memberships  (user_id, segment_id) as primary key, an index on (segment_id)
 
-The primary key serves a user's list, the index serves deleting and counting a segment. That is what such services
-have; a foreign key or a column of time would only make them slower.
+The primary key serves the list of a user; the index serves the deletion and the count of a segment. Such services have
+these two; a foreign key or a time column would only make them slower.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ USER_SEGMENTS = """
     SELECT s.slug FROM peer.memberships m JOIN peer.segments s ON s.id = m.segment_id
     WHERE m.user_id = %s ORDER BY s.slug
 """
-"""One user's list, by the primary key."""
+"""The list of one user, by the primary key."""
 
 _ROW = np.dtype(
     [("fields", ">i2"), ("user_bytes", ">i4"), ("user_id", ">i8"), ("segment_bytes", ">i4"), ("segment_id", ">i8")]
@@ -50,7 +50,7 @@ _TRAILER = b"\xff\xff"
 
 
 def load(engine: sa.Engine, shape: Shape) -> None:
-    """Make the schema and load the memberships that the shard's bits hold; indexes last, as one loads in bulk."""
+    """Create the schema and load the memberships of the shard's bits. Indexes come last, as usual for a bulk load."""
     with engine.begin() as connection:
         connection.exec_driver_sql(SCHEMA)
         connection.exec_driver_sql("INSERT INTO peer.users SELECT id, attributes FROM users ORDER BY slot")
@@ -65,7 +65,7 @@ def prove_same(engine: sa.Engine, shape: Shape) -> int:
     """Compare every segment's members in bits and in rows, user by user. Returns the number of memberships.
 
     Raises:
-        AssertionError: they differ; which segment.
+        AssertionError: they differ; the message names the segment.
     """
     total = 0
     with engine.connect() as connection:
@@ -74,13 +74,14 @@ def prove_same(engine: sa.Engine, shape: Shape) -> int:
             if not np.array_equal(np.sort(by_bits), by_rows):
                 raise AssertionError(f"segment {segment_id} has {by_bits.size} members by bits, {by_rows.size} by rows")
             total += by_rows.size
+
         stored = int(connection.exec_driver_sql("SELECT count(*) FROM peer.memberships").scalar_one())
     assert stored == total, f"{stored} rows, of which {total} belong to a segment"
     return total
 
 
 def members_by_bits(connection: sa.Connection, shape: Shape) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """(segment id, its users), segment by segment."""
+    """Yields (segment id, user ids of its members) from the bits."""
     tx = PostgresShardTransaction(connection, 0)
     blocks = -(-shape.users // BLOCK_SLOTS)
     user_ids = tx.directory(0, blocks)
@@ -89,7 +90,7 @@ def members_by_bits(connection: sa.Connection, shape: Shape) -> Iterator[tuple[i
 
 
 def members_by_rows(connection: sa.Connection, segment_id: int) -> npt.NDArray[np.int64]:
-    """Its users, in order."""
+    """User ids of the segment's members from the rows, sorted."""
     rows = connection.execute(
         sa.text("SELECT string_agg(int8send(user_id), ''::bytea) FROM peer.memberships WHERE segment_id = :id"),
         {"id": segment_id},

@@ -1,10 +1,10 @@
-"""The benchmarks: run them, print the table, write what they found.
+"""Run the benchmarks, print the table, write the results.
 
     python -m benchmarks.run                       # all; `make bench`
     python -m benchmarks.run read_hit read_cold    # these; `make bench ONLY="read_hit read_cold"`
     python -m benchmarks.run --check               # exit code 1 if a goal is missed; `make bench-check`
 
-On a machine that does other work besides, compare ratios and CPU time, not throughput.
+On a machine that does other work at the same time, compare ratios and CPU time, not throughput.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from segsvc.local.processes import LocalStackError
 
 
 def main() -> int:
-    """0: done; 1: a benchmark failed, or with ``--check`` a goal was missed; 2: wrong usage."""
+    """Returns the exit code. 0: done; 1: a benchmark failed, or with ``--check`` a goal was missed; 2: wrong usage."""
     for module in pkgutil.iter_modules(benchmarks.suite.__path__, "benchmarks.suite."):
         importlib.import_module(module.name)
+
     options = _options()
     if options.list:
         for name, run in registry.items():
             print(f"{name:22} {(run.__doc__ or '').strip().splitlines()[0]}")
         return 0
+
     if options.rounds:
         os.environ["ROUNDS"] = str(options.rounds)
+
     results: list[Result] = []
     try:
         with World() as world:
@@ -42,6 +45,7 @@ def main() -> int:
     except LocalStackError as error:
         print(error, file=sys.stderr)
         return 1
+
     report.print_table(results)
     missed = [row.name for row in results if row.met is False]
     if missed:
@@ -55,10 +59,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("only", nargs="*", metavar="NAME", help="run these alone")
+    parser.add_argument("only", nargs="*", metavar="NAME", help="run only these")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
-    parser.add_argument("--list", action="store_true", help="say what there is")
-    parser.add_argument("--rounds", type=int, help="rounds of each comparison")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks")
+    parser.add_argument("--rounds", type=int, help="number of rounds of each comparison")
     options = parser.parse_args()
     if unknown := [name for name in options.only if name not in registry]:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(registry)}")
@@ -66,10 +70,12 @@ def _options() -> argparse.Namespace:
 
 
 def _run(name: str, world: World, results: list[Result]) -> bool:
-    """Run one and save its rows at once, so that a later failure loses nothing. False: it failed; why is printed."""
+    """Run one benchmark and save its rows at once, so that a later failure loses nothing. Returns False if it failed;
+    the cause is printed."""
     load = os.getloadavg()[0]
     busy = f" (load {load:.1f}: other work will disturb it)" if load > (os.cpu_count() or 1) / 2 else ""
     world.say(f"{name}{busy}")
+
     begun = time.monotonic()
     rows: list[Result] = []
     curves: list[Curve] = []
@@ -79,13 +85,14 @@ def _run(name: str, world: World, results: list[Result]) -> bool:
     except LocalStackError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return False
-    except Exception:  # noqa: BLE001  (the others are to run all the same)
+    except Exception:  # noqa: BLE001  (the other benchmarks run all the same)
         traceback.print_exc()
         return False
     finally:
         results += rows
         if rows or curves:
             report.save(rows, curves)
+
     world.say(f"{name} took {time.monotonic() - begun:.0f} s")
     return True
 

@@ -1,8 +1,8 @@
-"""Installations with many users and rules in force, written straight into the tables.
+"""Installations with many users and rules in force, written directly into the tables.
 
-The memberships are those that rollouts would have left: ``segsvc check`` finds nothing wrong. What takes minutes by
-events takes seconds: users and their attributes are made by the server, bits by numpy, with the service's own code
-for the rules of one shard.
+The memberships are the same as after rollouts: ``segsvc check`` finds no difference. Events would take minutes; this
+takes seconds, because the server makes the users with their attributes and numpy makes the bits. The service's own code
+evaluates the rules of one shard.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from segsvc.postgres import tables
 from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
 
 FORMAT: Final = 1
-"""Raised when what is written here changes: installations kept from earlier runs are then made anew."""
+"""Increase this when the written data changes: installations from earlier runs are then replaced."""
 BLOCKS_AT_ONCE: Final = 1000
 
 CONDITION: Final = 'user.country == "RU" && user.platform in ["ios", "android"] && user.age >= 18'
-"""True for 12.4 % of the users that are made here."""
+"""True for 12.4 % of the users that this module makes."""
 
 _INSERT_USERS: Final = """
     INSERT INTO users (id, slot, version, attributes)
@@ -45,13 +45,13 @@ _INSERT_USERS: Final = """
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What an installation holds.
+    """The content of an installation.
 
     Attributes:
-        users: on each shard; numbers ``user_id`` gives.
-        percent: of every segment's rule.
-        conditions: CEL texts for the rules of every fourth segment, in turn; empty: no rule has one.
-        rows: also load the reference, a row a membership, into the schema ``peer`` of each shard (``rows``).
+        users: number of users on each shard; ``user_id`` gives their ids.
+        percent: percentage of every segment's rule.
+        conditions: CEL texts, used in turn for the rule of every fourth segment; empty: no rule has a condition.
+        rows: also load the reference, one row per membership, into the schema ``peer`` of each shard (``rows``).
     """
 
     users: int
@@ -63,7 +63,7 @@ class Shape:
 
     @property
     def digest(self) -> str:
-        """Names what was made, so that it can be found again."""
+        """Identifies the content, so that a stored installation can be found again."""
         return hashlib.sha256(f"{FORMAT} {self!r}".encode()).hexdigest()[:12]
 
     @property
@@ -83,18 +83,18 @@ class Shape:
         return (slot + 1) * self.shards + shard
 
     def user_ids(self, shard: int) -> npt.NDArray[np.int64]:
-        """All users of a shard, in the order of their slots."""
+        """Ids of all users of a shard, in the order of their slots."""
         return (np.arange(1, self.users + 1, dtype=np.int64)) * self.shards + shard
 
     def __str__(self) -> str:
-        with_rows = ", a row a membership beside them" if self.rows else ""
+        with_rows = ", also one row per membership" if self.rows else ""
         return f"{self.shards} × {self.users:,} users, {self.segments} segments at {self.percent:g} %{with_rows}"
 
 
 def fill(settings: Settings, shape: Shape) -> None:
-    """Fill an empty, founded installation; ``rows`` are not loaded here."""
+    """Fill an empty installation after its migrations. ``rows`` are not loaded here."""
     if settings.shard_count != shape.shards:
-        raise ValueError(f"an installation of {settings.shard_count} shards is no {shape}")
+        raise ValueError(f"an installation of {settings.shard_count} shards cannot hold {shape}")
     with ThreadPoolExecutor(2) as threads:
         fills = [threads.submit(_fill_shard, dsn, shape, shard) for shard, dsn in enumerate(settings.shard_dsns)]
         counts = [fill.result() for fill in fills]
@@ -102,7 +102,7 @@ def fill(settings: Settings, shape: Shape) -> None:
 
 
 def _fill_shard(dsn: str, shape: Shape, shard: int) -> list[int]:
-    """Members of each segment, in the order of ``Shape.rules``."""
+    """Returns the number of members of each segment, in the order of ``Shape.rules``."""
     engine = sa.create_engine(dsn)
     try:
         with engine.begin() as connection:
@@ -118,6 +118,7 @@ def _insert_users(connection: sa.Connection, shape: Shape, shard: int) -> None:
     user_ids = np.zeros(-(-shape.users // BLOCK_SLOTS) * BLOCK_SLOTS, dtype="<i8")
     user_ids[: shape.users] = shape.user_ids(shard)
     by_block = user_ids.reshape(-1, BLOCK_SLOTS)
+
     for first in range(0, len(by_block), BLOCKS_AT_ONCE):
         chunk = by_block[first : first + BLOCKS_AT_ONCE]
         connection.execute(
@@ -128,12 +129,14 @@ def _insert_users(connection: sa.Connection, shape: Shape, shard: int) -> None:
             ),
             {"first": first, "ids": chunk.tobytes(), "width": BLOCK_SLOTS * 8, "blocks": len(chunk)},
         )
+
     connection.execute(sa.update(tables.shard_state).values(next_slot=shape.users, user_count=shape.users))
 
 
 def _insert_segment(tx: PostgresShardTransaction, shape: Shape, segment: ShardSegment, rule: Rule) -> int:
-    """Returns its members on this shard."""
+    """Insert a segment with its rule and bits. Returns the number of its members on this shard."""
     tx.insert_segment(segment)
+
     count = 0
     for first, blocks in _ranges(shape):
         user_ids = tx.directory(first, blocks)
@@ -142,12 +145,13 @@ def _insert_segment(tx: PostgresShardTransaction, shape: Shape, segment: ShardSe
             packed &= bits.at_slots(tx.condition_slots(rule.condition, first, blocks), first, blocks)
         tx.write_segment_bits(segment.id, first, bits.empty(blocks), packed)
         count += bits.popcount(packed)
+
     tx.put_rule(segment.id, rule, count, None)
     return count
 
 
 def _ranges(shape: Shape) -> Iterator[tuple[int, int]]:
-    """First block and number of blocks, a piece at a time."""
+    """Yields (first block, number of blocks) of one chunk after another."""
     blocks = -(-shape.users // BLOCK_SLOTS)
     for first in range(0, blocks, BLOCKS_AT_ONCE):
         yield first, min(BLOCKS_AT_ONCE, blocks - first)

@@ -1,8 +1,8 @@
-"""Servers for the benchmarks, and installations with many users that appear in seconds.
+"""Servers for the benchmarks, and installations with many users, created in seconds.
 
-Two kinds of world: bare servers (PostgreSQL with fsync, a cache), on which a benchmark runs parts of the service
-itself; and the whole stack as ``make up`` starts it. Everything lies in ``build/bench`` and carries its mark: what a
-run that was killed has left behind is removed by the next one.
+A world offers two kinds of environment: bare servers (PostgreSQL with fsync, a cache), on which a benchmark itself runs
+parts of the service; and the whole stack as ``make up`` starts it. All files are in ``build/bench``, and all processes
+carry a mark: the next run removes the remains of a run that was killed.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def _say(text: str) -> None:
 
 
 class World:
-    """What benchmarks run on. Servers start at first use and stop at the end of the block; data stays for the next run.
+    """The environment of benchmarks. Servers start at first use and stop at the end of the block; their data stays.
 
     Args:
-        folder: where everything lies.
-        say: told, a sentence at a time, what happens.
+        folder: folder of all files.
+        say: called with a sentence for each step.
     """
 
     def __init__(self, folder: Path = FOLDER, say: Say = _say) -> None:
@@ -75,10 +75,10 @@ class World:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep out a second run in this folder: each would end the other's processes.
+        """Refuse a second run in this folder, because each would end the other's processes.
 
         Raises:
-            LocalStackError: there is one.
+            LocalStackError: another run uses the folder.
         """
         with (self.folder / "lock").open("w") as lock:
             try:
@@ -101,7 +101,7 @@ class World:
 
     @property
     def cache(self) -> RedisServer:
-        """The cache's server, configured as in production. Flush it where a benchmark needs it empty."""
+        """The cache's server, configured as in production. Call ``empty_cache`` if a benchmark needs it empty."""
         if self._cache is None:
             self.say("starting the cache")
             self._cache = RedisServer("cache", self._servers / "cache", CACHE_CONFIG, mark=self._servers)
@@ -110,13 +110,13 @@ class World:
         return self._cache
 
     def empty_cache(self) -> None:
-        """Take everything out of the bare cache."""
+        """Delete everything from the bare cache."""
         with redis.Redis.from_url(self.cache.url) as client:
             client.flushall()
 
     @property
     def mark(self) -> Path:
-        """Give it to processes of your own (``Daemon(…, mark=world.mark)``): what is left of them is killed."""
+        """Pass this to processes that a benchmark starts (``Daemon(…, mark=world.mark)``): leftover ones are killed."""
         return self._servers
 
     @contextlib.contextmanager
@@ -127,25 +127,28 @@ class World:
         ready: Callable[[], bool],
         settings: Settings | None = None,
     ) -> Iterator[int]:
-        """A Python process beside the servers: ``world.process("front", "-m", "segsvc", "serve", ready=…)``. Its pid.
+        """A Python process beside the servers: ``world.process("front", "-m", "segsvc", "serve", ready=…)``. Yields
+        its pid.
 
-        It is stopped by SIGTERM. Its output is in ``build/bench/servers/<name>/<name>.log``.
+        SIGTERM stops the process. Its output is in ``build/bench/servers/<name>/<name>.log``.
 
         Args:
             argv: arguments of this interpreter.
-            ready: asked until it answers True.
-            settings: what it finds as its settings; None: none.
+            ready: polled until it returns True.
+            settings: the settings that the process reads; None: none.
 
         Raises:
-            LocalStackError: it ended or did not become ready; with the last lines of its log.
+            LocalStackError: the process ended or did not become ready; the text has the last lines of its log.
         """
         folder = self._servers / name
         daemon = Daemon(name, folder, log=folder / f"{name}.log", mark=self._servers)
+
         env = {"PYTHONPATH": str(Path.cwd())}
         if settings is not None:
             folder.mkdir(parents=True, exist_ok=True)
             write_env(folder / "settings.env", settings)
             env["SEGSVC_ENV_FILE"] = str(folder / "settings.env")
+
         daemon.spawn([sys.executable, *argv], env=env)
         try:
             daemon.await_ready(ready, timeout_s=READY_TIMEOUT_S)
@@ -159,25 +162,27 @@ class World:
 
     @contextlib.contextmanager
     def installation(self, shape: Shape, **settings: Any) -> Iterator[Installation]:
-        """A fresh installation of this shape on the bare servers: a copy of one that was made before, if there is. The
-        cache is empty. One at a time.
+        """A new installation of this shape on the bare servers, as a copy of a template. The template is made at first
+        use. The cache is empty. Only one installation can exist at a time.
 
         Args:
             settings: settings by field name.
         """
         names = ["catalog", *(f"shard{shard}" for shard in range(shape.shards))]
-        # Made anew when the tables have changed, too.
+        # The migrations' heads are part of the name, so a change of the tables makes a new template.
         kind = f"{shape.digest}_{head('catalog')}_{head('shard')}"
         templates = [_TEMPLATE.format(kind=kind, database=name) for name in names]
         working = [_WORKING.format(database=name) for name in names]
+
         self._make_templates(shape, templates)
         self.say(f"copying an installation of {shape}")
         for template, name in zip(templates, working, strict=True):
             self._drop(name)
-            # A copy of files: the other way would write each page into the WAL.
+            # Copy the files: the other strategy would write each page into the WAL.
             self._sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
-        # What it holds is of the installation before, with the same users and other segments.
+        # Its entries are of the installation before, which had the same users and other segments.
         self.empty_cache()
+
         try:
             yield self._installation(working, cache_url=self.cache.url, **settings)
         finally:
@@ -191,20 +196,23 @@ class World:
         )
 
     def _make_templates(self, shape: Shape, names: list[str]) -> None:
-        """A database that lacks the mark of completion is made anew."""
+        """Make the template databases, unless all are complete. A complete one is marked as a template."""
         found = self.postgres.psql("SELECT datname FROM pg_database WHERE datistemplate").split()
         if set(names) <= set(found):
             return
+
         for name in names:
             self._drop(name)
+
         self.say(f"making an installation of {shape}")
         for name in names:
             self.postgres.create_database(name)
         settings = self._installation(names).settings
         migrate(settings)
         self._fill(settings, shape)
+
         for name in names:
-            # With everyone thrown out: a template with sessions in it cannot be copied.
+            # End all sessions: a template with sessions cannot be copied.
             self.postgres.psql(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :'name'", name=name
             )
@@ -217,7 +225,7 @@ class World:
             if shape.rows:
                 self.say(f"loading the rows of shard {shard}")
                 rows.load(engine, shape)
-            # What autovacuum does sooner or later: statistics, and pages known to be visible to all.
+            # Autovacuum would do this sooner or later: statistics, and pages marked as visible to all.
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql("VACUUM (ANALYZE)")
             engine.dispose()
@@ -234,10 +242,10 @@ class World:
 
     @contextlib.contextmanager
     def stack(self, shape: Shape | None = None, *, shards: int = 4, **settings: Any) -> Iterator[LocalStack]:
-        """The whole stack, new and empty, or with an installation of this shape; gone afterwards.
+        """The whole stack, new, empty or with an installation of this shape. It is deleted afterwards.
 
         Args:
-            shape: its ``shards`` count; None: empty, with ``shards``.
+            shape: the content, which also sets the number of shards; None: empty, with ``shards`` shards.
             settings: settings by field name.
         """
         home = self._stack_home
@@ -250,6 +258,7 @@ class World:
             say=self.say,
             ready=is_serving,
         )
+
         stack.down(purge=True)
         try:
             with stack:
@@ -261,7 +270,7 @@ class World:
             stack.down(purge=True)
 
     def _clean_up(self) -> None:
-        """End whatever carries our marks, and remove the stack's folder; the bare servers' data stays."""
+        """End all processes with this world's marks, and remove the stack's folder. The bare servers' data stays."""
         for folder in (self._servers, self._stack_home):
             if find_marked(folder):
                 self.say(f"ending what is left of {folder}: {', '.join(kill_marked(folder))}")

@@ -1,1 +1,1 @@
-"""Servers that do the same job the plain way: what ours are compared with. Each is run as a process of its own."""
+"""Servers that do the same job in the plain way, as references for ours. Each one runs as a process of its own."""

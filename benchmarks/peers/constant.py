@@ -1,8 +1,9 @@
-"""The front's own library answering every call with the same bytes, without a cache behind it: the floor of a hit.
+"""The front's own library, which answers every call with the same bytes and has no cache behind it: the lower bound of
+a hit's cost.
 
     python -m benchmarks.peers.constant ADDRESS HEX
 
-With the options of the real front (``lane_calls.native_front``), and a request id in the metadata as it sends it.
+It has the options of the real front (``hot.calls.native_front``), and sends a request id in the metadata as that does.
 """
 
 from __future__ import annotations

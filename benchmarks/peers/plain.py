@@ -1,8 +1,8 @@
-"""GetUserSegments from a row a membership: a plain grpcio servicer, a statement on the user's shard for each call.
+"""GetUserSegments from one row per membership: a plain grpcio servicer with one statement on the user's shard per call.
 
     python -m benchmarks.peers.plain ADDRESS SHARD_DSN…
 
-Threads with a psycopg2 connection to each shard of their own; the statement is ``rows.USER_SEGMENTS``, one index scan.
+Each thread has its own psycopg2 connection to each shard. The statement is ``rows.USER_SEGMENTS``, one index scan.
 """
 
 from __future__ import annotations

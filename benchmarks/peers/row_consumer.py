@@ -2,10 +2,10 @@
 
     python -m benchmarks.peers.row_consumer TOPIC NUMBER OF READY
 
-Takes the partitions of TOPIC whose number has remainder NUMBER modulo OF, from their present ends on, and makes the
-file READY when it has them. It finds who is in what as the service does (numpy for the percentages, one statement for
-all conditions), so what is compared is how the memberships are written: here into ``peer.memberships`` of each shard,
-many rows a statement (psycopg2's ``execute_values``). It commits the shards, then its offsets.
+It takes the partitions of TOPIC whose number has remainder NUMBER modulo OF, from their present ends on, and creates
+the file READY when it has them. It computes memberships as the service does (numpy for the percentages, one statement
+for all conditions), so the comparison is about how memberships are written: here into ``peer.memberships`` of each
+shard, many rows per statement (psycopg2's ``execute_values``). It commits the shards, then its offsets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _users = sa.table("users", sa.column("id", sa.BigInteger), sa.column("attributes
 
 
 class RowShard:
-    """One shard and its rules, which do not change meanwhile."""
+    """One shard and its rules, which do not change during the benchmark."""
 
     def __init__(self, dsn: str) -> None:
         self._engine = sa.create_engine(dsn)
@@ -67,6 +67,7 @@ class RowShard:
     def _memberships(self, connection: sa.Connection, ids: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
         holds = self._holding(connection, ids)
         hashes = UserHashes(ids)
+
         found = []
         for segment in self._rules:
             assert segment.rule is not None
@@ -74,12 +75,14 @@ class RowShard:
             if segment.rule.condition:
                 members &= holds[segment.rule.condition]
             found += [(user_id, segment.id) for user_id in ids[members].tolist()]
+
         # In the order of the primary key.
         return sorted(found)
 
     def _holding(self, connection: sa.Connection, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.bool_]]:
         if not self._conditions:
             return {}
+
         where = _users.c.id == sa.any_(sa.literal(ids.tolist(), ARRAY(sa.BigInteger)))
         conditions = list(map(parse_condition, self._conditions))
         found, clauses = clauses_over_columns(conditions, _users, [_users.c.id], where)
@@ -98,6 +101,7 @@ def main(topic: str, number: int, of: int, ready: Path) -> None:
         enable_auto_commit=False,
         max_poll_records=RECORDS_MAX,
     )
+
     partitions = sorted(consumer.partitions_for_topic(topic) or ())
     mine = [TopicPartition(topic, partition) for partition in partitions if partition % of == number]
     consumer.assign(mine)
@@ -105,12 +109,14 @@ def main(topic: str, number: int, of: int, ready: Path) -> None:
     for where in mine:
         consumer.position(where)
     ready.touch()
+
     while True:
         by_shard: defaultdict[int, dict[int, Any]] = defaultdict(dict)
         for records in consumer.poll(timeout_ms=200).values():
             for record in records:
                 event = json.loads(record.value)
                 by_shard[event["user_id"] % len(shards)][event["user_id"]] = event["attributes"]
+
         for shard, users in by_shard.items():
             shards[shard].create(users)
         if by_shard:

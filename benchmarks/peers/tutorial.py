@@ -1,8 +1,9 @@
-"""GetUserSegments the way tutorials write it: grpcio's asyncio server and redis-py's asyncio client, a GET a call.
+"""GetUserSegments as tutorials write it: grpcio's asyncio server and redis-py's asyncio client, one GET per call.
 
     python -m benchmarks.peers.tutorial ADDRESS CACHE_URL
 
-The user's segments are a JSON list under ``tutorial:<id>``. On uvloop and with hiredis, which is better than most.
+The user's segments are a JSON list in the key ``tutorial:<id>``. It runs on uvloop and with hiredis, which is better
+than most tutorials.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The benchmarks, one file a group. Each file registers its own; ``benchmarks.run`` finds them here."""
+"""The benchmarks, one file per group. Each file registers its benchmarks; ``benchmarks.run`` finds the files here."""

@@ -1,4 +1,4 @@
-"""Deletions, bytes on disk and statistics, each beside a row a membership."""
+"""Deletions, bytes on disk and statistics, each beside a reference with one row per membership."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def delete_shard(world: World) -> Iterator[Result | Curve]:
         pids = {"postgres": pid_of(world.postgres)}
         samples = rounds_wanted() + 1
         with ShardWork(installation.settings) as work:
-            # All that will be deleted is made, and written to disk, before anything is timed: a deletion mostly waits
-            # for the disk, and would wait for what was written before it.
+            # All segments that will be deleted are made and written to disk before the first measurement: a deletion
+            # mostly waits for the disk, and would also wait for earlier writes.
             world.say(f"rolling out {samples * (AT_ONCE + 1)} segments")
             mine = [[_rolled_out(installation, work) for _ in range(AT_ONCE)] for _ in range(samples)]
             theirs = [_rolled_out(installation, work) for _ in range(samples)]
@@ -57,13 +57,13 @@ def delete_shard(world: World) -> Iterator[Result | Curve]:
         engine.dispose()
     yield pair.result(
         "delete_shard", "ms", ratio_at_least(30), times_better=True,
-        note="a checkpoint lies between making and deleting, as with a segment that has been there for a while; "
-        "what VACUUM has to do after the reference's deletion is not in its time",
+        note="a checkpoint separates the rollouts from the deletions, as for a segment that has existed for a while; "
+        "the work of VACUUM after the reference's deletion is not in its time",
     )  # fmt: skip
 
 
 def _rolled_out(installation: Installation, work: ShardWork) -> tuple[ShardSegment, int]:
-    """A segment that some 200,000 users are in, and how many."""
+    """A segment with about 200,000 members, and the exact number."""
     segment = new_segment(installation)
     members = work.roll_out(0, segment, Rule(DELETED * 100_000 // ONE_SHARD.users)).members
     assert abs(members / DELETED - 1) < 0.01, members
@@ -110,6 +110,7 @@ def statistics(world: World) -> Iterator[Result | Curve]:
                 connection.exec_driver_sql(rows.INDEXES)
                 connection.exec_driver_sql("VACUUM (ANALYZE) peer.memberships")
             engine.dispose()
+
         count = "SELECT count(*) FROM peer.memberships WHERE segment_id = %s"
         with OnAllShards(installation.settings) as shards:
 
@@ -127,6 +128,6 @@ def statistics(world: World) -> Iterator[Result | Curve]:
             pair = measure_pair(ours, reference)
     yield pair.result(
         "statistics", "ms", ratio_at_least(10), times_better=True,
-        note=f"the reference's table holds this segment's {members:,} rows alone, all that the count reads; "
-        "it is asked without a service in front",
+        note=f"the reference's table holds only this segment's {members:,} rows, which is all that the count reads; "
+        "the reference is a statement, without a service in front of it",
     )  # fmt: skip

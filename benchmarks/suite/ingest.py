@@ -1,4 +1,4 @@
-"""New users from Kafka to readable, beside a row for each membership and beside Kafka's client alone."""
+"""New users, from Kafka until they are readable, beside one row per membership and beside Kafka's client alone."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from segsvc.local.processes import wait_until
 from segsvc.local.stack import LocalStack
 
 EVENTS, ROW_EVENTS = 100_000, 5_000
-"""Events in one round of ours and of the rows: a second or more of work each."""
+"""Events in one round of ours and of the rows: each is at least a second of work."""
 ALONE_EVENTS = 200_000
-"""What the client alone consumes in one round, at most: all that is there, seconds of work."""
+"""Upper bound of the events that the client alone consumes in one round, which takes seconds."""
 PARTITIONS = 8
 ROWS_TOPIC = "benchmark-rows"
 ROW_CONSUMERS = 2
-"""As many as there are cores here: alone, one waits for PostgreSQL half of the time."""
+"""One per core of the usual machine: a single consumer waits for PostgreSQL half of the time."""
 POLL_S = 0.03
 TIMEOUT_S = 120.0
 
 
 def _conditions() -> tuple[str, ...]:
-    """Fifty different ones over the attributes of the demonstration's users, of one to three comparisons."""
+    """Fifty different conditions of one to three comparisons, over the attributes of the demonstration's users."""
     found = []
     for country in ("US", "IN", "BR", "DE", "RU"):
         found += [
@@ -60,11 +60,11 @@ SHAPE = Shape(users=0, segments=200, shards=4, conditions=_conditions())
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Events that wait on a topic.
+    """Events that wait in a topic.
 
     Attributes:
-        last: the user of the last event of each shard in each partition. Events of one shard and partition are taken
-            in their order: if all of these are there, all are.
+        last: the user of the last event of each shard in each partition. Events of one shard and partition are applied
+            in order: if all of these users exist, the users of all events exist.
     """
 
     count: int
@@ -72,7 +72,7 @@ class Events:
 
 
 class Loader:
-    """Puts users on topics: every call other ones, always the same in the same order."""
+    """Sends the events of users to topics."""
 
     def __init__(self, bootstrap_servers: str) -> None:
         self._producer = Producer(
@@ -80,7 +80,7 @@ class Loader:
         )
 
     def put(self, topic: str, users: Sequence[tuple[int, bytes]]) -> Events:
-        """Returns when all are acknowledged."""
+        """Send events. Returns when all are acknowledged."""
         last: dict[tuple[int, int], int] = {}
 
         def acknowledged(error: object, message: Message) -> None:
@@ -96,7 +96,7 @@ class Loader:
 
 
 class Ours:
-    """The stack, whose bridge stands still while events are put on its topic."""
+    """The stack, whose bridge is suspended while events are sent to its topic."""
 
     def __init__(self, stack: LocalStack) -> None:
         self._client = Client(stack.settings.grpc_address)
@@ -105,7 +105,7 @@ class Ours:
         self._bridge = psutil.Process(self.pids["bridge"])
 
     def measure(self, loader: Loader, users: Sequence[tuple[int, bytes]]) -> Sample:
-        with _standing_still([self._bridge]):
+        with _suspended([self._bridge]):
             events = loader.put(CREATE_TOPIC, users)
         with cpu_of(self.pids) as spent:
             _await_each(events.last, self._is_readable)
@@ -115,12 +115,12 @@ class Ours:
         return next(self._client.many_user_segments([user_id]))[1] is not None
 
     def read_all(self, user_ids: Sequence[int]) -> int:
-        """How many of these can be read."""
+        """Number of these users that can be read."""
         return sum(slugs is not None for _, slugs in self._client.many_user_segments(user_ids))
 
 
 class Rows:
-    """The plain consumers and their tables, likewise."""
+    """The plain consumers and their tables. They, too, are suspended while events are sent."""
 
     def __init__(self, world: World, stack: LocalStack, pids: dict[str, int]) -> None:
         self._exit = contextlib.ExitStack()
@@ -146,19 +146,19 @@ class Rows:
         return psutil.Process(pid)
 
     def measure(self, loader: Loader, users: Sequence[tuple[int, bytes]]) -> Sample:
-        with _standing_still(self._consumers):
+        with _suspended(self._consumers):
             events = loader.put(ROWS_TOPIC, users)
         with cpu_of(self.pids) as spent:
-            _await_each(events.last, self._is_there)
+            _await_each(events.last, self._is_stored)
         return Sample(events.count / spent.seconds, events.count, spent.cpu_s)
 
-    def _is_there(self, user_id: int) -> bool:
+    def _is_stored(self, user_id: int) -> bool:
         with self.engines[shard_of(user_id, SHAPE.shards)].connect() as connection:
             found = connection.exec_driver_sql("SELECT 1 FROM peer.users WHERE id = %s", (user_id,))
             return found.first() is not None
 
     def prove_same(self) -> int:
-        """Compare the memberships of all users that both have. Returns their number.
+        """Compare the memberships of all users that both sides have. Returns the number of memberships.
 
         Raises:
             AssertionError: they differ, or there are none.
@@ -183,15 +183,15 @@ class Rows:
 
 
 def _await_each(user_ids: Sequence[int], is_there: Callable[[int], bool]) -> None:
-    """One after the other, so that asking costs next to nothing."""
+    """Wait for one user after another, so that polling costs almost nothing."""
     for user_id in user_ids:
         if not wait_until(partial(is_there, user_id), timeout_s=TIMEOUT_S, poll_s=POLL_S):
             raise TimeoutError(f"user {user_id} did not arrive in {TIMEOUT_S:g} s")
 
 
 @contextlib.contextmanager
-def _standing_still(processes: Sequence[psutil.Process]) -> Iterator[None]:
-    """Keep processes from running: for less time than their membership of a group bears."""
+def _suspended(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Suspend processes inside the block, for less time than their consumer group allows."""
     for process in processes:
         process.suspend()
     try:
@@ -202,7 +202,7 @@ def _standing_still(processes: Sequence[psutil.Process]) -> Iterator[None]:
 
 
 def _consume_alone(bootstrap_servers: str) -> float:
-    """What kafka-python hands over per second, with nothing done to it: the last events of the topic."""
+    """Events per second that kafka-python delivers, without any processing, from the last events of the topic."""
     consumer = KafkaConsumer(bootstrap_servers=bootstrap_servers.split(","), enable_auto_commit=False)
     numbers = sorted(consumer.partitions_for_topic(CREATE_TOPIC) or ())
     partitions = [TopicPartition(CREATE_TOPIC, number) for number in numbers]
@@ -211,11 +211,13 @@ def _consume_alone(bootstrap_servers: str) -> float:
     for partition in partitions:
         consumer.seek(partition, max(0, ends[partition] - ALONE_EVENTS // len(partitions)))
     left = sum(min(ends[partition], ALONE_EVENTS // len(partitions)) for partition in partitions)
+
     consumed = 0
     begun = time.perf_counter()
     for _ in itertools.islice(consumer, left):
         consumed += 1
     seconds = time.perf_counter() - begun
+
     consumer.close(autocommit=False)
     return consumed / seconds
 
@@ -224,7 +226,7 @@ def _consume_alone(bootstrap_servers: str) -> float:
 def ingest(world: World) -> Iterator[Result | Curve]:
     """create-user events from Kafka to readable over gRPC, 200 live segments (50 with conditions), 4 shards."""
     alone: list[float] = []
-    # The warmer would fill the cache with the new users meanwhile; its own figures are those of ``warm``.
+    # The warmer is off: it would fill the cache with the new users meanwhile. The benchmark ``warm`` measures it.
     with world.stack(SHAPE, cache_warm_budget_bytes=0) as stack, contextlib.ExitStack() as undo:
         servers = stack.settings.kafka_bootstrap_servers
         ours = Ours(stack)
@@ -243,7 +245,7 @@ def ingest(world: World) -> Iterator[Result | Curve]:
             return sample
 
         def by_rows() -> Sample:
-            # Users whom ours has as well: their memberships are compared in the end.
+            # Users that ours has as well: their memberships are compared at the end.
             return plain.measure(loader, next(shared))
 
         pair = measure_pair(new_users, by_rows)
@@ -253,13 +255,13 @@ def ingest(world: World) -> Iterator[Result | Curve]:
     del alone[0]  # the round that does not count
     yield pair.result(
         "ingest", "users/s", ratio_at_least(10),
-        note=f"the reference: {ROW_CONSUMERS} plain consumers, many rows a statement; both found the "
+        note=f"the reference: {ROW_CONSUMERS} plain consumers, many rows per statement; both found the "
         f"same {same:,} memberships for the users they share, and all {len(user_ids):,} users were read over gRPC",
     )  # fmt: skip
     reference = statistics.median(alone)
     yield Result(
         "ingest.kafka", pair.ours.median, "users/s", reference, pair.ours.median / reference, ratio_at_least(0.5),
         spread=pair.ours.spread, reference_spread=spread_of(alone), cpu_us_per_call=pair.ours.cpu_us_per_call,
-        note="the reference: kafka-python iterating over the same events, doing nothing with them, after each round",
+        note="the reference: kafka-python iterates over the same events after each round, without processing them",
         more={"reference_rounds": alone},
     )  # fmt: skip

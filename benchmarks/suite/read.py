@@ -1,4 +1,4 @@
-"""Reads of cached users: what a hit costs, beside the floor of the library and beside the tutorials' way."""
+"""Reads of cached users: a hit's cost, beside the library alone (the lower bound) and beside the tutorials' way."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from benchmarks.seed import Shape
 from benchmarks.world import World
 
 SHAPE = Shape(users=25_000, segments=57, shards=4)
-"""100,000 users with 20 segments each on average, every list another one."""
+"""100,000 users with 20 segments each on average, and all lists different."""
 IN_FLIGHT = 64
 CURVE_IN_FLIGHT = (4, 16, 64, 256)
 COMPARED = 500
 """Users whose answers are compared before anything is timed."""
 BATCH_USERS = 100
 CORES_FOR_TWO = 4
-"""One for each front process, one for the cache, one for the load."""
+"""One core for each front process, one for the cache, one for the load."""
 
 
 @dataclass(frozen=True, slots=True)
 class Warm:
-    """A front whose users are all cached."""
+    """A front with all its users in the cache."""
 
     server: reading.Server
     user_ids: list[int]
@@ -91,7 +91,7 @@ def read_hit(world: World) -> Iterator[Result | Curve]:
 
 
 def _by_load(servers: Mapping[str, Callable[[int], Sample]]) -> Curve:
-    """Throughput as more calls are in flight: batches grow with the load, so a call costs less the more there are."""
+    """Throughput by number of calls in flight. Batches grow with the load, so a call costs less under more load."""
     points = {name: [(float(calls), ask(calls).value) for calls in CURVE_IN_FLIGHT] for name, ask in servers.items()}
     return Curve(
         "read_hit", "GetUserSegments, one front process", "calls in flight", "calls/s", points, logarithmic=True
@@ -100,7 +100,7 @@ def _by_load(servers: Mapping[str, Callable[[int], Sample]]) -> Curve:
 
 @benchmark("read_hit_peer")
 def read_hit_peer(world: World) -> Iterator[Result | Curve]:
-    """The same, beside grpcio's asyncio and redis-py's asyncio."""
+    """GetUserSegments of cached users, beside grpcio's asyncio and redis-py's asyncio."""
     with warm_front(world) as warm:
         _fill_tutorial(world, warm)
         bodies = [Body.single(user) for user in warm.user_ids]
@@ -120,7 +120,7 @@ def read_hit_peer(world: World) -> Iterator[Result | Curve]:
 
 
 def _fill_tutorial(world: World, warm: Warm) -> None:
-    """The same lists for the tutorial's server, asked of ours."""
+    """Write the lists that our front returns into the cache of the tutorial's server."""
     with reading.stub(warm.server.address) as client, redis.Redis.from_url(world.cache.url) as cache:
         for first in range(0, len(warm.user_ids), 1000):
             answer = client.BatchGetUserSegments(
@@ -136,7 +136,7 @@ def _fill_tutorial(world: World, warm: Warm) -> None:
 
 @benchmark("read_batch")
 def read_batch(world: World) -> Iterator[Result | Curve]:
-    """BatchGetUserSegments with 100 users a call, beside one call a user."""
+    """BatchGetUserSegments with 100 users per call, beside one call per user."""
     with warm_front(world) as warm:
         users = warm.user_ids
         batches = [Body.batch(users[first : first + BATCH_USERS]) for first in range(0, len(users), BATCH_USERS)]
@@ -148,16 +148,16 @@ def read_batch(world: World) -> Iterator[Result | Curve]:
                 lambda: reading.users_per_second(ours, warm.server, BATCH_USERS, in_flight=8),
                 lambda: reading.calls_per_second(theirs, warm.server, in_flight=IN_FLIGHT),
             )
-    yield pair.result("read_batch", "users/s", ratio_at_least(10), note="CPU time is a user's")
+    yield pair.result("read_batch", "users/s", ratio_at_least(10), note="CPU time is per user")
 
 
 @benchmark("read_processes")
 def read_processes(world: World) -> Iterator[Result | Curve]:
-    """Two front processes on one port, beside one."""
+    """Two front processes on one port, beside one process."""
     with warm_front(world) as warm:
         bodies = [Body.single(user) for user in warm.user_ids]
-        # The kernel spreads connections over the processes; with some tens of them both get about as many. Each
-        # process has as many calls in flight as the one has alone: fewer would make smaller batches of them.
+        # The kernel spreads connections over the processes; with a few dozen, both get about the same number. Each
+        # process has as many calls in flight as the single one: fewer calls would make smaller batches.
         with (
             reading.front(world, warm.server.settings, name="front-2", processes=2) as two,
             Load(two.address, GET_USER_SEGMENTS, bodies, connections=32) as ours,
@@ -171,8 +171,8 @@ def read_processes(world: World) -> Iterator[Result | Curve]:
     load_us = pair.ours.of("load_cpu_us").median
     cores = os.cpu_count() or 1
     note = (
-        f"a call costs {ours_us:.0f} µs here and {load_us:.0f} µs of the load's: {cores} cores end at "
-        f"{1e6 * cores / (ours_us + load_us):,.0f} calls/s, however many processes there are"
+        f"a call costs {ours_us:.0f} µs here and {load_us:.0f} µs in the load: the limit of {cores} cores is "
+        f"{1e6 * cores / (ours_us + load_us):,.0f} calls/s, for any number of processes"
     )
     if cores < CORES_FOR_TWO:
         note += f"; the goal of 1.6 × holds from {CORES_FOR_TWO} cores on"

@@ -1,4 +1,4 @@
-"""Reads that the cache cannot answer: an empty cache, and the moment after a rollout."""
+"""Reads that the cache cannot answer: with an empty cache, and just after a rollout."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from segsvc.demo.client import Client
 COLD = Shape(users=5_000, segments=1_000, shards=4, rows=True)
 """20,000 users in 350 segments each on average."""
 COLD_CALLS = 2_000
-"""Of a round; each user is asked for once in a round, so that every call is a miss."""
+"""Calls of a round. Each user is read once in a round, so that every call is a miss."""
 SINGLE_CALLS = 300
 COMPARED = 200
 
 ROLLED_OUT = Shape(users=25_000, segments=57, shards=4)
 """100,000 users with 20 segments each on average."""
 ROLLOUT_RATE = 1_000
-"""Reads a second, over all users alike: after a rollout nearly all are the first of their user, and so misses. Few
-enough that two cores, which do the rollout and the warming as well, can serve them all as misses."""
+"""Reads per second, evenly over all users. After a rollout, nearly all reads are the first of their user, so misses.
+The rate is low enough that two cores, which also do the rollout and the warming, can serve all reads as misses."""
 ROLLOUT_SECONDS = 4.0
 ROLLOUT_AFTER_S = 0.5
 
@@ -52,6 +52,7 @@ def read_cold(world: World) -> Iterator[Result | Curve]:
             memberships = rows.prove_same(engine, COLD)
             world.say(f"shard {shard}: the same {memberships:,} memberships in bits and in rows")
             engine.dispose()
+
         bodies = [Body.single(user) for user in reading.shuffled_users(COLD)]
         with (
             reading.front(world, settings) as front,

@@ -1,4 +1,4 @@
-"""Rollouts: one shard's work beside rows, the whole call beside the work, conditions beside the filter."""
+"""Rollouts: one shard's work beside rows, the whole call beside the work, conditions beside a plain SQL filter."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ MILLION = Shape(users=250_000, segments=200, shards=4)
 TEN_MILLION = Shape(users=2_500_000, segments=200, shards=4)
 SMALL = Shape(users=25_000, segments=200, shards=4)
 AT_ONCE, CALLS = 8, 4
-"""Pieces of work, and calls, in one sample: the kernel counts CPU in steps of 10 ms."""
+"""Rollouts of a shard, and calls, in one sample: the kernel counts CPU time in steps of 10 ms."""
 
 PEER_ROLL_OUT = """
     INSERT INTO peer.memberships (user_id, segment_id)
     SELECT id, %(segment)s FROM peer.users WHERE (hashint8extended(id, %(segment)s) & 1048575) < %(share)s * 1048576
 """
-"""PostgreSQL's own hash: ours in SQL would cost the reference more than its rows."""
+"""It uses PostgreSQL's own hash: our hash in SQL would cost the reference more than its rows."""
 
 
 @benchmark("rollout_shard")
@@ -82,7 +82,7 @@ def rollout_shard(world: World) -> Iterator[Result | Curve]:
         engine.dispose()
     yield pair.result(
         "rollout_shard", "ms", ratio_at_least(30), times_better=True,
-        note="the reference chooses its users by PostgreSQL's hash, which is cheaper for it than ours would be",
+        note="the reference selects its users by PostgreSQL's hash, which is cheaper for it than our hash would be",
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def rollout_end_to_end(world: World) -> Iterator[Result | Curve]:
     yield Result("rollout_end_to_end.seconds", series.median / 1000, "s", goal=value_at_most(2))
     yield Result(
         "rollout_end_to_end.memory", memory_mb, "MB", goal=value_at_most(300),
-        note="the most that a process of the operations worker had resident at 10 million users, libraries included",
+        note="peak resident memory of a process of the operations worker at 10 million users, libraries included",
     )  # fmt: skip
     yield Curve(
         "rollout", "A RollOutSegment call over all users", "million users", "ms",
@@ -115,7 +115,7 @@ def rollout_end_to_end(world: World) -> Iterator[Result | Curve]:
 
 
 def _million(world: World) -> Generator[Result, None, float]:
-    """The call over a million users beside its parts; gives the call's median."""
+    """Measure the call over a million users beside its parts. Returns the call's median."""
     with world.installation(MILLION) as installation, service(world, installation) as running:
         segment = MILLION.rules[1][0]
         percents = itertools.cycle((60, 30))
@@ -128,10 +128,12 @@ def _million(world: World) -> Generator[Result, None, float]:
                     for shard in range(MILLION.shards):
                         work.roll_out(shard, segment, rule)
                 works_ms = elapsed(begun) / CALLS
+
                 begun = time.perf_counter()
                 for _ in range(CALLS):
                     running.empty_chord()
                 chord_ms = elapsed(begun) / CALLS
+
                 return Sample(works_ms + chord_ms, CALLS, more={"work": works_ms, "chord": chord_ms})
 
             pair = measure_pair(lambda: _calls(running, MILLION, [60, 30, 60, 30]), reference)
@@ -145,7 +147,7 @@ def _million(world: World) -> Generator[Result, None, float]:
 
 
 def _calls(running: Service, shape: Shape, percents: Sequence[int]) -> Sample:
-    """A call for each percentage; every one changes some bits of every block."""
+    """One call for each percentage; every call changes some bits of every block."""
     segment = shape.rules[0][0]
     users = shape.users * shape.shards
     with cpu_of(running.pids) as spent:
@@ -163,7 +165,7 @@ def rollout_condition(world: World) -> Iterator[Result | Curve]:
         called, previewed = _under_condition(running, MILLION, CALLS)
     yield called.result(
         "rollout_condition", "ms", ratio_at_most(1.5),
-        note="chord, commit and the writing of bits are those of a call without a condition: see rollout_end_to_end",
+        note="chord, commit and the writing of bits cost the same as without a condition: see rollout_end_to_end",
     )  # fmt: skip
     yield previewed.result("rollout_condition.preview", "ms", ratio_at_most(1.5))
 

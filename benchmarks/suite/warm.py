@@ -1,4 +1,4 @@
-"""Filling the cache ahead of the reads, beside a query and a SET for each user."""
+"""Filling the cache before the reads, beside a query and a SET for each user."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def warm(world: World) -> Iterator[Result | Curve]:
         same = rows.prove_same(engine, SHAPE)
         world.say(f"both hold the same {same:,} memberships")
         engine.dispose()
+
         servers = {"postgres": world.postgres.pid or 0, "cache": world.cache.pid or 0}
         databases = Databases(settings, "benchmark")
         cache = make_cache(settings, timeout_s=WARM_TIMEOUT_S, rest=WARM_REST)
@@ -50,6 +51,7 @@ def warm(world: World) -> Iterator[Result | Curve]:
             slugs=SlugMap(memberships.slugs),
             budget_bytes=settings.cache_warm_budget_bytes,
         )
+
         dsn = sa.make_url(settings.shard_dsns[0]).set(drivername="postgresql")
         peer = psycopg2.connect(dsn.render_as_string(hide_password=False))
         peer.autocommit = True
@@ -84,15 +86,15 @@ def warm(world: World) -> Iterator[Result | Curve]:
         databases.close()
     yield pair.result(
         "warm", "entries/s", ratio_at_least(10),
-        note=f"one process each; the reference keeps {same / SHAPE.users:.0f} slugs a user as JSON, without leases",
+        note=f"one process each; the reference keeps {same / SHAPE.users:.0f} slugs per user as JSON, without leases",
     )  # fmt: skip
 
 
 def _prove_hits(reader: CacheReader, peer: psycopg2.extensions.connection) -> None:
-    """A sample of what the warmer wrote is a hit and says what the rows say.
+    """Check with a sample that the warmer's entries are hits and hold the same segments as the rows.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: an entry is no hit or differs.
     """
     sample = SHAPE.user_ids(0)[:: SHAPE.users // 500].tolist()
     reader.connect()
