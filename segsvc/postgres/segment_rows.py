@@ -129,6 +129,7 @@ def segment_from_json(value: dict[str, Any]) -> Segment:
     """The segment that ``segment_to_json`` wrote."""
     rule = value["rule"]
     counted = value["member_count_time"]
+
     return Segment(
         id=value["id"],
         slug=value["slug"],

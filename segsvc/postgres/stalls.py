@@ -68,6 +68,7 @@ class _Watched:
         self._connect_timeout_s = connect_timeout_s
         _, connect_args = engine.dialect.create_connect_args(engine.url)
         self._connect_args: Mapping[str, Any] = {**connect_args, "connect_timeout": connect_timeout_s}
+
         # A second handle of each connection's socket. It stays ours until we close it, and no other file gets its
         # number. With the driver's own handle we could shut down another file that was opened under the same number.
         self._sockets: dict[int, socket.socket] = {}
@@ -76,6 +77,7 @@ class _Watched:
         self._seen = (-1, 0.0)
         self._probing = False
         self._hangs = False
+
         event.listen(engine, "do_connect", self._connecting)
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "close", self._closed)

@@ -143,6 +143,7 @@ def _abort_queued_rollouts(connection: sa.Connection, new: UUID, plan: Operation
         f"another rollout of the segment, {name}, has taken its place in the queue",
         {"why": "REPLACED", "operation": name},
     )
+
     queued = connection.execute(
         sa.select(_operations.id)
         .where(
@@ -152,5 +153,6 @@ def _abort_queued_rollouts(connection: sa.Connection, new: UUID, plan: Operation
         )
         .order_by(_operations.seq)
     ).scalars()
+
     # The row of an operation that is being started is locked: the compare-and-set waits for it and changes nothing.
     return [each for each in queued.all() if abort(connection, each, failure, [OperationState.QUEUED]) is not None]

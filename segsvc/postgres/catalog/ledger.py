@@ -129,7 +129,7 @@ class PostgresLedger(PostgresAcceptance):
     # -- transitions ------------------------------------------------------------------------------------------------
 
     def start_next(self) -> Operation | None:
-        """Move the operation whose turn it is to PREPARING. Operations that are no longer valid become ABORTED first.
+        """Move the next operation of the queue to PREPARING. Operations that are no longer valid become ABORTED first.
 
         None: the queue is empty, or an operation is in flight.
         """
@@ -309,6 +309,7 @@ class PostgresLedger(PostgresAcceptance):
             "added": progress.added,
             "removed": progress.removed,
         }
+
         with self._databases.catalog_tx() as connection:
             # The row's reference to its operation takes a lock, and a commit with a lock is flushed to disk before the
             # work goes on. A hint does not need that: losing it in a crash of the server costs nothing.
@@ -329,7 +330,7 @@ class _Dequeued:
 
 
 def _select_next() -> sa.Select[tuple[Any, Any]]:
-    """The operation whose turn it is: the oldest operation of the segment that was served least recently.
+    """The next operation of the queue: the oldest operation of the segment that was served least recently.
 
     A segment that was never served, such as one that is yet to be created, counts as served when its oldest operation
     was accepted. So a flood of new segments cannot overtake the segments that already wait. A segment is identified by
@@ -342,6 +343,7 @@ def _select_next() -> sa.Select[tuple[Any, Any]]:
         .order_by(_operations.slug, _operations.seq)
         .subquery("heads")
     )
+
     served = tables.operations.alias("served").c
     # Operations of one slug start in their order: the newest one that has started was served last.
     last_start = (
@@ -351,12 +353,14 @@ def _select_next() -> sa.Select[tuple[Any, Any]]:
         .limit(1)
         .scalar_subquery()
     )
+
     turn = (
         sa.select(heads.c.id)
         .order_by(sa.func.coalesce(last_start, heads.c.create_time), heads.c.seq)
         .limit(1)
         .scalar_subquery()
     )
+
     return (
         sa.select(_operations.id, _operations.plan)
         .where(_operations.id == turn, _operations.state == OperationState.QUEUED.name)
@@ -368,7 +372,7 @@ _SELECT_NEXT: Final = _select_next()
 
 
 def _start_next(connection: sa.Connection, deadline_s: float, limits: CostLimits) -> _Dequeued | None:
-    """Start or abort the operation whose turn it is. None: there was nothing to start.
+    """Start or abort the next operation of the queue. None: there was nothing to start.
 
     Raises:
         sqlalchemy.exc.IntegrityError: another operation came in flight after this had checked; nothing changed.

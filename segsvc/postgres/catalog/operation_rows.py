@@ -83,6 +83,7 @@ def select_operations(
 
 def _with_votes(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> list[Operation]:
     votes = select_votes(connection, [row.id for row in rows])
+
     return [
         Operation(
             id=row.id,

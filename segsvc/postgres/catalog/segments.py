@@ -95,6 +95,7 @@ def update_text(
         )
         .returning(*COLUMNS)
     )
+
     return to_segment(connection.execute(statement).one())
 
 

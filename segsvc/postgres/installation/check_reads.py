@@ -185,6 +185,7 @@ class PostgresShardSnapshot:
             blocks=">i8",
             packed=("u1", BLOCK_BYTES),
         )
+
         return bits.BitRows(
             segment_ids=rows["segment_ids"].astype(np.int64),
             blocks=rows["blocks"].astype(np.int64),
@@ -202,6 +203,7 @@ class PostgresShardSnapshot:
             segment_ids=">i8",
             effects=">i2",
         )
+
         return OverrideColumns(
             rows["slots"].astype(np.int64), rows["segment_ids"].astype(np.int64), rows["effects"] == Effect.INCLUDE
         )

@@ -73,6 +73,7 @@ def unmet(database: str, nature: Nature) -> Iterator[tuple[str, str]]:
     if nature.version < VERSION_MIN:
         problem = f"its server is PostgreSQL {nature.version}, and {VERSION_MIN} is the oldest version that will do"
         yield problem, f"upgrade the server to {VERSION_MIN} or later"
+
     if nature.encoding != ENCODING:
         problem = (
             f"the encoding of the database {database!r} is {nature.encoding}, and must be {ENCODING}: conditions would "
@@ -85,6 +86,7 @@ def unmet(database: str, nature: Nature) -> Iterator[tuple[str, str]]:
         yield problem, remedy
         # The rest is reported once there is a database with the right encoding.
         return
+
     for name, (wanted, why) in _SESSION.items():
         if nature.settings[name] != wanted:
             problem = f"{name} is {nature.settings[name]!r} in our sessions, and must be {wanted!r}: {why}"
@@ -93,6 +95,7 @@ def unmet(database: str, nature: Nature) -> Iterator[tuple[str, str]]:
                 f"`ALTER DATABASE {database} SET {name} = '{wanted}'`"
             )
             yield problem, remedy
+
     for name, (refused, why) in _SERVER.items():
         if nature.settings[name] in refused:
             problem = f"{name} is {nature.settings[name]!r} in the database {database!r}: {why}"

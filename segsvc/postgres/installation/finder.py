@@ -75,6 +75,7 @@ def _ask(settings: Settings) -> tuple[Installation | None, Exception | None]:
             except exc.DBAPIError as error:
                 why = why or error
                 continue
+
             # A database that is not the expected one has the id of another installation, which would lead to its
             # queues.
             if found is not None and (found.cluster, found.shard) == (settings.cluster, database.shard):

@@ -285,6 +285,7 @@ def _of_other_installations(settings: Settings, seen: Mapping[Database, Seen]) -
     catalog = next((what for database, what in seen.items() if database.shard is None), None)
     if catalog is None or catalog.identity is None or catalog.identity.cluster != settings.cluster:
         return
+
     for database, what in seen.items():
         found = what.identity
         if found is None or found.shard != database.shard or found.cluster != settings.cluster:
@@ -319,6 +320,7 @@ def _replaced(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
     catalog = next((what for database, what in seen.items() if database.shard is None), None)
     if catalog is None:
         return
+
     for database, what in seen.items():
         if catalog.founded and what.identity is None and not what.foreign_tables:
             yield Finding(
@@ -361,6 +363,7 @@ def scarce_prepared_transactions(seen: Mapping[Database, Seen]) -> Iterator[Find
     for database, what in seen.items():
         if database.shard is not None:
             shards_of.setdefault(what.server, []).append(database)
+
     for shards in shards_of.values():
         least = 2 * len(shards) + 4
         prepared_max = seen[shards[0]].prepared_max

@@ -221,6 +221,7 @@ def _found_shard(connection: sa.Connection, settings: Settings, database: Databa
         )
         .on_conflict_do_nothing()
     )
+
     found = _refuse_unless_ours(connection, settings, database)
     if found != installation:
         problem = f"another migrator has made it a shard of the installation {found}"
@@ -254,6 +255,7 @@ def inspect(settings: Settings) -> list[Finding]:
         return [Finding("the shards", "SEGSVC_SHARD_DSNS names none", "run `segsvc up`, or name your shard databases")]
     with identity.open_databases(settings) as databases:
         seen, found = _look_at(databases)
+
     wrong = _wrong(settings, seen)
     named = {finding.where for finding in wrong}
     found += wrong
@@ -265,6 +267,7 @@ def inspect(settings: Settings) -> list[Finding]:
         elif what.revision != head(database.kind):
             problem = f"its schema is at {what.revision}, this release wants {head(database.kind)}"
             found.append(Finding(database.name, problem, "run `segsvc migrate`"))
+
     found += identity.unfit(seen)
     found += identity.closed({database: what for database, what in seen.items() if database.name not in named})
     found += identity.scarce_prepared_transactions(seen)

@@ -49,6 +49,7 @@ class PostgresMaintainedShards:
         # cache or another shard is out of reach. Every earlier operation has ended, or the next would not have been
         # applied.
         newest = sa.select(sa.func.max(fences.alias("fences").c.apply_time)).scalar_subquery()
+
         for table, old in (
             (tables.deleted_users, older_than(tables.deleted_users.c.delete_time, tombstone_ttl_s)),
             (tables.user_requests, older_than(tables.user_requests.c.create_time, request_ttl_s)),

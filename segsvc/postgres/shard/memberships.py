@@ -221,6 +221,7 @@ def _user_block(row: Any) -> UserBlock:
     row_versions = np.zeros(BLOCK_SLOTS, dtype=np.int64)
     versions = _unpacked_int64s(row.versions)
     row_versions[versions & (BLOCK_SLOTS - 1)] = versions >> _BIT_LENGTH
+
     return UserBlock(
         block=row.block,
         user_ids=np.frombuffer(row.user_ids, dtype="<i8"),

@@ -214,6 +214,7 @@ def _answer_of(connection: sa.Connection, user_id: int, request: RequestKey) -> 
         raise invalid_field(
             "request_id", "was used before with another content of the request", Reason.REQUEST_ID_REUSED
         )
+
     answer: dict[str, Any] = row.answer
     return UserOverrides(answer["slugs"], answer["read_time_us"], _from_json(answer["overrides"]))
 

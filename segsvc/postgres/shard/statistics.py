@@ -20,6 +20,7 @@ def _override_effects() -> sa.Subquery:
     """How many overrides of ``:segment_id`` include a non-member of the rule, or exclude a member."""
     overrides, users, memberships = tables.overrides.c, tables.users.c, tables.memberships.c
     by_rule = sa.func.coalesce(sa.func.get_bit(memberships.bits, users.slot % BLOCK_SLOTS) == 1, sa.false())
+
     return (
         sa.select(
             sa.func.count().filter(overrides.effect == Effect.INCLUDE, sa.not_(by_rule)).label("included"),
@@ -42,6 +43,7 @@ def _override_effects() -> sa.Subquery:
 def _counts() -> sa.Select[Any]:
     segments, state = tables.shard_segments.c, tables.shard_state.c
     effects = _override_effects()
+
     return (
         sa.select(
             segments.id,
