@@ -70,7 +70,7 @@ class TaskSender(Dispatcher, Broker, Protocol):
 
 
 class MetricsObserver:
-    """What the protocol observes, as metrics, which alert rules watch; alarms in the log as well.
+    """Turns what the protocol reports into metrics, which alert rules watch; alarms go to the log too.
 
     Implements ``twophase.Observer``.
     """
@@ -98,12 +98,11 @@ def installation_of(settings: Settings) -> Installation:
 
 
 WARM_TIMEOUT_S = 5.0
-"""Bound of one wait for the cache while warming: nobody waits for it, and its exchanges are large. Half a lease."""
-
+"""Bound of one wait for the cache while warming: no caller waits for it, and its exchanges are large. Half a lease."""
 
 WARM_REST = 1.0
-"""The warmer keeps the cache's server busy half the time at most. A server that never idles waits for its turn on the
-processor like everything else that computes, and each read that misses meanwhile waits for it three times over."""
+"""The warmer keeps the cache's server busy at most half the time. A server that is never idle has to wait for the
+processor like every process that computes, and each read that misses meanwhile waits for the server three times."""
 
 
 def make_cache(settings: Settings, *, timeout_s: float | None = None, rest: float = 0.0) -> CacheClient:
@@ -123,7 +122,7 @@ def cost_limits(settings: Settings) -> CostLimits:
 
 
 def make_rule_costs(settings: Settings, databases: Databases) -> RuleCosts:
-    """What measures and bounds the conditions of rules."""
+    """Measures the conditions of rules, and holds them to their bounds."""
     return RuleCosts(
         PostgresMeter(databases),
         PostgresSegmentCatalog(databases),
@@ -133,7 +132,7 @@ def make_rule_costs(settings: Settings, databases: Databases) -> RuleCosts:
 
 
 class OperationParts:
-    """The commit protocol on real parts: what fronts and workers both need."""
+    """The commit protocol on PostgreSQL and the cache: fronts and workers both need it."""
 
     def __init__(
         self, settings: Settings, databases: Databases, invalidation: Invalidation, dispatcher: Dispatcher
@@ -148,7 +147,7 @@ class OperationParts:
             cost_limits=cost_limits(settings),
             crash_points=crash_points,
         )
-        # A visit holds one connection of its shard: as many threads as shards let all be visited at once.
+        # A visit holds one connection of its shard: with as many threads as shards, all are visited at once.
         self.fan_out = ThreadFanOut(max(1, settings.shard_count))
         self.coordinator = Coordinator(
             cluster=settings.cluster,
@@ -171,13 +170,16 @@ class WorkerServices:
         # A worker process runs one task at a time; its own thread and a fan-out visit may need a connection each.
         self.databases = Databases(settings, "worker", Pool(2))
         self.cache = make_cache(settings)
+
         parts = OperationParts(settings, self.databases, self.cache, sender)
         self.ledger = parts.ledger
         self.coordinator = parts.coordinator
+        self._fan_out = parts.fan_out
         costs = make_rule_costs(settings, self.databases)
         self.acceptance = Acceptance(store=parts.ledger, coordinator=parts.coordinator, broker=sender, costs=costs)
-        self._fan_out = parts.fan_out
+
         self.ingestion = Ingestion(PostgresUserStore(self.databases), self.cache, failpoints(settings.failpoint_dir))
+
         memberships = PostgresMemberships(self.databases)
         self._warm_cache = make_cache(settings, timeout_s=WARM_TIMEOUT_S, rest=WARM_REST)
         self.warming = Warmer(
@@ -187,6 +189,7 @@ class WorkerServices:
             slugs=SlugMap(memberships.slugs),
             budget_bytes=settings.cache_warm_budget_bytes,
         )
+
         self.maintenance = MaintenanceService(
             catalog=PostgresMaintainedCatalog(self.databases),
             shards=PostgresMaintainedShards(self.databases),
@@ -208,7 +211,7 @@ class RecoveryServices:
     """What recovery runs on, in a thread of its own."""
 
     def __init__(self, settings: Settings, *, dispatcher: Dispatcher) -> None:
-        # The thread's own connection of a database, and one for a fan-out visit.
+        # For each database, the thread's own connection, and one for a fan-out visit.
         self._databases = Databases(settings, "recovery", Pool(2))
         self._cache = make_cache(settings)
         parts = OperationParts(settings, self._databases, self._cache, dispatcher)
@@ -217,10 +220,10 @@ class RecoveryServices:
         self._catalog = PostgresMaintainedCatalog(self._databases)
 
     def recover(self) -> None:
-        """One look at everything, noted in the catalog: ``segsvc doctor`` sees by it whether recovery lives.
+        """Run recovery once, and note the time in the catalog: ``segsvc doctor`` reads there whether recovery lives.
 
         Raises:
-            ServiceError: the catalog is out of reach, or a shard was; all others were looked after.
+            ServiceError: the catalog is out of reach, or a shard was; recovery ran for all other shards.
         """
         self._coordinator.recover()
         self._catalog.note_recovery()
@@ -235,17 +238,18 @@ class HotReads:
     """What the hot lane of one front process reads with. Made after the fork.
 
     Args:
-        encode: a slug as the lane joins it into answers.
+        encode: makes of a slug the bytes that the lane joins into answers.
     """
 
     STALLED_S = 0.5
     """A cold read that takes this much longer than any statement or connection may is given up."""
 
     def __init__(self, settings: Settings, *, encode: Callable[[str], bytes]) -> None:
-        # One connection a shard for each thread that reads it, and sessions that bound a statement as reads need it.
+        # One connection for each thread that reads a shard; the sessions bound a statement as reads need it.
         pool = Pool(settings.cold_read_threads, settings.read_timeout_s, by_key=True)
         self._databases = Databases(settings, "reads", pool)
         self._cache = make_cache(settings)
+
         memberships = PostgresMemberships(self._databases)
         self.entries = CacheReader(self._cache, settings.shard_count)
         self.counts = WarmNotes(self._cache)
@@ -264,7 +268,7 @@ class HotReads:
         )
 
     def close(self, timeout_s: float) -> None:
-        """End the cold reads, then everything that they use. Close the lane before."""
+        """End the cold reads, then everything that they use. The lane must be closed before."""
         self.cold.close(timeout_s)
         self.entries.close()
         self._cache.close()
@@ -272,31 +276,33 @@ class HotReads:
 
 
 class FrontServices:
-    """What one front process serves with, the hot lane apart. Made after the fork."""
+    """What one front process serves with, except for the hot lane. Made after the fork."""
 
     READ_CONNECTIONS = 8
-    """Connections a database for what is looked up, cold reads apart."""
+    """Connections per database for lookups, except cold reads."""
     CHANGE_CONNECTIONS = 8
-    """Connections a database for changes, operations and snapshots of a few rows."""
+    """Connections per database for changes, operations and snapshots of a few rows."""
     BULK_CONNECTIONS = 8
-    """Connections a database more, for calls that count or read all members: with their few threads they never hold all
-    that the changes need."""
+    """More connections per database, for calls that count or read all members: these calls have few threads, so they
+    never take all the connections that changes need."""
 
     def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
-        # One more: the watcher keeps one to the catalog as long as somebody waits.
+        # One more: the watcher keeps a connection to the catalog as long as a call waits.
         self.databases = Databases(settings, "front", Pool(self.CHANGE_CONNECTIONS + self.BULK_CONNECTIONS + 1))
-        # Connections of their own, so that what is cheap does not wait for what is not.
+        # Connections of their own, so that cheap calls do not wait for expensive ones.
         self._reads = Databases(settings, "front", Pool(self.READ_CONNECTIONS, each_alone=True))
-        # Callers of a front have deadlines; a worker's task has none, and goes on when the server does.
+        # Callers of a front have deadlines; a worker's task has none, and goes on when its server does.
         self._stalls = [StallWatch(each, settings.connect_timeout_s) for each in (self.databases, self._reads)]
         self.cache = make_cache(settings)
         parts = OperationParts(settings, self.databases, self.cache, sender)
-        # Visits of each kind have threads of their own, as many as shards. Who waits for a preview, which takes as long
-        # as its condition, or for a shard that hangs, must not keep a decided operation from being committed. And a
-        # visit that prepares a shard may end in an abort, which visits all shards itself: it would wait for itself.
+
+        # Each kind of visit has threads of its own, as many as shards. A wait for a preview, which takes as long as its
+        # condition, or for a shard that hangs, must not delay the commit of a decided operation. And a visit that
+        # prepares a shard may end in an abort, which visits all shards itself: it would wait for itself.
         visits = [ThreadFanOut(max(1, settings.shard_count)) for _ in range(3)]
         self._fan_outs = [parts.fan_out, *visits]
         for_statistics, for_previews, for_creations = visits
+
         self.segments = SegmentService(PostgresSegmentCatalog(self.databases, self._reads))
         self.statistics = StatisticsService(self.segments, PostgresShardCounter(self.databases), for_statistics)
         costs = make_rule_costs(settings, self.databases)
@@ -307,6 +313,7 @@ class FrontServices:
         self.overrides = OverrideService(overrides, self.cache, self.segments, failpoints(settings.failpoint_dir))
         self.explain = ExplainService(overrides)
         self.probes = PostgresProbes(self._reads)
+
         self.watcher = OperationEndWatcher(parts.ledger)
         shards = range(settings.shard_count)
         self.operations = OperationService(store=parts.ledger, watcher=self.watcher, shards=shards)
@@ -334,10 +341,10 @@ class FrontServices:
 
 
 class OutboxServices:
-    """What publishing segment events needs of the catalog."""
+    """The catalog, as far as publishing segment events needs it."""
 
     def __init__(self, settings: Settings, *, publisher: SegmentEventPublisher) -> None:
-        # A claim stands still for as long as Kafka takes to acknowledge what it publishes.
+        # The transaction of a claim is idle for as long as Kafka takes to acknowledge what is published.
         self._databases = Databases(settings, "bridge", Pool(1, catalog_idle_s=None))
         self.outbox = Outbox(PostgresOutboxStore(self._databases), publisher)
 
@@ -346,7 +353,7 @@ class OutboxServices:
 
 
 class EventRecords:
-    """What the catalog remembers of Kafka's topics."""
+    """What the catalog has recorded of Kafka's topics."""
 
     def __init__(self, settings: Settings) -> None:
         self._databases = Databases(settings, "events", Pool(1))
@@ -357,7 +364,7 @@ class EventRecords:
 
 
 class Inspection:
-    """Looking from outside the request path: how many users there are, who is cached."""
+    """Reads from outside the request path: the number of users, and which users are in the cache."""
 
     def __init__(self, settings: Settings) -> None:
         self._databases = Databases(settings, "inspection", Pool(1))
@@ -385,24 +392,28 @@ class Inspection:
 
 
 def settle_shard(settings: Settings, shard: int, other_dsn: str) -> bool:
-    """End the move of a shard: the database that the settings name is the shard from now on, the other one is not.
+    """End the move of a shard: the database that the settings name is the shard from now on, and the other database is
+    not.
 
-    In this order: nobody can read the other one any more; no entry is left in the cache, and no load under way can
-    leave one, that was read there; only then may anything change. Idempotent.
+    In this order: first no process can read the other database any more; then no entry that was read there is left in
+    the cache, and no load under way can still fill one; only then are changes allowed. Idempotent.
 
     Returns:
-        whether the other one is shut; False: it is empty.
+        Whether the other database is shut; False: it is empty.
 
     Raises:
         segsvc.postgres.installation.moving.MoveRefused: these two are not the databases of one move.
-        ServiceError: UNAVAILABLE, a database or the cache is away. The shard stays closed to writes; run it again.
+        ServiceError: UNAVAILABLE, a database or the cache is out of reach. The shard stays closed to writes; run this
+            again.
     """
     shut = moving.fence(settings, shard, other_dsn)
+
     cache = make_cache(settings)
     try:
         cache.drop_generations([shard])
     finally:
         cache.close()
+
     moving.reopen(settings, shard)
     return shut
 

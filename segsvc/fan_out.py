@@ -1,4 +1,4 @@
-"""Visits to several shards at once, so that one out of reach delays only itself."""
+"""Visits several shards at once, so that a shard out of reach delays only its own visit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 SERVERS_AT_ONCE: Final = 16
-"""Threads that wait for servers which may be out of reach, where nothing else bounds them."""
+"""The most threads that wait for servers which may be out of reach, where nothing else bounds their number."""
 
 
 class ThreadFanOut:

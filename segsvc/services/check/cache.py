@@ -1,9 +1,9 @@
-"""What the cache answers against what the shards say.
+"""Compares the cache's answers with the shards.
 
 An entry may be newer than the snapshot it is compared with, and for a moment older than a change that is committed
-and not yet acknowledged. So a difference is only suspected at first, and then looked at again: read the entry, then
-the shard afresh, then the entry once more. An entry that was in use before and after that fresh read and differs from
-it was stale at that moment; if it stays so, no change in progress explains it.
+and not yet acknowledged. So a difference is only suspected at first, and then checked again: read the entry, then
+the shard in a new snapshot, then the entry once more. An entry that was in use before and after that fresh read and
+differs from it was stale at that moment; if it stays so, no change in progress explains it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from segsvc.services.check.blocks import Chunk, ShardSnapshot, load_chunk
 from segsvc.services.check.report import Difference, Kind, Report
 
 SETTLE_S: Final = 5.0
-"""How long a difference must stay before it is one: many times what a change takes from its commit to its
+"""How long a difference must stay before it is reported: many times as long as a change takes from its commit to its
 acknowledgement."""
 _POLL_S: Final = 0.2
 _LOOKUP_USERS_MAX: Final = 1024
@@ -43,7 +43,8 @@ Lists = dict[int, tuple[int, ...]]
 def effective_lists(chunk: Chunk, block: int) -> Lists:
     """Every user of one block of a chunk with the segments that an answer must list."""
     member = bits.unpack(np.ascontiguousarray(chunk.packed[:, block]))
-    _lay_over(member, chunk, block)
+    _apply_overrides(member, chunk, block)
+
     user_ids = chunk.user_ids[block]
     there = np.flatnonzero(user_ids)
     # By user, then by segment: row by row of the transposed matrix.
@@ -57,10 +58,11 @@ def effective_lists(chunk: Chunk, block: int) -> Lists:
     }
 
 
-def _lay_over(member: bits.Flags, chunk: Chunk, block: int) -> None:
+def _apply_overrides(member: bits.Flags, chunk: Chunk, block: int) -> None:
     overrides: OverrideColumns = chunk.overrides
     if not overrides.slots.size:
         return
+
     index_of = {segment.id: index for index, segment in enumerate(chunk.segments)}
     start = (chunk.first + block) * BLOCK_SLOTS
     here = np.flatnonzero((overrides.slots >= start) & (overrides.slots < start + BLOCK_SLOTS))
@@ -75,7 +77,8 @@ class CacheCheck:
 
     Args:
         fresh: opens a new snapshot of the shard.
-        changing: ids of the segments that a committed operation, not yet done, is changing: entries may show either.
+        changing: ids of the segments that a COMMITTED operation is changing now: entries may show the old or the new
+            state.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class CacheCheck:
         self._suspects: dict[int, int] = {}
 
     def compare(self, chunk: Chunk) -> None:
-        """Compare the entries of a chunk's users; what differs is suspected."""
+        """Compare the entries of a chunk's users; those that differ become suspects."""
         for block in range(chunk.count):
             expected = effective_lists(chunk, block)
             for user_id, listed in self._entries(list(expected)).items():
@@ -106,22 +109,23 @@ class CacheCheck:
                     self._suspects[user_id] = chunk.first + block
 
     def compare_deleted(self, user_ids: Int64s) -> None:
-        """Deleted users must not be answered from the cache; a lookup of one of them later makes it certain."""
+        """Deleted users must not be answered from the cache. Those that are become suspects; a later lookup decides."""
         ids = user_ids.tolist()
         for first in range(0, len(ids), _LOOKUP_USERS_MAX):
             for user_id in self._entries(ids[first : first + _LOOKUP_USERS_MAX]):
                 self._suspects[user_id] = -1
 
     def settle(self) -> None:
-        """Look at the suspected differences until they are gone or have stayed for long enough, and report those."""
+        """Check the suspects again until they are gone or have stayed for long enough; report those that stayed."""
         until = time.monotonic() + self._settle_s
         stale: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
         while self._suspects:
-            stale = self._look_again()
+            stale = self._check_again()
             self._suspects = {user_id: block for user_id, block in self._suspects.items() if user_id in stale}
             if time.monotonic() >= until:
                 break
             time.sleep(_POLL_S)
+
         self._report.add_all(
             Kind.CACHE,
             len(self._suspects),
@@ -138,19 +142,22 @@ class CacheCheck:
         )
         self._suspects = {}
 
-    def _look_again(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]]:
+    def _check_again(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]]:
         """Entries in use around a fresh read that differ from it: (what they list, what they must list)."""
         before = self._entries(list(self._suspects))
+
         fresh: Lists = {}
         with self._fresh() as snapshot:
             segments = sorted(snapshot.segments(), key=lambda segment: segment.slug)
             for block in sorted({self._suspects[user_id] for user_id in before} - {-1}):
                 chunk, _ = load_chunk(snapshot, segments, block, 1)
                 fresh |= effective_lists(chunk, 0)
-        # In this order: an operation that is no longer in flight here has dropped the cache's generation before it
-        # ended, and the second look sees that.
+
+        # In this order: an operation that is no longer in flight here dropped the cache's generation before it ended,
+        # and the second read of the entries sees that.
         changing = self._changing()
         after = self._entries(list(before))
+
         return {
             user_id: (listed, fresh.get(user_id))
             for user_id, listed in after.items()
@@ -158,7 +165,7 @@ class CacheCheck:
         }
 
     def _entries(self, user_ids: Sequence[int]) -> Lists:
-        """What the cache holds of these users, those with a miss left out."""
+        """The lists that the cache holds of these users; users with a miss are left out."""
         found: Lists = {}
         for first in range(0, len(user_ids), _LOOKUP_USERS_MAX):
             page = user_ids[first : first + _LOOKUP_USERS_MAX]

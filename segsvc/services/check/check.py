@@ -1,7 +1,7 @@
 """``segsvc check``: recompute every membership from users, rules and overrides, and compare all that is stored.
 
-Runs beside traffic. Each shard is read in one snapshot; the catalog is read before and after the shards; the cache is
-looked at again where it differs (``check_blocks``, ``check_ledger`` and ``check_cache`` say why that is enough).
+Runs beside traffic. Each shard is read in one snapshot; the catalog is read before and after the shards; a cache entry
+that differs is checked again (``blocks``, ``ledger`` and ``cache`` in this folder say why that is enough).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from segsvc.services.check.report import Report
 _DELETED_PAGE: Final = 10_000
 
 Progress = Callable[[int, int, int], None]
-"""Told (shard, blocks done, blocks in all) as the check goes on."""
+"""Called with (shard, blocks done, blocks in all) as the check goes on."""
 
 
 class CheckedShard(ShardSnapshot, Protocol):
-    """A shard's snapshot with what is compared with the catalog."""
+    """A shard's snapshot, with the parts of it that are compared with the catalog."""
 
     def fences(self) -> frozenset[UUID]: ...
 
     def prepared(self) -> Sequence[PreparedTransaction]:
-        """Prepared transactions now; they are no part of the snapshot."""
+        """Prepared transactions now; they are not part of the snapshot."""
 
     def deleted_users(self, after: int, limit: int) -> Int64s:
         """Ids of deleted users above ``after``, ascending."""
@@ -43,8 +43,8 @@ class CheckReads(Protocol):
     """Where the checker reads. All raise ServiceError UNAVAILABLE in an outage."""
 
     def catalog(self, *, fence_ttl_s: float, asked_for: Collection[UUID] = ()) -> CatalogView:
-        """The catalog now, in one snapshot: with the operations that are not final, ended within this time, or are
-        asked for, and the whole history of the segments that are in the queue or being changed."""
+        """The catalog now, in one snapshot: with the operations that are not final, have ended within this time or are
+        asked for, and the whole history of the segments that have an operation in the queue or in flight."""
 
     def shard(self, shard: int) -> AbstractContextManager[CheckedShard]:
         """A snapshot of a shard, for as long as the block lasts."""
@@ -92,20 +92,23 @@ class Checker:
         """Compare everything. Differences are in the report, not raised.
 
         Raises:
-            ServiceError: UNAVAILABLE, something to compare could not be read: nothing is proved then.
+            ServiceError: UNAVAILABLE: a part could not be read, so this proves nothing.
         """
         started = time.monotonic()
         report = Report(cache_checked=self._cache is not None)
+
         before = self._reads.catalog(fence_ttl_s=self._fence_ttl_s)
         facts = [self._check_shard(shard, report, progress) for shard in range(self._shard_count)]
         fences = frozenset().union(*(fact.fences for fact in facts))
         after = self._reads.catalog(fence_ttl_s=self._fence_ttl_s, asked_for=fences)
+
         ledger = LedgerCheck(before, after, cluster=self._cluster, fence_ttl_s=self._fence_ttl_s, report=report)
         ledger.check_catalog()
         for shard, fact in enumerate(facts):
             ledger.check_segments(shard, fact.segments)
             ledger.check_fences(shard, fact.fences)
             ledger.check_prepared(shard, fact.prepared)
+
         report.segments = len({segment.id for fact in facts for segment in fact.segments})
         report.duration_s = time.monotonic() - started
         return report
@@ -124,7 +127,9 @@ class Checker:
             if cache is not None:
                 for page in _pages_of_deleted(snapshot):
                     cache.compare_deleted(page)
+
             facts = _ShardFacts(check.segments, snapshot.fences(), snapshot.prepared())
+
         if cache is not None:
             cache.settle()
         return facts
