@@ -225,6 +225,7 @@ class Pair:
         """
         ours, reference = self.ours.median, self.reference.median
         upper, lower = (reference, ours) if times_better else (ours, reference)
+
         return Result(
             name,
             ours,

@@ -230,12 +230,14 @@ class _Connection:
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
         settings = struct.pack(">HIHI", 2, 0, 4, _WINDOW_MAX)  # no push; the window of each stream
         self.socket.sendall(
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
             + _frame(_SETTINGS, 0, 0, settings)
             + _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _WINDOW_MAX - _WINDOW_DEFAULT))
         )
+
         # POST and http are in the static table. The other fields go into the dynamic table; the last one is entry 62.
         self._block = (
             b"\x83\x86"
@@ -245,6 +247,7 @@ class _Connection:
             + b"\x40" + _text("te") + _text("trailers")
         )  # fmt: skip
         self._later_block = b"\x83\x86\xc1\xc0\xbf\xbe"
+
         self._stream = 1
         self._rest = b""
         self._window = _WINDOW_DEFAULT

@@ -181,5 +181,6 @@ def _fill_catalog(dsn: str, shape: Shape, counts: npt.NDArray[np.int64]) -> None
                 "member_count_time": now,
             }
             connection.execute(sa.insert(tables.segments).values(values))
+
         connection.execute(sa.select(sa.func.setval("segment_id_seq", max(1, shape.segments))))
     engine.dispose()

@@ -321,6 +321,7 @@ class Settings(BaseSettings):
             else:
                 masked = value
             shown[f"SEGSVC_{name.upper()}"] = masked
+
         return shown | {name: os.environ.get(name) for name in BESIDE_THE_SETTINGS}
 
 

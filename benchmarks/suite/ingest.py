@@ -130,8 +130,10 @@ class Rows:
                 connection.exec_driver_sql(rows.SCHEMA)
                 connection.exec_driver_sql(rows.INDEXES)
                 connection.exec_driver_sql("INSERT INTO peer.segments SELECT id, slug FROM segments ORDER BY id")
+
         create_topics(stack.settings.kafka_bootstrap_servers, {ROWS_TOPIC: PARTITIONS})
         self._consumers = [self._start(world, stack, number) for number in range(ROW_CONSUMERS)]
+
         self.pids = {
             **{f"consumer {n + 1}": process.pid for n, process in enumerate(self._consumers)},
             **{name: pid for name, pid in pids.items() if name in ("postgres", "kafka", "kafka-stand-in")},
@@ -173,6 +175,7 @@ class Rows:
                     mine = np.sort(by_bits[np.isin(by_bits, ids)])
                     assert np.array_equal(mine, rows.members_by_rows(connection, segment_id)), segment_id
                     total += mine.size
+
         assert total
         return total
 

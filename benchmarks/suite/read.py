@@ -67,7 +67,9 @@ def read_hit(world: World) -> Iterator[Result | Curve]:
         with reading.stub(warm.server.address) as client:
             typical = client.GetUserSegments(pb.GetUserSegmentsRequest(user_id=user_id)).SerializeToString()
         bodies = [Body.single(user) for user in warm.user_ids]
+
         unchecked = [Body.single(user, checked=False) for user in warm.user_ids]
+
         with (
             reading.peer(world, "constant", typical.hex(), settings=warm.server.settings) as constant,
             Load(warm.server.address, GET_USER_SEGMENTS, bodies) as ours,
@@ -84,6 +86,7 @@ def read_hit(world: World) -> Iterator[Result | Curve]:
                 }
             )
     yield curve
+
     yield pair.result("read_hit", "calls/s", ratio_at_least(0.8))
     yield pair.of("p99_ms").result("read_hit.p99", "ms", ratio_at_most(1.5))
     yield Result("read_hit.calls", pair.ours.median, "calls/s", goal=value_at_least(25_000), spread=pair.ours.spread)
@@ -103,6 +106,7 @@ def read_hit_peer(world: World) -> Iterator[Result | Curve]:
     """GetUserSegments of cached users, beside grpcio's asyncio and redis-py's asyncio."""
     with warm_front(world) as warm:
         _fill_tutorial(world, warm)
+
         bodies = [Body.single(user) for user in warm.user_ids]
         with (
             reading.peer(world, "tutorial", world.cache.url, settings=warm.server.settings) as plain,
@@ -115,6 +119,7 @@ def read_hit_peer(world: World) -> Iterator[Result | Curve]:
                 lambda: reading.calls_per_second(theirs, plain, in_flight=IN_FLIGHT),
             )
     yield pair.result("read_hit_peer", "calls/s", ratio_at_least(8))
+
     ours_us, theirs_us = pair.ours.cpu_us_per_call["total"], pair.reference.cpu_us_per_call["total"]
     yield Result("read_hit_peer.cpu", ours_us, "µs", theirs_us, theirs_us / ours_us, ratio_at_least(8))
 
@@ -140,6 +145,7 @@ def read_batch(world: World) -> Iterator[Result | Curve]:
     with warm_front(world) as warm:
         users = warm.user_ids
         batches = [Body.batch(users[first : first + BATCH_USERS]) for first in range(0, len(users), BATCH_USERS)]
+
         with (
             Load(warm.server.address, BATCH_GET_USER_SEGMENTS, batches) as ours,
             Load(warm.server.address, GET_USER_SEGMENTS, [Body.single(user) for user in users]) as theirs,
@@ -167,6 +173,7 @@ def read_processes(world: World) -> Iterator[Result | Curve]:
                 lambda: reading.calls_per_second(ours, two, in_flight=2 * IN_FLIGHT),
                 lambda: reading.calls_per_second(theirs, warm.server, in_flight=IN_FLIGHT),
             )
+
     ours_us, theirs_us = pair.ours.cpu_us_per_call["total"], pair.reference.cpu_us_per_call["total"]
     load_us = pair.ours.of("load_cpu_us").median
     cores = os.cpu_count() or 1
@@ -176,6 +183,7 @@ def read_processes(world: World) -> Iterator[Result | Curve]:
     )
     if cores < CORES_FOR_TWO:
         note += f"; the goal of 1.6 × holds from {CORES_FOR_TWO} cores on"
+
     goal = ratio_at_least(1.6) if cores >= CORES_FOR_TWO else None
     yield pair.result("read_processes", "calls/s", goal, note=note)
     yield Result("read_processes.cpu", ours_us, "µs", theirs_us, ours_us / theirs_us, ratio_at_most(1.05))

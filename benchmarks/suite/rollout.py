@@ -97,6 +97,7 @@ def rollout_end_to_end(world: World) -> Iterator[Result | Curve]:
             called = _under_condition(running, shape, 1)[0] if shape is TEN_MILLION else None
             memory_mb = running.worker_memory_mb()
         points.append((millions, series.median))
+
     yield Result(
         "rollout_end_to_end.ten_million", series.median, "ms", million, series.median / million, ratio_at_most(12),
         spread=series.spread, cpu_us_per_call=series.cpu_us_per_call, note="the reference is the call over 1 million",

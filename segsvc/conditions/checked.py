@@ -125,6 +125,7 @@ class _Builder:
 
     def build(self, expr: Any) -> tree.Node:
         kind = expr.WhichOneof("kind")
+
         if kind == "constant":
             return self._constant(expr)
         if kind == "select":
@@ -136,6 +137,7 @@ class _Builder:
             return tree.ListOf(tuple(map(self.build, expr.list.elements)))
         if kind == "call":
             return self._call(expr)
+
         if kind == "ident":
             raise self._refuse("user is not a value here, only its attributes are (user.name)", expr)
         raise self._refuse("maps, macros and comprehensions are not allowed", expr)

@@ -37,12 +37,14 @@ class Story:
     def __init__(self, settings: Settings, users: int, screen: Screen) -> None:
         if settings.failpoint_dir is None:
             raise ValueError("the demonstration holds a worker at a failpoint: SEGSVC_FAILPOINT_DIR must be set")
+
         self._settings = settings
         self._users = users
         self._ids = [int(user_id) for user_id in user_ids(users)]
         self._matching = 0
         self._screen = screen
         self._failpoints = settings.failpoint_dir
+
         self._client = Client(settings.grpc_address)
         self._inside = Inside(settings)
         self._producer = KafkaProducer(
@@ -72,6 +74,7 @@ class Story:
         self._delete_segment()
         self._leave()
         self._check()
+
         if not self._screen.all_ok:
             raise StepFailed
 

@@ -85,6 +85,7 @@ class Targeting:
         reasons = (Reason.IN_ROLL_OUT, Reason.OUTSIDE_PERCENTAGE, Reason.CONDITION_NOT_MET)
         found: dict[Reason.Reason.ValueType, int] = {}
         table = self._screen.table("user", "in?", "why")
+
         with self._screen.step(f"why is a user in {TARGETED}?", "each explained, as the user's list has it") as step:
             agree = True
             for user_id in self._ids:
@@ -97,6 +98,7 @@ class Targeting:
                     break
             step.expect(agree and set(found) == set(reasons), ", ".join(Reason.Reason.Name(reason) for reason in found))
         self._screen.console.print(table)
+
         return found
 
     def _override(self, found: Mapping[Reason.Reason.ValueType, int]) -> None:
@@ -132,6 +134,7 @@ class Targeting:
     def _change(self, found: Mapping[Reason.Reason.ValueType, int]) -> None:
         self._screen.chapter("A user moves")
         mover = found[Reason.IN_ROLL_OUT]
+
         with self._screen.step(f"send update-user: {mover} is in FR now", f"no longer in {TARGETED}") as step:
             event = {"user_id": mover, "version": 1, "attributes": {"country": "FR", "platform": "ios", "age": 30}}
             started = time.monotonic()

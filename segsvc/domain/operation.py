@@ -152,6 +152,7 @@ class OperationPlan:
             "salt": str(self.salt),  # as text: JSON numbers beyond 2**53 are not safe everywhere
             "etag": self.etag,
         }
+
         if self.rule is not None:
             plan["rule"] = self.rule.to_json()
         if self.cost is not None:
