@@ -4,11 +4,11 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# The Python that makes .venv: 3.11 or later.
+# The Python with which .venv is made: 3.11 or later.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 VENV := .venv/made
-# More arguments for the tool that a target runs: make test ARGS="-k chord -x"
+# Additional arguments for the tool that a target runs: make test ARGS="-k chord -x"
 ARGS ?=
 
 .PHONY: help
@@ -19,7 +19,7 @@ help: ## This list
 ##@ Run
 # USERS, KEEP and REPLACE reach the demo through the environment.
 .PHONY: demo up down check
-demo: $(VENV) ## The main job from beginning to end (USERS=200000; KEEP=1 leaves the stack up, REPLACE=1 deletes one that was kept)
+demo: $(VENV) ## The main job from beginning to end (USERS=200000; KEEP=1 leaves the stack up, REPLACE=1 first deletes a kept one)
 	@$(BIN)/segsvc demo $(ARGS)
 
 up: $(VENV) ## Start the whole stack on this machine
@@ -46,16 +46,16 @@ test: $(VENV) ## All tests, unit to end-to-end, on real components
 test-unit: $(VENV) ## The tests that need no server, in under a minute
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit $(ARGS)
 
-# Most of a test is waiting for processes to start and stop: two at a time. ARGS="-n 0": one after the other.
+# A test mostly waits for processes to start and stop, so two run at a time. ARGS="-n 0": one after the other.
 SIDE_BY_SIDE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
-test-long: $(VENV) ## What takes minutes: a million conditions, the service against its model
+test-long: $(VENV) ## The tests that take minutes: a million conditions, the service against its model
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
 test-failure: $(VENV) ## The fault matrix: every point of the commit protocol × every fault, shard and operation
 	@$(BIN)/python -m tests.failure.run $(ARGS)
 
-test-infrastructure: $(VENV) ## Servers killed, emptied, full, out of slots while operations need them
+test-infrastructure: $(VENV) ## Servers are killed, emptied, full or out of slots while operations need them
 	@$(BIN)/python -m pytest -m "not docker" tests/infrastructure $(ARGS)
 
 test-docker: $(VENV) ## The chord on containers (skipped, and counted, where there is no Docker engine)
@@ -64,7 +64,7 @@ test-docker: $(VENV) ## The chord on containers (skipped, and counted, where the
 simulate: $(VENV) ## Both protocols under 100,000 schedules of crashes, losses and delays (SCHEDULES=)
 	@$(BIN)/python -m tests.simulation.run --schedules $(or $(SCHEDULES),100000) $(ARGS)
 
-soak: $(VENV) ## Load while faults fall at random, every answer judged (MINUTES=10)
+soak: $(VENV) ## Load during random faults; every answer is checked (MINUTES=10)
 	@$(BIN)/python -m tests.soak.run --minutes $(or $(MINUTES),10) $(ARGS)
 
 fresh: ## Demo and test from a clean clone in an empty home directory
@@ -72,17 +72,17 @@ fresh: ## Demo and test from a clean clone in an empty home directory
 
 ##@ Measure
 .PHONY: bench bench-check
-bench: $(VENV) ## The benchmarks beside their references, as a table and benchmarks/results (ONLY=read_hit: one)
+bench: $(VENV) ## Benchmarks and their references, as a table and in benchmarks/results (ONLY=read_hit: one)
 	@$(BIN)/python -m benchmarks.run $(ONLY) $(ARGS)
 
-bench-check: $(VENV) ## The same; fails where a goal is missed
+bench-check: $(VENV) ## The same; fails if a goal is missed
 	@$(BIN)/python -m benchmarks.run --check $(ONLY) $(ARGS)
 
-##@ Keep it sound
+##@ Check and generate
 .PHONY: sure fmt fmt-check lint types imports proto proto-check client-protos lock
-sure: fmt-check lint types imports proto-check test ## All that must hold before a commit
+sure: fmt-check lint types imports proto-check test ## All checks and tests; must pass before a commit
 
-fmt: $(VENV) ## Format the code, mend what can be mended
+fmt: $(VENV) ## Format the code, and fix what ruff can fix
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
@@ -95,26 +95,26 @@ lint: $(VENV) ## Ruff's rules
 types: $(VENV) ## mypy --strict
 	@$(BIN)/mypy
 
-imports: $(VENV) ## Who may import whom
+imports: $(VENV) ## Check which modules may import which
 	@$(BIN)/lint-imports
 
 proto: $(VENV) ## Generate grpc_api/generated from protos/
 	@$(BIN)/python tools/protos.py generate
 
-proto-check: $(VENV) ## Lint and format of protos/, and that the generated code is current
+proto-check: $(VENV) ## Check protos/ (lint, format, compatibility), and that the generated code is current
 	@$(BIN)/python tools/protos.py check
 
-client-protos: $(VENV) ## Write build/client-protos: all that a client in any language is generated from
+client-protos: $(VENV) ## Write build/client-protos, from which a client in any language can be generated
 	@$(BIN)/python tools/protos.py clients
 
-lock: $(VENV) ## Make the locks (all of it; the image's) from setup.cfg (UPGRADE=1: the newest versions that it allows)
+lock: $(VENV) ## Make both lock files from setup.cfg (UPGRADE=1: with the newest versions that it allows)
 	@$(BIN)/uv pip compile $(LOCK) --all-extras --output-file requirements.lock setup.cfg
 	@$(BIN)/uv pip compile $(LOCK) --constraint requirements.lock --output-file docker/requirements.lock setup.cfg
 
 LOCK = --no-config --quiet --python-version 3.11 --python-platform linux --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate $(if $(UPGRADE),--upgrade) --custom-compile-command "make lock"
 
-##@ Clear up
+##@ Clean up
 .PHONY: clean
 clean: ## Stop the stack; remove .venv, build and caches
 	@if [ -x $(BIN)/segsvc ]; then $(BIN)/segsvc down; fi

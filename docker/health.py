@@ -1,8 +1,8 @@
-"""Is this container's process well? Exit code 0 if it is. Run by the compose file's health checks.
+"""Check the health of this container's process; exit code 0 if it works. The compose file's health checks run it.
 
 python docker/health.py front       the front answers its health service
-python docker/health.py PORT        the process that serves metrics at this port does what it is there for (/health)
-python docker/health.py PORT/path   something answers HTTP at another path (Flower)
+python docker/health.py PORT        the process that serves metrics at this port says at /health that it works
+python docker/health.py PORT/path   a server answers HTTP at another path (Flower)
 """
 
 from __future__ import annotations

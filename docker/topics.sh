@@ -1,5 +1,5 @@
 #!/bin/sh
-# Creates the topics that docs/events.md names, unless they are there: sh topics.sh BOOTSTRAP_SERVER
+# Creates the topics of docs/events.md, unless they exist: sh topics.sh BOOTSTRAP_SERVER
 set -eu
 create() {
     name=$1 partitions=$2
@@ -10,7 +10,7 @@ create() {
 server=$1
 for topic in create-user update-user delete-user; do
     create "$topic" 8
-    # A dead letter is an event and its headers: its topic must allow more than the event's does.
+    # A dead letter is an event and its headers: its topic must allow larger messages than the event's topic.
     create "$topic.dlq" 1 --config max.message.bytes=67108864
 done
 create segment-events 1

@@ -1,14 +1,14 @@
-"""Generate the Python code of the protos, and prove that what is committed is current.
+"""Generate the Python code of the protos, and check that the committed code is current.
 
-    python tools/protos.py generate    write grpc_api/generated/ anew (make proto)
-    python tools/protos.py check       lint, formatting, currency, compatibility (make proto-check); changes nothing
-    python tools/protos.py clients     write build/client-protos/: ours and all that they import, for plain protoc
+    python tools/protos.py generate    write grpc_api/generated/ (make proto)
+    python tools/protos.py check       check lint, format, currency, compatibility (make proto-check); changes nothing
+    python tools/protos.py clients     write build/client-protos/: our protos and all their imports, for plain protoc
                                        (make client-protos)
 
 The generated package is importable as ``segmentation.v1`` (setup.cfg maps it to grpc_api/generated/segmentation).
-The descriptors are thus registered as ``segmentation/v1/….proto``, the name by which other people's clients import
-the files and by which reflection serves them. A longer Python name would need either that path in the contract
-itself or generated imports rewritten by hand.
+So the descriptors are registered as ``segmentation/v1/….proto``, the name by which clients import the files and by
+which reflection serves them. A longer Python name would need either that path in the contract itself or generated
+imports rewritten by hand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BUILD = ROOT / "build" / "protos"
 CLIENT_PROTOS = ROOT / "build" / "client-protos"
 PUBLISHED = ROOT / "tests" / "contract" / "protos_published"
 ERROR_DETAILS = "google/rpc/error_details.proto"
-"""No message of ours has it as a field: errors carry it packed."""
+"""None of our messages has it as a field: errors contain it in an Any."""
 
 INIT_DOC = {
     "segmentation": '"""Generated from protos/ by `make proto`: do not edit."""\n',
@@ -56,7 +56,7 @@ def find_script(name: str) -> str:
 
 
 def lay_out_google_protos(target: Path) -> None:
-    """Copy the Google protos that ours import to one include root, under the names they are registered by.
+    """Copy the Google protos that our protos import into one include root, under their registered names.
 
     googleapis-common-protos registers its longrunning file as google/longrunning/operations.proto but ships it as
     operations_proto.proto: protoc and buf find files by their path, so the copy has the registered name.
@@ -76,7 +76,7 @@ def lay_out_google_protos(target: Path) -> None:
 
 
 def run_protoc(protos: Path, *outputs: str) -> None:
-    """Run protoc over all files of a folder, the Google files that they import at hand.
+    """Run protoc on all files of a folder, with the Google files that they import.
 
     Raises:
         SystemExit: protoc refused; its messages are on stderr.
@@ -90,8 +90,8 @@ def run_protoc(protos: Path, *outputs: str) -> None:
 
 
 def write_client_protos(target: Path) -> None:
-    """Write into ``target`` our protos, the Google ones that they import and those of errors' details, each by the name
-    of its import, replacing what was there. protoc's own (google/protobuf) are left out: every protoc brings them.
+    """Replace ``target`` by our protos, the Google protos that they import, and those of error details, each under its
+    import name. Without protoc's own (google/protobuf), which are part of every protoc.
 
     Raises:
         SystemExit: protoc refused; its messages are on stderr.
@@ -100,6 +100,7 @@ def write_client_protos(target: Path) -> None:
         image = Path(folder) / "image.binpb"
         run_protoc(PROTOS, "--include_imports", f"--descriptor_set_out={image}")
         files = descriptor_pb2.FileDescriptorSet.FromString(image.read_bytes()).file
+
     fresh = BUILD / "client-protos"
     shutil.rmtree(fresh, ignore_errors=True)
     imported = [file.name for file in files if not file.name.startswith("google/protobuf/")]
@@ -107,15 +108,16 @@ def write_client_protos(target: Path) -> None:
         [source] = [root / name for root in (PROTOS, BUILD / "google-protos") if (root / name).exists()]
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, fresh / name)
+
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(fresh, target)
 
 
 def generate(target: Path) -> None:
-    """Write messages, services and their type stubs into ``target``, replacing what was there.
+    """Replace ``target`` by the generated messages, services and type stubs.
 
-    They are made in a folder beside and moved in whole: an interrupted run leaves the old code, not half of the new.
+    They are made in another folder and then moved: an interrupted run leaves the old code, not a part of the new code.
 
     Raises:
         SystemExit: protoc refused; its messages are on stderr.
@@ -132,6 +134,7 @@ def generate(target: Path) -> None:
         f"--mypy_out=quiet:{fresh}",
         f"--mypy_grpc_out=quiet:{fresh}",
     )
+
     for package, text in INIT_DOC.items():
         (fresh / package / "__init__.py").write_text(text)
     (fresh / "segmentation" / "py.typed").touch()
@@ -140,7 +143,7 @@ def generate(target: Path) -> None:
 
 
 def breaking_changes(protos: Path, published: Path) -> str:
-    """What in ``protos`` breaks clients that were built on ``published``, a line each; empty if nothing does."""
+    """The changes in ``protos`` that break clients built with ``published``, one per line; empty if there are none."""
     with tempfile.TemporaryDirectory() as folder:
         images = []
         for name, source in (("new", protos), ("published", published)):
@@ -157,7 +160,7 @@ def breaking_changes(protos: Path, published: Path) -> str:
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """Files that are not the same in both trees, relative, sorted (byte-compiled files apart)."""
+    """Relative paths of files that differ between two trees, sorted; byte-compiled files are ignored."""
     names = {
         str(path.relative_to(root))
         for root in (left, right)
@@ -172,15 +175,17 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def run_buf(*arguments: str) -> int:
-    """Run buf from the repository's root (buf.yaml is there) and return its exit code; it prints what is wrong."""
+    """Run buf from the repository's root (buf.yaml is there); buf prints the problems. Returns its exit code."""
     return subprocess.run([find_script("buf"), *arguments], cwd=ROOT, check=False).returncode
 
 
 def check() -> int:
-    """Lint, formatting, currency of the committed code, compatibility with what was published: 0 if all is well."""
+    """Check lint, format, currency of the committed code, and compatibility with the published protos; returns 0 if all
+    checks pass."""
     lay_out_google_protos(BUILD / "google-protos")
     failed = run_buf("lint", "protos") != 0
     failed |= run_buf("format", "--diff", "--exit-code", "protos") != 0
+
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder) / "generated")
         stale = differences(Path(folder) / "generated", GENERATED)
