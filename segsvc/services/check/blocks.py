@@ -1,7 +1,7 @@
-"""One shard, recomputed: directory, slots, bits and counters from users, rules and overrides, chunk by chunk.
+"""Recomputes one shard chunk by chunk: directory, slots, bits and counters from users, rules and overrides.
 
-Everything comes from one snapshot of the shard. Every change of a shard is one transaction, so a snapshot is right in
-itself at any time, traffic or not.
+All data comes from one snapshot of the shard. Every change of a shard is one transaction, so a snapshot is consistent
+at any time, with traffic or without.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from segsvc.domain.stored import DirectoryRows, Int64s, OverrideColumns, StateRo
 from segsvc.services.check.report import Difference, Kind, Report
 
 CHUNK_BLOCKS_MAX: Final = 128
-"""Blocks at a time: the arrays of one segment (1 MB) then stay in the processor's cache."""
+"""Blocks in one chunk: the arrays of one segment (1 MB) then stay in the processor's cache."""
 CHUNK_ROWS_MAX: Final = 1 << 17
-"""Membership rows at a time, about 20 MB: with thousands of segments a chunk has fewer blocks."""
+"""Membership rows in one chunk, about 20 MB: with thousands of segments a chunk has fewer blocks."""
 
 
 class ShardSnapshot(Protocol):
@@ -43,19 +43,19 @@ class ShardSnapshot(Protocol):
     def overrides(self, first: int, count: int) -> OverrideColumns: ...
 
     def condition_slots(self, condition: str, first: int, count: int) -> Int64s:
-        """Slots of the users for whom a rule's condition holds: the one plug for conditions."""
+        """Slots of the users for whom a rule's condition holds: the only method that evaluates conditions."""
 
     def users_outside(self, slots: int) -> Sequence[tuple[int, int]]:
-        """(id, slot) of users whose slot is not below this number, or negative."""
+        """(id, slot) of users whose slot is not below this number, or is negative."""
 
     def odd_directory_rows(self, blocks: int) -> Sequence[tuple[int, int]]:
-        """(block, bytes) of rows outside ``[0, blocks)`` or not of a block's size."""
+        """(block, bytes) of rows outside ``[0, blocks)``, or without a block's size."""
 
     def odd_bit_rows(self, blocks: int) -> Sequence[tuple[int, int, int]]:
-        """(block, segment, bytes) of rows outside ``[0, blocks)`` or not of a block's size."""
+        """(block, segment, bytes) of rows outside ``[0, blocks)``, or without a block's size."""
 
     def living_tombstones(self) -> Sequence[int]:
-        """Deleted users who are among the users."""
+        """Deleted users who exist nevertheless."""
 
     def misplaced_tombstones(self, shard_count: int) -> Sequence[int]:
         """Deleted users who belong to another shard."""
@@ -69,9 +69,9 @@ class Chunk:
     """A range of blocks, recomputed.
 
     Attributes:
-        user_ids: who must be in which slot, from the users' own rows (count × 1024; 0: nobody).
+        user_ids: the user that each slot must have, from the users' own rows (count × 1024; 0: no user).
         packed: the bits that each of ``segments`` must have (segments × count × 128).
-        overrides: what every reader lays over the bits.
+        overrides: the overrides, which every reader applies to the bits.
     """
 
     first: int
@@ -85,11 +85,12 @@ class Chunk:
 def load_chunk(
     snapshot: ShardSnapshot, segments: Sequence[ShardSegment], first: int, count: int
 ) -> tuple[Chunk, bits.BitRows]:
-    """Recompute a range of blocks; with it the rows that are stored, which FROZEN rules are taken from."""
+    """Recompute a range of blocks. Returns the stored rows too, which the bits of FROZEN rules are taken from."""
     users = snapshot.users(first, count)
     by_slot = np.zeros(count * BLOCK_SLOTS, dtype=np.int64)
     by_slot[users.slots - first * BLOCK_SLOTS] = users.ids
     user_ids = by_slot.reshape(count, BLOCK_SLOTS)
+
     rows = snapshot.bit_rows(first, count)
     packed = np.zeros((len(segments), count, BLOCK_BYTES), dtype=np.uint8)
     for index, segment in enumerate(segments):
@@ -100,18 +101,20 @@ def load_chunk(
 def _expected_bits(
     snapshot: ShardSnapshot, segment: ShardSegment, first: int, user_ids: bits.UserIds, rows: bits.BitRows
 ) -> bits.Packed:
-    """The bits that a segment must have, overrides apart."""
+    """The bits that a segment must have, without overrides."""
     count = len(user_ids)
     rule = segment.rule
     if rule is None:
         return bits.empty(count)
+
     member = (user_ids > 0) & (buckets(user_ids, segment.salt) < rule.threshold)
     if rule.policy is Policy.FROZEN:
         member &= slots_of(first, count) <= _frozen_slot(segment)
     packed = bits.pack(member)
+
     if rule.condition and rule.policy is Policy.FROZEN:
-        # For whom the condition held at the rollout cannot be recomputed from the attributes of today: taken as given,
-        # for those who can be in at all.
+        # The users for whom the condition held at the rollout cannot be recomputed from today's attributes. The stored
+        # bits are taken as given, for the users that can be members at all.
         packed &= stored_bits(rows, segment.id, first, count)
     elif rule.condition:
         packed &= bits.at_slots(snapshot.condition_slots(rule.condition, first, count), first, count)
@@ -137,7 +140,7 @@ def stored_bits(rows: bits.BitRows, segment_id: int, first: int, count: int) -> 
 
 
 class ShardCheck:
-    """The comparison of one shard with what it must be; reports as it goes."""
+    """Compares one shard with its recomputed state; reports differences as it goes."""
 
     def __init__(self, snapshot: ShardSnapshot, shard: int, shard_count: int, report: Report) -> None:
         self._snapshot = snapshot
@@ -152,7 +155,7 @@ class ShardCheck:
         self.segments = sorted(snapshot.segments(), key=lambda segment: segment.slug)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Compare chunk after chunk, and give each out for what else is compared with it. Then the totals."""
+        """Compare chunk after chunk, and yield each one for further comparisons. At the end, compare the totals."""
         self._check_odd_rows()
         size = max(1, min(CHUNK_BLOCKS_MAX, CHUNK_ROWS_MAX // max(1, len(self.segments))))
         for first in range(0, self.blocks, size):
@@ -171,19 +174,22 @@ class ShardCheck:
     def _check_odd_rows(self) -> None:
         next_slot = self.state.next_slot
         for user_id, slot in self._snapshot.users_outside(next_slot):
-            # One in the last block is met there as well, and counted.
+            # A user in the last block is counted when that block is compared.
             self._users += not 0 <= slot < self.blocks * BLOCK_SLOTS
             self._add(Kind.SLOT, f"user {user_id}", f"slot is {slot}", f"slots given out are 0 to {next_slot - 1}")
+
         for block, size in self._snapshot.odd_directory_rows(self.blocks):
             self._add_odd(Kind.DIRECTORY, f"directory, block {block}", block, size, BLOCK_SLOTS * 8)
         for block, segment_id, size in self._snapshot.odd_bit_rows(self.blocks):
             self._add_odd(
                 Kind.BITS_ROW, f"memberships of segment {segment_id}, block {block}", block, size, BLOCK_BYTES
             )
+
         for user_id in self._snapshot.living_tombstones():
             self._add(Kind.TOMBSTONE, f"user {user_id}", "is deleted and exists", "a deleted user is nowhere else")
         for user_id in self._snapshot.misplaced_tombstones(self._shard_count):
             self._add_misplaced(f"deleted user {user_id}", user_id)
+
         for user_id, segment_id in self._snapshot.orphaned_overrides():
             where = f"override of user {user_id} for segment {segment_id}"
             self._add(Kind.OVERRIDE, where, "the user or the segment does not exist", "it goes with them")
@@ -209,6 +215,7 @@ class ShardCheck:
         rows = self._snapshot.directory(chunk.first, chunk.count)
         stored = np.zeros_like(chunk.user_ids)
         stored[rows.blocks - chunk.first] = rows.user_ids
+
         blocks, slots = np.nonzero(stored != chunk.user_ids)
         self._report.add_all(
             Kind.DIRECTORY,
@@ -229,6 +236,7 @@ class ShardCheck:
         """Rows that should not exist at all: of unknown segments, or without a bit."""
         known = np.isin(rows.segment_ids, [segment.id for segment in self.segments])
         empty = ~rows.packed.any(axis=1)
+
         for index in np.flatnonzero(~known).tolist():
             where = f"memberships of segment {rows.segment_ids[index]}, block {rows.blocks[index]}"
             self._add(Kind.BITS_ROW, where, "the row is there", "the shard has no such segment")
@@ -241,9 +249,11 @@ class ShardCheck:
         members = bits.popcount(stored)
         self._rule_counts[segment.id] += members
         self._report.memberships += members
+
         wrong = stored ^ chunk.packed[index]
         if not wrong.any():
             return
+
         blocks, slots = np.nonzero(bits.unpack(wrong))
         self._report.add_all(
             Kind.BIT,
@@ -260,6 +270,7 @@ class ShardCheck:
         user_id = int(chunk.user_ids[block, slot])
         place = f"block {chunk.first + block}, bit {slot}"
         number = (chunk.first + block) * BLOCK_SLOTS + slot
+
         rule = segment.rule
         if user_id == 0:
             where, expected = place, "the slot has no user"
@@ -271,6 +282,7 @@ class ShardCheck:
                 expected = f"slot {number} came after the frozen roll-out, which saw slots to {_frozen_slot(segment)}"
             else:
                 expected = f"the rule says {int(not found)}"
+
         return Difference(
             Kind.BIT, self._shard, f"segment {segment.slug} ({segment.id}), {where}", f"bit is {int(found)}", expected
         )
@@ -280,11 +292,13 @@ class ShardCheck:
         if self.state.user_count != self._users:
             found = f"user_count is {self.state.user_count}"
             self._add(Kind.COUNTER, "shard_state", found, f"there are {self._users} users")
+
         for segment in self.segments:
             counted = self._rule_counts[segment.id]
             where = f"segment {segment.slug} ({segment.id})"
             if segment.rule_count != counted:
                 self._add(Kind.COUNTER, where, f"rule_count is {segment.rule_count}", f"{counted} bits are set")
+
             frozen = segment.rule is not None and segment.rule.policy is Policy.FROZEN
             if frozen and segment.frozen_slot is None:
                 self._add(Kind.SEGMENT, where, "frozen_slot is absent", "a FROZEN rule has one")

@@ -1,8 +1,8 @@
-"""What must agree between the catalog and the shards: segments, fences, prepared transactions.
+"""Compares the catalog with the shards: segments, fences, prepared transactions.
 
-The catalog is read before the shards' snapshots and again after them. A fence that a shard shows must then be decided
-in the later view; an operation that was done in the earlier one must show its fence. What an operation in flight may
-be changing right now can be as it was or as it will be, and nothing else.
+The catalog is read before the shards' snapshots and again after them. If a shard has a fence, its operation must be
+decided in the later view; if an operation was done in the earlier view, every shard must have its fence. Data that an
+operation in flight may be changing must be in the old state or in the new one, and in no other.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from segsvc.domain.stored import CatalogView, LedgerEntry
 from segsvc.services.check.report import Kind, Report
 
 IN_DOUBT_MAX_S: Final = 30.0
-"""How long a prepared transaction may stay once nothing stands in the way of its end: recovery runs every 2 s."""
+"""How long a prepared transaction may stay once recovery can end it: recovery runs every 2 s."""
 
 
 class LedgerCheck:
-    """The comparison of shards with the catalog, before and after they were read."""
+    """Compares the shards with two views of the catalog, from before and after the shards were read."""
 
     def __init__(
         self, before: CatalogView, after: CatalogView, *, cluster: str, fence_ttl_s: float, report: Report
@@ -32,18 +32,20 @@ class LedgerCheck:
         self._cluster = cluster
         self._report = report
         self._states = {entry.id: entry for entry in after.operations}
+
         oldest_fence = before.time - timedelta(seconds=fence_ttl_s)
         self._must_be_fenced = [
             entry
             for entry in before.operations
-            # An older fence may have been dropped by now, though not at once: so only its presence is not asked for.
+            # An older fence may have been dropped by now, or not yet: it is not required, and not an error either.
             if entry.state is OperationState.DONE and entry.start_time is not None and entry.start_time > oldest_fence
         ]
+
         self._touching = self._operations_meanwhile()
         self._rules_before = self._rules_before_them()
 
     def _operations_meanwhile(self) -> Mapping[int, Sequence[LedgerEntry]]:
-        """Operations that a shard's snapshot may have caught half-way, by segment."""
+        """Operations, by segment, whose work a shard's snapshot may have or not have."""
         touching: dict[int, list[LedgerEntry]] = {}
         in_flight_before = {entry.id for entry in self._before.operations if entry.state.in_flight}
         for entry in self._after.operations:
@@ -53,9 +55,9 @@ class LedgerCheck:
         return touching
 
     def _rules_before_them(self) -> Mapping[int, Rule]:
-        """The rules that were in force before those operations, by segment; absent: it had none.
+        """The rules that were in force before those operations, by segment; absent: the segment had no rule.
 
-        The catalog has the new rule from the commit point on, while a shard may still have the old one.
+        The catalog has the new rule from the commit point on, while a shard may still have the old rule.
         """
         rules: dict[int, Rule] = {}
         for entry in sorted(self._after.operations, key=lambda entry: entry.commit_time or self._after.time):
@@ -67,7 +69,7 @@ class LedgerCheck:
     # -- the catalog by itself --------------------------------------------------------------------------------------
 
     def check_catalog(self) -> None:
-        """States that only an operation in flight explains."""
+        """Report segment states that need an operation in flight, and have none."""
         for segment in self._after.segments:
             kinds = {entry.plan.kind for entry in self._touching.get(segment.id, ())}
             where = f"segment {segment.slug} ({segment.id})"
@@ -85,9 +87,10 @@ class LedgerCheck:
         for view in (self._before, self._after):
             for segment in view.segments:
                 rows.setdefault(segment.id, []).append(segment)
+
         for segment_id in sorted(stored.keys() | rows.keys()):
             operations = self._touching.get(segment_id, ())
-            # Without an operation meanwhile both views have the same row: the later one is enough.
+            # Without an operation in between, both views have the same row: the later one is enough.
             known = rows.get(segment_id, [])
             self._check_segment(
                 shard, segment_id, stored.get(segment_id), known if operations else known[-1:], operations
@@ -108,16 +111,19 @@ class LedgerCheck:
         }
         if operations:
             rules.add(self._rules_before.get(segment_id))
+
         if stored is None:
             absent = not rows or rows[-1].state is SegmentState.RESERVED
             if not absent and not kinds & {OperationKind.CREATE, OperationKind.DELETE}:
                 where = f"segment {rows[-1].slug} ({segment_id})"
                 self._report.add(Kind.SEGMENT, shard, where, "is not there", "the catalog has it")
             return
+
         where = f"segment {stored.slug} ({segment_id})"
         if not rows and not operations:
             self._report.add(Kind.SEGMENT, shard, where, "is there", "the catalog does not have it")
             return
+
         if (stored.slug, stored.salt) not in names:
             slug, salt = min(names)
             found = f"slug is {stored.slug}, salt {stored.salt}"
@@ -140,36 +146,40 @@ class LedgerCheck:
                 self._report.add(
                     Kind.FENCE, shard, entry.title, "its fence is there", "only a committed operation has one"
                 )
+
         for entry in self._must_be_fenced:
             if entry.id not in fences:
                 self._report.add(Kind.FENCE, shard, entry.title, "its fence is missing", "every shard has it once done")
 
     def check_prepared(self, shard: int, prepared: Iterable[PreparedTransaction]) -> None:
-        """Nothing stays prepared without a reason."""
+        """Report prepared transactions that recovery should have ended, or never will."""
         for transaction in prepared:
             if not transaction.gid.startswith("segsvc:"):
                 continue
+
             where = f"prepared transaction {transaction.gid}"
             found = f"it is prepared for {transaction.age_s:.0f} s"
             gid = Gid.parse(transaction.gid)
             if gid is None or gid.cluster != self._cluster or gid.shard != shard:
                 self._report.add(Kind.PREPARED, shard, where, found, "it is not this shard's; nobody will end it")
                 continue
+
             entry = self._states.get(gid.operation_id)
             if entry is None:
                 expected = "the ledger does not know its operation; nobody will end it"
                 self._report.add(Kind.PREPARED, shard, where, found, expected)
                 continue
+
             if overdue_s(transaction, entry, self._after.time) > IN_DOUBT_MAX_S:
                 expected = f"its operation is {entry.state.name}: recovery ends it within {IN_DOUBT_MAX_S:.0f} s"
                 self._report.add(Kind.PREPARED, shard, where, found, expected)
 
 
 def overdue_s(transaction: PreparedTransaction, entry: LedgerEntry, now: datetime) -> float:
-    """For how long nothing has stood in the way of ending what is prepared for this operation.
+    """How long ago it became possible to end what is prepared for this operation.
 
     Args:
-        now: on the catalog's clock.
+        now: the time by the catalog's clock.
     """
     if entry.state is OperationState.PREPARING:
         since = entry.deadline

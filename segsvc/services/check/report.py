@@ -1,4 +1,4 @@
-"""What the checker reports: each difference with an exact text, and how much it compared."""
+"""The checker's report: each difference with an exact text, and how much was compared."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from itertools import islice
 from typing import Any, Final
 
 DIFFERENCES_KEPT_MAX: Final = 100
-"""Differences that are kept with their text; all are counted. One fault in a rule can make a million of them."""
+"""Differences that are kept with their text; all are counted. One fault in a rule can cause a million differences."""
 
 
 class Kind(Enum):
-    """What differs; the values are the names in the JSON report."""
+    """Kinds of differences; the values are the names in the JSON report."""
 
     BIT = "bit"
     BITS_ROW = "bits_row"
@@ -32,13 +32,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it must be.
+    """One difference between what is stored and what must be.
 
     Attributes:
-        shard: where it is; None: the catalog.
-        where: which thing, without the shard: ``segment checkout (7), user 42 (block 0, bit 41)``.
-        found: what is there: ``bit is 1``.
-        expected: what must be there: ``the rule says 0``.
+        shard: the shard that has it; None: the catalog.
+        where: the place of the difference, without the shard: ``segment checkout (7), user 42 (block 0, bit 41)``.
+        found: what is stored: ``bit is 1``.
+        expected: what must be stored: ``the rule says 0``.
     """
 
     kind: Kind
@@ -67,14 +67,14 @@ class Report:
     """What was compared and what differs.
 
     Attributes:
-        users: that exist.
-        segments: known to the shards; counted once each.
+        users: existing users.
+        segments: segments on the shards, each counted once.
         memberships: bits that are set.
         entries: cache entries that a reader would have used.
-        differences: the first ``DIFFERENCES_KEPT_MAX``.
-        counts: all of them, by kind.
+        differences: the first ``DIFFERENCES_KEPT_MAX`` differences.
+        counts: the numbers of all differences, by kind.
         cache_checked: False: the caller left the cache out.
-        duration_s: of the whole check.
+        duration_s: duration of the whole check.
     """
 
     users: int = 0
