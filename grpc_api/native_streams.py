@@ -93,7 +93,7 @@ class NativeStreams:
     """Serves the calls of the native front's streams on the event loop.
 
     Args:
-        handlers: of the methods in ``lane_calls.STREAMS``, from ``with_interceptors``.
+        handlers: of the methods in ``hot.calls.STREAMS``, from ``with_interceptors``.
     """
 
     def __init__(self, front: NativeGrpcFront, handlers: Sequence[Handler]) -> None:

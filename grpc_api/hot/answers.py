@@ -1,4 +1,4 @@
-"""What becomes of the lane's calls: answers are put together here, at once or as cold reads end; see ``lane``."""
+"""Answers to the lane's calls: built at once, or when the cold reads end; see ``lane``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from segsvc.services.cold_reads import Outcome
 
 
 class Single:
-    """Answers a GetUserSegments that missed."""
+    """Answers a GetUserSegments whose user the cache did not hold."""
 
     __slots__ = ("_call", "_slugs")
 
@@ -32,7 +32,7 @@ class Single:
 
 
 ANSWER_BYTES_MAX: Final = 3 << 20
-"""Of a batch: clients refuse messages of more than 4 MiB unless they are told otherwise."""
+"""Largest answer to a batch: clients refuse messages of more than 4 MiB unless they are configured otherwise."""
 
 _TOO_LARGE: Final = wire.encode_error_result(
     status_of(
@@ -52,7 +52,7 @@ def _joined(results: Sequence[bytes]) -> bytes:
 
 
 def _fit(results: Sequence[bytes]) -> list[bytes]:
-    """As many of the results, from the first one on, as leave room for an error for each of the others."""
+    """The results; those for which no room is left become errors. Room for these errors is kept free."""
     room = ANSWER_BYTES_MAX - len(_TOO_LARGE) * len(results)
     fit: list[bytes] = []
     for result in results:
@@ -68,11 +68,11 @@ def _fit(results: Sequence[bytes]) -> list[bytes]:
 class Batch:
     """Answers a BatchGetUserSegments when the last of its users has been read.
 
-    Users who cannot exist have their result from the start.
+    Users who cannot exist have their result, an error, from the start.
 
     Attributes:
-        asked: how many users it asks for.
-        user_ids: those to be read. A place is an index into it.
+        asked: number of users in the request.
+        user_ids: the users that must be read. A *place* is an index into it.
         deadline: of the call.
 
     Raises:
@@ -98,11 +98,13 @@ class Batch:
         self._lock = threading.Lock()
         self._last_refusal: tuple[ServiceError, bytes] | None = None
         self.deadline = call.deadline
+
         asked = wire.user_ids_of(call.payload)
         self._results = [b""] * len(asked)
         self.asked = self._left = len(asked)
         self._indexes: Sequence[int] = range(len(asked))
         self.user_ids: Sequence[int] = asked
+
         if min(asked) <= 0:
             self._indexes = [index for index, user_id in enumerate(asked) if self._may_exist(index, user_id)]
             self.user_ids = [asked[index] for index in self._indexes]
@@ -116,21 +118,21 @@ class Batch:
         return True
 
     def gone(self) -> bool:
-        """Nobody waits for the answer any more."""
+        """Whether the client no longer waits for the answer."""
         return self._call.gone
 
     def put_all(self, entries: Sequence[Entry | None]) -> list[int]:
-        """Take in what the cache has of all users. Returns the places that are still to be read."""
+        """Take the cache's entries of all users. Returns the places that must be read from a shard."""
         results = wire.encode_results(self.user_ids, entries, self._slugs)
         if None not in results and len(results) == len(self._results):
-            self._call.answer(_joined(results))  # type: ignore[arg-type]  # nothing is missing, and nothing else is to come
+            self._call.answer(_joined(results))  # type: ignore[arg-type]  # nothing is missing or still to come
             return []
         found = {index: result for index, result in zip(self._indexes, results, strict=True) if result is not None}
         self._put(found)
         return [place for place, result in enumerate(results) if result is None]
 
     def put(self, place: int, outcome: Outcome) -> None:
-        """Take in what a cold read has found."""
+        """Take the outcome of a cold read."""
         if isinstance(outcome, ServiceError):
             result = self._refusal(outcome)
         else:
@@ -139,8 +141,11 @@ class Batch:
         self._put({self._indexes[place]: result})
 
     def _refusal(self, error: ServiceError) -> bytes:
-        """An error as a result. Most of a batch that is refused is so for one reason: to write that down for each user
-        would cost more than to read them."""
+        """An error as a result.
+
+        The users of a batch are mostly refused for one reason. Encoding that reason for each of them would cost more
+        than reading them, so the last encoded error is kept.
+        """
         if self._call.gone:
             return b""
         last = self._last_refusal

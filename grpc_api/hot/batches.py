@@ -1,7 +1,8 @@
 """Batches that wait for their turn on the lane's thread.
 
-One gets in only if its turn will come in time, by the length of those before it and by how fast such batches go now. In
-an overload all would else be computed after their time: more work than ever, and for nobody.
+A batch is accepted only if its turn will come in time, judged by the sizes of the batches before it and by the present
+speed of such batches. Without this, an overload would make the lane compute every batch after its deadline: more work
+than ever, for clients that no longer wait.
 """
 
 from __future__ import annotations
@@ -15,22 +16,23 @@ from segsvc.domain.pace import Pace, fits, overloaded
 
 
 class WaitingBatches:
-    """A queue of calls, for the lane's thread alone. A batch's cost is taken to grow with the bytes of its request."""
+    """A queue of calls, for the lane's thread alone. A batch's cost is estimated by the bytes of its request."""
 
     def __init__(self) -> None:
         self._calls: deque[Call] = deque()
         self._bytes = 0
-        self._pace = Pace()  # of a byte
+        self._pace = Pace()  # of one byte
         self._waited_since = 0.0
-        """When those that wait began to: the end of the last turn; 0: none waited then."""
+        """Since when the waiting batches wait, at least: the end of the last turn; 0: none waited then."""
 
     def __bool__(self) -> bool:
         return bool(self._calls)
 
     def put(self, call: Call) -> None:
-        """Let a batch wait, or refuse it as OVERLOADED."""
+        """Queue a batch, or refuse it as OVERLOADED."""
         if call.gone:
             return
+
         size = len(call.payload)
         wait_s = self._bytes * self._pace.usual_s
         now = time.monotonic()
@@ -38,11 +40,12 @@ class WaitingBatches:
         if not fits(wait_s, size * self._pace.usual_s, left_s):
             call.fail(overloaded("too many batches wait; this one would not have its turn in time", wait_s))
             return
+
         self._calls.append(call)
         self._bytes += size
 
     def pop(self) -> Call | None:
-        """The next batch that somebody waits for; None: there is none."""
+        """The next batch whose client still waits; None: there is none."""
         now = time.monotonic()
         while self._calls:
             call = self._calls.popleft()
@@ -55,8 +58,15 @@ class WaitingBatches:
         return None
 
     def took(self, served: int, begun: float) -> None:
-        """A turn has ended, with requests of so many bytes. What was done between two turns counts as well, if batches
-        waited meanwhile: they do so for both."""
+        """Note the end of a turn.
+
+        If batches waited since the turn before, the work between the two turns counts as well: the batches had to
+        wait for both.
+
+        Args:
+            served: bytes of all requests in this turn.
+            begun: when the turn began.
+        """
         now = time.monotonic()
         if served:
             self._pace.took((now - (self._waited_since or begun)) / served)

@@ -1,4 +1,4 @@
-"""The two ways in which calls reach the hot lane; see ``lane``."""
+"""The two ways in which calls reach the hot lane: from the native front, and from grpcio; see ``lane``."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ log = get_logger(__name__)
 GET_USER_SEGMENTS: Final = "/segmentation.v1.MembershipService/GetUserSegments"
 BATCH_GET_USER_SEGMENTS: Final = "/segmentation.v1.MembershipService/BatchGetUserSegments"
 METHODS: Final = (GET_USER_SEGMENTS, BATCH_GET_USER_SEGMENTS)
-"""The methods of the lane. Their order gives the native front's numbers."""
+"""The methods of the lane. The native front numbers them in this order."""
 _BATCH: Final = METHODS.index(BATCH_GET_USER_SEGMENTS)
 
 EXPORT_SEGMENT_USERS: Final = "/segmentation.v1.SegmentService/ExportSegmentUsers"
 WATCH_OPERATION: Final = "/segmentation.v1.OperationService/WatchOperation"
 STREAMS: Final = (EXPORT_SEGMENT_USERS, WATCH_OPERATION)
-"""Methods of the native front that are not the lane's; numbered after those."""
+"""Methods that the native front takes and the lane does not; numbered after METHODS."""
 
 ENCODING_KEY: Final = "grpc-encoding"
 MESSAGE_BYTES_MAX: Final = 4 << 20
-"""Larger requests are refused (RESOURCE_EXHAUSTED, by gRPC itself); no request of ours is near it. A connection that
-brings one to a hot method is cut off: the native front has taken it in whole, and would take the next one, too."""
+"""Larger requests are refused (RESOURCE_EXHAUSTED, by gRPC itself); no request of this service is near it. A connection
+that sends one to a hot method is cut: the native front has received it whole, and would receive the next one, too."""
 
 
 class Call(Protocol):
-    """One call, to be answered or refused once; a second answer, or one to a call that is gone, is dropped."""
+    """One call. It is answered or refused once; a second answer, or an answer to a call that is gone, is dropped."""
 
     @property
     def batch(self) -> bool:
@@ -53,51 +53,51 @@ class Call(Protocol):
 
     @property
     def deadline(self) -> float | None:
-        """On ``time.monotonic()``'s clock; None: there is none."""
+        """By ``time.monotonic()``'s clock; None: the call has no deadline."""
 
     @property
     def gone(self) -> bool:
-        """Its client has left, or its time is up: whatever is still done for it is in vain."""
+        """Whether its client has left or its deadline has passed: further work for it is wasted."""
 
     def watch(self) -> None:
-        """From now on ``gone`` becomes true when its client leaves. Batches, which may have to wait, are watched from
-        the start."""
+        """Make ``gone`` become true when the client leaves. Batches, which may have to wait, are watched from the
+        start."""
 
     def answer(self, payload: bytes) -> None:
-        """From any thread."""
+        """Answer it; from any thread."""
 
     def fail(self, error: ServiceError) -> None:
-        """From any thread."""
+        """Refuse it; from any thread."""
 
 
 class Calls(Protocol):
-    """Where calls come from."""
+    """A source of calls."""
 
     def take(self, calls_max: int, *, wait: bool) -> Sequence[Call] | None:
-        """Take the calls that wait; if there are none, wait for some, or take none. None: there will be no more."""
+        """The calls that wait. If there are none, wait for some or return none. None: there will be no more."""
 
     def close(self) -> None:
-        """Let ``take`` give None, after the calls that have come."""
+        """Make ``take`` return None once it has returned the calls that have come."""
 
 
 # -- NativeGrpcFront ------------------------------------------------------------------------------------------------
 
 
 def native_front(target: str, *, reuse_port: bool) -> NativeGrpcFront:
-    """A front that hands the lane's methods over, with what the lane needs to know of each call.
+    """A front that passes calls of the lane's methods on, with all that the lane needs to know of a call.
 
-    The caller sets its fallback and starts it.
+    The caller sets the front's fallback, then starts the front.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: it cannot listen on the address.
     """
     return NativeGrpcFront(
         target,
         [*((method, False) for method in METHODS), *((method, True) for method in STREAMS)],
-        # The one header of those that gRPC keeps to itself that it lets us see.
+        # gRPC hides its own headers from us; this is the one of them that it lets us see.
         client_key_metadata=ENCODING_KEY,
-        call_details=True,  # deadlines and request ids
-        delay_stream_headers=True,  # they carry the request id
+        call_details=True,  # deadlines and metadata, which holds request ids
+        delay_stream_headers=True,  # the headers carry the request id
         metrics=True,
         reuse_port=reuse_port,
     )
@@ -107,7 +107,7 @@ class NativeCall:
     """A call of NativeGrpcFront. The front itself ends a call whose deadline passes or whose client cancels.
 
     Args:
-        watched: calls by their number whose end interests us.
+        watched: calls, by their number, that must learn of their end.
     """
 
     __slots__ = ("_front", "_id", "_watched", "batch", "deadline", "gone", "payload", "request_id")
@@ -141,13 +141,13 @@ class NativeCall:
     def fail(self, error: ServiceError) -> None:
         self._watched.pop(self._id, None)
         status = status_of(error)
-        # A call that fails has no message, and so only one set of metadata: the trailing one.
+        # A call that fails sends no message, so it has only one set of metadata, the trailing one.
         metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, self.request_id), *trailing_metadata(status)]
         self._front.fail(self._id, status.code, status.message, metadata)
 
 
 class Streams(Protocol):
-    """Where calls of STREAMS go. Both are called by the thread that takes the calls."""
+    """Serves the calls of STREAMS. The thread that takes the calls calls both methods."""
 
     def begin(
         self,
@@ -158,26 +158,26 @@ class Streams(Protocol):
         peer: str,
         left_s: float | None,
     ) -> None:
-        """Serve a call; ``method`` is its place in STREAMS."""
+        """Serve a call; ``method`` is an index into STREAMS."""
 
     def end(self, call_id: int) -> None:
-        """A call has ended without us; most are no streams."""
+        """A call was ended by its client or its deadline. Most of these calls are no streams."""
 
 
 class NativeCalls:
-    """Calls of a NativeGrpcFront that ``native_front`` made.
+    """Calls of a NativeGrpcFront from ``native_front``.
 
     Args:
-        streams: takes the calls of STREAMS; None: they are refused.
+        streams: serves the calls of STREAMS; None: they are refused.
     """
 
     def __init__(self, front: NativeGrpcFront, streams: Streams | None = None) -> None:
         self._front = front
         self._streams = streams
         self._port = front.bound_port
-        # Drawn here, not at import: processes forked later would share it.
+        # Drawn here and not at import: processes that fork after the import would share it.
         self._ids = secrets.token_hex(8)
-        # Sixteen digits, for ever: written in half the time of a number padded with zeros.
+        # Always sixteen digits: formatting these takes half the time of padding a number with zeros.
         self._made = itertools.count(10**15)
         self._watched: dict[int, NativeCall] = {}
 
@@ -186,27 +186,32 @@ class NativeCalls:
         events = front.recv_batch_details(calls_max, None if wait else 0)
         if events is None:
             return None
+
         now = time.monotonic()
         calls: list[Call] = []
         for kind, call_id, method, payload, encoding, details in events:
             if kind != EVENT_CALL or payload is None or details is None:
-                # Cancelled, or its time is up. One that nobody watches is answered in vain: that is soon done.
+                # Cancelled, or its deadline has passed. A call that is not watched gets its answer all the same: that
+                # wastes little.
                 ended = self._watched.pop(call_id, None)
                 if ended is not None:
                     ended.gone = True
                 if self._streams is not None:
                     self._streams.end(call_id)
                 continue
+
             metadata, peer, remaining_s = details
             if remaining_s is not None and remaining_s <= 0:
-                continue  # the front has ended it
+                continue  # the front has ended the call
             request_id = (metadata and _request_id(metadata)) or f"{ids}{next(made)}"
             deadline = None if remaining_s is None else now + remaining_s
             call = NativeCall(front, call_id, method == _BATCH, payload, request_id, deadline, self._watched)
-            # Text is the peer's address: the call came without an encoding.
+
+            # If this is a text, it is the peer's address: the call has no encoding.
             suspect = encoding.__class__ is bytes or len(payload) > MESSAGE_BYTES_MAX
             if suspect and self._refuse(call, encoding, peer):
                 continue
+
             if method <= _BATCH:
                 if call.batch:
                     call.watch()
@@ -218,9 +223,9 @@ class NativeCalls:
         return calls
 
     def _refuse(self, call: NativeCall, encoding: bytes | str | None, peer: str) -> bool:
-        """Refuse a call that is compressed or far too large; False: it is neither."""
+        """Refuse a call that is compressed or far too large. False: it is neither, and is not refused."""
         if len(call.payload) > MESSAGE_BYTES_MAX:
-            # Not refused alone: what else the connection has sent is inflated meanwhile.
+            # Refusing the call is not enough: the front would go on inflating what else the connection has sent.
             cut = connections.cut(self._port, peer)
             log.error("connection_cut", peer=peer, why="its message was too large", bytes=len(call.payload), found=cut)
         elif not isinstance(encoding, bytes) or encoding == b"identity":
@@ -233,7 +238,7 @@ class NativeCalls:
 
 
 def _request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
-    """The client's request id if there is one fit for logs."""
+    """The client's request id, if it sent one that is fit for logs."""
     for key, value in metadata:
         if key == REQUEST_ID_KEY and isinstance(value, str):
             fit = 0 < len(value) <= REQUEST_ID_CHARACTERS_MAX and value.isascii() and value.isprintable()
@@ -245,7 +250,7 @@ def _request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
 
 
 class QueuedCall:
-    """A call of a grpcio servicer, which waits for ``future``."""
+    """A call of a grpcio servicer. The servicer waits for ``future``."""
 
     __slots__ = ("_answered", "batch", "deadline", "future", "payload", "request_id")
 
@@ -262,7 +267,7 @@ class QueuedCall:
         return self.future.cancelled()
 
     def watch(self) -> None:
-        """Its future is told whenever its servicer stops waiting."""
+        """Nothing to do: when the servicer stops waiting, it cancels the future, and ``gone`` is true."""
 
     def answer(self, payload: bytes) -> None:
         if self._first():
@@ -270,8 +275,8 @@ class QueuedCall:
 
     def fail(self, error: ServiceError) -> None:
         if self._first():
-            # Without the frames that it came through: they hold this call, which holds the future, which holds the
-            # error; a storm of large requests would stay until the next full collection.
+            # Without its traceback: the frames in it hold this call, which holds the future, which holds the error.
+            # This cycle would keep a storm of large requests in memory until the next full collection.
             self.future.set_exception(error.with_traceback(None))
 
     def _first(self) -> bool:
@@ -283,15 +288,16 @@ class QueuedCall:
 
 
 class QueuedCalls:
-    """Calls that grpcio's servicers put in, from any thread."""
+    """Calls that grpcio's servicers submit, from any thread."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[QueuedCall | None] = queue.SimpleQueue()
 
     def submit(self, method: str, payload: bytes, request_id: str, deadline: float | None) -> Future[bytes]:
-        """The serialized answer of one of ``METHODS``; its exception is a ServiceError."""
+        """A future of the serialized answer to a call of one of ``METHODS``; its exception is a ServiceError."""
         if method not in METHODS:
             raise ValueError(f"{method} is not a method of the hot lane")
+
         batch = method == BATCH_GET_USER_SEGMENTS
         call = QueuedCall(batch=batch, payload=payload, request_id=request_id, deadline=deadline)
         self._queue.put(call)
@@ -305,7 +311,7 @@ class QueuedCalls:
             except queue.Empty:
                 break
             if call is None:
-                self._queue.put(None)  # for the next time
+                self._queue.put(None)  # for the next call of take
                 return calls or None
             if not call.gone:
                 calls.append(call)

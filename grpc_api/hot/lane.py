@@ -1,8 +1,9 @@
 """The hot lane: one thread that answers GetUserSegments and BatchGetUserSegments, many calls with one round trip.
 
-It takes the calls that wait, asks the cache for all their users at once, answers those that hit, and hands the rest to
-the cold reads, which answer when the shard has. While the cache answers, the next calls gather by themselves, so the
-batches grow with the load and cost nothing without it. There are two ways in (``lane_calls``) and one way of reading.
+It takes the calls that wait, asks the cache for all their users at once, answers the calls that hit, and passes the
+other users to the cold reads, which answer when the shard has answered. While the cache works, the next calls gather by
+themselves: more of them under a higher load, and under a low load no call waits for others. There are two sources of
+calls (``grpc_api.hot.calls``) and one way of reading.
 
 How a server puts it together::
 
@@ -11,9 +12,9 @@ How a server puts it together::
     lane.start()
     front.start()
     …
-    lane.close(grace_s=5.0)                                    # closes the front, too; then cold.close(…)
+    lane.close(grace_s=5.0)                                    # also closes the front; then cold.close(…)
 
-and with grpcio alone ``HotLane(front=None, …)``, whose servicers await
+and with grpcio alone, ``HotLane(front=None, …)``, where servicers await
 ``asyncio.wrap_future(lane.submit(method, request_bytes, request_id, deadline))``.
 """
 
@@ -47,25 +48,25 @@ from segsvc.services.slug_map import SlugMap
 log = get_logger(__name__)
 
 CALLS_MAX: Final = 256
-"""Calls taken at once: with more, the first would only wait for the last."""
+"""Most calls taken at once: with more, the first of them would only wait longer for the last."""
 USERS_PER_LOOKUP: Final = 256
-"""Users asked for in one command. Calls with 1000 users each are cut up: the cache's server, which does one thing at a
-time, is never kept busy for long, and works on one piece while the lane encodes the one before."""
+"""Most users in one command to the cache. A call with 1000 users is split: the cache's server, which runs one command
+at a time, is then never busy for long, and works on one piece while the lane encodes the piece before."""
 USERS_PER_TURN: Final = 2048
-"""Users of batches served before the lane looks for calls again. Single reads that come meanwhile wait for them, a
-hundredth of a second, and not for all batches there are."""
+"""Most users of batches that are served before the lane takes new calls. Single reads that arrive meanwhile wait for
+these users, a hundredth of a second, and not for all waiting batches."""
 COUNTS_EVERY_S: Final = 5.0
-"""How often the reads counted per block go to the cache, for the warmer."""
+"""How often the counts of reads of each block go to the cache, for the warmer."""
 LATE_S: Final = 0.01
-"""While more calls wait than are taken at once, one with less time than this left is refused."""
+"""While more calls wait than are taken at once, a call with less time left than this is refused."""
 BATCH_SHARE: Final = 0.75
-"""Of the places for users that are read from a shard, those that batches may take; the rest is for single reads."""
+"""Share of a shard's places for waiting users that batches may take; the rest is for single reads."""
 HOUSEKEEPING_S: Final = 0.1
-"""How often a cache that is down is tried again."""
+"""Time between two attempts to connect to a cache that is down."""
 
 
 class Entries(Protocol):
-    """The cache, as far as a hit needs it."""
+    """The part of the cache that a hit needs."""
 
     @property
     def connected(self) -> bool: ...
@@ -74,27 +75,27 @@ class Entries(Protocol):
         """Raises CACHE_UNAVAILABLE."""
 
     def lookup(self, user_ids: Sequence[int]) -> list[Entry | None]:
-        """What is cached of these users, in their order. Raises CACHE_UNAVAILABLE; ``connected`` is then False."""
+        """The users' entries in the cache, in their order. Raises CACHE_UNAVAILABLE; ``connected`` is then False."""
 
     def lookups(self, user_ids: Sequence[int], users_per_command: int) -> Generator[list[Entry | None]]:
-        """As ``lookup``, in pieces; closed if it is not taken to its end."""
+        """As ``lookup``, in pieces. The caller closes the generator if it does not read it to its end."""
 
 
 class ReadCounts(Protocol):
-    """Where the warmer learns what is hot."""
+    """Tells the warmer which blocks are hot."""
 
     def add_reads(self, shard: int, reads: Mapping[int, int]) -> None:
-        """Add reads to blocks. Raises CACHE_UNAVAILABLE."""
+        """Add reads to the counts of blocks. Raises CACHE_UNAVAILABLE."""
 
 
 class HotLane:
-    """The lane's thread and its housekeeping. Made after the last fork of a process.
+    """The lane's thread and its housekeeping thread. Create it after the last fork of a process.
 
     Args:
-        front: from ``lane_calls.native_front``; None: calls come by ``submit``.
+        front: from ``calls.native_front``; None: calls come by ``submit``.
         entries: used by the lane's thread alone.
-        streams: takes calls of streams that come by the same front; None: there are none.
-        slugs: made with ``encode=wire.encode_slug``.
+        streams: serves calls of streams that come by the same front; None: there are none.
+        slugs: created with ``encode=wire.encode_slug``.
     """
 
     def __init__(
@@ -127,22 +128,22 @@ class HotLane:
         self._housekeeper = threading.Thread(target=self._run_housekeeping, name="hot-lane-housekeeping", daemon=True)
 
     def start(self) -> None:
-        """Begin to take calls. A cache that is down does not keep the lane from starting."""
+        """Begin to take calls. The lane also starts while the cache is down."""
         self._connect()
         self._thread.start()
         self._housekeeper.start()
 
     def submit(self, method: str, payload: bytes, request_id: str, deadline: float | None) -> Future[bytes]:
-        """Answer a call that grpcio received. Only with ``front=None``.
+        """Answer a call that grpcio received. Only for a lane with ``front=None``.
 
         Args:
-            method: full name, one of ``lane_calls.METHODS``.
+            method: full name, one of ``calls.METHODS``.
             payload: the request, serialized; it need not be valid.
-            request_id: for the log; sending it back is the servicer's business.
-            deadline: on ``time.monotonic()``'s clock; None: there is none.
+            request_id: for the log; the servicer itself sends it back to the client.
+            deadline: by ``time.monotonic()``'s clock; None: there is none.
 
         Returns:
-            The serialized answer; its exception is a ServiceError. It may be cancelled.
+            A future of the serialized answer; its exception is a ServiceError. The caller may cancel it.
         """
         if self._queued is None:
             raise RuntimeError("the native front brings its calls itself")
@@ -151,11 +152,12 @@ class HotLane:
     def close(self, grace_s: float) -> None:
         """Give the cold reads time to answer, then take no more calls.
 
-        Calls go on being answered meanwhile; what comes later gets UNAVAILABLE, which clients may retry.
+        Until then calls are still answered; later calls get UNAVAILABLE, which clients may retry.
         """
         end = time.monotonic() + grace_s
         while self._cold.waiting and time.monotonic() < end:
             time.sleep(0.01)
+
         self._closing.set()
         self._calls.close()
         for thread in (self._thread, self._housekeeper):
@@ -171,26 +173,29 @@ class HotLane:
                 calls = self._calls.take(CALLS_MAX, wait=not batches)
                 if calls is None and not batches:
                     return
+
                 for call in calls or ():
                     if call.batch:
                         batches.put(call)
                     else:
                         serving.append(call)
+
                 if calls is not None and len(calls) == CALLS_MAX:
                     serving = self._in_time(serving)
                 if serving:
                     self._serve_singles(serving)
+
                 serving = []
                 self._serve_turn(batches, serving)
             except Exception:
-                # The lane must live. Calls that have their answer already take no second one.
+                # The lane must not end. Calls that are answered already drop this second answer.
                 log.exception("lane_failed", request_ids=[call.request_id for call in serving])
                 for call in serving:
                     call.fail(internal_error())
 
     def _in_time(self, calls: Sequence[Call]) -> list[Call]:
-        """The calls whose answer will still be waited for. More have come than are taken at once: others wait behind
-        them, whose time is not over yet."""
+        """The calls whose clients will still wait for the answer; the rest are refused. Used when more calls wait than
+        are taken at once: calls that still have time wait behind these."""
         late = time.monotonic() + LATE_S
         served: list[Call] = []
         for call in calls:
@@ -201,13 +206,14 @@ class HotLane:
         return served
 
     def _serve_singles(self, calls: Sequence[Call]) -> None:
-        # Lists side by side, and no object for a call that hits: at tens of thousands of calls a second the lane is
-        # the busiest thread there is.
+        # Parallel lists, and no object for a call that hits: at tens of thousands of calls a second the lane is the
+        # busiest thread of the process.
         encoded_user_ids = [call.payload for call in calls]
         user_ids = wire.plain_user_ids(encoded_user_ids)
         if user_ids is None:
             calls, user_ids = self._read_each(calls)
             encoded_user_ids = wire.encode_user_ids(user_ids)
+
         entries = self._lookup(user_ids)
         answers = wire.encode_all(encoded_user_ids, entries, self._slugs)
         for call, user_id, answer in zip(calls, user_ids, answers, strict=True):
@@ -217,12 +223,13 @@ class HotLane:
                 call.watch()
                 single = self._counted(Single(call, self._slugs))
                 self._cold.submit((user_id,), _answer_by(call.deadline), single, gone=partial(_gone, call))
+
         shards = self._shard_count
         read = zip(user_ids, entries, answers, strict=True)
         self._count([entry[BLOCK] * shards + user_id % shards for user_id, entry, answer in read if entry and answer])
 
     def _read_each(self, calls: Sequence[Call]) -> tuple[list[Call], list[int]]:
-        """The calls whose requests are right, and their users. The others are refused."""
+        """The calls with valid requests, and their users. Calls with invalid requests are refused."""
         read: list[Call] = []
         user_ids: list[int] = []
         for call in calls:
@@ -234,11 +241,15 @@ class HotLane:
         return read, user_ids
 
     def _serve_turn(self, waiting: WaitingBatches, serving: list[Call]) -> None:
-        """Serve the first batches that wait, as many as have their turn at once. Each is in ``serving`` before anything
-        is done for it; those whose requests are wrong are refused."""
+        """Serve the first of the waiting batches, as many as one turn allows; those with invalid requests are refused.
+
+        Each batch is added to ``serving`` before any work is done for it, so that the caller can refuse it after a
+        failure.
+        """
         begun = time.monotonic()
         batches: list[Batch] = []
         users = 0
+
         while users < USERS_PER_TURN and len(serving) < CALLS_MAX and (call := waiting.pop()) is not None:
             serving.append(call)
             try:
@@ -248,12 +259,13 @@ class HotLane:
                 continue
             batches.append(batch)
             users += batch.asked
+
         if batches:
             self._serve_batches(batches)
         waiting.took(sum(len(call.payload) for call in serving), begun)
 
     def _serve_batches(self, batches: Sequence[Batch]) -> None:
-        """Each call is answered as soon as the last piece with a user of it has come."""
+        """Answer each batch as soon as the last piece with one of its users has come."""
         waiting = deque(batches)
         entries: list[Entry | None] = []
         for piece in self._lookups([user_id for batch in batches for user_id in batch.user_ids]):
@@ -271,6 +283,7 @@ class HotLane:
         for place in missed:
             result = self._counted(BatchPlace(batch, place))
             self._cold.submit((batch.user_ids[place],), answer_by, result, gone=batch.gone, share=BATCH_SHARE)
+
         user_ids = batch.user_ids
         if missed:
             left_out = set(missed)
@@ -288,7 +301,7 @@ class HotLane:
         return [None] * len(user_ids)
 
     def _lookups(self, user_ids: Sequence[int]) -> Iterator[Sequence[Entry | None]]:
-        """As ``_lookup``, in pieces; what could not be asked any more comes last, as one piece of misses."""
+        """As ``_lookup``, in pieces. If the cache fails, the last piece holds a miss for each remaining user."""
         found = 0
         if self._entries.connected:
             try:
@@ -302,13 +315,13 @@ class HotLane:
             yield [None] * (len(user_ids) - found)
 
     def _count(self, hits: Sequence[int]) -> None:
-        """Count hits, each as block × shards + shard."""
+        """Count hits; each is the number block × shards + shard."""
         self._hits.inc(len(hits))
         with self._reads_lock:
             self._reads.update(hits)
 
     def _counted(self, answer: Answer) -> Answer:
-        """An answer to a cold read that also counts it: cold blocks are what the warmer must know of."""
+        """An answer to a cold read that also counts the read: the warmer must know of cold blocks."""
 
         def count(user_id: int, outcome: Outcome) -> None:
             answer(user_id, outcome)
@@ -332,27 +345,29 @@ class HotLane:
                 log.exception("lane_housekeeping_failed")
 
     def _connect(self) -> None:
-        """Connect if need be. Not on the lane's own thread, which would wait for a server that does not answer."""
+        """Connect unless connected. Not on the lane's own thread, which would wait for a server that is hung."""
         if self._entries.connected:
             return
         try:
             self._entries.connect()
         except ServiceError:
-            return  # tried again soon; reads go on without the cache
+            return  # it is tried again soon; until then reads go on without the cache
         log.info("lane_has_cache")
 
     def _send_counts(self) -> None:
         with self._reads_lock:
             reads, self._reads = self._reads, Counter()
+
         by_shard: dict[int, dict[int, int]] = {}
         for number, count in reads.items():
             block, shard = divmod(number, self._shard_count)
             by_shard.setdefault(shard, {})[block] = count
+
         try:
             for shard, counts in by_shard.items():
                 self._counts.add_reads(shard, counts)
         except ServiceError:
-            log.info("read_counts_lost", blocks=len(reads))  # a hint for the warmer, no more
+            log.info("read_counts_lost", blocks=len(reads))  # only a hint for the warmer
 
 
 def _gone(call: Call) -> bool:
@@ -360,5 +375,5 @@ def _gone(call: Call) -> bool:
 
 
 def _answer_by(deadline: float | None) -> float | None:
-    """When a call that is read from a shard must have its answer, by the time that is left to it now."""
+    """When a call that is read from a shard must have its answer, computed from the time that it has left now."""
     return None if deadline is None else call_scope.answer_by(time.monotonic(), deadline)

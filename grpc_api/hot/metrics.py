@@ -1,4 +1,4 @@
-"""Calls of the hot methods, which the native front counts by itself: read when somebody asks, at no cost to a call."""
+"""Metrics of the hot methods, which the native front counts: read at each scrape, at no cost to a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 def hot_calls(front: NativeGrpcFront) -> Callable[[Metric], None]:
-    """Puts a native front's calls into the families that hold all others.
+    """Adds a native front's calls to the metric families that hold all other calls.
 
     Args:
         front: made with ``metrics=True``.
@@ -30,7 +30,7 @@ def hot_calls(front: NativeGrpcFront) -> Callable[[Metric], None]:
         if counted is None:
             raise RuntimeError("the native front does not count its calls")
 
-        # Not one of these calls reaches grpcio, whose series of them are at 0 for ever.
+        # None of these calls reaches grpcio, so grpcio's own series of them stay at 0: drop those.
         family.samples = [sample for sample in family.samples if sample.labels["method"] not in METHODS]
         for method in METHODS:
             status = counted["methods"][method]["status"]
@@ -49,7 +49,7 @@ def _add_counts(family: Metric, method: str, status: Mapping[int, Any]) -> None:
 
 
 def _add_durations(family: Metric, method: str, status: Mapping[int, Any], bounds: list[float]) -> None:
-    """In our own buckets: each of their bounds is one of the front's."""
+    """In this service's buckets: each of their bounds is also a bound of the front."""
     buckets = [sum(column) for column in zip(*(of["buckets"] for of in status.values()), strict=True)]
     below = dict(zip(bounds, accumulate(buckets), strict=False)) if buckets else dict.fromkeys(bounds, 0)
     calls = sum(buckets)

@@ -1,6 +1,6 @@
 """GetUserSegments and BatchGetUserSegments as bytes: answers are joined from encoded parts, without message objects.
 
-The field numbers are those of ``segmentation/v1/membership.proto``; a test holds every answer against the generated
+The field numbers are those of ``segmentation/v1/membership.proto``; a test compares every answer with the generated
 classes.
 """
 
@@ -19,17 +19,17 @@ from segsvc.domain.membership import FIRST_SEGMENT, READ_TIME, Entry
 
 BATCH_USERS_MAX: Final = 1000
 REQUEST_BYTES_MAX: Final = 64 * 1024
-"""Larger requests are not decoded: a thousand users need 11 KB, and a hundred megabytes would keep the lane, and
-everybody else's calls, for seconds."""
+"""Larger requests are not decoded: a thousand users need 11 KB, and a hundred megabytes would hold up the lane, and all
+other calls, for seconds."""
 
 _TIMES_MAX: Final = 65_536
 _LENGTHS_MAX: Final = 65_536
 
 
-# The varints of two groups of seven bits: of the last ones of a number, and of those that others follow.
+# Two groups of seven bits as varint bytes: the last groups of a number, and groups that more groups follow.
 _LAST: Final = [bytes((n,)) if n < 0x80 else bytes((n & 0x7F | 0x80, n >> 7)) for n in range(1 << 14)]
 _FOLLOWED: Final = [bytes((n & 0x7F | 0x80, n >> 7 | 0x80)) for n in range(1 << 14)]
-# The same of single groups: few enough to stay in a core's cache.
+# The same for single groups: these tables are small enough to stay in a core's cache.
 _LAST_SEVEN: Final = [bytes((n,)) for n in range(1 << 7)]
 _SEVEN: Final = [bytes((n | 0x80,)) for n in range(1 << 7)]
 _ID_SEVEN: Final = [b"\x08" + group for group in _SEVEN]
@@ -50,12 +50,12 @@ def _field(number: int, content: bytes) -> bytes:
 
 
 def encode_slug(slug: str) -> bytes:
-    """``UserSegments.slugs``, one of them."""
+    """One of ``UserSegments.slugs``."""
     return _field(2, slug.encode())
 
 
 class _Times(dict[int, bytes]):
-    """Microseconds since 1970 -> ``UserSegments.read_time``. Users loaded together share theirs, so most are known."""
+    """Microseconds since 1970 -> ``UserSegments.read_time``. Users loaded together share one, so most are known."""
 
     def __missing__(self, time_us: int) -> bytes:
         if len(self) >= _TIMES_MAX:
@@ -70,7 +70,7 @@ _times: Final = _Times()
 
 
 class _ResultHeads(dict[int, bytes]):
-    """Length of a UserSegments -> what stands before it in ``BatchGetUserSegmentsResponse.results``."""
+    """Length of a UserSegments -> the bytes before it in ``BatchGetUserSegmentsResponse.results``."""
 
     def __missing__(self, length: int) -> bytes:
         if len(self) >= _LENGTHS_MAX:
@@ -97,11 +97,12 @@ def user_id_of(payload: bytes) -> int:
 
 
 def plain_user_ids(payloads: list[bytes]) -> list[int] | None:
-    """The users of many GetUserSegmentsRequests if each is spelled as protobuf itself writes it, and so is also the
-    ``encode_user_id`` of its answer. None: one of them is not; ``user_id_of`` reads it, or says what is wrong with it.
+    """The users of many GetUserSegmentsRequests, if each request is encoded exactly as protobuf itself encodes it. It
+    then equals the ``encode_user_id`` of its answer. None: at least one request is encoded differently; ``user_id_of``
+    reads each of them, or says what is wrong with it.
 
-    One after the other, such requests are a BatchGetUserSegmentsRequest in the spelling that is not packed. Whatever
-    else that could be read from, its users written anew must be these very bytes, call by call.
+    Such requests, joined, are a BatchGetUserSegmentsRequest in the encoding that is not packed. Other bytes could be
+    read as the same message, so the users are encoded again and compared with the requests, call by call.
     """
     joined = b"".join(payloads)
     if len(joined) > REQUEST_BYTES_MAX:
@@ -127,15 +128,15 @@ def _too_large(payload: bytes, field: str, reason: Reason) -> ServiceError:
 
 
 def _not_a_message() -> ServiceError:
-    """As the other methods answer it, and as grpcio does itself."""
+    """The error that the other methods answer, as grpcio itself does."""
     return ServiceError(Reason.INTERNAL, "the request is not a valid message")
 
 
 def user_ids_of(payload: bytes) -> Sequence[int]:
-    """The users of a BatchGetUserSegmentsRequest; each is still to be checked.
+    """The users of a BatchGetUserSegmentsRequest; the caller must still check each of them.
 
     Raises:
-        ServiceError: FIELD_REQUIRED (none), BATCH_TOO_LARGE, INTERNAL.
+        ServiceError: FIELD_REQUIRED (there are none), BATCH_TOO_LARGE, INTERNAL.
     """
     if len(payload) > REQUEST_BYTES_MAX:
         raise _too_large(payload, "user_ids", Reason.BATCH_TOO_LARGE)
@@ -143,6 +144,7 @@ def user_ids_of(payload: bytes) -> Sequence[int]:
         user_ids = pb.BatchGetUserSegmentsRequest.FromString(payload).user_ids
     except DecodeError:
         raise _not_a_message() from None
+
     if not user_ids:
         raise required_field("user_ids")
     if len(user_ids) > BATCH_USERS_MAX:
@@ -153,12 +155,12 @@ def user_ids_of(payload: bytes) -> Sequence[int]:
 
 
 def encode_user_id(user_id: int) -> bytes:
-    """``UserSegments.user_id``, and as a rule the bytes of a GetUserSegmentsRequest, whose only field is the same."""
+    """``UserSegments.user_id``. Usually also the bytes of a GetUserSegmentsRequest, whose only field is the same."""
     return b"\x08" + varint(user_id)
 
 
 def encode_user_ids(user_ids: Iterable[int]) -> list[bytes]:
-    """``encode_user_id`` of each, in half the time."""
+    """``encode_user_id`` of each user, in half the time."""
     first, middle, last = _ID_SEVEN, _SEVEN, _LAST_SEVEN
     return [
         first[user_id & 0x7F] + middle[user_id >> 7 & 0x7F] + last[user_id >> 14]
@@ -171,7 +173,7 @@ def encode_user_ids(user_ids: Iterable[int]) -> list[bytes]:
 
 
 def encode_user_segments(encoded_user_id: bytes, entry: Entry, encoded_slugs: Mapping[int, bytes]) -> bytes:
-    """A UserSegments. Raises KeyError if the slug of one of the segments is not known yet."""
+    """A UserSegments. Raises KeyError if a segment's slug is not known yet."""
     slugs = map(encoded_slugs.__getitem__, entry[FIRST_SEGMENT:])
     return b"".join((encoded_user_id, *slugs, _times[entry[READ_TIME]]))
 
@@ -179,8 +181,8 @@ def encode_user_segments(encoded_user_id: bytes, entry: Entry, encoded_slugs: Ma
 def encode_all(
     encoded_user_ids: Iterable[bytes], entries: Iterable[Entry | None], encoded_slugs: Mapping[int, bytes]
 ) -> list[bytes | None]:
-    """``encode_user_segments`` for each, without a call of a function for each. None: no entry, or a slug of it is not
-    known yet."""
+    """``encode_user_segments`` for each user, without a function call for each. None: there is no entry, or one of its
+    slugs is not known yet."""
     slug_of, times, join = encoded_slugs.__getitem__, _times, b"".join
     answers: list[bytes | None] = []
     for encoded_user_id, entry in zip(encoded_user_ids, entries, strict=True):
@@ -188,7 +190,7 @@ def encode_all(
             try:
                 answers.append(join((encoded_user_id, *map(slug_of, entry[FIRST_SEGMENT:]), times[entry[READ_TIME]])))
             except KeyError:
-                pass  # a segment created since the map was filled
+                pass  # the segment was created after the map was filled
             else:
                 continue
         answers.append(None)
@@ -196,19 +198,19 @@ def encode_all(
 
 
 def encode_result(user_segments: bytes) -> bytes:
-    """A BatchGetUserSegmentsResponse.results with an answer."""
+    """One of BatchGetUserSegmentsResponse.results, with an answer."""
     return _result_heads[len(user_segments)] + user_segments
 
 
 def encode_results(
     user_ids: Sequence[int], entries: Iterable[Entry | None], encoded_slugs: Mapping[int, bytes]
 ) -> list[bytes | None]:
-    """BatchGetUserSegmentsResponse.results of many users; None as in ``encode_all``."""
+    """BatchGetUserSegmentsResponse.results of many users; None means the same as in ``encode_all``."""
     heads = _result_heads
     answers = encode_all(encode_user_ids(user_ids), entries, encoded_slugs)
     return [None if answer is None else heads[len(answer)] + answer for answer in answers]
 
 
 def encode_error_result(status: Status) -> bytes:
-    """A BatchGetUserSegmentsResponse.results with an error."""
+    """One of BatchGetUserSegmentsResponse.results, with an error."""
     return _field(1, _field(2, status.SerializeToString()))
