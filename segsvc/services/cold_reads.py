@@ -149,6 +149,7 @@ class ColdReads:
         self._limits = limits
         self._shards = [_Shard(number) for number in range(shard_count)]
         self._closing = threading.Event()
+
         self._threads = [
             threading.Thread(target=self._work, args=(shard,), name=f"cold-read-{shard.number}.{n}", daemon=True)
             for shard in self._shards

@@ -17,13 +17,13 @@ log = get_logger(__name__)
 
 
 class EndListener(Protocol):
-    """Both raise what the block turns into CATALOG_UNAVAILABLE."""
+    """Listens for ends of operations. Both methods raise errors that the block turns into CATALOG_UNAVAILABLE."""
 
     def final_among(self, operation_ids: Sequence[UUID]) -> Sequence[Operation]:
         """Those of these operations that are DONE or ABORTED. Made to be called often."""
 
     def await_end(self, seconds: float) -> None:
-        """Wait until an operation may have ended since the last look, at most so long."""
+        """Wait until an operation may have ended since the last read, at most this many seconds."""
 
 
 class FinalOperations(Protocol):
@@ -34,14 +34,15 @@ class FinalOperations(Protocol):
 class OperationEndWatcher:
     """Futures of operations' ends. One statement a round, however many calls wait; none while no call waits.
 
-    A rollout takes a tenth of a second: looking must not be what keeps the cores from it, so the ledger tells when it
-    is time to look.
+    A rollout takes a tenth of a second, and frequent reads would take processor time from it. So the ledger notifies
+    the watcher when it is time to read.
 
     While the catalog is out of reach the waiters go on waiting, each until its own time is up.
     """
 
     _POLL_S = 0.05
-    """How often to look without being told: for what ended before its waiter came, and if what is told gets lost."""
+    """Pause between two reads without a notification: for an operation that ended before its waiter came, and for
+    notifications that are lost."""
     _OUTAGE_POLL_S = 0.5
 
     def __init__(self, store: FinalOperations) -> None:
@@ -102,8 +103,7 @@ class OperationEndWatcher:
             self._changed.wait_for(lambda: self._closed, timeout=seconds)
 
     def _wanted(self, *, wait: bool) -> list[UUID]:
-        """Operations that somebody waits for; with ``wait`` as soon as there are any. None of them: closed, or nobody
-        waits."""
+        """Operations that calls wait for; ``wait``: block until there are any. Empty: closed, or no call waits."""
         with self._changed:
             while not self._closed:
                 for operation_id, futures in list(self._waiting.items()):

@@ -307,4 +307,4 @@ class ShardCheck:
 
 
 def _whom(user_id: np.int64) -> str:
-    return f"user {user_id}" if user_id else "nobody"
+    return f"user {user_id}" if user_id else "no user"

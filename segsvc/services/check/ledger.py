@@ -161,12 +161,12 @@ class LedgerCheck:
             found = f"it is prepared for {transaction.age_s:.0f} s"
             gid = Gid.parse(transaction.gid)
             if gid is None or gid.cluster != self._cluster or gid.shard != shard:
-                self._report.add(Kind.PREPARED, shard, where, found, "it is not this shard's; nobody will end it")
+                self._report.add(Kind.PREPARED, shard, where, found, "it is not this shard's; no process will end it")
                 continue
 
             entry = self._states.get(gid.operation_id)
             if entry is None:
-                expected = "the ledger does not know its operation; nobody will end it"
+                expected = "the ledger does not know its operation; no process will end it"
                 self._report.add(Kind.PREPARED, shard, where, found, expected)
                 continue
 

@@ -148,7 +148,7 @@ def a_deleted_user_in_the_directory(world: World) -> list[str]:
         "UPDATE directory SET user_ids = overlay(user_ids PLACING decode('0a00000000000000', 'hex') FROM 8*4+1) "
         "WHERE block = 0",
     )
-    return ["shard 0, directory, block 0, slot 4: it names user 10, the users' rows say nobody"]
+    return ["shard 0, directory, block 0, slot 4: it names user 10, the users' rows say no user"]
 
 
 def a_short_directory_row(world: World) -> list[str]:

@@ -98,10 +98,10 @@ def test_a_prepared_transaction_without_a_reason_is_named(
 @pytest.mark.parametrize(
     ("gid", "expected"),
     [
-        (f"segsvc:check:{ABSENT}:1", "the ledger does not know its operation; nobody will end it"),
-        (f"segsvc:check:{ABSENT}:0", "it is not this shard's; nobody will end it"),
-        (f"segsvc:other:{ABSENT}:1", "it is not this shard's; nobody will end it"),
-        ("segsvc:nonsense", "it is not this shard's; nobody will end it"),
+        (f"segsvc:check:{ABSENT}:1", "the ledger does not know its operation; no process will end it"),
+        (f"segsvc:check:{ABSENT}:0", "it is not this shard's; no process will end it"),
+        (f"segsvc:other:{ABSENT}:1", "it is not this shard's; no process will end it"),
+        ("segsvc:nonsense", "it is not this shard's; no process will end it"),
         ("somebody-else's".replace("'", ""), None),
     ],
 )
