@@ -127,7 +127,7 @@ event_batches_in_flight = Gauge(
     "segsvc_event_batches_in_flight", "Batches that the bridge waits for.", multiprocess_mode="livesum"
 )
 
-# -- the broker (workers) -------------------------------------------------------------------------------------------
+# -- the broker (workers, bridge) -------------------------------------------------------------------------------------
 broker_messages_refused = Counter(
     "segsvc_broker_messages_refused_total",
     "Items on the broker that are not valid messages of this installation and were dropped, by kind.",
@@ -161,7 +161,7 @@ SERVED_BY: dict[str, tuple[str, ...]] = {
     "segsvc_operations_not_ended_seconds": ("beat",),
     "segsvc_recovery_timestamp_seconds": ("beat",),
     "segsvc_recovery_alarms": ("beat",),
-    "segsvc_broker_messages_refused": ("operations", "events", "warming"),
+    "segsvc_broker_messages_refused": ("operations", "events", "warming", "bridge"),
     "segsvc_events": ("bridge",),
     "segsvc_event_batches_in_flight": ("bridge",),
     "segsvc_warmed_entries": ("warming",),

@@ -1,4 +1,4 @@
-"""The broker as workers and publishers see it: kombu's Redis transport, with three things that ours must do.
+"""The broker as workers and publishers see it: kombu's Redis transport, with four things that ours must do.
 
 **Names of its own.** Every key and channel begins with the installation's prefix, so that two installations on one
 server never meet. The prefix is asked for when a channel opens, since it may not be known before: a channel whose
@@ -7,6 +7,11 @@ installation is not known cannot be opened, like one whose server cannot be reac
 **What cannot be read is gone.** kombu reads a message that it has taken before anybody looks at it, and what it raises
 then ends the worker; the next worker finds the same message. Here it is looked at first, and what is not a message of
 ours is refused: counted, logged, and never put back.
+
+**A key of a wrong type is removed.** A text under the name of a queue, for example, makes every command on that name
+fail, in every process, for ever. Such a key is deleted, logged and counted, and the command is repeated. Deleting it
+loses nothing: every name under the prefix is ours, whatever replaced our value has lost it already, and a value of
+another type can hold no message. To refuse and wait for a person would stop the installation for one stray key.
 
 **A channel closes whatever happens.** kombu puts unfinished messages back when a channel closes, and what fails there,
 because the server is away, ends the worker in the middle of connecting again. The messages are safe without it: they
@@ -17,7 +22,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
 from queue import Empty
@@ -41,6 +48,12 @@ INSTALLATION_HEADER: Final = "installation"
 """Header of a task: the installation that it is for. A queue's name says it too; the header still does when somebody
 moves messages from one queue to another."""
 _JSON: Final = "application/json"
+_WRONG_TYPE: Final = "WRONGTYPE"
+_NEVER: Final = -1
+"""The life of a key without an end, as the server says it."""
+_BINDINGS: Final = "_kombu.binding"
+"""How kombu's names of the sets begin that say which queues there are."""
+_BINDING_DEADLINES: Final = "_kombu.binding_deadlines"
 
 
 def _is_text(value: object) -> bool:
@@ -156,6 +169,31 @@ def refused(label: str, where: str, why: str, **about: object) -> None:
     log.error("message_refused", queue=where, what=label, why=why, **about)
 
 
+_DELETE_UNLESS: Final = """\
+local found = redis.call('TYPE', KEYS[1]).ok
+if found == 'none' or found == ARGV[1] then return false end
+redis.call('UNLINK', KEYS[1])
+return found
+"""
+"""Deletes a key unless it has the right type, in one step: another process may put a right one there at any time."""
+
+
+def _heals(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a method of a channel, or of its QoS, remove keys of wrong types that it meets, and try once more."""
+
+    @functools.wraps(method)
+    def healed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except redis.ResponseError as error:
+            if _WRONG_TYPE not in str(error):
+                raise
+        getattr(self, "channel", self).remove_keys_of_wrong_types()
+        return method(self, *args, **kwargs)
+
+    return healed
+
+
 # The stubs of these classes lack most of what they have.
 _Redis: Any = kombu_redis
 
@@ -194,11 +232,24 @@ class QoS(_Redis.QoS):  # type: ignore[misc]
             self._remove_from_indices(tag).execute()
             refused("unreadable", self.unacked_key, f"it cannot be put back ({type(error).__name__})")
 
+    @_heals
+    def append(self, message: Any, delivery_tag: Any) -> None:
+        """A message was taken."""
+        super().append(message, delivery_tag)
+
+    @_heals
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """Put back the messages of workers that have died."""
+        super().restore_visible(*args, **kwargs)
+        self.channel.remove_endless_lock()
+
+    @_heals
     def ack(self, delivery_tag: Any) -> None:
         """A message is done with."""
         super().ack(delivery_tag)
         pulse.ended()
 
+    @_heals
     def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
         """A message is refused, or given back."""
         super().reject(delivery_tag, requeue=requeue)
@@ -232,6 +283,44 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
             raise redis.ConnectionError("the channel is closed")
         return super()._connparams(asynchronous=asynchronous)
 
+    def remove_keys_of_wrong_types(self) -> None:
+        """Look at every key that the transport uses, and delete those whose type is wrong."""
+        prefix = str(self.global_keyprefix)
+        types = {self.unacked_key: "hash", self.unacked_index_key: "zset", self.unacked_mutex_key: "string"}
+        for queue in {*QUEUES, *self.active_queues}:
+            types.update((self._q_for_pri(queue, priority), "list") for priority in self.priority_steps)
+        with self.conn_or_acquire() as client:
+            for found in client.scan_iter(match=f"{_escaped(prefix + _BINDINGS)}*", count=1000):
+                name = bytes_to_str(found).removeprefix(prefix)
+                types[name] = "zset" if name == _BINDING_DEADLINES else "set"
+            for name, right in types.items():
+                wrong = client.execute_command("EVAL", _DELETE_UNLESS, 1, prefix + name, right)
+                if wrong:
+                    why = f"it was a {bytes_to_str(wrong)} and must be a {right}; it is deleted"
+                    refused("unreadable", prefix + name, why)
+
+    def remove_endless_lock(self) -> None:
+        """Delete the lock of those who put messages back, if it never expires: ours always does. No command fails on
+        it, whatever its type; nothing would ever be put back."""
+        key = f"{self.global_keyprefix}{self.unacked_mutex_key}"
+        with self.conn_or_acquire() as client:
+            if client.pttl(key) == _NEVER and client.unlink(key):
+                refused("unreadable", key, "it is a lock that never expires; it is deleted")
+
+    @_heals
+    def _size(self, queue: str) -> int:
+        return int(super()._size(queue))
+
+    @_heals
+    def _queue_bind(self, *args: Any, **kwargs: Any) -> None:
+        super()._queue_bind(*args, **kwargs)
+
+    @_heals
+    def get_table(self, exchange: str) -> Any:
+        """The queues of an exchange."""
+        return super().get_table(exchange)
+
+    @_heals
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
         """Put a message into a queue; a task says which installation it is for."""
         if queue in QUEUES:
@@ -247,6 +336,12 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
                 # The next round connects again.
                 self.client.connection.disconnect()
                 raise
+            except redis.ResponseError as error:
+                if _WRONG_TYPE not in str(error):
+                    raise
+                pulse.answered()
+                self.remove_keys_of_wrong_types()
+                raise Empty from error
             pulse.answered()
             if not reply:
                 raise Empty
@@ -288,6 +383,11 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
             if connection is not None:
                 connection.cycle.discard(self)
                 connection.close_channel(self)
+
+
+def _escaped(text: str) -> str:
+    """A text as a pattern of Redis that matches itself alone."""
+    return re.sub(r"([\\*?\[\]^-])", r"\\\1", text)
 
 
 class Transport(_Redis.Transport):  # type: ignore[misc]

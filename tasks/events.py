@@ -6,18 +6,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from celery import states
 from celery.result import denied_join_result
 from celery.utils import uuid
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from kombu.exceptions import OperationalError as PublishError
+from redis.exceptions import RedisError, ResponseError
 
 from segsvc.config import load_settings
-from segsvc.domain.errors import Category, LockTimeout, Reason, ServiceError, broker_unavailable
+from segsvc.domain.errors import LockTimeout, Reason, ServiceError, broker_unavailable
 from segsvc.domain.events import UserEvent, from_wire, to_wire
-from segsvc.services.ingestion import BatchReport
+from segsvc.log import get_logger
 from tasks.app import app, installation, runtime
-from tasks.outcomes import BATCH_LOST, Outcome, TryAgain
+from tasks.broker import refused
+from tasks.outcomes import (
+    BATCH_LOST,
+    OUTAGE,
+    RESULT_BYTES_MAX,
+    RESULT_REFUSED,
+    BadResult,
+    Outcome,
+    TryAgain,
+    read_result,
+)
 from tasks.queues import Queue
 
 LOCK_TIMEOUT: Final = "LOCK_TIMEOUT"
@@ -26,7 +35,12 @@ LOCK_TIMEOUT: Final = "LOCK_TIMEOUT"
 EVENTS_MARGIN_S: Final = 60
 """How much longer the broker keeps a batch's events than its task: a worker that takes the task last finds them."""
 
-_TRANSIENT: Final = (Category.UNAVAILABLE, Category.RESOURCE_EXHAUSTED, Category.DEADLINE_EXCEEDED)
+
+_SETUP_SQLSTATES: Final = ("25", "28", "3D", "42", "53", "57", "58", "F0", "XX")
+"""SQLSTATE classes that say something about the database and nothing about the data: it is read-only after a failover,
+refuses the login, lacks a table or a permission, or is damaged."""
+
+log = get_logger(__name__)
 
 
 # Not shown in Flower: some a second, they would bury the rollouts there.
@@ -51,14 +65,34 @@ def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
     if payload is None:
         return {"retry": BATCH_LOST}
     try:
-        report = runtime().ingestion.apply_batch(shard, from_wire(payload))
+        events = from_wire(payload)
+    except ValueError:
+        refused("unreadable", "the events of a batch", "they are not events", batch=batch, size=len(payload))
+        return {"retry": BATCH_LOST}
+    try:
+        report = runtime().ingestion.apply_batch(shard, events)
     except LockTimeout:
         return {"retry": LOCK_TIMEOUT}
     except ServiceError as error:
-        if error.reason.category in _TRANSIENT:
-            return {"retry": error.reason.text}
-        raise
+        # The bridge gives an event up that fails often enough with INTERNAL, so nothing else may become INTERNAL here.
+        if error.reason is Reason.INTERNAL:
+            raise
+        return {"retry": error.reason.text}
+    except Exception as error:
+        if not _is_outage(error):
+            raise
+        log.exception("batch_not_applied", shard=shard)
+        return {"retry": OUTAGE}
     return {"applied": report.applied, "ignored": report.ignored, "dead": report.dead}
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether a server, its set-up or the machine failed, so that no event can be the cause."""
+    if isinstance(error, (RedisError, OSError, MemoryError)):
+        return True
+    # SQLAlchemy's errors carry the driver's, and the driver's the code.
+    code = getattr(getattr(error, "orig", error), "pgcode", None)
+    return isinstance(code, str) and code.startswith(_SETUP_SQLSTATES)
 
 
 def _broker() -> Any:
@@ -95,36 +129,65 @@ class CeleryBatches:
             # Without a subscription: nobody reads a channel here, and results are polled, many in one round trip.
             with denied_join_result():
                 task.apply_async()
-        except (OperationalError, RedisError, OSError) as error:
+        except (PublishError, RedisError, OSError) as error:
             raise broker_unavailable() from error
         return batch_id
 
     def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
-        """See ``segsvc.bridge.flows.Batches.collect``."""
+        """See ``segsvc.bridge.flows.Batches.collect``.
+
+        Anybody who reaches the broker can write under these keys. What is not a result of ours is refused and deleted,
+        and its batch is sent again.
+        """
         backend: Any = app.backend
-        keys = [backend.get_key_for_task(batch_id) for batch_id in batch_ids]
         outcomes: dict[str, Outcome] = {}
         try:
-            for batch_id, payload in zip(batch_ids, backend.mget(keys), strict=True):
-                meta = backend.decode_result(payload) if payload else None
-                if meta and meta["status"] in states.READY_STATES:
-                    outcomes[batch_id] = _outcome(meta)
+            keys = {batch_id: backend.get_key_for_task(batch_id) for batch_id in batch_ids}
+            for batch_id, stored in zip(batch_ids, _stored(backend.client, list(keys.values())), strict=True):
+                try:
+                    outcome = _read(stored)
+                except BadResult as error:
+                    refused("unreadable", "the result of a batch", str(error), batch=batch_id)
+                    outcome = TryAgain(RESULT_REFUSED)
+                if outcome is not None:
+                    outcomes[batch_id] = outcome
             if outcomes:
                 # If this is lost, all of it expires.
-                backend.client.delete(
-                    *(backend.get_key_for_task(batch_id) for batch_id in outcomes),
-                    *(_events_key(batch_id) for batch_id in outcomes),
+                backend.client.unlink(
+                    *(keys[batch_id] for batch_id in outcomes), *(_events_key(batch_id) for batch_id in outcomes)
                 )
         except (RedisError, OSError) as error:
             raise broker_unavailable() from error
         return outcomes
 
 
-def _outcome(meta: Mapping[str, Any]) -> Outcome:
-    result = meta["result"]
-    if meta["status"] != states.SUCCESS or not isinstance(result, dict):
-        # A fault of ours, or a copy that expired in the queue: the worker's log has it. The events are not to blame.
-        return TryAgain(Reason.INTERNAL.text)
-    if "retry" in result:
-        return TryAgain(result["retry"])
-    return BatchReport(result["applied"], result["ignored"], tuple((index, reason) for index, reason in result["dead"]))
+def _stored(client: Any, keys: Sequence[bytes]) -> list[bytes | ResponseError | None]:
+    """What lies under each of these keys, never more than the beginning of it; None: nothing.
+
+    An error of the server stands in the place of a value that is no text.
+    """
+    # In one transaction, so that the number of keys that exist belongs to these values.
+    with client.pipeline(transaction=True) as pipe:
+        for key in keys:
+            pipe.getrange(key, 0, RESULT_BYTES_MAX)
+        pipe.exists(*keys)
+        *values, count = pipe.execute(raise_on_error=False)
+    if isinstance(count, ResponseError):
+        raise count
+    # The server does not distinguish an empty value from none, except by this number.
+    empty = count > sum(value != b"" for value in values)
+    return [
+        value if value != b"" or (empty and client.exists(key)) else None
+        for key, value in zip(keys, values, strict=True)
+    ]
+
+
+def _read(stored: bytes | ResponseError | None) -> Outcome | None:
+    """The outcome in what lies under a key. Raises BadResult."""
+    if stored is None:
+        return None
+    if isinstance(stored, ResponseError):
+        if "WRONGTYPE" in str(stored):
+            raise BadResult("its key holds no text")
+        raise stored
+    return read_result(stored)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from celery import states
 from celery.backends.redis import RedisBackend
+from redis.exceptions import RedisError
+
+from tasks.broker import refused
 
 
 class UnsubscribedRedisBackend(RedisBackend):
@@ -35,6 +39,26 @@ class UnsubscribedRedisBackend(RedisBackend):
     def _installation(self) -> bytes:
         prefix: str = self.app.conf.result_backend_transport_options["global_keyprefix"]()  # type: ignore[attr-defined]
         return prefix.encode()
+
+    def _get_task_meta_for(self, task_id: str) -> Any:
+        """What is stored of a task; a worker asks before it stores a result.
+
+        What is not a result is refused and deleted. Celery would raise, and the task would end without a result.
+        """
+        try:
+            meta: Any = super()._get_task_meta_for(task_id)
+            if isinstance(meta["status"], str):
+                return meta
+            why = "its status is no text"
+        except (RedisError, OSError) as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            why = "its key holds no text"
+        except Exception as error:  # noqa: BLE001  # whatever reading it raises; the server's own errors are above
+            why = f"it cannot be read ({type(error).__name__})"
+        self.client.unlink(self.get_key_for_task(task_id))  # type: ignore[attr-defined]
+        refused("unreadable", "the result of a task", why, task=str(task_id)[:100])
+        return {"status": states.PENDING, "result": None}
 
     def remove_pending_result(self, result: Any) -> Any:
         """Nothing is pending."""

@@ -6,11 +6,15 @@ import base64
 import json
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
+
+import pytest
 
 from tests.eventually import eventually
 from tests.integration.broker.conftest import Workplace
 
 Message = dict[str, Any]
+WORKER = "from tasks.app import app; app.start(argv=__import__('sys').argv[1:])"
 
 
 def changed(change: Callable[[Message], object]) -> Callable[[Message], str]:
@@ -116,4 +120,112 @@ def test_what_is_not_a_message_among_the_unacknowledged_is_removed(workplace: Wo
     eventually(lambda: not workplace.client.exists(unacked), 120)
     assert not workplace.client.exists(index)
     assert workplace.client.exists(f"{workplace.prefix}celery-task-meta-{lost['headers']['id']}")
+    assert worker.poll() is None
+
+
+RESULT_POISON = """\
+import json
+from segsvc import metrics
+from tasks.app import app
+from tasks.events import CeleryBatches
+from tasks.outcomes import RESULT_REFUSED, TryAgain
+from segsvc.services.ingestion import BatchReport
+
+client = app.backend.client
+def key(name):
+    return app.backend.get_key_for_task(name)
+def stored(result):
+    return json.dumps({"status": "SUCCESS", "result": result})
+texts = {
+    "not JSON": "{",
+    "bytes": b"\\xff",
+    "compressed": b"\\x1f\\x8b\\x08\\x00",
+    "a list": "[]",
+    "no status": "{}",
+    "wrong types": stored({"applied": "x", "ignored": [], "dead": 1}),
+    "megabytes": "x" * (32 << 20),
+    "nothing": "",
+}
+for name, text in texts.items():
+    client.set(key(name), text)
+client.lpush(key("list"), "x")
+client.hset(key("hash"), "x", "y")
+client.zadd(key("zset"), {"x": 1})
+bad = [*texts, "list", "hash", "zset"]
+client.set(key("good"), stored({"applied": 3, "ignored": 0, "dead": []}))
+outcomes = CeleryBatches().collect(["missing", *bad, "good"])
+assert outcomes.pop("good") == BatchReport(3, 0), outcomes
+assert outcomes == dict.fromkeys(bad, TryAgain(RESULT_REFUSED)), outcomes
+assert not client.exists(*(key(name) for name in bad))
+assert metrics.broker_messages_refused.labels("unreadable")._value.get() == len(bad)
+print("well")
+"""
+
+
+def test_what_is_not_a_result_is_refused_and_deleted(workplace: Workplace) -> None:
+    assert workplace.run_script(RESULT_POISON).endswith("well\n")
+
+
+def test_a_worker_stores_its_result_over_what_is_none(workplace: Workplace) -> None:
+    worker = workplace.worker()
+    for number, poison in enumerate(["{", "[]", "{}", '{"status": 7}', "\\x1f", None]):
+        message = workplace.message("segsvc.finalize", operation_id=str(uuid4()), title="nothing")
+        key = f"{workplace.prefix}celery-task-meta-{message['headers']['id']}"
+        if poison is None:
+            workplace.client.rpush(key, "poison")
+        else:
+            workplace.client.set(key, poison)
+        workplace.client.lpush(f"{workplace.prefix}operations", json.dumps(message))
+
+        def is_stored(key: str = key) -> bool:
+            if workplace.client.type(key) != b"string":
+                return False
+            return b'"status": "SUCCESS"' in (workplace.client.get(key) or b"")
+
+        eventually(is_stored, 30)
+        assert workplace.log().count('"event": "message_refused"') == number + 1
+    assert worker.poll() is None
+
+
+RIGHT_TYPES = {"operations": "list", "unacked": "hash", "unacked_index": "zset", "unacked_mutex": "string"}
+
+
+def put_wrong_types(workplace: Workplace, *names: str) -> None:
+    """Put something of a wrong type under names that the transport uses."""
+    for name in names:
+        key = workplace.prefix + name
+        workplace.client.delete(key)
+        if RIGHT_TYPES.get(name) == "list" or name == "unacked":
+            workplace.client.set(key, "poison")
+        else:
+            workplace.client.rpush(key, "poison")
+
+
+BINDINGS = ("_kombu.binding.operations", "_kombu.binding_permanent.operations", "_kombu.binding.celery.pidbox")
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in RIGHT_TYPES), (*RIGHT_TYPES, *BINDINGS)])
+def test_a_key_of_a_wrong_type_ends_no_worker(workplace: Workplace, names: tuple[str, ...]) -> None:
+    worker = workplace.worker()
+    put_wrong_types(workplace, *names)
+    # The worker meets these two by itself, and the other two when it takes the next message.
+    eventually(lambda: are_right(workplace, "operations", "unacked_mutex"), 30)
+    workplace.await_work()
+    eventually(lambda: are_right(workplace, *RIGHT_TYPES), 30)
+    assert worker.poll() is None
+    assert "Unrecoverable error" not in workplace.log()
+    refusals = [line for line in workplace.log().splitlines() if '"event": "message_refused"' in line]
+    assert all(any(workplace.prefix + name in line for line in refusals) for name in set(names) & RIGHT_TYPES.keys())
+
+
+def are_right(workplace: Workplace, *names: str) -> bool:
+    """Whether each of these keys is missing or has the right type."""
+    return all(workplace.client.type(workplace.prefix + name).decode() in ("none", RIGHT_TYPES[name]) for name in names)
+
+
+def test_a_worker_comes_up_among_keys_of_wrong_types(workplace: Workplace) -> None:
+    put_wrong_types(workplace, *RIGHT_TYPES, *BINDINGS, "_kombu.binding.reply.celery.pidbox", "_kombu.binding.celeryev")
+    worker = workplace.start("operations", "-c", WORKER, "worker", "-Qoperations", "-c2", "--without-mingle")
+    eventually(lambda: workplace.client.type(f"{workplace.prefix}operations") == b"none", 60)
+    workplace.await_work()
     assert worker.poll() is None
