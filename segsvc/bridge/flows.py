@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from segsvc import metrics
+from segsvc.bridge.batches import FAULT
 from segsvc.bridge.offsets import Taken
 from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.events import UserEvent
 from segsvc.log import get_logger
 from segsvc.services.ingestion import BatchReport
-from tasks.outcomes import BATCH_LOST, Outcome
+from tasks.outcomes import BATCH_LOST, RESULT_REFUSED, Outcome
 
 log = get_logger(__name__)
 
@@ -33,6 +34,14 @@ RESULT_WAIT_MAX_S: Final = 600.0
 QUICK_S: Final = 2.0
 """After a batch that had to be halved, batches grow again while they are answered within this, so that a larger one is
 far from its bound."""
+FAULT_TRIES: Final = 6
+FAULT_S: Final = 60.0
+"""A single event that ends with INTERNAL is sent again until it has failed this often, over this time; then it goes to
+the dead letters, and its flow goes on. An outage never ends with INTERNAL."""
+FAULTS_MAX: Final = 10
+FAULTS_PERIOD_S: Final = 3600.0
+"""At most this many events go to the dead letters with INTERNAL in this time, in all flows of this bridge. A release
+of the workers with a fault fails on every event: then the flows wait, and the events are safe in Kafka."""
 GATHER_MAX_S: Final = 0.5
 """Longest wait for a batch to become full, while more events are at hand and the workers are busy with others."""
 
@@ -41,8 +50,11 @@ _LANE_REASONS: Final = (
     Reason.INTERNAL.text,
     Reason.BROKER_UNAVAILABLE.text,
     BATCH_LOST,
+    RESULT_REFUSED,
 )
 """Failures that say nothing about the shard: only this topic waits. Any other, and the whole shard waits."""
+
+_TOO_MANY_FAULTS: Final = "events that end with INTERNAL"
 
 
 class Batches(Protocol):
@@ -79,6 +91,9 @@ class _Batch:
     wait_s: float = RESULT_WAIT_S
     sent_at: float = 0.0
     lost_at: float = 0.0
+    faults: int = 0
+    """How often it ended with INTERNAL, since it is a single event."""
+    first_fault_at: float = 0.0
 
 
 class _Flow:
@@ -159,6 +174,9 @@ class Flows:
         self._shards: dict[int, Backoff] = {}
         self._broker = Backoff(0.2, 5.0)
         self._in_flight: dict[str, _Flow] = {}
+        self._let_go_at: deque[float] = deque()
+        """When the last events went to the dead letters with INTERNAL."""
+        self._too_many_faults = False
 
     def add(self, taken: Taken, shard: int) -> None:
         """Let an event join its flow."""
@@ -252,12 +270,68 @@ class Flows:
             # as good as any other.
             log.warning("batch_halved", lane=flow.name, events=flow.events_max)
             return
+        if reason == Reason.INTERNAL.text:
+            # One event of the batch may be the cause. It is found by halving, so that it takes no other with it.
+            if flow.halve():
+                log.warning("batch_halved", lane=flow.name, events=flow.events_max, reason=reason)
+                return
+            if self._is_to_be_let_go(flow, now):
+                self._let_go(flow, now)
+                return
+        if reason == RESULT_REFUSED:
+            flow.halve()
         if reason in _LANE_REASONS:
             flow.backoff.failed(now)
             self._waits.begins(flow.name, reason)
         else:
             self._shards[flow.shard].failed(now)
             self._waits.begins(f"shard {flow.shard}", reason)
+
+    def _is_to_be_let_go(self, flow: _Flow, now: float) -> bool:
+        """Count a failure of a single event with INTERNAL; whether that was the last one."""
+        batch = flow.batch
+        if batch is None or len(batch.events) != 1:
+            return False
+        if not batch.faults:
+            batch.first_fault_at = now
+        batch.faults += 1
+        if batch.faults < FAULT_TRIES or now - batch.first_fault_at < FAULT_S:
+            return False
+
+        while self._let_go_at and now - self._let_go_at[0] >= FAULTS_PERIOD_S:
+            self._let_go_at.popleft()
+        if len(self._let_go_at) < FAULTS_MAX:
+            self._too_many_faults = False
+            self._waits.ends(_TOO_MANY_FAULTS)
+            return True
+        if not self._too_many_faults:
+            self._too_many_faults = True
+            log.error("too_many_events_end_with_internal", let_go=FAULTS_MAX, within_s=FAULTS_PERIOD_S)
+        self._waits.begins(_TOO_MANY_FAULTS, f"{FAULTS_MAX} were let go within an hour; the workers have a fault")
+        return False
+
+    def _let_go(self, flow: _Flow, now: float) -> None:
+        """Send the flow's single event to the dead letters, and raise an alarm: the fault is ours."""
+        batch, flow.batch = flow.batch, None
+        if batch is None:
+            raise AssertionError("only a batch can fail")
+        [taken] = batch.events
+        log.error(
+            "event_let_go",
+            lane=flow.name,
+            topic=taken.partition.topic,
+            partition=taken.partition.partition,
+            offset=taken.offset,
+            reason=Reason.INTERNAL.text,
+            tries=batch.faults,
+        )
+        metrics.events_unreadable.labels(flow.topic, FAULT).inc()
+        self._let_go_at.append(now)
+        self._dead_letters(
+            taken, f"{Reason.INTERNAL.text}: applying it failed {batch.faults} times; see the workers' logs"
+        )
+        flow.backoff.succeeded()
+        self._waits.ends(flow.name)
 
     # -- sending ----------------------------------------------------------------------------------------------------
 

@@ -66,6 +66,8 @@ class FakeBatches:
 class Bench:
     def __init__(self, *, batch_max: int = 10, in_flight_max: int = 8, busy_from: int = 0) -> None:
         self.now = 100.0
+        self.answered = 0
+        """Batches that ``fail`` has answered."""
         self.batches = FakeBatches()
         self.dead: list[tuple[int, str]] = []
         self.progress = {topic: PartitionProgress(topic, 0) for topic in ("create-user", "delete-user")}
@@ -309,3 +311,58 @@ def test_a_batch_without_a_result_is_halved() -> None:
     bench.step()
     bench.step(RESULT_WAIT_S)
     assert [sent[2] for sent in bench.batches.sent] == [[0, 1, 2, 3], [0, 1]]
+
+
+INTERNAL = TryAgain("INTERNAL")
+
+
+def fail(bench: Bench, bad: set[int], *, steps: int, every_s: float = 1.0) -> list[int]:
+    """Answer batches with INTERNAL if they hold one of these events, and apply the rest. Returns what was applied."""
+    applied: list[int] = []
+    for _ in range(steps):
+        bench.now += every_s
+        bench.flows.step()
+        for number in range(bench.answered, len(bench.batches.sent)):
+            events = bench.batches.sent[number][2]
+            if bad.isdisjoint(events):
+                bench.batches.answers[str(number)] = BatchReport(len(events), 0)
+                applied += events
+            else:
+                bench.batches.answers[str(number)] = INTERNAL
+        bench.answered = len(bench.batches.sent)
+    return applied
+
+
+def test_an_event_that_always_ends_with_internal_is_let_go_alone() -> None:
+    bench = Bench(batch_max=8)
+    bench.add(*range(20))
+    applied = fail(bench, {5}, steps=50)
+    assert not bench.dead  # not before its time
+    applied += fail(bench, {5}, steps=100)
+    [(offset, reason)] = bench.dead
+    assert (offset, reason.split(":")[0]) == (5, "INTERNAL")
+    assert sorted(applied) == [number for number in range(20) if number != 5]
+    assert not bench.flows.held_back
+
+
+def test_workers_that_fail_on_everything_do_not_flood_the_dead_letters() -> None:
+    bench = Bench(batch_max=8)
+    for shard in range(4):
+        bench.add(*range(100 * shard, 100 * shard + 50), shard=shard)
+    applied = fail(bench, set(range(1000)), steps=3500)
+    assert not applied
+    assert len(bench.dead) == 10
+    # A mended release goes on with the rest.
+    applied = fail(bench, set(), steps=100)
+    assert len(applied) + len(bench.dead) == 200
+    assert not bench.flows.held_back
+
+
+def test_no_other_reason_lets_an_event_go() -> None:
+    for reason in ("SHARD_UNAVAILABLE", "OUTAGE", "RESULT_REFUSED", "CACHE_UNAVAILABLE", BATCH_LOST):
+        bench = Bench()
+        bench.add(1)
+        for _ in range(500):
+            bench.step(1.0, **{f"b{len(bench.batches.sent) - 1}": TryAgain(reason)} if bench.batches.sent else {})
+        assert not bench.dead
+        assert bench.flows.held_back

@@ -14,10 +14,11 @@ from kafka import TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord, Fetcher
 
 from segsvc import metrics
-from segsvc.bridge import dead_letters, fetcher
+from segsvc.bridge import dead_letters, fetcher, flows
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.postgres import tables
+from tasks.outcomes import TryAgain
 from tests import kafka_raw as raw
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
@@ -264,3 +265,19 @@ def test_dead_letters_that_wait_pause_their_own_partition(bench: Bench, monkeypa
         bench.topics.allow("create-user.dlq", 100_000)
         bench.wait(2)
     assert len(bench.letters(400)) == 400
+
+
+def test_an_event_that_makes_its_worker_fail_is_let_go_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "FAULT_S", 1.0)
+    apply = bench.batches._apply
+
+    def fail_on_user_5(topic: str, shard: int, events: Any) -> Any:
+        return TryAgain("INTERNAL") if any(one.user_id == 5 for one in events) else apply(topic, shard, events)
+
+    monkeypatch.setattr(bench.batches, "_apply", fail_on_user_5)
+    bench.produce(raw.event_batch([event(number) for number in range(1, 21)]))
+    with bench.bridge():
+        bench.wait(19)
+    [letter] = bench.letters(1)
+    assert header(letter, "reason").startswith("INTERNAL")
+    assert (header(letter, "offset"), letter.value) == ("4", event(5))
