@@ -1,4 +1,4 @@
-"""What every call has: a deadline, a request id; and the threads on which blocking services run."""
+"""A call's deadline and request id, and the threads on which blocking services run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from segsvc.domain.pace import Pace, fits, overloaded
 T = TypeVar("T")
 
 REQUEST_ID_KEY: Final = "x-request-id"
-"""Metadata that a call's id comes in and goes out with."""
+"""Metadata key of a call's id, in the request and in the answer."""
 REQUEST_ID_CHARACTERS_MAX: Final = 128
-"""A longer one is replaced: it goes into every line of the log."""
+"""A longer id is replaced, because every line of the log contains it."""
 
 ANSWER_SHARE = 0.1
 ANSWER_MIN_S = 0.2
-"""A call that waits stops waiting when less than the larger of a tenth of its deadline and this is left: its answer
-must still reach the client. A call that works may go on until less than the smaller of the two is left."""
+"""A call that waits stops when the time left is less than the larger of this and a tenth of its deadline: its answer
+must still reach the client. A call that works may go on until the time left is less than the smaller of the two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class CallScope:
         return None if self.deadline is None else self.deadline - time.monotonic()
 
     def work_s(self) -> float | None:
-        """Time left for work, so that its refusal, too, still reaches the client with its reason: a client whose time
-        is up learns nothing. Possibly negative; None: no deadline."""
+        """Time left for work. It ends before the deadline, so that even a refusal reaches the client with its reason: a
+        client whose deadline has passed learns nothing. Possibly negative; None: no deadline."""
         return None if self.deadline is None else answer_by(self.start, self.deadline) - time.monotonic()
 
     def patience_s(self) -> float | None:
-        """Time left for waiting, so that the answer still arrives; at least 0. None: no deadline."""
+        """Time left for waiting if the answer must still arrive in time; at least 0. None: no deadline."""
         if self.deadline is None:
             return None
         reserve_s = max(ANSWER_SHARE * (self.deadline - self.start), ANSWER_MIN_S)
@@ -62,7 +62,7 @@ class CallScope:
 
 
 def answer_by(start: float, deadline: float) -> float:
-    """When a call that came at ``start`` must have its answer under way; all on ``time.monotonic()``'s clock."""
+    """When the answer to a call that came at ``start`` must be sent; all by ``time.monotonic()``'s clock."""
     return deadline - min(ANSWER_SHARE * max(0.0, deadline - start), ANSWER_MIN_S)
 
 
@@ -87,14 +87,15 @@ class BlockingCalls:
     """Runs blocking service calls of one kind on threads of its own, so that the event loop never waits, and so that
     calls of another kind do not wait for these.
 
-    A call gets a place only if its turn will come in time, by how many wait and how long such calls usually take.
-    Else what was accepted would be dead when its turn came, and all would be late for work that nobody waits for.
+    A call gets a place only if its turn will come in time, judged by how many calls wait and how long such calls
+    usually take. Otherwise the deadlines of accepted calls would pass before their turn, and all calls would be late
+    because of work for clients that no longer wait.
 
     Args:
         name: of the threads.
-        threads: calls at once.
-        waiting_max: calls that may wait for a thread at most, whatever time they have.
-        bound_s: what sessions allow a statement anyway; a longer deadline does not raise it.
+        threads: most calls that run at once.
+        waiting_max: most calls that wait for a thread, whatever their deadlines.
+        bound_s: the sessions' own bound of a statement; a longer deadline does not raise it.
     """
 
     def __init__(self, name: str, *, threads: int, waiting_max: int, bound_s: float) -> None:
@@ -107,15 +108,15 @@ class BlockingCalls:
         self._pace = Pace()
 
     async def run(self, work: Callable[[float | None], T]) -> T:
-        """Run ``work(time left)`` for the current call and return its result. No time left is given (None) if the call
-        has no deadline, or one later than the sessions' own bound.
+        """Run ``work(time left)`` for the current call and return its result. The time left is None if the call has no
+        deadline, or one later than the sessions' own bound.
 
-        If the call is cancelled or its time is up while it waits for a thread, the work is never begun; if it has
-        begun, it ends by itself, within the bounds of its statements, and its result is dropped.
+        If the call is cancelled or its time is up while it waits for a thread, the work never begins. Work that has
+        begun ends by itself, within the bounds of its statements, and its result is dropped.
 
         Raises:
-            ServiceError: OVERLOADED, at once; DEADLINE_EXCEEDED if there is no result in time, be it that no turn came
-                or that a server hangs; and whatever the work raises.
+            ServiceError: OVERLOADED, at once; DEADLINE_EXCEEDED if there is no result in time, because no thread was
+                free or because a server hangs; and all errors of the work.
         """
         self._take_place(current())
         try:
@@ -123,26 +124,27 @@ class BlockingCalls:
         except BaseException:
             self._leave(None)
             raise
-        # Called also if the future is cancelled before it began.
+        # Also called if the future is cancelled before its work begins.
         future.add_done_callback(self._leave)
+
         time_up = asyncio.timeout(self._end_s(current()))
         try:
             async with time_up:
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            if not time_up.expired():  # the work's own
+            if not time_up.expired():  # the work itself raised it
                 raise
             raise deadline_exceeded() from None
 
     @staticmethod
     def _end_s(call: CallScope) -> float | None:
-        """Half way between the end of the work's time and the deadline: what the work itself says of its end is better
-        than that nothing was heard, and comes just after its time."""
+        """Half way between the end of the work's time and the deadline: the work's own error says more than
+        DEADLINE_EXCEEDED does, and comes just after the work's time."""
         work_s, remaining_s = call.work_s(), call.remaining_s()
         return None if work_s is None or remaining_s is None else (work_s + remaining_s) / 2
 
     def close(self) -> None:
-        """Let go of the threads; calls that have begun still end."""
+        """Release the threads; calls that have begun still run to their end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _take_place(self, call: CallScope) -> None:

@@ -1,8 +1,8 @@
-"""Clients' connections as the kernel knows them: cut one off, or find those that send most.
+"""Clients' connections as the kernel knows them: cut a connection, or find the ones that send most.
 
-The native front takes a message in whole, and inflates it, before it hands the call over; it has no bound for either
-and no way to end a connection. But its sockets are this process's, and a socket that is shut down ends the connection
-with everything that was still to be received and inflated for it.
+The native front receives a message whole, and inflates it, before it hands the call over. It has no limit for either,
+and no way to end a connection. But its sockets belong to this process, and shutting a socket down ends the connection
+together with everything that would still have been received and inflated for it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Final
 
 _BYTES_RECEIVED_OFFSET: Final = 128
-"""Of ``tcpi_bytes_received`` in Linux's ``struct tcp_info``; 8 bytes."""
+"""Offset of ``tcpi_bytes_received`` in Linux's ``struct tcp_info``; it has 8 bytes."""
 
 
 @contextlib.contextmanager
 def _socket_of(descriptor: int) -> Iterator[socket.socket | None]:
-    """A second descriptor of a TCP socket, closed at the end. None: it is no TCP socket, or gone.
+    """A second descriptor of a TCP socket, closed at the end. None: it is not a TCP socket, or is closed.
 
-    What is asked of the socket is asked of the second descriptor: the first may be closed and given to another file at
-    any time, by the threads of the front.
+    Only the second descriptor is used: the front's threads may close the first at any time, and the kernel may then
+    give its number to another file.
     """
     try:
         duplicate = os.dup(descriptor)
@@ -52,12 +52,12 @@ def _connections(port: int) -> Iterator[tuple[tuple[str, int], socket.socket]]:
                 if found.getsockname()[1] == port:
                     host, number = found.getpeername()[:2]
                     yield (_plain(host), number), found
-            except OSError:  # it listens, or the peer has gone
+            except OSError:  # it is a listening socket, or the peer has gone
                 continue
 
 
 def _plain(host: str) -> str:
-    """An address without what a socket for both protocols puts before one of the older."""
+    """An address without the prefix that a socket for IPv4 and IPv6 puts before an IPv4 address."""
     return host.removeprefix("::ffff:")
 
 
@@ -81,7 +81,7 @@ def cut(port: int, peer: str) -> bool:
 
 
 def cut_above(port: int, bytes_max: int, before: dict[tuple[str, int], int]) -> list[str]:
-    """End the connections that have sent more than ``bytes_max`` since ``before``, as ``received`` gave it.
+    """End the connections that have sent more than ``bytes_max`` since ``before``, an earlier result of ``received``.
 
     Returns:
         the peers, as ``address:port``.
@@ -94,13 +94,13 @@ def cut_above(port: int, bytes_max: int, before: dict[tuple[str, int], int]) -> 
 
 
 def cut_crowd(port: int, share: float) -> tuple[str, int]:
-    """End a share of the connections of the address that has most of them, the newest first.
+    """End a share of the connections of the address with the most connections, the newest first.
 
     Returns:
         the address, and how many were ended.
     """
     crowds: dict[str, list[tuple[str, int]]] = {}
-    for address, _ in _connections(port):  # by descriptor: as a rule, the newest come last
+    for address, _ in _connections(port):  # in the order of descriptors: usually the newest come last
         crowds.setdefault(address[0], []).append(address)
     if not crowds:
         return "", 0
@@ -111,7 +111,7 @@ def cut_crowd(port: int, share: float) -> tuple[str, int]:
 
 
 def received(port: int) -> dict[tuple[str, int], int]:
-    """Bytes that each connection has sent since it began."""
+    """Bytes that each client has sent since its connection began."""
     return {address: _bytes_received(connection) for address, connection in _connections(port)}
 
 

@@ -1,4 +1,4 @@
-"""Protobuf messages as values of the domain, and back. The only place where both are known.
+"""Converts protobuf messages to values of the domain, and back. The only place that knows both.
 
 ``…_of`` reads a request and raises ServiceError FIELD_REQUIRED or FIELD_INVALID; ``…_message`` writes a response.
 """
@@ -51,19 +51,19 @@ _Enum = TypeVar("_Enum", OperationKind, OperationState)
 
 
 def text_of(segment: segments_pb2.Segment) -> SegmentText:
-    """What people read of a segment; limits are held by the service."""
+    """The text of a segment that people read; the service checks its limits."""
     return SegmentText(segment.display_name, segment.description, dict(segment.labels))
 
 
 def etag_of(etag: str, field: str) -> str:
-    """An etag as the caller gave it; empty: none was given."""
+    """The etag that the caller gave; empty: none."""
     if not _ETAG.fullmatch(etag):
         raise invalid_field(field, "is not an etag that this service gives")
     return etag
 
 
 def edited_fields_of(segment: segments_pb2.Segment, mask: FieldMask) -> frozenset[EditedField]:
-    """Which fields an update changes: those of the mask; without a mask every one that is set; ``*``: all."""
+    """The fields that an update changes: those in the mask; without a mask, all that are set; with ``*``, all."""
     names = {field.value: field for field in EditedField}
     if not mask.paths:
         set_fields = {descriptor.name for descriptor, _ in segment.ListFields()}
@@ -104,14 +104,16 @@ def request_key_of(
     | segments_pb2.DeleteSegmentRequest
     | membership_pb2.ModifyUserOverridesRequest,
 ) -> RequestKey | None:
-    """What makes a repetition recognisable; None: the caller gave no request_id.
+    """The key by which a repeated request is recognised; None: the caller gave no request_id.
 
-    How the answer is wanted is no part of the content: who sent an operation off may ask again and wait for it.
+    ``return_immediately`` is not part of the content: a caller that did not wait for the operation may repeat the call
+    and wait for it.
     """
     if not request.request_id:
         return None
     if not _UUID.fullmatch(request.request_id):
         raise invalid_field("request_id", f"must be a UUID, is {request.request_id[:80]!r}")
+
     content = type(request)()
     content.CopyFrom(request)  # type: ignore[arg-type]  # the same type, whichever it is
     content.ClearField("request_id")
@@ -142,6 +144,7 @@ def filter_of(text: str) -> OperationFilter:
         if match[1] in terms:
             raise invalid_field("filter", f"{match[1]} comes twice")
         terms[match[1]] = match[2].strip('"')
+
     slug = terms.get("slug")
     if slug is not None and not SLUG.fullmatch(slug):
         raise invalid_field("filter", f"slug {SLUG_ALLOWED}, is {slug[:80]!r}")
@@ -222,7 +225,7 @@ def preview_message(shards: Sequence[ShardCounts]) -> segments_pb2.PreviewRollOu
 
 
 def user_message(user: User) -> membership_pb2.User:
-    """A user. Struct has doubles only: integers beyond 2^53 are rounded, as the interface says."""
+    """A user. Struct has only doubles: integers beyond 2^53 are rounded, as the interface says."""
     attributes = Struct()
     attributes.update({name: _struct_value(value) for name, value in user.attributes.items()})
     return membership_pb2.User(
@@ -243,7 +246,7 @@ def _struct_value(value: AttributeValue) -> str | bool | float | list[str]:
 
 @dataclass(frozen=True, slots=True)
 class OperationView:
-    """Everything that is shown of an operation.
+    """All that a caller sees of an operation.
 
     Attributes:
         shards: how far each shard is.

@@ -1,4 +1,4 @@
-"""Between the messages of overrides and explanations and the domain's values."""
+"""Converts messages of overrides and explanations to values of the domain, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from segsvc.services.explain import Explanation
 
 
 def changes_of(request: membership_pb2.ModifyUserOverridesRequest) -> OverrideChanges:
-    """What a request asks for. Raises ServiceError FIELD_REQUIRED, FIELD_INVALID."""
+    """The changes that a request asks for. Raises ServiceError FIELD_REQUIRED, FIELD_INVALID."""
     return OverrideChanges(
         [_wanted(message, f"set[{n}]") for n, message in enumerate(request.set)], list(request.clear)
     )

@@ -1,7 +1,7 @@
-"""The service's errors as gRPC statuses: the one place that maps a category to a code.
+"""The service's errors as gRPC statuses. Only this module maps a category to a code.
 
-A status carries ``google.rpc.ErrorInfo`` (domain ``segsvc``, the stable reason, metadata), ``BadRequest`` for wrong
-fields, and ``RetryInfo`` where trying again makes sense. Both fronts answer with the same status: grpcio by
+A status carries ``google.rpc.ErrorInfo`` (domain ``segsvc``, the stable reason, metadata), ``BadRequest`` for invalid
+fields, and ``RetryInfo`` where a retry makes sense. Both fronts answer with the same status: grpcio by
 ``abort(code, message, trailing_metadata(status))``, the hot lane by
 ``fail(call_id, status.code, status.message, trailing_metadata(status))``.
 """
@@ -30,8 +30,8 @@ TEXT_BYTES_MAX: Final = 1024
 NAME_BYTES_MAX: Final = 256
 DETAILS_BYTES_MAX: Final = 3584
 """Longest message or description; longest name of a field or value in the metadata; size beyond which no further field
-violation is added. The status travels in HTTP headers, as percent-encoded text and once more as base64, and clients
-refuse more than 8 KiB of headers: the call would fail with an unrelated error."""
+violation is added. HTTP headers carry the status twice, as percent-encoded text and as base64, and clients refuse more
+than 8 KiB of headers: the call would fail with an unrelated error."""
 
 _CODES: Final[dict[Category, int]] = {
     Category.INVALID_ARGUMENT: code_pb2.INVALID_ARGUMENT,
@@ -53,13 +53,14 @@ _log = get_logger(__name__)
 def status_of(error: ServiceError) -> Status:
     """The status that a client gets for a refusal.
 
-    What is too long is shortened, and violations that do not fit (never the first) are left out.
+    Texts that are too long are shortened. Violations that do not fit are left out, but never the first one.
     """
     status = Status(code=_CODES[error.reason.category], message=_shortened(error.message, TEXT_BYTES_MAX))
     info = ErrorInfo(domain=DOMAIN, reason=error.reason.text)
     for key, value in error.metadata.items():
         info.metadata[key] = _shortened(value, NAME_BYTES_MAX)
     _add(status, info)
+
     bad_request = BadRequest()
     for item in error.violations:
         violation = BadRequest.FieldViolation(
@@ -71,6 +72,7 @@ def status_of(error: ServiceError) -> Status:
         bad_request.field_violations.append(violation)
     if bad_request.field_violations:
         _add(status, bad_request)
+
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
@@ -79,10 +81,11 @@ def status_of(error: ServiceError) -> Status:
 
 
 def status_of_exception(error: BaseException, method: str) -> Status:
-    """The status for whatever a handler raised.
+    """The status for an exception that a handler raised.
 
-    A refusal is what it says; a lock that was not to be had means "try again". Anything else is a fault of ours: it is
-    logged with its traceback and answered with a fixed INTERNAL, for an exception's text may hold SQL, hosts or data.
+    A ServiceError has its own status. A lock that was not acquired in time means "try again". Any other exception is a
+    fault of this service: it is logged with its traceback and answered with a fixed INTERNAL, because the text of an
+    exception may contain SQL, hosts or data.
 
     Args:
         method: full name of the method (``/package.Service/Method``), for the log.
@@ -98,7 +101,7 @@ def status_of_exception(error: BaseException, method: str) -> Status:
 
 
 def trailing_metadata(status: Status) -> tuple[tuple[str, bytes], ...]:
-    """What goes into a call's trailing metadata beside code and message."""
+    """A call's trailing metadata, which comes beside code and message."""
     return ((DETAILS_KEY, status.SerializeToString()),)
 
 

@@ -1,11 +1,11 @@
-"""Health of each service, kept up to date by probing what it needs.
+"""Health of each service, kept up to date by probing the databases that it needs.
 
     segmentation.v1.SegmentService, .OperationService, google.longrunning.Operations    the catalog
     segmentation.v1.MembershipService                                                   at least one shard
     "" (the process as a whole)                                                         any of these
 
-A shard that is down makes its own users' calls fail, and no others: a load balancer that took every front out for it
-would turn an outage of some users into one of all. For the same reason the whole is healthy while a part is.
+A shard that is down makes only its own users' calls fail. If a load balancer took all fronts out for that, an outage
+of some users would become an outage of all. For the same reason the process is healthy as long as one part is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WHOLE = ""
 
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 1.0
-"""Bound of a probe's statement; connecting has its own bound."""
+"""Longest time of a probe's statement; connecting has its own limit."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -39,11 +39,11 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _log = get_logger(__name__)
 
 Probe = Callable[[float], None]
-"""Asks a database for a sign of life, bounded by seconds. Raises ServiceError if there is none."""
+"""Checks that a database answers within so much time, in seconds. Raises ServiceError if it does not."""
 
 
 class HealthServicer(health.aio.HealthServicer):
-    """grpc.health.v1.Health. ``List`` is missing in grpcio's own, which would fail as an internal error."""
+    """grpc.health.v1.Health. grpcio's own servicer has no ``List``: a call of it would fail as an internal error."""
 
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802  # the method's name
         serving: Mapping[str, int] = self._server_status  # type: ignore[attr-defined]  # the stubs lag behind
@@ -52,10 +52,10 @@ class HealthServicer(health.aio.HealthServicer):
 
 
 class HealthMonitor:
-    """Probes the catalog and the shards, each on a thread of its own so that one that hangs delays only itself.
+    """Probes the catalog and the shards, each on its own thread, so that a database that hangs delays no other probe.
 
     Args:
-        servicer: is told the result.
+        servicer: publishes the results.
         catalog: probe of the catalog.
         shards: probes of the shards.
     """
@@ -68,13 +68,13 @@ class HealthMonitor:
         self._pool = ThreadPoolExecutor(max_workers=len(self._probes), thread_name_prefix="health")
 
     async def start(self) -> None:
-        """Begin to watch. Everything is NOT_SERVING until a probe has succeeded; so do this before the server starts,
-        for a health servicer says SERVING by default."""
+        """Begin to watch. All services are NOT_SERVING until a probe has succeeded. Call this before the server starts,
+        because a health servicer says SERVING by default."""
         await self._publish()
         self._watching = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """NOT_SERVING from now on: the process is about to go."""
+        """NOT_SERVING from now on: the process is about to end."""
         if self._watching is not None:
             self._watching.cancel()
         await self._servicer.enter_graceful_shutdown()
@@ -115,7 +115,7 @@ def _answers(probe: Probe) -> bool:
     except LockTimeout:
         return True
     except ServiceError as error:
-        # Busy is alive: only an outage, or no answer in time, is not.
+        # A busy database is alive; it is not alive in an outage, or without an answer in time.
         return error.reason.category is not Category.UNAVAILABLE and error.reason is not Reason.DEADLINE_EXCEEDED
     except Exception:  # noqa: BLE001  # the watch must go on
         _log.exception("probe_failed")

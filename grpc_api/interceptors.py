@@ -1,4 +1,4 @@
-"""What is done around every call. The order matters; the reason stands beside each in ``interceptors()``."""
+"""Interceptors around every call. Their order matters; ``interceptors()`` gives the reason for each."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 
 
 def interceptors(methods: Collection[str]) -> list[aio.ServerInterceptor]:
-    """All of them, outermost first.
+    """All interceptors, outermost first.
 
     Args:
-        methods: full names of those that exist; other names are the client's choice, unbounded, and no metric's label.
+        methods: full names of the methods that exist. A client may send any other name, so those are no metric's label.
     """
     return [
         EnterCall(),  # first: request id and deadline exist before anything can be logged or can fail
@@ -55,7 +55,7 @@ async def _no_such_method(_: bytes, context: Context) -> bytes:
 
 
 _NO_SUCH_METHOD: Handler = grpc.unary_unary_rpc_method_handler(_no_such_method)
-"""Stands in for the handler of a method that does not exist, so that its error has details like every other."""
+"""Handles calls of methods that do not exist, so that their error has details like every other error."""
 
 
 class Around(aio.ServerInterceptor, ABC):
@@ -63,10 +63,10 @@ class Around(aio.ServerInterceptor, ABC):
 
     @abstractmethod
     def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
-        """Entered before the method runs, left when it ends; sees its exception."""
+        """Entered before the method runs and left when it ends; it sees the method's exception."""
 
     def decode(self, handler: Handler) -> tuple[Callable[[bytes], Any] | None, Callable[[Any], Any]]:
-        """How the request gets from bytes to the method: what grpc does to it, then what is done inside the context."""
+        """The two steps from bytes to the request: the one that grpc takes, then the one taken inside the context."""
         return handler.request_deserializer, lambda request: request
 
     async def intercept_service(
@@ -115,9 +115,10 @@ class Around(aio.ServerInterceptor, ABC):
 
 
 class OneMessage(aio.ServerInterceptor):
-    """Gives methods that take one message that message, or None if the client sends none.
+    """Calls a method that takes one message with that message, or with None if the client sends none.
 
-    grpcio itself would never answer such a call. So the method is read as a stream of messages; the first is the one.
+    grpcio itself would never answer a call without a message. So the request is read as a stream of messages, and the
+    first one is used.
     """
 
     async def intercept_service(
@@ -168,7 +169,7 @@ class EnterCall(Around):
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
             yield
         except aio.InternalError:
-            # gRPC cannot send to a client that has gone, before the call's task is cancelled for that.
+            # The client has gone, so gRPC cannot send; it has not cancelled the call's task for that yet.
             raise asyncio.CancelledError from None
 
 
@@ -190,7 +191,7 @@ class Observe(Around):
         try:
             yield
         except (asyncio.CancelledError, aio.InternalError, GeneratorExit):
-            # The client has gone, or its time is up; the last is how a stream learns that there is nobody to send to.
+            # The client has gone, or its deadline has passed. A stream gets GeneratorExit when its client has gone.
             remaining_s = call.remaining_s()
             expired = remaining_s is not None and remaining_s <= 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
@@ -212,8 +213,8 @@ class Observe(Around):
 class MapErrors(Around):
     """Turns every exception into a status with details, so that no text of a driver or of Python reaches a client.
 
-    Requests are decoded in here too, for the same reason: grpc would answer a request that is no valid message with
-    the decoder's exception.
+    Requests are decoded inside this context for the same reason: grpc would answer an invalid message with the
+    decoder's exception.
     """
 
     def decode(self, handler: Handler) -> tuple[Callable[[bytes], Any] | None, Callable[[Any], Any]]:
@@ -221,7 +222,7 @@ class MapErrors(Around):
 
         def decoded(request: bytes | None) -> Any:
             if request is None:
-                # As the native front answers on the hot methods.
+                # The native front gives the same answer on the hot methods.
                 raise ServiceError(Reason.INTERNAL, "the call came without a request message")
             return request if deserialize is None else deserialize(request)
 
@@ -234,7 +235,7 @@ class MapErrors(Around):
         except aio.AbortError:
             raise
         except DecodeError:
-            # gRPC's own convention for bytes that are no message, and what the hot lane answers.
+            # gRPC's convention for bytes that are no message; the hot lane gives the same answer.
             await _abort(context, ServiceError(Reason.INTERNAL, "the request is not a valid message"), method)
         except Exception as error:  # noqa: BLE001  # whatever it is, it must be mapped
             await _abort(context, error, method)
@@ -242,7 +243,7 @@ class MapErrors(Around):
 
 async def _abort(context: Context, error: Exception, method: str) -> None:
     status = status_of_exception(error, method)
-    # The request id is here as well: the hot lane's errors, being without a message, have trailing metadata only.
+    # The request id is also in here, as in the hot lane's errors, which have only trailing metadata.
     request_id = (REQUEST_ID_KEY, call_scope.current().request_id)
     metadata: tuple[tuple[str, str | bytes], ...] = (*trailing_metadata(status), request_id)
     await context.abort(_CODES[status.code], status.message, metadata)

@@ -1,8 +1,8 @@
-"""Watches the memory and the open files of a front process, and ends what fills them.
+"""Watches the memory and the open files of a front process, and ends the connections that fill them.
 
-The native front takes each message of a hot method in whole, and inflates it, before anybody can look at its size
-(docs/adr/0021-what-a-request-may-cost-in-memory.md). So the memory itself is looked at, often: a connection that sends
-without an end is cut off, and a process that cannot be helped ends before its machine suffers.
+The native front receives each message of a hot method whole, and inflates it, before its size can be checked
+(docs/adr/0021-what-a-request-may-cost-in-memory.md). So the memory itself is checked often: a connection that sends
+without end is cut, and a process that cannot be saved ends before its machine runs out of memory.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from grpc_api import connections
 from segsvc.log import get_logger
 
 LOOK_S: Final = 0.05
-"""Time between two looks; the loopback device carries some 50 MB meanwhile."""
+"""Time between two checks; the loopback device carries about 50 MB in it."""
 LEAP_BYTES: Final = 32 << 20
-"""Memory that grows by more than this between two looks grows by messages: who sends most is looked for."""
+"""If memory grows by more than this between two checks, messages are the cause: the busiest senders are searched."""
 SENT_BYTES_MAX: Final = 4 << 20
-"""A connection that sent more than this since the look before, or in a second, is cut off while memory is short or
-leaps: 500 times what the busiest gateway's connection sends in single reads."""
+"""While memory is short or leaps, a connection that sent more than this since the check before, or in a second, is cut:
+500 times what the busiest gateway's connection sends in single reads."""
 SECOND_S: Final = 1.0
 LAST_RESORT: Final = 2
-"""At so many times the bound the process ends itself."""
+"""The process ends itself when it uses this multiple of the bound."""
 TRIM_EVERY_S: Final = 10.0
 SPARE_FILES: Final = 16
 SPARE_PAUSE_S: Final = 0.001
 CROWD_SHARE: Final = 0.25
-"""When no file can be opened any more, so many of the connections of the address with most of them are cut off. Without
-files, nobody's connection is accepted, and PostgreSQL and the cache cannot be reached anew."""
+"""When no more files can be opened, this share of the connections of the address with the most connections is cut.
+Without free files no client's connection is accepted, and no new connection to PostgreSQL or the cache can be made."""
 EXIT_CODE: Final = 75
-"""Of a process that ended itself for its memory (EX_TEMPFAIL): start it again."""
+"""Exit code of a process that ended itself because of its memory (EX_TEMPFAIL): start it again."""
 
 _log = get_logger(__name__)
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class _OwnMemory:
-    """Memory of this process that is in the machine's. Reads a file that stays open: there may be none left to open."""
+    """Resident memory of this process. The file stays open, because later it may be impossible to open one."""
 
     def __init__(self) -> None:
         self._file = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
@@ -55,14 +55,14 @@ class _OwnMemory:
 
 
 class _SpareFiles:
-    """A few descriptors that are kept for looking at the others when none is left."""
+    """A few descriptors kept in reserve: with them the connections can be examined when no more files can be opened."""
 
     def __init__(self) -> None:
         self._kept: list[int] = []
         self.fill()
 
     def fill(self) -> bool:
-        """Whether there are as many as there should be; some are free for others then as well."""
+        """Fill the reserve. Returns whether it is full and at least one more descriptor is free."""
         try:
             while len(self._kept) < SPARE_FILES:
                 self._kept.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
@@ -77,7 +77,7 @@ class _SpareFiles:
 
 
 def give_back() -> None:
-    """Return what the allocator keeps to the machine: after a storm it would keep it for ever."""
+    """Return free memory from the allocator to the machine: after a storm the allocator would keep it for ever."""
     gc.collect()  # refusals and their tracebacks hold each other, and the requests
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc's own
@@ -85,11 +85,11 @@ def give_back() -> None:
 
 
 class MemoryWatch:
-    """A thread that looks at this process's memory.
+    """A thread that checks this process's memory.
 
     Args:
         port: that clients connect to.
-        bytes_max: beyond this, connections that send much are cut off; at LAST_RESORT times this the process ends.
+        bytes_max: beyond this, connections that send much are cut; at LAST_RESORT times this the process ends.
     """
 
     def __init__(self, port: int, bytes_max: int) -> None:
@@ -116,7 +116,7 @@ class MemoryWatch:
         while not self._closing.wait(LOOK_S):
             try:
                 self._look()
-            except Exception:  # noqa: BLE001  # it must go on looking
+            except Exception:  # noqa: BLE001  # the watch must go on
                 _log.exception("memory_watch_failed")
 
     def _look(self) -> None:
@@ -125,7 +125,7 @@ class MemoryWatch:
         resident, now = self._memory.resident_bytes(), time.monotonic()
         leap, self._before = resident - self._before, resident
         if resident > self._bytes_max and now >= self._collect_again:
-            # First whatever nobody needs any more: it is not worth a connection, or a process.
+            # First free what is no longer needed: no connection or process should end because of it.
             self._collect_again = now + SECOND_S
             give_back()
             self._before = resident = self._memory.resident_bytes()
@@ -140,10 +140,10 @@ class MemoryWatch:
         self._give_back(resident, now)
 
     def _make_room(self) -> None:
-        """Open files are at their limit: cut off a part of the largest crowd."""
+        """Open files are at their limit: cut a share of the connections of the address that has the most."""
         self._spare.release()
         host, ended = connections.cut_crowd(self._port, CROWD_SHARE)
-        # Taken back at once: the front, which accepts again some hundredths of a second later, would take all.
+        # Fill the reserve again at once: the front accepts again within hundredths of a second, and would take all.
         end = time.monotonic() + LOOK_S
         while not self._spare.fill() and time.monotonic() < end:
             time.sleep(SPARE_PAUSE_S)
@@ -151,8 +151,8 @@ class MemoryWatch:
         _log.error("connections_cut", address=host, connections=ended, why="no more files can be opened", limit=limit)
 
     def _find_senders(self, resident: int, now: float) -> None:
-        """Cut off connections by what they have sent since the first look of the last second that found memory short
-        or leaping."""
+        """Cut connections by what they have sent since the first check of the last second that found memory short or
+        leaping."""
         if self._received is None:
             self._received, self._received_at = connections.received(self._port), now
             return

@@ -1,10 +1,10 @@
-"""Server streams of the native front: exports and watches, served as grpcio serves them, but for three things.
+"""Server streams of the native front: exports and watches, served as grpcio serves them, with three differences.
 
-Passed to grpcio behind the front, a stream whose reader stalls would be read on until megabytes are on their way
-between the two; here a message is made when the client has room for it. grpcio would know all clients as one, the
-socket; here each has its address. And a reader that takes nothing for long loses its place.
+If grpcio behind the front served them, a stream whose reader stalls would go on until megabytes are buffered between
+the two; here a message is built only when the client has room for it. grpcio would see all clients as one, the socket;
+here each client has its address. And a reader that takes nothing for long loses its place.
 
-The methods are the servicers' own, with the interceptors of all others around them.
+The methods are the servicers' own, inside the same interceptors as all other methods.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from segsvc.log import get_logger
 
 FULL_PAUSE_S: Final = 0.002
 FULL_PAUSE_MAX_S: Final = 0.1
-"""How often a client without room is asked for some: the front cannot say when there is. Less and less often."""
+"""Pauses between attempts to send to a client without room, growing: the front cannot say when there is room."""
 STALLED_S: Final = 60.0
-"""A reader that takes nothing for so long is refused: its place is for others."""
+"""A reader that takes nothing for this long is refused: another call needs its place."""
 
 Metadata = Sequence[tuple[str, str | bytes]]
 Handler = Any
@@ -45,7 +45,7 @@ class _CallDetails(grpc.HandlerCallDetails):
 
 
 class StreamContext:
-    """What interceptors and servicers use of ``aio.ServicerContext``."""
+    """The part of ``aio.ServicerContext`` that interceptors and servicers use."""
 
     def __init__(self, front: NativeGrpcFront, call_id: int, metadata: Metadata, peer: str, left_s: float | None):
         self._front = front
@@ -78,7 +78,7 @@ class StreamContext:
 
 
 async def with_interceptors(handler: Handler, method: str, interceptors: Iterable[aio.ServerInterceptor]) -> Handler:
-    """A method's handler with interceptors around it, the first one outermost, as grpcio's server puts them."""
+    """A method's handler inside interceptors, the first one outermost, as in grpcio's server."""
 
     async def innermost(_: grpc.HandlerCallDetails) -> Handler:
         return handler
@@ -101,7 +101,7 @@ class NativeStreams:
         self._handlers = handlers
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        # Filled by the thread that brings the calls, before a call's task is there.
+        # The thread that brings the calls adds a call here before the call's task exists.
         self._open: set[int] = set()
 
     def begin(
@@ -113,13 +113,13 @@ class NativeStreams:
         self._loop.call_soon_threadsafe(self._start, call_id, method, payload, context)
 
     def end(self, call_id: int) -> None:
-        """The client has gone, or its time is up; from the thread that takes the front's events. Calls that are no
-        streams, of which most ends are told, are none of ours."""
+        """The client has gone, or its deadline has passed; from the thread that takes the front's events. Most of these
+        calls are no streams; they are ignored."""
         if call_id in self._open:
             self._loop.call_soon_threadsafe(self._cancel, call_id)
 
     async def close(self, grace_s: float) -> None:
-        """Let calls end by themselves for a time, then end them; the front's own end tells their clients."""
+        """Let calls end by themselves for a time, then cancel them; their clients learn it when the front closes."""
         tasks = list(self._tasks.values())
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=grace_s)
@@ -127,7 +127,7 @@ class NativeStreams:
                 task.cancel()
 
     def _start(self, call_id: int, method: int, payload: bytes, context: StreamContext) -> None:
-        # A context of its own: what is bound for one call must not be seen in another.
+        # The task has its own context: another call must not see what is bound for this one.
         self._tasks[call_id] = self._loop.create_task(self._serve(call_id, self._handlers[method], payload, context))
 
     def _cancel(self, call_id: int) -> None:
@@ -143,7 +143,7 @@ class NativeStreams:
                         return
             self._front.stream_end(call_id)
         except aio.AbortError:
-            pass  # it has its answer
+            pass  # the client has the answer already
         except ServiceError as error:
             self._fail(call_id, error)
         except Exception:  # noqa: BLE001  # the interceptors map all errors but those of sending
@@ -154,7 +154,7 @@ class NativeStreams:
             self._open.discard(call_id)
 
     def _fail(self, call_id: int, error: ServiceError) -> None:
-        """For what goes wrong outside of the interceptors: while a message is sent."""
+        """End a call whose error came outside of the interceptors, while a message was sent."""
         status = status_of(error)
         _log.warning("stream_ended", reason=error.reason.text, message=error.message)
         self._front.fail(call_id, status.code, status.message, list(trailing_metadata(status)))
@@ -163,7 +163,7 @@ class NativeStreams:
         """Send a message when the client has room for it. False: the client has gone.
 
         Raises:
-            ServiceError: OVERLOADED, the client takes nothing.
+            ServiceError: OVERLOADED: the client takes nothing.
         """
         pause_s = FULL_PAUSE_S
         give_up = time.monotonic() + STALLED_S

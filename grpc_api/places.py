@@ -1,4 +1,4 @@
-"""Places for calls that stay: exports, and those that wait for operations. Some for all, fewer for each caller."""
+"""Places for long calls: exports and watches. A number for all callers together, fewer for each caller."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Places:
     Args:
         what: the calls, for the refusal.
         total: of all callers.
-        per_caller: of one address; None: as many as there are. Behind the native front, methods that are not its own
-            come from one address, the socket.
+        per_caller: of one address; None: all places. Methods that the native front passes on to grpcio come from one
+            address, the socket.
     """
 
     def __init__(self, what: str, *, total: int, per_caller: int | None = None) -> None:
@@ -30,13 +30,13 @@ class Places:
 
     @contextmanager
     def taken(self, peer: str) -> Iterator[None]:
-        """A place for the block.
+        """Take a place for the duration of a ``with`` block.
 
         Args:
-            peer: as gRPC names it, ``ipv4:10.0.0.1:5000``: the port is another one for each connection.
+            peer: as gRPC names it, ``ipv4:10.0.0.1:5000``; the port differs for each connection.
 
         Raises:
-            ServiceError: OVERLOADED, there is none.
+            ServiceError: OVERLOADED: there is no free place.
         """
         caller = peer.rpartition(":")[0]
         if self._taken[caller] >= self._per_caller:

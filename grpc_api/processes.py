@@ -1,7 +1,7 @@
-"""Several front processes behind one port, and the parent that only looks after them.
+"""Several front processes behind one port, and the parent that only starts and stops them.
 
-An event loop and its GIL use one core: more cores mean more processes, which share the port with SO_REUSEPORT. They
-are forked before any gRPC object, connection or thread exists, for none of these survives a fork.
+An event loop and its GIL use one core: using more cores takes more processes, which share the port with SO_REUSEPORT.
+They are forked before any gRPC object, connection or thread exists, because none of these survives a fork.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from segsvc.log import get_logger
 STOP_BOUND_S = 20
 """A child that has not ended this long after SIGTERM is killed; longer than its own draining takes."""
 YOUNG_S = 5.0
-"""A child that fails younger than this fails because of its settings or its port: starting it again would not help."""
+"""A child that fails earlier than this has wrong settings or no port: starting it again would not help."""
 RESTART_PAUSE_S = 1.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -29,7 +29,7 @@ _log = get_logger(__name__)
 
 
 class PreforkParent:
-    """Starts children, starts those anew that die, and ends with them.
+    """Starts children, restarts those that die, and ends with them.
 
     Args:
         count: children to keep running.
@@ -39,7 +39,7 @@ class PreforkParent:
 
     def __init__(self, count: int, run: Callable[[int, int], int]) -> None:
         self._count = count
-        # Nothing is ever written: the end of the pipe is the message, and it comes however the parent ends.
+        # Nothing is ever written: the end of the pipe is the message, and it comes in whatever way the parent ends.
         self._parent_gone, self._parent_lives = os.pipe()
         self._run = run
         self._children: dict[int, tuple[int, float]] = {}
@@ -81,12 +81,12 @@ class PreforkParent:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
             os.close(self._parent_lives)
             code = self._run(index, self._parent_gone)
-        except BaseException:  # noqa: BLE001  # the last thing this process does is to say why
+        except BaseException:  # noqa: BLE001  # the last act of this process is to log why
             _log.exception("front_process_failed", index=index)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            # Not sys.exit: the parent's frames and exit handlers are not the child's to run.
+            # Not sys.exit: the child must not run the parent's frames and exit handlers.
             os._exit(code)
 
     def _ended(self, pid: int, code: int) -> None:

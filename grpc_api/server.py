@@ -2,10 +2,10 @@
 
     native front    clients → NativeGrpcFront ─ hot methods → hot lane
                                               ├ exports, watches → their servicers, with back-pressure
-                                              └ all others → grpcio on a Unix socket without a name
+                                              └ all others → grpcio on an unlinked Unix socket
     grpcio front    clients → grpcio (TLS if configured): all methods, the hot ones handed to the same lane
 
-Nothing here needs PostgreSQL or Redis to start: while they are out of reach calls are answered UNAVAILABLE.
+The front starts without PostgreSQL and Redis: while they cannot be reached, calls are answered UNAVAILABLE.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ from segsvc.log import get_logger
 from segsvc.metrics_http import MetricsAddressError, of_role, serving
 
 DRAIN_S = 10.0
-"""Longest time that calls in progress get to end after SIGTERM; those that wait for an operation answer at once."""
+"""Longest time that calls in progress get to end after SIGTERM; calls that wait for an operation answer at once."""
 LANE_DRAIN_S = 3.0
 """Longest time that reads of shards get to end after that."""
 METADATA_BYTES_MAX = 16 << 10
 IDENTITY_ONLY = 1
-"""Bits of the compression algorithms that grpcio takes: none. It inflates a message whole before it looks at its size,
-four megabytes to four gigabytes; of an algorithm that is not allowed it inflates nothing."""
+"""Bits of the compression algorithms that grpcio accepts: none. It inflates a message whole before it checks its size,
+four megabytes to four gigabytes; with an algorithm that is not allowed it inflates nothing."""
 READING_THREADS, READING_WAITING_MAX = 16, 1024
 CHANGE_THREADS, CHANGE_WAITING_MAX = 16, 256
 CREATION_THREADS, CREATION_WAITING_MAX = 64, 256
 BULK_THREADS, BULK_WAITING_MAX = 4, 256
 PREVIEW_THREADS, PREVIEW_WAITING_MAX = 4, 64
 EXPORTS_MAX, EXPORTS_PER_CALLER_MAX = 32, 16
-"""Exports that may be open at once, and of one address. Each costs a batch of memory, and one on its way."""
+"""Exports that may be open at once, in all and from one address. Each costs memory for a batch, and one on its way."""
 EXPORT_THREADS, EXPORT_WAITING_MAX = 4, EXPORTS_MAX
 WATCHES_MAX, WATCHES_PER_CALLER_MAX = 2048, 1024
-"""Watches of operations, as exports. All of them are one look at the ledger."""
+"""Watches of operations that may be open at once, as for exports. One read of the ledger serves all of them."""
 
 _log = get_logger(__name__)
 
@@ -102,7 +102,7 @@ def serve(settings: Settings, *, make_sender: MakeSender) -> int:
 
 
 def _raise_open_files() -> None:
-    """Allow as many connections as the machine does: the usual soft limit, 1024, is meant for programs that use
+    """Raise the soft limit of open files to the hard one: the usual soft limit, 1024, is meant for programs that use
     select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -111,9 +111,9 @@ def _raise_open_files() -> None:
 
 
 def _is_no_departure(record: logging.LogRecord) -> bool:
-    """Whether a line of grpcio's tells of anything but a client that left before its message could be sent.
+    """Whether a line of grpcio's log is about anything but a client that left before its message could be sent.
 
-    That is no fault, and is counted as CANCELLED; grpcio makes an error with a traceback of it.
+    Such a departure is no fault, and is counted as CANCELLED; grpcio logs it as an error with a traceback.
     """
     return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
 
@@ -123,7 +123,7 @@ def _serve_one(settings: Settings, make_sender: MakeSender, index: int = 0, pare
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(settings, make_sender, index, parent_gone))
     except ListenError as error:
-        _log.error("cannot_listen", reason=str(error))  # the reason is all there is to say
+        _log.error("cannot_listen", reason=str(error))  # the traceback would add nothing
         return 1
     return 0
 
@@ -136,15 +136,15 @@ async def _run(settings: Settings, make_sender: MakeSender, index: int, parent_g
     if parent_gone is not None:
 
         def orphaned() -> None:
-            # Nobody would look after this process any more, or stop it.
+            # No parent is left that would restart or stop this process.
             loop.remove_reader(parent_gone)
             stop.set()
 
         loop.add_reader(parent_gone, orphaned)
     async with contextlib.AsyncExitStack() as stack:
         await FrontProcess(settings, make_sender, index).start(stack)
-        # What a front has when it begins is there for good: a full collection that looks at all of it again (modules,
-        # tables, message types) stops the hot lane for some tens of milliseconds, and finds nothing.
+        # What a front has at its start stays for good. A full collection that visits all of it again (modules,
+        # tables, message types) stops the hot lane for some tens of milliseconds, and frees nothing.
         gc.collect()
         gc.freeze()
         await stop.wait()
@@ -163,7 +163,7 @@ class FrontProcess:
         self._settings = settings
         self._index = index
         self._services = FrontServices(settings, sender=make_sender(settings))
-        # By what a call costs: those that cost much must not keep those that cost little, or change something, waiting.
+        # Pools by the cost of calls: expensive calls must not delay cheap ones, or calls that change something.
         self._reading = self._threads_for("reading", READING_THREADS, READING_WAITING_MAX)
         self._changes = self._threads_for("changes", CHANGE_THREADS, CHANGE_WAITING_MAX)
         self._creations = self._threads_for("creations", CREATION_THREADS, CREATION_WAITING_MAX)
@@ -298,12 +298,12 @@ class FrontProcess:
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_metadata_size", METADATA_BYTES_MAX),
             ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
-            # Clients that ask often whether their connection lives are answered, as by the native front; grpcio's
-            # default ends the connection, and all calls on it, after three pings within five minutes.
+            # Clients may send keepalive pings often, as with the native front; grpcio's default ends the connection,
+            # and all calls on it, after three pings within five minutes.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 1000),
             ("grpc.http2.max_ping_strikes", 0),
-            # Off unless it is meant: a second server on the port would share its calls instead of failing.
+            # Off for a single process: a second server on the port would share its calls instead of failing.
             ("grpc.so_reuseport", int(self._settings.front_processes > 1)),
         ]
 
@@ -341,7 +341,7 @@ class FrontProcess:
 
 
 async def _drain(server: aio.Server, streams: NativeStreams | None) -> None:
-    """Let calls end by themselves, all within the same time."""
+    """Let calls of the server and of the streams end by themselves, both within the same time."""
     async with asyncio.TaskGroup() as both:
         both.create_task(server.stop(DRAIN_S))
         if streams is not None:
@@ -349,7 +349,7 @@ async def _drain(server: aio.Server, streams: NativeStreams | None) -> None:
 
 
 async def _native_streams(front: NativeGrpcFront, segments: SegmentServicer, watches: WatchServicer) -> NativeStreams:
-    """The streams that the native front has itself, served by the servicers behind the same interceptors."""
+    """The streams that the native front itself serves, with the servicers inside the same interceptors."""
     export = grpc.unary_stream_rpc_method_handler(
         segments.ExportSegmentUsers,
         segments_pb2.ExportSegmentUsersRequest.FromString,
@@ -368,8 +368,8 @@ async def _native_streams(front: NativeGrpcFront, segments: SegmentServicer, wat
 def _listen_on_unlinked_socket(server: aio.Server, stack: contextlib.AsyncExitStack) -> str:
     """Let grpcio listen on a Unix socket that only this process can find. Returns a path to connect to.
 
-    Whoever reaches the socket goes past the front, and a front that is killed removes nothing. So the name is removed
-    as soon as there is a socket, and the socket is reached through a descriptor of its file.
+    A process that reaches the socket bypasses the front, and a killed front cannot clean up. So the name is removed as
+    soon as the socket exists, and the socket is reached through a descriptor of its file.
     """
     with tempfile.TemporaryDirectory(prefix="segsvc-front-") as folder:
         path = f"{folder}/grpcio.sock"
@@ -380,7 +380,7 @@ def _listen_on_unlinked_socket(server: aio.Server, stack: contextlib.AsyncExitSt
 
 
 def _services() -> list[ServiceDescriptor]:
-    """Everything that is served, reflection apart."""
+    """All services except reflection."""
     files = (segments_pb2, membership_pb2, watch_pb2, operations_pb2, health_pb2)
     return [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
 

@@ -1,4 +1,4 @@
-"""Operations as their watchers see them: one look at the ledger for all watchers of a process."""
+"""Operations as their watchers see them: one read of the ledger serves all watchers of a process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from segsvc.domain.operation import Operation, ShardProgress
 from segsvc.log import get_logger
 
 INTERVAL_S: Final = 0.1
-"""Least time between two messages of a watch, and between two looks."""
+"""Shortest time between two messages of a watch, and between two reads of the ledger."""
 PAUSE_MAX_S: Final = 0.4
-"""Longest time between two looks while nothing changes; an operation's end is noticed at once."""
+"""Longest time between two reads while nothing changes; an operation's end is noticed at once."""
 WATCHER_S: Final = 0.001
-"""Time that is added to each pause for each watcher: a message to two thousand takes a tenth of a second and more, and
-must not keep the event loop from everything else."""
+"""Time added to each pause for each watcher: a message to two thousand watchers takes a tenth of a second and more, and
+must not keep the event loop from its other work."""
 _METHOD: Final = "watching"
 
 _log = get_logger(__name__)
@@ -41,12 +41,12 @@ class WatchedOperations(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Watched:
-    """An operation that somebody watches.
+    """An operation that has watchers.
 
     Attributes:
-        view: what was seen last; None: nothing yet, or that there is no such operation if ``looked``.
-        failure: why the last look failed; None: it did not.
-        changed: done when there is something new, and replaced then.
+        view: what was read last; None: nothing yet, or, if ``looked``, there is no such operation.
+        failure: why the last read failed; None: it did not fail.
+        changed: set when there is something new, and then replaced.
     """
 
     end: Future[Operation]
@@ -56,14 +56,14 @@ class _Watched:
     failure: ServiceError | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def tell(self) -> None:
-        """Wake all who wait now."""
+    def notify(self) -> None:
+        """Wake all watchers that wait now."""
         self.changed.set()
         self.changed = asyncio.Event()
 
 
 class OperationWatch:
-    """Shares looks at operations. Used on the event loop alone."""
+    """Shares reads of operations among watchers. Used on the event loop alone."""
 
     def __init__(self, operations: WatchedOperations, blocking: BlockingCalls) -> None:
         self._operations = operations
@@ -73,8 +73,8 @@ class OperationWatch:
         self._wake = asyncio.Event()
 
     async def follow(self, operation_id: UUID) -> AsyncGenerator[View | None]:
-        """The operation as it is, and again when it has changed, until it has ended; what changes too often is left
-        out. None: there is no such operation, and that was all.
+        """The operation as it is now, and again after each change, until it has ended; changes that follow each other
+        too fast are combined. None: there is no such operation; nothing follows.
 
         Raises:
             ServiceError: CATALOG_UNAVAILABLE, OVERLOADED.
@@ -104,7 +104,7 @@ class OperationWatch:
             self._wake.set()
         watched.watchers += 1
         if self._looking is None:
-            self._looking = asyncio.create_task(self._look_on())
+            self._looking = asyncio.create_task(self._poll())
         return watched
 
     def _leave(self, operation_id: UUID, watched: _Watched) -> None:
@@ -113,8 +113,8 @@ class OperationWatch:
             self._watched.pop(operation_id, None)
             watched.end.cancel()
 
-    async def _look_on(self) -> None:
-        """Look for as long as somebody watches."""
+    async def _poll(self) -> None:
+        """Read the ledger as long as there are watchers."""
         # This task serves no call: it has no deadline, and no client's request id.
         structlog.contextvars.clear_contextvars()
         pause_s = INTERVAL_S
@@ -126,30 +126,30 @@ class OperationWatch:
                 changed = await self._look()
                 pause_s = INTERVAL_S if changed else min(2 * pause_s, PAUSE_MAX_S)
                 crowd_s = WATCHER_S * sum(watched.watchers for watched in self._watched.values())
-                # An end, or a new watcher, interrupts a long pause, but never makes looks follow faster than they may.
+                # An operation's end, or a new watcher, interrupts a long pause, but never makes reads follow too fast.
                 await self._pause(pause_s + crowd_s)
                 await asyncio.sleep(max(0.0, began + INTERVAL_S + crowd_s - time.monotonic()))
         finally:
             self._looking = None
 
     async def _look(self) -> bool:
-        """One look at all that is watched. Returns whether anything has changed."""
+        """Read all watched operations once. Returns whether anything has changed."""
         watched = dict(self._watched)
         try:
             views = await self._blocking.run(lambda _: self._operations.progress_of(list(watched)))
-        except Exception as error:  # noqa: BLE001  # whatever it is, those who watch must not wait for ever
+        except Exception as error:  # noqa: BLE001  # whatever the error is, watchers must not wait for ever
             if not isinstance(error, ServiceError):
                 _log.exception("watching_failed")
             for one in watched.values():
                 one.failure = error if isinstance(error, ServiceError) else internal_error()
-                one.tell()
+                one.notify()
             return False
         changed = False
         for operation_id, one in watched.items():
             view = views.get(operation_id)
             if not one.looked or view != one.view or one.failure is not None:
                 one.view, one.looked, one.failure = view, True, None
-                one.tell()
+                one.notify()
                 changed = True
         return changed
 

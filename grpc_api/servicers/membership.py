@@ -1,4 +1,4 @@
-"""segmentation.v1.MembershipService. The hot reads are the lane's: here they are only handed to it."""
+"""segmentation.v1.MembershipService. The hot lane serves the hot reads: here they are only passed to it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from segsvc.services.overrides import OverrideService
 from segsvc.services.users import UserService
 
 Submit = Callable[[str, bytes, str, float | None], Future[bytes]]
-"""Hands a call to the hot lane: method, serialised request, request id, deadline (``time.monotonic()``; None: none).
+"""Passes a call to the hot lane: method, serialised request, request id, deadline (``time.monotonic()``; None: none).
 The future gives the serialised answer or a ServiceError."""
 
 
 class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
-    """Reads of users and their memberships, and what is changed of one user by hand.
+    """Reads of users and their memberships, and changes of one user by hand.
 
     Args:
-        submit: the lane's; None: the native front hands it its calls itself, and they never come here.
+        submit: of the lane; None: the native front passes these calls to the lane itself, and they never come here.
     """
 
     def __init__(
@@ -109,5 +109,5 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
         try:
             return await asyncio.wrap_future(answer)
         finally:
-            # Its error holds this frame: together they would hold the request until the next full collection.
+            # The future's error holds this frame: this cycle would hold the request until the next full collection.
             del answer

@@ -55,10 +55,11 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):
             raise invalid_field("name", f"must be {COLLECTION!r}, is {request.name[:80]!r}")
         wanted, page_size = convert.filter_of(request.filter), page_size_of(request.page_size)
         before = decode_token(_scope(wanted), request.page_token, "page_token")[0] if request.page_token else None
-        # One more than asked for tells whether another page follows.
+        # One more than the page holds shows whether another page follows.
         found = await self._reading.run(
             lambda _: self._operations.list(wanted, page_size=page_size + 1, before_seq=before)
         )
+
         messages: list[OperationMessage] = []
         size = 0
         for view in await self._views.describe_all(found[:page_size]):
@@ -67,6 +68,7 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):
             if messages and size > PAGE_BYTES_MAX:
                 break
             messages.append(message)
+
         more = len(messages) < len(found)
         token = encode_token(_scope(wanted), [found[len(messages) - 1].seq]) if more else ""
         return operations_pb2.ListOperationsResponse(operations=messages, next_page_token=token)
@@ -96,13 +98,13 @@ class WatchServicer(watch_pb2_grpc.OperationServiceServicer):
     """segmentation.v1.OperationService.
 
     Args:
-        places: of watches; beyond, they are refused.
+        places: for watches; when all are taken, more watches are refused.
     """
 
     def __init__(self, watch: OperationWatch, places: Places) -> None:
         self._watch = watch
         self._places = places
-        # A message is built once for all who watch its operation.
+        # A message is built once for all watchers of its operation.
         self._built: tuple[View, watch_pb2.WatchOperationResponse] | None = None
 
     async def WatchOperation(

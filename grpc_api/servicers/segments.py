@@ -27,21 +27,21 @@ from segsvc.services.segments import SegmentService
 from segsvc.services.statistics import StatisticsService
 
 SIMILAR_KEY: Final = "segsvc-similar-attributes"
-"""Trailing metadata of a preview: JSON, for each unknown attribute the names of attributes that look like it."""
+"""Trailing metadata of a preview: JSON, for each unknown attribute the names of similar attributes."""
 SIMILAR_NAMES_MAX: Final = 20
-"""Names in it: clients refuse more than 8 KiB of metadata."""
+"""Most unknown attributes in it: clients refuse more than 8 KiB of metadata."""
 
 
 class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     """Create, read, edit, preview, roll out, delete, count and export segments.
 
     Args:
-        reading: threads for what is looked up.
-        changes: threads of their own for what changes something.
+        reading: threads for reads.
+        changes: threads for calls that change something.
         creating: threads of their own for CreateSegment, which waits for its turn among the operations.
-        bulk: threads of their own for what counts all members.
-        previews: threads of their own for PreviewRollOut, which takes as long as its condition.
-        exports: threads of their own for ExportSegmentUsers, which has as many batches as there are members.
+        bulk: threads for calls that count all members.
+        previews: threads for PreviewRollOut, whose time depends on its condition.
+        exports: threads for ExportSegmentUsers, whose number of batches grows with the members.
         export_places: exports that may be open at once.
     """
 
@@ -135,7 +135,7 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         slug, rule = check_slug(request.slug), convert.rule_of(request)
         preview = await self._previews.run(lambda timeout_s: self._preview.count(slug, rule, timeout_s=timeout_s))
         if preview.unknown:
-            # For people at a terminal; the names that nobody has are in the answer.
+            # For people at a terminal; the answer itself has the unknown names.
             context.set_trailing_metadata(
                 ((SIMILAR_KEY, json.dumps(dict(islice(preview.unknown.items(), SIMILAR_NAMES_MAX)))),)
             )

@@ -1,4 +1,4 @@
-"""Operations as their callers see them: described from the ledger, waited for without a thread each."""
+"""Operations as their callers see them: read from the ledger, and waited for without a thread for each."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class OperationViews:
             return
         end = asyncio.wrap_future(self._operations.watch_end(operation.id))
         try:
-            # Not wait_for: when the service shuts down, the watcher cancels the future, and that must look like time
-            # being up, not like the call being cancelled.
+            # Not wait_for: when the service shuts down, the watcher cancels the future. That must look like the end of
+            # the time, not like a cancelled call.
             await asyncio.wait([end], timeout=patience_s)
         finally:
             end.cancel()
@@ -57,8 +57,8 @@ class OperationViews:
                 raise
             if accepted.state is OperationState.DONE:
                 raise
-            # It is accepted and goes on: an error would make the client believe that it is not. What was true at the
-            # acceptance is an answer too.
+            # The operation is accepted and goes on: an error would make the client believe that it is not. So the
+            # answer is its state at the acceptance.
             return OperationView(accepted, (), None)
 
     def _views(self, operations: Sequence[Operation]) -> list[OperationView]:
