@@ -4,9 +4,9 @@
 server never meet. The prefix is asked for when a channel opens, since it may not be known before: a channel whose
 installation is not known cannot be opened, like one whose server cannot be reached.
 
-**What cannot be read is gone.** kombu reads a message that it has taken before anybody looks at it, and what it raises
-then ends the worker; the next worker finds the same message. Here it is looked at first, and what is not a message of
-ours is refused: counted, logged, and never put back.
+**What cannot be read is gone.** kombu decodes a message before anything checks it, and an error in that ends the
+worker; the next worker finds the same message. Here the message is checked first, and one that is not ours is refused:
+counted, logged, and never put back.
 
 **A key of a wrong type is removed.** A text under the name of a queue, for example, makes every command on that name
 fail, in every process, for ever. Such a key is deleted, logged and counted, and the command is repeated. Deleting it
@@ -78,7 +78,7 @@ _HEADERS: Final[dict[str, Callable[[object], bool]]] = {
     "expires": _is_time,
     "timelimit": _are_limits,
 }
-"""What Celery takes as it comes, in the worker's main process; there, a value of another kind would end it."""
+"""Headers that Celery uses unchecked in the worker's main process: a value of a wrong type would end the worker."""
 
 pulse: Final = Pulse(ended_max_s=660.0, takes_messages=True)
 """Of this process's consumer. A task may run for ten minutes."""
@@ -97,7 +97,7 @@ class InstallationUnknown(redis.ConnectionError):
 
 
 def read_message(queue: str, item: bytes, installation: str) -> dict[str, Any]:
-    """A message as it lies in a queue, taken apart, once nothing in it can fail any more.
+    """Decode a message from a queue and check it, so that nothing in it can fail later.
 
     Args:
         queue: where it was taken from, without the prefix.
@@ -121,7 +121,7 @@ def read_message(queue: str, item: bytes, installation: str) -> dict[str, Any]:
 
 
 def _check_envelope(message: Any) -> None:
-    """Whether all is there that kombu relies on when it makes a message of it."""
+    """Check every field that kombu relies on when it builds a message."""
     properties = message.get("properties") if isinstance(message, dict) else None
     delivery = properties.get("delivery_info") if isinstance(properties, dict) else None
     if not isinstance(properties, dict) or not isinstance(delivery, dict):
@@ -199,7 +199,7 @@ _Redis: Any = kombu_redis
 
 
 class QoS(_Redis.QoS):  # type: ignore[misc]
-    """What was taken and is not acknowledged yet."""
+    """Messages that were taken and are not acknowledged yet."""
 
     def restore_unacked(self, client: Any = None) -> list[Any]:
         """Put back what this channel has taken and not acknowledged, as far as that can be.
@@ -277,8 +277,8 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
         return super()._get_client()
 
     def _connparams(self, asynchronous: bool = False) -> Any:
-        """How to connect. A channel whose connection was given up cannot any more, which kombu tells as an
-        AttributeError: nobody takes that for what it is, and a worker that puts messages back just then would end."""
+        """How to connect. A channel whose connection was given up cannot connect, and kombu reports that as an
+        AttributeError. No caller handles that error, so a worker that is putting messages back would end."""
         if self.connection is None or self.connection.client is None:
             raise redis.ConnectionError("the channel is closed")
         return super()._connparams(asynchronous=asynchronous)

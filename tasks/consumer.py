@@ -13,10 +13,10 @@ from tasks.broker import refused
 
 
 class Consumer(CeleryConsumer):
-    """Refuses a message of which Celery cannot make a task, whatever it raises.
+    """Refuses a message that Celery cannot turn into a task, whatever Celery raises.
 
-    The transport has looked at everything that is known to go wrong. What is left would end the worker, and the next
-    one that is given the same message: so it is refused here, and not put back.
+    The transport has already checked everything that is known to go wrong. Any other bad message would end this worker,
+    and then the next worker that receives it: so it is refused here, and not put back.
     """
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:

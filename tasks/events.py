@@ -124,7 +124,7 @@ class CeleryBatches:
         }
         task = apply_events.signature(kwargs={"shard": shard, "batch": batch_id}, **options)
         try:
-            # Before the task, which would not find them. They go with the result, or by themselves when nobody comes.
+            # Before the task, which would not find them. They are deleted with the result, or expire.
             _broker().set(_events_key(batch_id), to_wire(events), ex=math.ceil(expire_s) + EVENTS_MARGIN_S)
             # Without a subscription: nobody reads a channel here, and results are polled, many in one round trip.
             with denied_join_result():

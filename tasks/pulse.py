@@ -1,7 +1,7 @@
-"""Signs of life of this process, and what they say about it: does it still do what it is there for?
+"""Signs of life of this process, which show whether it still does its work.
 
-A port that answers proves nothing: a worker whose consumer has stopped serves its metrics for ever. So each process
-notes here what it has just done, and ``/health`` beside its metrics, ``segsvc doctor`` and the watchdog ask.
+A port that answers proves nothing: a worker whose consumer has stopped still serves its metrics. So each process notes
+here what it has just done; ``/health`` (beside its metrics), ``segsvc doctor`` and the watchdog read these notes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ ANSWER_MAX_S: Final = 20.0
 
 
 class Pulse:
-    """What a process has done last. For any number of threads: each value is written by one of them.
+    """What a process did last. Safe for any number of threads: each value is written by one thread.
 
     Args:
         turn_max_s: a loop that has not turned for this long stands still; None: ``TURN_MAX_S``.
-        ended_max_s: how long a worker whose places are all taken may go without an end of any task.
-        takes_messages: whether it is there to take messages from the broker.
+        ended_max_s: how long a worker whose processes are all busy may go without ending a task.
+        takes_messages: whether the process takes messages from the broker.
         clock: seconds, monotonic.
     """
 
@@ -57,14 +57,14 @@ class Pulse:
         self._waits_for = what
 
     def turned(self, *, has_room: bool = True) -> None:
-        """The loop came round.
+        """The loop has turned once more.
 
         Args:
             has_room: whether it takes messages now; a worker whose processes are all busy does not.
         """
         now = self._clock()
         if not has_room or not self._has_room:
-            # Nobody waits for the broker's answer while there is no room, nor until it has been asked again.
+            # A worker without room does not ask the broker, so no answer is due until it has asked again.
             self._answered_at = now
         if has_room:
             self._ended_at = now
@@ -86,7 +86,7 @@ class Pulse:
         return self._waits_for is None and self._clock() - self._turned_at > (self._turn_max_s or TURN_MAX_S)
 
     def complaint(self) -> str | None:
-        """What is wrong, in words; None: it does what it is there for."""
+        """What is wrong, in words; None: the process does its work."""
         if self._waits_for is not None:
             return self._waits_for
         now = self._clock()

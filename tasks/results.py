@@ -20,7 +20,7 @@ class UnsubscribedRedisBackend(RedisBackend):
     """
 
     def _add_global_keyprefix(self) -> None:
-        """Nothing yet: a backend is made before it is known whose names its keys carry."""
+        """Nothing yet: a backend is created before the installation, and so the prefix of its keys, is known."""
 
     def _get_key_for(self, prefix: bytes, id: Any, key: Any = "") -> bytes:  # noqa: A002  # Celery's name for it
         """The key of a task or chord, under the installation's names as everything else on the broker.

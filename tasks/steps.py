@@ -47,7 +47,7 @@ class PulseStep(bootsteps.StartStopStep):
 
 
 class WatchdogStep(bootsteps.StartStopStep):
-    """Runs the watchdog, and tells it when the worker begins to end, whyever it does."""
+    """Runs the watchdog, and notifies it when the worker begins to end, for any reason."""
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)

@@ -1,10 +1,10 @@
-"""A process that ends must end, and one that stands still must not stay: what a supervisor cannot see by itself.
+"""Ends a process that does not finish ending, or whose loop stands still: a supervisor cannot see either.
 
-Celery ends in the order of its parts, and some of them wait for others without a bound: after an unrecoverable error a
-worker's main process can wait for a child for ever, and the child for somebody to read what it writes. To its
-supervisor such a process lives. So a thread of its own watches: from the moment when the process begins to end it has
-``END_WITHIN_S``, and a loop that stands still has ``STILL_MAX_S``; then its children are killed and it is gone at once.
-Whatever they were at is done again: every message is acknowledged only when its effects are there.
+Celery stops its parts in order, and some parts wait for other parts without a bound: after an unrecoverable error a
+worker's main process can wait for a child for ever, while the child waits for a reader of its full pipe. The supervisor
+still sees a live process. So a separate thread watches: a process that begins to end has ``END_WITHIN_S``, and a loop
+that stands still has ``STILL_MAX_S``; after that the thread kills the children and ends the process at once. Their
+unfinished work is done again: a message is acknowledged only when its effects are stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tasks.pulse import Pulse
 END_WITHIN_S: Final = 50.0
 """Less than supervisors wait before they kill, and enough for two statements of an operation."""
 STILL_MAX_S: Final = 120.0
-"""Longer than anything that may block a loop: its servers' timeouts, tried again a few times."""
+"""Longer than anything that may block a loop, such as a few attempts with its servers' timeouts."""
 EXIT_CODE: Final = 70
 """EX_SOFTWARE. Not 0: a supervisor that starts only what has failed starts it again."""
 _LOOK_EVERY_S: Final = 1.0
@@ -35,7 +35,7 @@ class Watchdog(threading.Thread):
         children: process ids of what this process has forked.
         end_within_s: from the moment when the process begins to end.
         still_max_s: how long the loop may stand still.
-        leave: ends the process at once, without asking anybody.
+        leave: ends the process at once, without running its exit handlers.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class Watchdog(threading.Thread):
         self._still_max_s = still_max_s
         self._look_every_s = look_every_s
         self._leave = leave
-        # A plain flag, since a signal's handler sets it, which may have interrupted whoever holds a lock.
+        # A plain flag, since a signal's handler sets it, which may have interrupted the holder of a lock.
         self._ends = False
 
     def process_ends(self) -> None:
-        """From now on the time of the end runs. Safe to call again, and from a signal handler."""
+        """The process begins to end: its time starts. Safe to call again, and from a signal handler."""
         self._ends = True
 
     def run(self) -> None:
         """Thread body."""
         # Both times are counted in own looks, not by the clock: a process that was stopped as a whole, or a machine
-        # that slept, has not looked meanwhile, and its loop has a chance to turn before the next look.
+        # that slept, has not looked in the meantime, and its loop can turn before the next look.
         still_s = ending_s = 0.0
         while still_s < self._still_max_s and ending_s < self._end_within_s:
             time.sleep(self._look_every_s)
