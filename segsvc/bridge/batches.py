@@ -2,8 +2,8 @@
 
 Kafka-python inflates a batch whole, copies each record several times, and raises at the first byte that it does not
 like; nothing behind that byte is ever read again. Here a batch is inflated piece by piece, a large record is skipped
-but for its beginning, and what cannot be read is *told*, in the order of the offsets, so that its reader can let it go
-and read on. Headers are not looked at: no event needs them, so none can be wrong.
+but for its beginning, and what cannot be read is *reported*, in the order of the offsets, so that the reader can let it
+go and read on. Headers are not checked: no event needs them, so none can be wrong.
 
 What a batch looks like: https://kafka.apache.org/documentation/#messageformat
 """
@@ -26,7 +26,7 @@ from segsvc.domain.event_limits import EVENT_BYTES_MAX
 RECORD_BYTES_MAX: Final = 1_048_588
 """A larger record is not taken into memory. No event is that large, and no topic takes more unless it is told to."""
 PREFIX_BYTES_MAX: Final = EVENT_BYTES_MAX
-"""So much is kept of what is too large or cannot be read, for its dead letter."""
+"""How much is kept, for the dead letter, of a record that is too large or cannot be read."""
 
 _LENGTH_AT: Final = 8
 _FRAME_BYTES: Final = 12
@@ -89,7 +89,7 @@ class Damaged(Exception):
     """A batch whose frame or checksum is wrong: damaged on its way or where it lies. Another fetch may bring it well.
 
     Attributes:
-        through: its last offset; None: that cannot be told.
+        through: its last offset; None: it is not known.
         raw: the beginning of its bytes.
         size: how many bytes there are.
     """

@@ -25,7 +25,7 @@ log = get_logger(__name__)
 SUFFIX: Final = ".dlq"
 AT_ONCE: Final = 500
 TOO_LARGE_AGAIN_S: Final = 15.0
-"""How often a letter is tried that its topic is too small for."""
+"""How long a letter waits between tries when it is too large for its topic."""
 TOO_LARGE_TRIES: Final = 20
 """How often it is tried whole; then a part of it goes, as large as the topic takes. The event's partition waits for it
 meanwhile, and must not wait for ever."""
@@ -48,7 +48,7 @@ class _Letter:
         content: what its value is; see ``batches.Unreadable``.
         size: how many bytes there were of that; None: they are all here.
         tries: how often it was refused as too large.
-        bytes_max: so much of the value goes; None: all of it.
+        bytes_max: how much of the value is sent; None: all of it.
     """
 
     taken: Taken
@@ -72,7 +72,7 @@ class _Letter:
         return raw if raw is None or self.bytes_max is None else raw[: self.bytes_max]
 
     def cut(self) -> None:
-        """Let less of it go than the last time: half of the value, in the end nothing."""
+        """Send less of it than the last time: half of the value, in the end nothing."""
         value = self.value or b""
         if self.size is None:
             self.size = len(value)
@@ -80,7 +80,7 @@ class _Letter:
 
     @property
     def room(self) -> str:
-        """What a letter that is too large waits for, in words."""
+        """What this letter waits for when it is too large, in words."""
         taken = self.taken
         place = f"{taken.partition.topic}/{taken.partition.partition} offset {taken.offset}"
         return f"a larger max.message.bytes of {taken.partition.topic}{SUFFIX}, for {place}"

@@ -1,4 +1,4 @@
-"""What the brokers say of topics and of the bridge's group, without being a member of it."""
+"""What the brokers report about topics and about the bridge's group, read without joining the group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLL_MS: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class PartitionState:
-    """One partition, and how far the group is.
+    """One partition, and the group's position in it.
 
     Attributes:
         start: the first offset that there still is.
@@ -140,7 +140,7 @@ class KafkaState:
         """Letters of a dead-letter topic that nobody has sent again or dismissed.
 
         Args:
-            done: of each partition, the offsets of the others.
+            done: of each partition, the offsets of the letters that were sent again or dismissed.
         """
         return sum(
             end - start - covered(done.get(where.partition, ()), start, end)

@@ -12,7 +12,7 @@ log = get_logger(__name__)
 
 
 class Waits:
-    """What this process is waiting for now. Used by one thread; any other may ask for ``now``."""
+    """What this process is waiting for now. Used by one thread; any other thread may call ``now``."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -26,7 +26,7 @@ class Waits:
             self._since[what] = (reason, known[1] if known else self._clock())
 
     def ends(self, what: str) -> None:
-        """It can be done again, or never was otherwise."""
+        """The wait is over, if there was one."""
         known = self._since.pop(what, None)
         if known is not None:
             log.info("going_on", what=what, after_s=round(self._clock() - known[1], 1))
@@ -37,7 +37,7 @@ class Waits:
 
 
 class Backoff:
-    """When to try again: at growing distances, from ``first_s`` to ``most_s``."""
+    """When to try again: after growing delays, from ``first_s`` to ``most_s``."""
 
     def __init__(self, first_s: float, most_s: float) -> None:
         self._first_s = first_s
