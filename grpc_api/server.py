@@ -369,12 +369,18 @@ def _listen_on_unlinked_socket(server: aio.Server, stack: contextlib.AsyncExitSt
     """Let grpcio listen on a Unix socket that only this process can find. Returns a path to connect to.
 
     A process that reaches the socket bypasses the front, and a killed front cannot clean up. So the name is removed as
-    soon as the socket exists, and the socket is reached through a descriptor of its file.
+    soon as the socket exists, and the socket is reached through a descriptor of its file. Its folder is reached through
+    a descriptor, too: a socket's path has at most 107 bytes, and the temporary folder's own path may be longer.
     """
     with tempfile.TemporaryDirectory(prefix="segsvc-front-") as folder:
-        path = f"{folder}/grpcio.sock"
-        server.add_insecure_port(f"unix:{path}")
-        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            path = f"/proc/self/fd/{place}/grpcio.sock"
+            server.add_insecure_port(f"unix:{path}")
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        finally:
+            os.close(place)
+
     stack.callback(os.close, descriptor)
     return f"/proc/self/fd/{descriptor}"
 

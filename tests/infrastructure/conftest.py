@@ -49,11 +49,11 @@ def system(running: System) -> Iterator[System]:
     running.client.wait_ready(60)
     eventually(running.workers_answer, 60)
     eventually(running.drained, DRAIN_S)
-    seen = len(running.logged("worker-operations"))
+    seen = running.log_ends()
     yield running
     running.heal()
     # Nothing that happens here may need a person, nor a shard's work done again.
-    assert '"event": "alarm"' not in running.logged("worker-operations")[seen:]
+    assert '"event": "alarm"' not in running.logged(seen)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ DEADLINE_S = 60.0
 """Longer than any fault here lasts: an operation that is aborted by it did not survive."""
 PROCESSES = ("serve", "worker-operations", "worker-events", "worker-warming", "beat")
 WORKERS = PROCESSES[1:]
+CARRIERS = ("worker-operations", "beat")
+"""Processes that carry operations out: tasks in the one, recovery in the other."""
 OUTAGE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -217,8 +219,15 @@ class System:
         with redis.Redis.from_url(self.broker.url) as server:
             server.flushall()
 
-    def logged(self, process: str) -> str:
-        """What a process has logged since its supervisor started."""
+    def log_ends(self) -> dict[str, int]:
+        """Where the logs of the processes that carry operations out end now."""
+        return {process: len(self._log_of(process)) for process in CARRIERS}
+
+    def logged(self, since: Mapping[str, int]) -> str:
+        """What these processes have logged since ``log_ends`` was asked."""
+        return "".join(self._log_of(process)[since[process] :] for process in CARRIERS)
+
+    def _log_of(self, process: str) -> str:
         return self.supervisor.log_of(process).read_text(encoding="utf-8")
 
     def heal(self) -> None:

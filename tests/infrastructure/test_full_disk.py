@@ -66,9 +66,9 @@ def test_a_shards_disk_is_full(system: System, slug: str, small_disk: Path | Non
                 # The write-ahead log has no room either: what PostgreSQL cannot log, it does not survive.
                 with pytest.raises(LocalStackError, match=r"No space left|closed the connection|connection to server"):
                     system.alone.psql("SELECT pg_switch_wal(), txid_current(); SELECT pg_switch_wal(), txid_current()")
-            seen = len(system.logged("worker-operations"))
+            seen = system.log_ends()
             point.release()
-            eventually(lambda: "SHARD_UNAVAILABLE" in system.logged("worker-operations")[seen:])
+            eventually(lambda: "SHARD_UNAVAILABLE" in system.logged(seen))
             eventually(lambda: system.votes(name) == set(range(SHARDS)) - {ALONE})
             assert system.prepared_on(name, [0, 2]) == {0, 2}
             assert system.state(name) == "PREPARING"

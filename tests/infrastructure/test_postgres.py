@@ -33,11 +33,12 @@ def test_the_server_of_two_shards_dies_while_all_are_prepared_and_comes_back_lat
         name = system.client.start_roll_out(slug, 60)
         point.await_fired()
         assert system.prepared_on(name) == EVERYWHERE
+        seen = system.log_ends()
         system.together.kill()
     # All votes are in: it is decided without the shards, and then waits for them.
     eventually(lambda: system.state(name) == "COMMITTED")
     eventually(lambda: system.fenced_on(name, [ALONE]) == {ALONE})
-    eventually(lambda: "recovery_incomplete" in system.logged("worker-operations"))
+    eventually(lambda: "recovery_incomplete" in system.logged(seen))
     assert system.state(name) == "COMMITTED"
     system.together.start()
     eventually(lambda: system.state(name) == "DONE")
@@ -101,12 +102,12 @@ def test_the_catalog_dies(system: System, slug: str, point: str, before: str, de
         # The point fires on the first shard that comes to it; the others may still be on their way.
         eventually(lambda: system.prepared_on(name) == in_doubt_on)
         assert system.state(name) == before
-        seen = len(system.logged("worker-operations"))
+        seen = system.log_ends()
         system.catalog.kill()
     # What is prepared stays so while nobody can be asked, however often recovery looks; reads go on.
-    eventually(lambda: "CATALOG_UNAVAILABLE" in system.logged("worker-operations")[seen:])
-    looked = system.logged("worker-operations").count("recovery_incomplete")
-    eventually(lambda: system.logged("worker-operations").count("recovery_incomplete") > looked + 1)
+    eventually(lambda: "CATALOG_UNAVAILABLE" in system.logged(seen))
+    looked = system.log_ends()
+    eventually(lambda: system.logged(looked).count("recovery_incomplete") > 1)
     assert system.prepared_on(name) == in_doubt_on
     undecided = [text for text in told(system) if "the catalog, which alone decides, cannot be read" in text]
     assert len(undecided) == len(in_doubt_on)
@@ -121,10 +122,10 @@ def test_no_slot_is_free_for_another_prepared_transaction(system: System, slug: 
     taken = [f"taken-{n}" for n in range(int(system.alone.psql("SHOW max_prepared_transactions")))]
     system.alone.psql("".join(f"BEGIN; SELECT txid_current(); PREPARE TRANSACTION '{gid}';\n" for gid in taken))
     try:
-        seen = len(system.logged("worker-operations"))
+        seen = system.log_ends()
         name = system.client.start_roll_out(slug, 60)
         eventually(lambda: system.votes(name) == EVERYWHERE - {ALONE})
-        eventually(lambda: "SHARD_UNAVAILABLE" in system.logged("worker-operations")[seen:])
+        eventually(lambda: "SHARD_UNAVAILABLE" in system.logged(seen))
         assert system.state(name) == "PREPARING"
         assert system.prepared_on(name) == EVERYWHERE - {ALONE}
     finally:

@@ -73,4 +73,5 @@ def test_server_out_of_reach_is_a_finding(own_cache: RedisServer) -> None:
     own_cache.kill()
     (finding,) = findings(own_cache)
     assert finding.startswith("the cache's server cannot be reached (")
-    assert "Connection refused" in finding
+    # A connection that the kernel had taken before the kill is reset instead.
+    assert "refused" in finding or "reset" in finding
