@@ -15,6 +15,7 @@ import psycopg2
 import sqlalchemy as sa
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INTRANS
 from sqlalchemy import event, exc
+from sqlalchemy.pool import PoolResetState
 
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError, catalog_unavailable, shard_unavailable
@@ -121,6 +122,8 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
         pool_timeout=settings.read_timeout_s + settings.connect_timeout_s,
         # A restart of the server is noticed before a transaction starts, not in the middle of the first one.
         pool_pre_ping=True,
+        # See _end_transaction.
+        pool_reset_on_return=None,
         # The text of an error goes into the log, and parameters may be users' attributes.
         hide_parameters=True,
         connect_args={
@@ -136,9 +139,26 @@ def make_engine(dsn: str, settings: Settings, role: str, pool: Pool, *, idle_s: 
     )
 
     engine.dialect.do_ping = _still_open  # type: ignore[method-assign]  # a hook of dialects
+    event.listen(engine, "reset", _end_transaction)
     event.listen(engine, "checkin", _keep_if_idle)
     event.listen(engine, "before_cursor_execute", _with_bound, retval=True)
     return engine
+
+
+def _end_transaction(dbapi_connection: Any, record: Any, state: PoolResetState) -> None:
+    """Roll back what a user of the connection left open; SQLAlchemy's own way, but for a connection that is lost.
+
+    SQLAlchemy logs a failed rollback as an error with its traceback. Here it is expected: the watch for hanging servers
+    may cut a connection off before the pool has it back. PostgreSQL rolls back what a lost client had begun.
+    """
+    if state.transaction_was_reset:
+        return
+
+    try:
+        dbapi_connection.rollback()
+    except psycopg2.Error:
+        # Closed, so that the next step throws it away, whatever the driver takes its state for.
+        dbapi_connection.close()
 
 
 def _keep_if_idle(dbapi_connection: Any, record: Any) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import exc, pool
 
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError
-from segsvc.postgres import stalls
+from segsvc.postgres import engine, stalls
 from segsvc.postgres.engine import Databases, translated
 
 DSN = "postgresql+psycopg2:///nowhere?host=/nowhere"
@@ -64,3 +64,32 @@ def test_the_watch_lives_without_room_for_another_thread(monkeypatch: pytest.Mon
 def test_an_engine_of_another_kind_of_pool_is_left_alone() -> None:
     engine = sa.create_engine(DSN, poolclass=pool.NullPool)
     stalls._Watched("catalog", engine, 2, threading.Event()).look(100.0)
+
+
+class LostConnection:
+    """A driver's connection that cannot roll back any more."""
+
+    closed = 0
+
+    def rollback(self) -> None:
+        raise psycopg2.InterfaceError("connection already closed")
+
+    def close(self) -> None:
+        self.closed = 1
+
+
+def test_a_connection_that_cannot_roll_back_is_closed_without_an_error() -> None:
+    """SQLAlchemy would log the failed rollback as an error, with a traceback."""
+    lost = LostConnection()
+    engine._end_transaction(
+        lost, None, pool.PoolResetState(transaction_was_reset=False, terminate_only=False, asyncio_safe=True)
+    )
+    assert lost.closed
+
+
+def test_a_transaction_that_has_ended_is_not_rolled_back_again() -> None:
+    lost = LostConnection()
+    engine._end_transaction(
+        lost, None, pool.PoolResetState(transaction_was_reset=True, terminate_only=False, asyncio_safe=True)
+    )
+    assert not lost.closed
