@@ -131,7 +131,7 @@ def test_a_dead_letter_topic_that_is_missing_holds_back_offsets_and_nothing_else
     settings = bench.topics.settings.model_copy(update={"kafka_topic_prefix": prefix, "kafka_group": prefix})
     topics = Topics(bench.topics.server, settings, dead_letters=False)
     complaints = [item.text for item in running.kafka(settings) if item.remedy]
-    assert complaints == [f"{prefix}{name}.dlq does not exist: what belongs there waits" for name in TOPICS]
+    assert complaints == [f"{prefix}{name}.dlq does not exist: its messages wait" for name in TOPICS]
     topics.send_raw("create-user", b"nonsense", b"1")
     topics.create(range(1, 101))
     [missing] = running.bridge(settings)
