@@ -3,21 +3,21 @@
     poll → parse → flow (topic, shard) → batch task → report → finished → offset commit
 
 An offset is committed only when every event before it is finished: its effects are in PostgreSQL and the cache knows
-(the worker's report says so), or its dead letter is acknowledged. So whatever dies, whatever is lost, the events come
-again from the last commit; applying them twice has no effect.
+(the worker's report says so), or its dead letter is acknowledged. So after any crash or loss the events come again
+from the last commit; applying them twice has no effect.
 
-What may fail at any time, and who goes on:
+What may fail at any time, and how the work goes on:
 
     Kafka              the client reconnects; a consumer that fails is replaced, and begins at the committed offsets
     the task broker    batches wait and are sent again; a batch without a result is sent again (``flows``)
-    a shard, the cache the batches concerned wait; their topics pause when too much is held; the others go on
-    a message          what cannot be read is let go to the dead letters, whatever it is (``fetcher``)
+    a shard, the cache the batches concerned wait; their topics pause when too much is held; all other batches go on
+    a message          a message that cannot be read becomes a dead letter, whatever it is (``fetcher``)
     Kafka's retention  what it has dropped unread is noted in the catalog before the offset passes it (``event_watch``)
     this process       its partitions go to another member, or wait for its return
     the group moves    what is finished is committed before a partition is given up; the rest comes again elsewhere
 
-Events are read here and not by the workers: to read and check a usual one costs 1.5 µs (to take it from Kafka 2 µs),
-the workers are the scarcer half, and an unreadable event has no shard to be sent to.
+Events are read here and not by the workers: reading and checking a usual event costs 1.5 µs (taking it from Kafka costs
+2 µs), workers are scarcer than bridges, and an unreadable event has no shard to be sent to.
 """
 
 from __future__ import annotations
@@ -55,17 +55,18 @@ log = get_logger(__name__)
 
 POLL_RECORDS_MAX: Final = 5000
 POLL_BUSY_MS: Final = 10
-"""While batches are under way: how soon their results are looked for when no events arrive."""
+"""While batches are under way: how soon their results are fetched when no events arrive."""
 POLL_IDLE_MS: Final = 200
 COMMIT_INTERVAL_S: Final = 0.5
 COMMIT_TIMEOUT_MS: Final = 5_000
 LEAVE_TIMEOUT_S: Final = 10.0
-"""Longest wait, when stopping, for batches that are with the workers. Without it nothing is lost, only done twice."""
+"""Longest wait, when stopping, for batches that are with the workers. Without it no event is lost; some are applied
+twice."""
 
 HELD_BYTES_MAX: Final = 64 * 1024 * 1024
 WINDOW_EVENTS_MAX: Final = 250_000
-"""Most events of a topic between the first unfinished one and the last taken: so much may come again after a crash.
-Each partition has an equal part of it, and no less than the next constant."""
+"""Most events of a topic between the first unfinished one and the last taken: the most that come again after a crash.
+Each partition has an equal share of it, and no less than the next constant."""
 WINDOW_EVENTS_MIN: Final = 2 * POLL_RECORDS_MAX
 DEAD_EVENTS_MAX: Final = 2_000
 DEAD_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -73,10 +74,10 @@ DEAD_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
 class BridgeConsumer:
-    """One consumer and all that belongs to its membership. Replaced as a whole when it fails.
+    """One consumer and the state of its membership in the group. Replaced as a whole when it fails.
 
     Kafka-python calls the rebalance listener on a thread of its own, but only while ``poll`` or ``close`` waits for
-    it: so the state here is never used by two threads at once.
+    that call: so two threads never use the state here at once.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class BridgeConsumer:
         self._progress: dict[TopicPartition, PartitionProgress] = {}
         self._full: set[str] = set()
         self._unsettled: set[TopicPartition] = set()
-        """Partitions whose position was set anew: nothing is committed before it is noted what that loses."""
+        """Partitions whose position was reset: nothing is committed before the loss is noted."""
         self._standing: set[str] = set()
         self._next_commit = 0.0
         self._flows = Flows(
@@ -111,13 +112,13 @@ class BridgeConsumer:
             busy_from=settings.event_worker_processes,
         )
         self._consumer = make_consumer(settings, POLL_RECORDS_MAX)
-        listener: Any = _Listener(self)  # the stubs know the blocking kind only
+        listener: Any = _Listener(self)  # the stubs know only blocking listeners
         self._consumer.subscribe(topics=list(self._topics), listener=listener)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One round: take events, take reports, send batches, commit, and mind how much is held.
+        """One round: take events, take reports, send batches, commit, and pause partitions of which too much is held.
 
         Raises:
             KafkaError: the consumer failed; replace it.
@@ -130,21 +131,22 @@ class BridgeConsumer:
         self._after_step()
 
     def leave(self) -> None:
-        """Take no more, wait a while for what is with the workers, commit, and leave the group."""
+        """Take no more events, wait a while for the batches that are with the workers, commit, and leave the group."""
         deadline = time.monotonic() + LEAVE_TIMEOUT_S
         while self._flows.in_flight and time.monotonic() < deadline:
             self._consumer.pause(*self._consumer.assignment())
-            # The membership must live until the commit; polling keeps it. Paused partitions bring nothing, and what
-            # one brings that was just assigned is not taken: it comes again.
+            # The membership must live until the commit; polling keeps it. Paused partitions bring no events. A
+            # partition that was just assigned may bring some; they are not taken, and come again.
             self._consumer.poll(timeout_ms=POLL_BUSY_MS)
             self._flows.step(send=False)
+
         self._dead_letters.close(max(1.0, deadline - time.monotonic()))
         self._finish_dead()
         self._commit()
         self.close()
 
     def close(self) -> None:
-        """Leave the group; what is not committed comes again."""
+        """Leave the group; events that are not committed come again."""
         for progress in self._progress.values():
             progress.lose()
         self._progress.clear()
@@ -171,8 +173,9 @@ class BridgeConsumer:
             if progress is None:
                 progress = self._start(where)
             elif records[0].offset < progress.next_offset and not _is_remark(records[0]):
-                # Set back. What was taken before stays ours and goes its way, but the offsets to come do not follow it.
+                # The position was set back. Events taken before are still applied; new offsets do not follow theirs.
                 progress = self._progress[where] = PartitionProgress(where.topic, where.partition)
+
             for record in records:
                 if type(record) is Unreadable:
                     self._let_go(progress, topic, record)
@@ -183,7 +186,7 @@ class BridgeConsumer:
                     taken = progress.take(record.offset, None, record.key, record.value)
                     self._dead_letters.put(taken, bad.reason)
                 except Exception as error:
-                    # A fault of ours. Raised on, it would come again with the event, for ever, and stop all of them.
+                    # A fault of ours. If raised, it would come again with this event for ever, and stop all events.
                     log.exception("event_not_read", topic=where.topic, partition=where.partition, offset=record.offset)
                     metrics.events_unreadable.labels(topic, FAULT).inc()
                     taken = progress.take(record.offset, None, record.key, record.value)
@@ -193,7 +196,7 @@ class BridgeConsumer:
                     self._flows.add(taken, shard_of(event.user_id, self._shard_count))
 
     def _let_go(self, progress: PartitionProgress, topic: str, told: Unreadable) -> None:
-        """What cannot be read becomes a dead letter, and the partition goes on behind it."""
+        """Make a dead letter of what cannot be read; the partition goes on after it."""
         log.error(
             "event_unreadable",
             topic=progress.topic,
@@ -204,30 +207,35 @@ class BridgeConsumer:
             bytes=told.size,
         )
         metrics.events_unreadable.labels(topic, told.why).inc()
+
         if _is_remark(told):
             return
         taken = progress.take(told.offset, None, told.key, told.value, told.through)
         self._dead_letters.put_unreadable(taken, told)
 
     def _follow_positions(self) -> None:
-        """Learn how far the client is, where it was set anew, and where it stands still."""
+        """Learn how far the client is, which positions it has reset, and which partitions stand still."""
         positions = self._consumer.positions()
-        # After the positions, so that none of them is one that was set anew and is not known to be.
+
+        # Read after the positions: so each position among them that was reset is known to be reset.
         resets, self._consumer.fetcher.resets = self._consumer.fetcher.resets, []
         for reset in resets:
             self._unsettled.add(reset.where)
             self._watch.was_reset(reset)
         for where in self._watch.settled():
             self._unsettled.discard(where)
+
         for where in self._watch.to_read_again():
             if where in self._progress:
                 self._progress[where] = PartitionProgress(where.topic, where.partition)
                 self._consumer.seek_to_beginning(where)
                 positions.pop(where, None)
+
         for where, offset in positions.items():
             progress = self._progress.get(where)
             if progress is not None and where not in self._unsettled:
                 progress.pass_by(offset)
+
         standing = {
             f"{where.topic}/{where.partition} offset {offset}": reason
             for where, (offset, reason) in self._consumer.fetcher.trials.standing.items()
@@ -256,11 +264,13 @@ class BridgeConsumer:
     def _pause_what_is_full(self) -> None:
         """Stop fetching a topic of which too much is held, until half of it is gone; and partitions that rest.
 
-        By topic, since its partitions hold events of all shards: pausing one would not help the others. What waits for
-        a dead letter holds up its own partition alone, and so does what must be fetched again.
+        The whole topic is paused, since each of its partitions holds events of all shards: pausing one partition would
+        not help the rest. An event that waits for its dead letter holds up its own partition alone, and so does one
+        that must be fetched again.
         """
         paused = self._consumer.paused()
         full = self._consumer.fetcher.trials.resting
+
         for topic in self._topics:
             held = {where: progress for where, progress in self._progress.items() if where.topic == topic}
             fullness = max(
@@ -271,6 +281,7 @@ class BridgeConsumer:
                 self._full.add(topic)
             elif fullness <= 0.5:
                 self._full.discard(topic)
+
             window_max = max(WINDOW_EVENTS_MAX // max(1, len(held)), WINDOW_EVENTS_MIN)
             for where, progress in held.items():
                 fullness = max(
@@ -280,6 +291,7 @@ class BridgeConsumer:
                 )
                 if topic in self._full or fullness >= (0.5 if where in paused else 1):
                     full.add(where)
+
         assigned = self._consumer.assignment()
         full &= assigned
         if full - paused:
@@ -303,16 +315,18 @@ class BridgeConsumer:
         offsets = self._committable(list(self._progress))
         if not offsets:
             return
+
         self._crash.reach("bridge-before-commit")
         try:
             self._consumer.commit(_with_metadata(offsets), timeout_ms=COMMIT_TIMEOUT_MS)
         except RebalanceInProgressError:
-            return  # what is ours in the end is committed then; what moves was committed in ``give_up``
+            return  # partitions that stay ours are committed later; those that move were committed in ``give_up``
         except KafkaError as error:
             # The state stays as it is: it is dropped when, and only when, the client says that the partitions are
             # lost. Dropping it here could commit past events that this consumer has taken and not finished.
             self._waits.begins("the offset commit", type(error).__name__)
             return
+
         self._waits.ends("the offset commit")
         for where, offset in offsets.items():
             self._progress[where].committed(offset)
@@ -338,12 +352,12 @@ class BridgeConsumer:
             self._start(where)
 
     def forget(self, partitions: Iterable[TopicPartition]) -> None:
-        """Partitions were taken away: somebody else may be at them already, so nothing may be committed."""
+        """Partitions were taken away: another member may read them already, so nothing may be committed."""
         self._lose(partitions)
 
 
 def _is_remark(record: Any) -> bool:
-    """Whether this stands for no message, but for something that is wrong with the batch before it."""
+    """Whether this stands for no message, only for a fault in the batch before it."""
     return type(record) is Unreadable and record.through < record.offset
 
 
@@ -392,11 +406,13 @@ class Bridge:
     def _run(self, stop: threading.Event, watch: EventWatch) -> None:
         backoff = Backoff(0.5, 5.0)
         pulse.begins()
+
         while not stop.is_set():
             pulse.turned()
             dead_letters = DeadLetters(self._settings)
             watch.dead_letter_waits = dead_letters.waits
             consumer: BridgeConsumer | None = None
+
             try:
                 consumer = BridgeConsumer(self._settings, self._batches, dead_letters, self._waits, watch, self._crash)
                 self._waits.ends("Kafka")
@@ -410,8 +426,8 @@ class Bridge:
                 self._waits.begins("Kafka", type(error).__name__)
                 self._after_failure(consumer, backoff, stop)
             except Exception:
-                # A fault of ours or of the client. No event is lost by beginning again, and one that stopped the
-                # bridge for good would stop all others with it.
+                # A fault of ours or of the client. Beginning again loses no event. If one event could stop the bridge
+                # for good, it would stop all other events too.
                 log.exception("consumer_failed")
                 self._after_failure(consumer, backoff, stop)
             finally:
@@ -449,10 +465,12 @@ def run_bridge(settings: Settings) -> None:
     ends = watchdog.Watchdog(pulse, end_within_s=watchdog.END_WITHIN_S, still_max_s=watchdog.STILL_MAX_S)
     ends.start()
     stop_on_signals(stop, ends)
+
     segment_events = SegmentEvents(settings, stop)
     segment_events.start()
-    # What is there by now stays; the collector need not look through it while thousands of events come and go.
+    # Objects that exist by now stay; the garbage collector need not check them while thousands of events come and go.
     gc.freeze()
+
     log.info("bridge_started", brokers=settings.kafka_bootstrap_servers, group=settings.kafka_group)
     try:
         Bridge(settings, CeleryBatches(), failpoints(settings.failpoint_dir)).run(stop)

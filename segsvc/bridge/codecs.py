@@ -1,7 +1,7 @@
-"""Kafka's codecs, inflated piece by piece: nobody knows beforehand to how much a few kilobytes inflate.
+"""Kafka's codecs, inflated piece by piece: the inflated size of a few kilobytes is not known beforehand.
 
-Kafka-python inflates a batch in one step, to whatever it makes. The libraries are imported here and not where a batch
-needs them: an installation that lacks one must fail when it starts, not take good events for unreadable.
+Kafka-python inflates a batch in one step, whatever its inflated size. The libraries are imported here and not where a
+batch needs them: an installation that lacks one must fail when it starts, not treat good events as unreadable.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import snappy
 import zstandard
 
 INFLATED_BYTES_MAX: Final = 128 * 1024 * 1024
-"""To so much a batch may inflate. A producer builds a batch of at most ``max.request.size``, usually 1 MB."""
+"""Largest inflated size of a batch. A producer builds a batch of at most ``max.request.size``, usually 1 MB."""
 PIECE_BYTES: Final = 1024 * 1024
 
 _FEED_BYTES: Final = 16 * 1024
 _GZIP_OR_NOT: Final = 31
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _ZSTD_WINDOW_MAX: Final = 1 << 27
-"""What zstd's highest level asks for, and what its decoder allows unless told otherwise."""
+"""The window that zstd's highest level needs, and the default limit of its decoder."""
 _XERIAL_MAGIC: Final = b"\x82SNAPPY\0"
 _XERIAL_HEADER_BYTES: Final = 16
 _SNAPPY_RATIO_MAX: Final = 22
-"""Three bytes of snappy are at most 64 bytes inflated, so a claim beyond this is a lie."""
+"""Three bytes of snappy inflate to at most 64 bytes, so a block that claims a higher ratio is false."""
 
 Inflated = Iterator[bytes]
 
@@ -36,7 +36,7 @@ class Garbled(Exception):
     """The data is not what it is said to be.
 
     Attributes:
-        why: one of those of ``batches``.
+        why: one of the kinds that ``batches`` defines.
     """
 
     def __init__(self, why: str, reason: str) -> None:
@@ -55,16 +55,17 @@ def slices(data: memoryview) -> Inflated:
 
 
 def inflate(data: memoryview, codec: int) -> Inflated:
-    """Inflate data of this codec, as Kafka numbers them, in pieces of a few megabytes at most.
+    """Inflate data of the codec with this number in Kafka, in pieces of a few megabytes at most.
 
     Raises:
-        Garbled: the codec is unknown, or the data is none of this codec; what came before is good.
+        Garbled: the codec is unknown, or the data is not of this codec; pieces yielded before are good.
         TooLarge: it inflates to more than ``INFLATED_BYTES_MAX``.
     """
     known = CODECS.get(codec)
     if known is None:
         raise Garbled("codec", f"the batch is compressed with a codec that Kafka does not have, number {codec}")
     name, inflater = known
+
     size = 0
     pieces = inflater(data)
     while True:
@@ -74,6 +75,7 @@ def inflate(data: memoryview, codec: int) -> Inflated:
             raise
         except Exception as error:  # noqa: BLE001  # each library has errors of its own
             raise Garbled("codec", f"the batch is no {name} data ({type(error).__name__})") from None
+
         if piece is None:
             return
         size += len(piece)
@@ -83,39 +85,44 @@ def inflate(data: memoryview, codec: int) -> Inflated:
 
 
 def _gzip(data: memoryview) -> Inflated:
-    """Of one or more members. Fed in small bits, since zlib copies what it leaves over each time."""
+    """Inflate one or more gzip members. zlib is fed in small pieces, since it copies the unread input at each call."""
     inflater: Any = zlib.decompressobj(_GZIP_OR_NOT)
     feed, position = b"", 0
+
     while True:
         if not feed and position < len(data):
             feed = bytes(data[position : position + _FEED_BYTES])
             position += _FEED_BYTES
         had = bool(feed)
+
         piece = inflater.decompress(feed, PIECE_BYTES)
         feed = inflater.unconsumed_tail
         if piece:
             yield piece
+
         if inflater.eof:
             feed = inflater.unused_data + bytes(data[position : position + 2])
             position += 2
             if not feed.startswith(_GZIP_MAGIC):
-                return  # what is behind the last member is nobody's: so Java has it, and Python
+                return  # bytes after the last member are ignored, as Java and Python do
             inflater = zlib.decompressobj(_GZIP_OR_NOT)
         elif not piece and not had:
             raise Garbled("codec", "the batch is gzip data that ends too early")
 
 
 def _snappy(data: memoryview) -> Inflated:
-    """In xerial's blocks, as Java writes it, or as one block."""
+    """Inflate xerial's blocks, as Java writes them, or one plain block."""
     if bytes(data[: len(_XERIAL_MAGIC)]) != _XERIAL_MAGIC:
         yield _snappy_block(bytes(data))
         return
+
     position = _XERIAL_HEADER_BYTES
     while position < len(data):
         size = struct.unpack_from(">i", data, position)[0]
         if bytes(data[position : position + len(_XERIAL_MAGIC)]) == _XERIAL_MAGIC:
-            position += _XERIAL_HEADER_BYTES  # streams one behind the other
+            position += _XERIAL_HEADER_BYTES  # another stream follows
             continue
+
         position += 4
         if not 0 < size <= len(data) - position:
             raise Garbled("codec", f"the batch has a snappy block of {size} bytes")
@@ -124,23 +131,25 @@ def _snappy(data: memoryview) -> Inflated:
 
 
 def _snappy_block(block: bytes) -> bytes:
-    """Snappy makes room for what a block claims before it looks: so the claim is looked at first."""
+    """Inflate one block. Snappy allocates the size that a block claims before it reads it: so the claim is checked."""
     claim = shift = 0
     for byte in block[:5]:
         claim |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
             break
+
     if claim > _SNAPPY_RATIO_MAX * len(block):
         raise Garbled("codec", f"the batch has a snappy block of {len(block)} bytes that says it makes {claim}")
     if claim > INFLATED_BYTES_MAX:
         raise TooLarge(f"the batch inflates to more than {INFLATED_BYTES_MAX} bytes")
+
     inflated: bytes = snappy.decompress(block)
     return inflated
 
 
 def _lz4(data: memoryview) -> Inflated:
-    """One frame, as Kafka has it."""
+    """Inflate one frame, as Kafka writes it."""
     inflater: Any = lz4.frame.LZ4FrameDecompressor()
     feed = bytes(data)
     while not inflater.eof:

@@ -1,8 +1,8 @@
-"""Dead letters as people look at them: read from ``<topic>.dlq``, sent once more to where they came from, or dismissed.
+"""Dead letters for people: read from ``<topic>.dlq``, sent again to the topic that they came from, or dismissed.
 
-Reading takes part in no group and moves nothing. The catalog knows which letters are *done*: sent again or dismissed.
-Sending again is harmless as any redelivery is: users' events end in the same state however often they come. What still
-cannot be applied becomes a new dead letter, in place of the one that is done.
+Reading joins no group and moves no offset. The catalog knows which letters are *done*: sent again or dismissed.
+Sending again is as harmless as any redelivery: users' events end in the same state however often they come. An event
+that still cannot be applied becomes a new dead letter, in place of the one that is done.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from segsvc.domain.events import TOPICS
 from segsvc.postgres.catalog.event_records import PostgresEventRecords
 
 GROUP_SUFFIX: Final = "-dead-letters"
-"""Of the group by whose name the brokers' logs know who reads here; nobody is in it, and it has no offsets."""
+"""Ends the name of the group that identifies this reader in the brokers' logs. The group has no members and no
+offsets."""
 _POLL_MS: Final = 500
 _SEND_AT_ONCE: Final = 500
 
@@ -44,11 +45,11 @@ class Letter:
 
     Attributes:
         id: ``<topic>/<partition>/<offset>`` in the dead-letter topic, the suffix left out.
-        topic: where the event came from, and goes to again.
-        origin: ``partition/offset`` in that topic; empty if the headers do not say it.
+        topic: where the event came from, and where it is sent again.
+        origin: ``partition/offset`` in that topic; empty if the headers do not have it.
         raw: the event's bytes; None: it had none.
         content: what ``raw`` is: ``event``, or ``record``, ``batch`` or ``key`` as they were on the wire.
-        size: how many bytes there were of it; None: they are all here.
+        size: how many bytes it had; None: ``raw`` has them all.
         done: whether it was sent again or dismissed.
     """
 
@@ -65,7 +66,7 @@ class Letter:
 
     @property
     def whole(self) -> bool:
-        """Whether it is the event as it was: only such a one can be sent again."""
+        """Whether the letter has the whole event: only such a letter can be sent again."""
         return self.size is None and self.content == EVENT
 
 
@@ -74,12 +75,12 @@ KAFKA_ERRORS: Final = (KafkaError, OSError)
 
 
 class LetterNotFound(Exception):
-    """There is no such letter: never was, or the topic's retention has dropped it."""
+    """There is no such letter: it never existed, or the topic's retention has dropped it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Letters of one partition: from the offset ``start`` up to, not including, ``end``; which of them are done."""
+    """Letters of one partition: from the offset ``start`` up to, not including, ``end``, and which of them are done."""
 
     where: TopicPartition
     topic_id: str
@@ -88,7 +89,7 @@ class _Part:
     done: Ranges
 
     def open_runs(self, most: int) -> Iterator[tuple[int, int]]:
-        """What is not done, as half-open ranges of at most so many offsets."""
+        """Offsets that are not done, as half-open ranges of at most ``most`` offsets."""
         start = self.start
         for first, last in (*self.done, (self.end, self.end)):
             while start < min(first, self.end):
@@ -118,7 +119,7 @@ class DeadLetterBox:
         self._kafka.close()
 
     def letters(self, *, only_new: bool = False) -> Iterator[Letter]:
-        """All letters there are now, topic by topic and partition by partition, oldest first.
+        """All letters that exist now, topic by topic and partition by partition, oldest first.
 
         Args:
             only_new: leave out those that are done.
@@ -128,16 +129,19 @@ class DeadLetterBox:
                 yield from self._read(part, first, end)
 
     def letter(self, letter_id: str) -> Letter:
-        """Raises LetterNotFound."""
+        """The letter with this id. Raises LetterNotFound."""
         part, offset = self._place(letter_id)
         for letter in self._read(part, offset, offset + 1):
             return letter
         raise LetterNotFound(letter_id)
 
     def retry(self, letter: Letter) -> bool:
-        """Send a letter once more to the topic that it came from, and note that it is done. Whether the broker has it.
+        """Send a letter again to the topic that it came from, and note that it is done.
 
-        Noted after the broker's acknowledgement: a letter may be sent twice, and is never left out.
+        The note follows the broker's acknowledgement: a letter may be sent twice, and is never left out.
+
+        Returns:
+            Whether the broker has taken it.
         """
         if not self._sender.send(self._prefix + letter.topic, [(letter.key, letter.raw, [])])[0]:
             return False
@@ -145,13 +149,14 @@ class DeadLetterBox:
         return True
 
     def retry_all(self) -> Iterator[tuple[int, int, int]]:
-        """Send all that is not done, and is whole: (sent so far, left out so far, all) as it goes.
+        """Send all whole letters that are not done. Yields (sent so far, left out so far, all) as it goes.
 
         Raises:
-            OSError: the broker did not take a letter; those before it are sent and noted.
+            OSError: the broker did not take a letter; the batches before it are sent and noted.
         """
         parts = self._parts()
         total = sum(end - first for part in parts for first, end in part.open_runs(1 << 62))
+
         sent = left_out = 0
         for part in parts:
             topic = part.where.topic.removesuffix(SUFFIX)
@@ -160,6 +165,7 @@ class DeadLetterBox:
                 batch: list[Message] = [(letter.key, letter.raw, []) for letter in letters]
                 if batch and not all(self._sender.send(topic, batch)):
                     raise OSError(f"{topic}: the broker did not take a letter ({self._sender.failure})")
+
                 for one, behind in _runs([int(letter.id.rpartition("/")[2]) for letter in letters]):
                     self._note_done(part, one, behind)
                 sent += len(letters)
@@ -172,7 +178,7 @@ class DeadLetterBox:
         self._note_done(part, offset, offset + 1)
 
     def dismiss_all(self) -> int:
-        """Note that all letters there are now are done; how many of them were not before."""
+        """Note that all letters that exist now are done. Returns how many of them were not done before."""
         count = 0
         for part in self._parts():
             count += sum(end - first for first, end in part.open_runs(1 << 62))
@@ -183,7 +189,7 @@ class DeadLetterBox:
         self._records.note_letters_done(part.where.topic, part.topic_id, part.where.partition, first, end)
 
     def _place(self, letter_id: str) -> tuple[_Part, int]:
-        """Where a letter lies. Raises LetterNotFound."""
+        """The part and the offset of a letter. Raises LetterNotFound."""
         topic, _, place = letter_id.partition("/")
         number, _, offset = place.partition("/")
         if topic in TOPICS and number.isdecimal() and offset.isdecimal():
@@ -221,12 +227,14 @@ class DeadLetterBox:
         topic = part.where.topic.removeprefix(self._prefix).removesuffix(SUFFIX)
         letter_id = f"{topic}/{part.where.partition}/{record.offset}"
         done = contains(part.done, record.offset)
-        if isinstance(record, Unreadable):  # not one of ours
+
+        if isinstance(record, Unreadable):  # not a letter that the bridge wrote
             reason = f"the letter cannot be read: {record.reason}"
             epoch = datetime.fromtimestamp(0, UTC)
             return Letter(
                 letter_id, topic, epoch, reason, "", record.key, record.value, record.content, record.size, done
             )
+
         headers = headers_of(record.headers)
         partition, offset = headers.get(PARTITION_HEADER, ""), headers.get(OFFSET_HEADER, "")
         size = headers.get(BYTES_HEADER, "")

@@ -1,9 +1,9 @@
-"""What becomes of the topics of user events: noted in the catalog, and told to Prometheus. A thread of the bridge.
+"""Watches the topics of user events: notes losses in the catalog and sets Prometheus gauges. A thread of the bridge.
 
-Kafka forgets. Retention drops messages that nobody has read yet, a group's offsets expire when it is away for long,
-and a topic may be deleted and made again. The client then begins anew wherever it can, and says nothing. So the catalog
-remembers how far each partition was read, and whatever lies between that and where the bridge goes on is a *loss*,
-which ``segsvc doctor`` names until somebody acknowledges it.
+Kafka forgets. Retention drops messages that no consumer has read yet, a group's offsets expire when the group is away
+for long, and a topic may be deleted and made again. The client then begins again wherever it can, and reports nothing.
+So the catalog remembers how far each partition was read. What lies between that and where the bridge goes on is a
+*loss*, which ``segsvc doctor`` names until an operator acknowledges it.
 
 Its own thread, because the catalog and the brokers may be slow, and events must not wait for either.
 """
@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 STEP_S: Final = 1.0
 STOP_S: Final = 5.0
-"""Longest wait, when stopping, for the last notes. Without them less is known, and nothing is lost."""
+"""Longest wait, when stopping, for the last notes. Without them the catalog knows less, and no event is lost."""
 NOTE_EVERY_S: Final = 5.0
 TELL_EVERY_S: Final = 15.0
 
@@ -44,21 +44,23 @@ RECREATED: Final = "the topic was deleted and made again, or cut off; what it ha
 
 
 def loss_of(reset: Reset, known: EventPosition | None, topic_id: str, end: int) -> EventLoss | None:
-    """What is lost where a position was set anew; None: nothing, as far as anybody knows.
+    """The events that are lost where a position was reset; None: no loss is known.
 
     Args:
         known: what the catalog remembers; None: nothing, the partition is read for the first time.
-        topic_id: of the topic as it is now.
-        end: the offset behind its last message.
+        topic_id: id of the topic that exists now.
+        end: the offset after its last message.
     """
     where, before = reset.where, reset.before
     if known is not None and known.topic_id != topic_id and known.topic_id and topic_id:
         return EventLoss(where.topic, where.partition, known.next_offset, None, RECREATED)
+
     reason = RETENTION
     if before is None:
         if known is None:
             return None
         before, reason = known.next_offset, EXPIRED
+
     if before > end:
         return EventLoss(where.topic, where.partition, before, None, RECREATED)
     if before < reset.to:
@@ -67,7 +69,7 @@ def loss_of(reset: Reset, known: EventPosition | None, topic_id: str, end: int) 
 
 
 class EventWatch:
-    """The thread, and what the bridge tells it. The bridge never waits for it.
+    """The thread, and the methods by which the bridge informs it. The bridge never waits for the thread.
 
     Args:
         waits: what the bridge waits for.
@@ -98,18 +100,18 @@ class EventWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Note what is still to be noted, and end."""
+        """Make the last notes, and end."""
         self._stop.set()
         self._wake.set()
         self._thread.join(STOP_S)
 
     def was_reset(self, reset: Reset) -> None:
-        """A position was set anew. Nothing of the partition may be committed before ``settled`` names it."""
+        """A position was reset. Nothing of the partition may be committed before ``settled`` names it."""
         self._resets.append(reset)
         self._wake.set()
 
     def settled(self) -> list[TopicPartition]:
-        """Partitions of which it is noted by now what was lost."""
+        """Partitions whose loss, if any, is noted by now."""
         return [self._settled.popleft() for _ in range(len(self._settled))]
 
     def to_read_again(self) -> list[TopicPartition]:
@@ -134,9 +136,11 @@ class EventWatch:
         services = EventRecords(self._settings)
         self._records = services.records
         note_at = tell_at = 0.0
+
         while not self._stop.is_set():
             self._wake.wait(STEP_S)
             self._wake.clear()
+
             now = time.monotonic()
             self._attempt(self._settle)
             if now >= note_at and self._attempt(self._note):
@@ -144,6 +148,7 @@ class EventWatch:
             self._attempt(self._say_what_waits)
             if now >= tell_at and self._attempt(self._tell):
                 tell_at = now + TELL_EVERY_S
+
         self._attempt(self._note)
         self._attempt(self._say_nothing_waits)
         self._let_go_of_kafka()
@@ -167,7 +172,7 @@ class EventWatch:
         return False
 
     def _let_go_of_kafka(self) -> None:
-        """Whatever state its client is in, the next question gets a new one."""
+        """Close the client, whatever its state; the next question makes a new one."""
         kafka, self._kafka = self._kafka, None
         if kafka is not None:
             try:
@@ -181,9 +186,10 @@ class EventWatch:
         return self._kafka
 
     def _settle(self) -> None:
-        """Note what is lost where a position was set anew, and only then let its partition commit."""
+        """Note the losses of positions that were reset, and only then let their partitions commit."""
         if not self._resets:
             return
+
         kafka = self._state()
         kafka.refresh()
         while self._resets:
@@ -193,7 +199,8 @@ class EventWatch:
             topic_id = kafka.topic_id(where.topic)
             _, end = kafka.ranges([where])[where]
             loss = loss_of(reset, known, topic_id, end)
-            # Where it only begins again before what it has finished, that is still known to be finished.
+
+            # If the partition only begins again at an earlier offset, the events that it has finished stay noted so.
             read = known.next_offset if known is not None and loss is None else reset.to
             self._records.note([position(where, topic_id, max(read, reset.to))], [loss] if loss else [])
             self._log(reset, loss)
@@ -216,30 +223,34 @@ class EventWatch:
         )
 
     def _note(self) -> None:
-        """Note how far the partitions were read, and that a topic was made again."""
+        """Note how far the partitions were read, and which topics were made again."""
         with self._lock:
             news, owned = dict(self._news), sorted(self._owned)
         kafka = self._state()
         kafka.refresh()
+
         losses = self._losses_of_new_topics(kafka, owned)
         remade = [TopicPartition(loss.topic, loss.partition) for loss in losses]
-        # What was committed of a topic that is no more says nothing of the one that has its name now.
+        # An offset that was committed for a deleted topic means nothing for the new topic of that name.
         offsets = {**news, **dict.fromkeys(remade, 0)}
         if offsets:
             positions = [position(where, kafka.topic_id(where.topic), offset) for where, offset in offsets.items()]
             self._records.note(positions, losses)
+
         for where, loss in zip(remade, losses, strict=True):
             self._log(Reset(where, loss.first_offset, 0), loss)
             self._again.append(where)
+
         with self._lock:
             self._news = {where: offset for where, offset in self._news.items() if news.get(where) != offset}
 
     def _losses_of_new_topics(self, kafka: KafkaState, owned: Sequence[TopicPartition]) -> list[EventLoss]:
-        """What is lost with topics that are not those that were read until now.
+        """Losses of topics that were deleted and made again since they were read.
 
-        Where a position was set anew because of it, that was noted, and the catalog knows the new topic.
+        If a position was reset for that reason, the loss was noted then, and the catalog knows the new topic.
         """
         known = self._records.positions(sorted({where.topic for where in owned}))
+
         losses: list[EventLoss] = []
         for where in owned:
             before = known.get((where.topic, where.partition))
@@ -249,7 +260,7 @@ class EventWatch:
         return losses
 
     def _say_what_waits(self) -> None:
-        """Say in the catalog what this bridge waits for, so that ``segsvc doctor`` can say why events wait."""
+        """Note in the catalog what this bridge waits for, so that ``segsvc doctor`` can say why events wait."""
         waits = self._bridge_waits.now()
         if self.dead_letter_waits is not None:
             waits |= self.dead_letter_waits.now()
@@ -265,11 +276,14 @@ class EventWatch:
         """Set the gauges that only the brokers and the catalog know."""
         kafka = self._state()
         names = kafka.event_topics()
+
         for state in kafka.states(kafka.partitions(names)):
             metrics.event_lag.labels(names[state.where.topic], str(state.where.partition)).set(state.lag)
+
         for topic, name in kafka.letter_topics().items():
             done = self._records.letters_done(topic, kafka.topic_id(topic))
             metrics.dead_letters_waiting.labels(name).set(kafka.letters_waiting(topic, done))
+
         losses = [found.loss for found in self._records.losses()]
         for topic, name in names.items():
             of_topic = [loss for loss in losses if loss.topic == topic]

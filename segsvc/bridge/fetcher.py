@@ -1,15 +1,15 @@
-"""How the bridge's consumer reads what it has fetched: nothing that lies in one partition stops another one.
+"""How the bridge's consumer reads fetched data: nothing in one partition stops another partition.
 
-This goes into kafka-python 3.0.12 where that takes fetched data apart (``Fetcher``), since it can be told of no other
-way to read a batch. There, an error of one partition is raised out of ``poll``, again and again, for all of them.
-A test holds the methods that are replaced or relied on here to the text that they had then.
+This replaces the part of kafka-python 3.0.12 that decodes fetched data (``Fetcher``), since the library has no setting
+for another way to read a batch. In the library, an error of one partition is raised out of ``poll``, again and again,
+and stops all partitions. A test compares the methods that are replaced or relied on here with their text in 3.0.12.
 
 Four things are different here:
 
-- Batches are read by ``batches``: in bounded memory, and what cannot be read is told in its place.
-- What may be well if it comes again is fetched again ``TRIES`` times, while its partition rests; then it is let go.
-- An error that the broker has for one partition makes that partition rest.
-- A position that is set anew is noted: what lies between it and the one before may be lost.
+- Batches are read by ``batches``: in bounded memory, and what cannot be read is reported in its place.
+- Data that may be sound when fetched again is tried ``TRIES`` times, while its partition rests; then it is let go.
+- An error that the broker returns for one partition makes that partition rest.
+- A position that is reset is noted: events between the old position and the new one may be lost.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from segsvc.log import get_logger
 log = get_logger(__name__)
 
 TRIES: Final = 3
-"""How often something damaged is fetched before it is let go: it may have been damaged on the way."""
+"""How often damaged data is fetched before it is let go: it may have been damaged on the way."""
 REST_S: Final = 1.0
-"""How long a partition rests between two tries, and after what costs far more to read than it does to send."""
+"""How long a partition rests between two tries, and after data that costs far more to read than to send."""
 POLL_BYTES_MAX: Final = 32 * 1024 * 1024
-"""So many bytes, inflated, one poll takes up; with one more record at most."""
+"""Most inflated bytes that one poll takes, exceeded by one record at most."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class _Standing:
 
 
 class Trials:
-    """Partitions that cannot go on, and how often that was tried."""
+    """Partitions that cannot go on, and how often each was tried."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -56,13 +56,15 @@ class Trials:
         self._let_go: dict[TopicPartition, int] = {}
 
     def failed(self, where: TopicPartition, offset: int, reason: str) -> bool:
-        """Something cannot be read. Whether it is time to let it go; otherwise the partition rests, and tries again."""
+        """Note data that cannot be read. Returns whether to let it go; if not, the partition rests and tries again."""
         now = self._clock()
         if self._let_go.get(where) == offset:
-            return True  # it follows what was let go just now: one fault, which has had its tries
+            return True  # it follows data that was let go just now: the same fault, which has had its tries
+
         known = self._standing.get(where)
         if known is None or known.offset != offset:
             known = self._standing[where] = _Standing(offset, reason, 0, 0.0)
+
         if now >= known.rests_until:
             known.tries += 1
             known.reason = reason
@@ -79,16 +81,16 @@ class Trials:
         return known.tries >= TRIES
 
     def let_go(self, where: TopicPartition, then: int) -> None:
-        """What could not be read is told to the reader, who goes on at the offset ``then``."""
+        """Data that could not be read was reported to the reader, which goes on at the offset ``then``."""
         self._standing.pop(where, None)
         self._let_go[where] = then
 
     def stands(self, where: TopicPartition, offset: int, reason: str) -> None:
-        """The broker does not give a partition out; it rests, and is asked again for as long as that lasts."""
+        """The broker does not return a partition's data; the partition rests, and is tried again until it does."""
         self._standing[where] = _Standing(offset, reason, 0, self._clock() + REST_S)
 
     def given_out(self, where: TopicPartition) -> None:
-        """The broker gives a partition out again, if it did not."""
+        """The broker returns a partition's data; ends what ``stands`` noted."""
         known = self._standing.get(where)
         if known is not None and not known.tries:
             del self._standing[where]
@@ -98,7 +100,7 @@ class Trials:
         self._rests[where] = self._clock() + REST_S
 
     def read(self, where: TopicPartition) -> None:
-        """Something of the partition could be read."""
+        """A batch of the partition could be read."""
         self._standing.pop(where, None)
         self._let_go.pop(where, None)
 
@@ -122,11 +124,11 @@ class Trials:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """A partition's position was set anew, by the client.
+    """The client has reset a partition's position.
 
     Attributes:
-        before: the position that the broker refused; None: there was none, for the group had no offset.
-        to: where it goes on.
+        before: the position that the broker refused; None: there was none, since the group had no offset.
+        to: the new position.
     """
 
     where: TopicPartition
@@ -137,8 +139,8 @@ class Reset:
 _Fetcher: Any = Fetcher
 
 
-class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of its inside
-    """See above. Made of a consumer's own fetcher by ``make_safe``."""
+class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs do not describe its inner state
+    """See above. ``make_safe`` turns a consumer's own fetcher into this."""
 
     trials: Trials
     resets: list[Reset]
@@ -150,7 +152,7 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
 
         trials: Trials
         bytes_taken = 0
-        """Inflated bytes that ``take`` has gone through the last time."""
+        """Inflated bytes that the last ``take`` has read."""
 
         def _unpack_records(self, tp: TopicPartition, records: Any, *_: Any) -> Iterator[Record | Unreadable]:
             batches = batches_of(records._buffer)  # noqa: SLF001
@@ -166,7 +168,7 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
                     if not self.trials.failed(tp, offset, error.reason):
                         break
                     yield self._let_go(tp, _damaged(error, offset))
-                    break  # where the next batch begins may be wrong, too: the broker is asked
+                    break  # the place where the next batch begins may be wrong, too: fetch again
                 except Exception as error:
                     # A fault of ours or of a library, or no memory for now.
                     offset = self.next_fetch_offset
@@ -185,11 +187,12 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
             return told
 
         def _read(self, batch: Batch) -> Iterator[Record | Unreadable]:
-            """What a consumer is given of a batch."""
+            """The records of a batch that the consumer gets."""
             tp = self.topic_partition
             self.leader_epoch = batch.leader_epoch
             if batch.last_offset < self.next_fetch_offset:
-                return  # the broker may begin before what was asked for
+                return  # the broker may begin before the requested offset
+
             if not (self._is_aborted(batch) or batch.is_control):
                 for told in batch.records(self.next_fetch_offset):
                     if type(told) is Record:
@@ -202,12 +205,13 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
                         if told.why in (INFLATES, LARGE):
                             self.trials.rest(tp)
                     yield told
-            # Behind the last offset that the batch had when it was made, even if compaction has taken its last events.
+
+            # After the last offset that the batch had when it was made, even if compaction removed its last events.
             self.next_fetch_offset = batch.last_offset + 1
             self.trials.read(tp)
 
         def _is_aborted(self, batch: Batch) -> bool:
-            """Whether the batch is of a transaction that never happened. As kafka-python has it."""
+            """Whether the batch belongs to a transaction that was aborted. Decided as in kafka-python."""
             if self.isolation_level != IsolationLevel.READ_COMMITTED or batch.producer_id < 0:
                 return False
             self._consume_aborted_transactions_up_to(batch.last_offset)
@@ -218,13 +222,15 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
             return batch.is_transactional and batch.producer_id in self.aborted_producer_ids
 
         def take(self, n: int | None = None) -> list[Record | Unreadable]:
-            """The next of them, ``n`` at most, and of no more than ``POLL_BYTES_MAX`` in all, give or take one."""
+            """The next records: at most ``n``, and at most ``POLL_BYTES_MAX`` bytes, exceeded by one record at most."""
             taken: list[Record | Unreadable] = []
             before = self.bytes_read
+
             for told in self.record_iterator:
                 taken.append(told)
                 if len(taken) == n or self.bytes_read - before >= POLL_BYTES_MAX:
                     break
+
             self.bytes_taken = self.bytes_read - before
             self.records_read += len(taken)
             return taken
@@ -238,7 +244,7 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
         part.bytes_taken = 0
         count: int = super()._append(drained, part, max_records, update_offsets)
         self._bytes_left -= part.bytes_taken
-        # Whatever is taken up counts against the number of records; when it is used up, this poll ends.
+        # The returned count is taken off the number of records that this poll may still take; at zero the poll ends.
         return count if self._bytes_left > 0 else max_records
 
     def _parse_fetched_data(self, completed_fetch: Any) -> Any:
@@ -246,14 +252,15 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
         error = for_code(data.error_code)  # type: ignore[no-untyped-call]
         if error is OffsetOutOfRangeError:
             self._refused[where] = completed_fetch.fetched_offset
+
         try:
             parsed = super()._parse_fetched_data(completed_fetch)
-        except Exception as failure:  # noqa: BLE001  # whatever it is, it is this partition's
+        except Exception as failure:  # noqa: BLE001  # any error concerns this partition alone
             if error is not NoError:
                 reason = f"the broker does not give it out ({type(failure).__name__})"
                 self.trials.stands(where, completed_fetch.fetched_offset, reason)
                 return None
-            # Not one batch of it is whole. The reader finds the same, and knows what to do.
+            # No batch of the data is whole. The reader finds the same, and handles it.
             parsed = self.PartitionRecords(
                 completed_fetch.fetched_offset,
                 where,
@@ -261,6 +268,7 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
                 isolation_level=self._isolation_level,
                 on_drain=self._on_partition_records_drain,
             )
+
         if parsed is not None:
             parsed.trials = self.trials
             self.trials.given_out(where)
@@ -270,12 +278,12 @@ class SafeFetcher(_Fetcher):  # type: ignore[misc]  # the stubs know nothing of 
         due = self._subscriptions.is_assigned(partition) and self._subscriptions.is_offset_reset_needed(partition)
         super()._reset_offset_if_needed(partition, timestamp, offset)
         if due and not self._subscriptions.is_offset_reset_needed(partition):
-            # A list is appended to by the client's thread and emptied by ours; both are one step.
+            # The client's thread appends to this list and our thread empties it; each is one atomic step.
             self.resets.append(Reset(partition, self._refused.pop(partition, None), offset))
 
 
 def _damaged(error: Damaged, offset: int) -> Unreadable:
-    """What goes when something damaged is let go. Only offsets that a sound batch could have are passed over."""
+    """The report for damaged data that is let go. Only offsets that a sound batch could have are passed over."""
     through = error.through
     if through is None or not offset <= through < offset + _OFFSETS_MAX:
         through = offset
@@ -283,13 +291,13 @@ def _damaged(error: Damaged, offset: int) -> Unreadable:
 
 
 _OFFSETS_MAX: Final = 1_000_000
-"""No batch has more records than this; a damaged one that says so is not believed."""
+"""No batch has more records than this; a damaged batch that claims more is not believed."""
 
 
 def make_safe(consumer: KafkaConsumer) -> SafeFetcher:
-    """Let a consumer that was just made read with the fetcher above."""
+    """Make a new consumer read with the fetcher above."""
     fetcher: Any = consumer.__dict__["_fetcher"]
-    # It has no other place where its kind could be chosen, and nothing was fetched yet.
+    # The library has no setting for the fetcher's class, and nothing was fetched yet.
     fetcher.__class__ = SafeFetcher
     fetcher.trials = Trials()
     fetcher.resets = []

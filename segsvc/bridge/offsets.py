@@ -1,8 +1,8 @@
 """Which events of a partition are finished, and how far its offset may be committed.
 
-Three offsets of a partition are not the same: what the consumer has *taken* (the next poll goes on from there), up to
-where every event is *finished* (its effects are in PostgreSQL, or its dead letter is acknowledged), and what is
-*committed* (where the next owner begins). Taken ≥ finished ≥ committed, always.
+A partition has three different offsets: *taken* (the next poll goes on from there), *finished* (every event before it
+has its effects in PostgreSQL, or its dead letter acknowledged) and *committed* (the next owner begins there).
+Taken ≥ finished ≥ committed, always.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from segsvc.domain.events import UserEvent
 
 
 class Taken(msgspec.Struct, eq=False, gc=False):
-    """One event on its way.
+    """One event that was taken from Kafka.
 
-    Not tracked by the collector of garbage, which would look through hundreds of thousands of them time and again:
-    ``PartitionProgress.lose`` undoes the circle of an event and its partition.
+    Not tracked by the garbage collector, which would check hundreds of thousands of events again and again.
+    ``PartitionProgress.lose`` breaks the reference cycle between an event and its partition.
 
     Attributes:
-        event: what it says; None: unreadable.
+        event: its content; None: unreadable.
         key, raw: as they came, for the dead letter; None: the message had none.
         through: the last offset that this stands for: what could not be read may be more than one message.
-        finished: whether its way has ended; see ``PartitionProgress.finish``.
+        finished: whether it is done; see ``PartitionProgress.finish``.
         dead: whether it waits for its dead letter alone.
     """
 
@@ -52,11 +52,11 @@ class PartitionProgress:
     """One partition for as long as this consumer owns it.
 
     Attributes:
-        lost: somebody else may own it by now; its events still under way are no longer ours to finish.
-        next_offset: the least offset that the next poll may bring; -1: nothing was taken yet.
-        unfinished_events, unfinished_bytes: what is still under way to the shards.
-        held_bytes: that and its keys.
-        dead_events, dead_bytes: what waits for its dead letter alone.
+        lost: another consumer may own it by now; this one no longer finishes its events that are still under way.
+        next_offset: the lowest offset that the next poll may bring; -1: nothing was taken yet.
+        unfinished_events, unfinished_bytes: events that are still under way to the shards.
+        held_bytes: bytes of those events and their keys.
+        dead_events, dead_bytes: events that wait for their dead letters alone.
     """
 
     def __init__(self, topic: str, partition: int) -> None:
@@ -86,11 +86,11 @@ class PartitionProgress:
         return taken
 
     def pass_by(self, offset: int) -> None:
-        """Note that there is no event before this offset that was not taken: markers and aborted events are none."""
+        """Note that every event before this offset was taken: markers and aborted messages are no events."""
         self.next_offset = max(self.next_offset, offset)
 
     def die(self, taken: Taken) -> None:
-        """All that an event waits for now is the acknowledgement of its dead letter."""
+        """An event now waits only for the acknowledgement of its dead letter."""
         self.unfinished_events -= 1
         self.unfinished_bytes -= taken.size
         self.held_bytes -= taken.held
@@ -99,7 +99,7 @@ class PartitionProgress:
         taken.dead = True
 
     def finish(self, taken: Taken) -> None:
-        """An event's way has ended. What it held is let go; its offset waits for those before it."""
+        """An event is done. Its bytes are released; its offset waits for the events before it."""
         if taken.dead:
             self.dead_events -= 1
             self.dead_bytes -= taken.held
@@ -111,15 +111,15 @@ class PartitionProgress:
         taken.event = taken.key = taken.raw = None
 
     def lose(self) -> None:
-        """Somebody else may own the partition by now."""
+        """Another consumer may own the partition by now."""
         self.lost = True
         self._open.clear()
 
     def committable(self) -> int | None:
-        """The offset to commit: after all that comes before the first event that is not finished. None: nothing new.
+        """The offset to commit: after all events before the first unfinished event. None: nothing new.
 
-        Where none is unfinished, that is behind what was passed by, too: otherwise a topic whose last message is a
-        transaction's marker would look for ever as if something waited in it.
+        If no event is unfinished, it is also after what was passed by: otherwise a topic whose last message is a
+        transaction's marker would seem to have a waiting message for ever.
         """
         while self._open and self._open[0].finished:
             self._finished = self._open.popleft().through + 1
@@ -133,5 +133,5 @@ class PartitionProgress:
 
     @property
     def window_events(self) -> int:
-        """Events taken and not yet committable, finished ones included that wait for one before them."""
+        """Events taken and not yet committable, including finished events that wait for an event before them."""
         return len(self._open)
