@@ -84,11 +84,11 @@ def deadline_exceeded() -> ServiceError:
 
 
 class BlockingCalls:
-    """Runs blocking service calls of one kind on threads of its own, so that the event loop never waits, and so that
-    calls of another kind do not wait for these.
+    """Runs blocking service calls of one kind on threads of its own, so that the event loop never waits, and calls of
+    another kind do not wait for these.
 
-    A call gets a place only if its turn will come in time, judged by how many calls wait and how long such calls
-    usually take. Otherwise the deadlines of accepted calls would pass before their turn, and all calls would be late
+    A call gets a place only if its turn will come in time, judged by the number of waiting calls and the usual time of
+    such calls. Otherwise the deadlines of accepted calls would pass before their turn, and all calls would be late
     because of work for clients that no longer wait.
 
     Args:
@@ -119,6 +119,7 @@ class BlockingCalls:
                 free or because a server hangs; and all errors of the work.
         """
         self._take_place(current())
+
         try:
             future = self._pool.submit(contextvars.copy_context().run, self._begin, current(), work)
         except BaseException:

@@ -122,6 +122,7 @@ class MemoryWatch:
     def _look(self) -> None:
         if not self._spare.fill():
             self._make_room()
+
         resident, now = self._memory.resident_bytes(), time.monotonic()
         leap, self._before = resident - self._before, resident
         if resident > self._bytes_max and now >= self._collect_again:
@@ -129,20 +130,24 @@ class MemoryWatch:
             self._collect_again = now + SECOND_S
             give_back()
             self._before = resident = self._memory.resident_bytes()
+
         if resident > LAST_RESORT * self._bytes_max:
-            # A message that is being inflated cannot be stopped: not by its connection's end, nor by anything else.
+            # Nothing can stop a message that is being inflated, not even the end of its connection.
             _log.critical("memory_exhausted", resident_bytes=resident, bytes_max=self._bytes_max)
             os._exit(EXIT_CODE)
+
         if resident > self._bytes_max or leap > LEAP_BYTES:
             self._find_senders(resident, now)
         else:
             self._received = None
+
         self._give_back(resident, now)
 
     def _make_room(self) -> None:
         """Open files are at their limit: cut a share of the connections of the address that has the most."""
         self._spare.release()
         host, ended = connections.cut_crowd(self._port, CROWD_SHARE)
+
         # Fill the reserve again at once: the front accepts again within hundredths of a second, and would take all.
         end = time.monotonic() + LOOK_S
         while not self._spare.fill() and time.monotonic() < end:
@@ -162,7 +167,7 @@ class MemoryWatch:
             self._received, self._received_at = connections.received(self._port), now
 
     def _give_back(self, resident: int, now: float) -> None:
-        """Every so often, if memory has grown since it was last given back."""
+        """Give memory back if it has grown since the last time, at most every ``TRIM_EVERY_S``."""
         if now < self._trim_again or resident - self._trimmed_at < LEAP_BYTES:
             return
         self._trim_again = now + TRIM_EVERY_S

@@ -21,7 +21,7 @@ from segsvc.log import get_logger
 STOP_BOUND_S = 20
 """A child that has not ended this long after SIGTERM is killed; longer than its own draining takes."""
 YOUNG_S = 5.0
-"""A child that fails earlier than this has wrong settings or no port: starting it again would not help."""
+"""A child that fails sooner than this has wrong settings or no port: starting it again would not help."""
 RESTART_PAUSE_S = 1.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,7 +39,7 @@ class PreforkParent:
 
     def __init__(self, count: int, run: Callable[[int, int], int]) -> None:
         self._count = count
-        # Nothing is ever written: the end of the pipe is the message, and it comes in whatever way the parent ends.
+        # Nothing is ever written to the pipe: its end is the message, and it comes however the parent ends.
         self._parent_gone, self._parent_lives = os.pipe()
         self._run = run
         self._children: dict[int, tuple[int, float]] = {}
@@ -47,21 +47,28 @@ class PreforkParent:
         self._exit_code = 0
 
     def run(self) -> int:
-        """Return when all children have ended after SIGTERM or SIGINT (0), or after one failed young (its code)."""
+        """Run the children until all have ended.
+
+        Returns:
+            The exit code: 0 after SIGTERM or SIGINT; after a child that failed within ``YOUNG_S``, that child's code.
+        """
         for number in _STOP_SIGNALS:
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGALRM, self._on_bound)
+
         for index in range(self._count):
             self._start(index)
+
         while self._children:
             pid, status = os.wait()
             self._ended(pid, os.waitstatus_to_exitcode(status))
+
         signal.alarm(0)
         return self._exit_code
 
     def _start(self, index: int) -> None:
-        # Held back until both sides are ready: the child would run the parent's handlers, and a signal between the
-        # fork and the note of the child would not be passed on to it.
+        # Signals are held back until both sides are ready: otherwise the child would run the parent's handlers, and a
+        # signal that comes before the parent has noted the child would not be passed on to it.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             if self._stopping:
@@ -93,11 +100,13 @@ class PreforkParent:
         index, begun = self._children.pop(pid)
         if self._stopping:
             return
+
         _log.error("front_process_ended", index=index, pid=pid, exit_code=code)
         if code != memory_watch.EXIT_CODE and time.monotonic() - begun < YOUNG_S:
             self._exit_code = code if code > 0 else 1
             self._stop()
             return
+
         time.sleep(RESTART_PAUSE_S)
         self._start(index)
 

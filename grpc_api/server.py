@@ -73,7 +73,8 @@ CREATION_THREADS, CREATION_WAITING_MAX = 64, 256
 BULK_THREADS, BULK_WAITING_MAX = 4, 256
 PREVIEW_THREADS, PREVIEW_WAITING_MAX = 4, 64
 EXPORTS_MAX, EXPORTS_PER_CALLER_MAX = 32, 16
-"""Exports that may be open at once, in all and from one address. Each costs memory for a batch, and one on its way."""
+"""Exports that may be open at once, in all and from one address. Each costs memory for a batch, and for another batch
+on its way to the client."""
 EXPORT_THREADS, EXPORT_WAITING_MAX = 4, EXPORTS_MAX
 WATCHES_MAX, WATCHES_PER_CALLER_MAX = 2048, 1024
 """Watches of operations that may be open at once, as for exports. One read of the ledger serves all of them."""
@@ -131,6 +132,7 @@ def _serve_one(settings: Settings, make_sender: MakeSender, index: int = 0, pare
 async def _run(settings: Settings, make_sender: MakeSender, index: int, parent_gone: int | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if parent_gone is not None:
@@ -141,12 +143,14 @@ async def _run(settings: Settings, make_sender: MakeSender, index: int, parent_g
             stop.set()
 
         loop.add_reader(parent_gone, orphaned)
+
     async with contextlib.AsyncExitStack() as stack:
         await FrontProcess(settings, make_sender, index).start(stack)
         # What a front has at its start stays for good. A full collection that visits all of it again (modules,
         # tables, message types) stops the hot lane for some tens of milliseconds, and frees nothing.
         gc.collect()
         gc.freeze()
+
         await stop.wait()
         _log.info("draining", seconds_max=DRAIN_S)
     _log.info("stopped")
@@ -184,26 +188,32 @@ class FrontProcess:
         stack.callback(self._close_services)
         native = self._make_native_front()
         self._serve_metrics(stack, native)
+
         segments, watches = self._make_segment_servicer(), self._make_watch_servicer()
         streams = await _native_streams(native, segments, watches) if native is not None else None
         lane = await self._start_lane(stack, native, streams)
+
         server = self._make_server(segments, watches, lane.submit if native is None else None)
         if native is None:
             self._listen(server)
         else:
             native.set_fallback(_listen_on_unlinked_socket(server, stack))
+
         port = native.bound_port if native is not None else int(self._settings.grpc_address.rpartition(":")[2])
         watch = MemoryWatch(port, self._settings.front_memory_max_bytes)
         watch.start()
         stack.push_async_callback(asyncio.to_thread, watch.close)
+
         monitor = self._make_monitor()
         await monitor.start()
         await server.start()
         stack.push_async_callback(_drain, server, streams)
+
         # Unwound before the server stops: calls that wait for an operation answer now, so draining is short.
         stack.push_async_callback(asyncio.to_thread, self._services.watcher.close)
         stack.callback(self._services.creations.close)
         stack.push_async_callback(monitor.stop)
+
         if native is not None:
             native.start()
         _log.info(
@@ -228,6 +238,7 @@ class FrontProcess:
     ) -> HotLane:
         hot = HotReads(self._settings, encode=encode_slug)
         stack.push_async_callback(asyncio.to_thread, hot.close, LANE_DRAIN_S)
+
         lane = HotLane(
             front=native,
             entries=hot.entries,
@@ -237,7 +248,8 @@ class FrontProcess:
             shard_count=self._settings.shard_count,
             streams=streams,
         )
-        # It connects to the cache, which may take a moment while that is down.
+
+        # The lane connects to the cache, which may take a moment while the cache is down.
         await asyncio.to_thread(lane.start)
         stack.push_async_callback(asyncio.to_thread, lane.close, LANE_DRAIN_S)
         return lane
@@ -271,6 +283,7 @@ class FrontProcess:
             interceptors=[OneMessage(), *interceptors(_methods())],
             options=self._options(),
         )
+
         segments_pb2_grpc.add_SegmentServiceServicer_to_server(segments, server)
         membership_pb2_grpc.add_MembershipServiceServicer_to_server(
             MembershipServicer(
@@ -288,6 +301,7 @@ class FrontProcess:
             OperationsServicer(services.operations, services.acceptance, self._reading, self._changes), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+
         if self._settings.grpc_reflection:
             names = [service.full_name for service in _services()]
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -355,11 +369,13 @@ async def _native_streams(front: NativeGrpcFront, segments: SegmentServicer, wat
         segments_pb2.ExportSegmentUsersRequest.FromString,
         segments_pb2.ExportSegmentUsersResponse.SerializeToString,
     )
+
     watch = grpc.unary_stream_rpc_method_handler(
         watches.WatchOperation,
         watch_pb2.WatchOperationRequest.FromString,
         watch_pb2.WatchOperationResponse.SerializeToString,
     )
+
     around = interceptors(_methods())
     handlers = {EXPORT_SEGMENT_USERS: export, WATCH_OPERATION: watch}
     return NativeStreams(front, [await with_interceptors(handlers[method], method, around) for method in STREAMS])

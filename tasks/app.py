@@ -1,4 +1,5 @@
-"""The Celery application: queues, limits and what a message may be. Workers build their services after the fork."""
+"""The Celery application: queues, limits and the allowed kinds of messages. Workers build their services after the
+fork."""
 
 from __future__ import annotations
 
@@ -27,12 +28,16 @@ from tasks.schedule import beat_schedule
 
 TASK_TIME_LIMIT_S = 600
 VISIBILITY_TIMEOUT_S = 900
-"""Longer than any task may run: Redis would hand a running task to a second worker otherwise. Recovery, the bridge
-and beat send again long before, so a killed worker's message does not wait for this."""
+"""Longer than any task may run: otherwise Redis would hand a running task to a second worker. Recovery, the bridge
+and beat send again long before, so the work of a killed worker's message does not wait for this."""
 
 
 def installation(settings: Settings) -> Installation:
-    """Whose names the broker's keys carry, and whose tasks are ours. Raises InstallationUnknown."""
+    """The installation that this process belongs to: it names the broker's keys and owns our tasks.
+
+    Raises:
+        InstallationUnknown: no database could say which one it is.
+    """
     try:
         return installation_of(settings)
     except ServiceError as error:
@@ -41,8 +46,8 @@ def installation(settings: Settings) -> Installation:
 
 
 class _Prefix:
-    """What all names on the broker begin with: a text that is asked for when it is used. Flower puts it before the
-    names of queues itself; everything else calls it."""
+    """The prefix of all names on the broker: a text that is looked up when it is used. Flower adds the names of queues
+    to it; all other code calls it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -61,14 +66,14 @@ class _Prefix:
 
 
 def celery_config(settings: Settings) -> dict[str, Any]:
-    """Celery's configuration as the settings say."""
+    """Celery's configuration, made from the settings."""
     prefix = _Prefix(settings)
     redis_options = {
-        # Asked when a channel opens: a process may start while no database can say yet.
+        # Looked up when a channel opens: a process may start while no database can be reached yet.
         "global_keyprefix": prefix,
         "installation": lambda: installation(settings).name,
         "visibility_timeout": VISIBILITY_TIMEOUT_S,
-        # kombu looks for messages of dead workers only about every 100 s unless told.
+        # By default kombu searches for messages of dead workers only about every 100 s.
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
         "socket_connect_timeout": 1,
@@ -84,12 +89,13 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}, "global_keyprefix": prefix},
         "redis_socket_connect_timeout": 1,
         "redis_socket_timeout": 5,
-        # A message from outside can be JSON, nothing that runs code when it is read.
+        # A message from outside can only be JSON: no format that runs code when it is read.
         "task_serializer": "json",
         "result_serializer": "json",
         "accept_content": ["json"],
         "result_accept_content": ["json"],
-        # A task counts as done when its effects are: a killed worker's task runs again, and every task is idempotent.
+        # A task counts as done when its effects are stored: a killed worker's task runs again, since every task is
+        # idempotent.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         # With True, a worker killed between storing a result and counting it would hang a chord for ever.
@@ -105,16 +111,16 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "segsvc.warm_*": {"queue": Queue.WARMING.value},
             "segsvc.*": {"queue": Queue.OPERATIONS.value},
         },
-        # A publisher tells its caller soon that the broker is down; the ledger remembers what was to be sent.
+        # A publisher soon reports to its caller that the broker is down; the ledger remembers what was to be sent.
         "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1},
         "worker_send_task_events": True,
-        # A task is shown when a worker has it. Sent ones would be shown of every kind, the quiet ones too.
+        # A task is shown when a worker has it. Events about sent tasks would show every kind, the quiet kinds too.
         "task_send_sent_event": False,
         "worker_hijack_root_logger": False,
         "worker_consumer": "tasks.consumer:Consumer",
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "beat_schedule": beat_schedule(settings),
-        # It looks at least this often, so that whether it lives can be seen.
+        # Beat wakes at least this often, so that its pulse shows whether it lives.
         "beat_max_loop_interval": 5,
         "imports": ("tasks.operations", "tasks.events", "tasks.upkeep", "tasks.warming"),
         "enable_utc": True,
@@ -132,7 +138,7 @@ steps.add_to(app)
 
 
 class _Process:
-    """What belongs to this worker process: nothing before the fork."""
+    """The state of this worker process: empty before the fork."""
 
     services: WorkerServices | None = None
 
@@ -148,14 +154,14 @@ def runtime() -> WorkerServices:
 def _build(**_: Any) -> None:
     """Connect before the first task arrives rather than during it."""
     runtime()
-    # All that is there by now stays. Each full run of the collector would look through it again, and a batch of events
-    # makes enough objects for several: that was half of the CPU time of a batch.
+    # Objects that exist by now stay. Each full run of the garbage collector would check them again, and a batch of
+    # events makes enough objects for several runs: that was half of the CPU time of a batch.
     gc.freeze()
 
 
 @worker_ready.connect
 def _freeze(**_: Any) -> None:
-    """The same for the worker's main process, which stays as it is from here on too."""
+    """The same for the worker's main process, whose objects also stay from here on."""
     gc.freeze()
 
 

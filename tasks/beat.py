@@ -1,4 +1,4 @@
-"""The process ``segsvc beat``: recovery on a thread of its own, and Celery's beat, which sends what is due."""
+"""The process ``segsvc beat``: recovery on a thread of its own, and Celery's beat, which sends tasks that are due."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.pulse import Pulse
 from tasks.recovery import Recovery
 
 _STOP_S: Final = 20.0
-"""How long a run of recovery may go on when the process ends; what is left is done by the next beat."""
+"""How long a run of recovery may go on when the process ends; the next beat does the rest."""
 
 _pulse: Final = Pulse()
 
@@ -24,14 +24,14 @@ class PulsingScheduler(Scheduler):
     by a kill."""
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
-        """Send what is due. Returns seconds until the next look."""
+        """Send the tasks that are due. Returns the seconds until the next call."""
         left_s: float = super().tick(*args, **kwargs)
         _pulse.turned()
         return left_s
 
 
 class Beat:
-    """Runs both until SIGTERM or SIGINT."""
+    """Runs recovery and Celery's beat until SIGTERM or SIGINT."""
 
     def __init__(self, settings: Settings) -> None:
         self._recovery = Recovery(settings, CeleryDispatcher(app))
@@ -46,12 +46,13 @@ class Beat:
         return None
 
     def run(self) -> None:
-        """Until a signal ends it; then leave within a bounded time."""
+        """Run until a signal comes; then end within a bounded time."""
         watched = watchdog.Watchdog(
             self._recovery.pulse, _pulse, end_within_s=watchdog.END_WITHIN_S, still_max_s=watchdog.STILL_MAX_S
         )
         watched.start()
         self._recovery.start()
+
         _pulse.begins()
         scheduler = f"--scheduler={PulsingScheduler.__module__}:{PulsingScheduler.__name__}"
         try:

@@ -1,8 +1,8 @@
-"""The broker as workers and publishers see it: kombu's Redis transport, with four things that ours must do.
+"""The broker as workers and publishers see it: kombu's Redis transport, with four additions.
 
 **Names of its own.** Every key and channel begins with the installation's prefix, so that two installations on one
-server never meet. The prefix is asked for when a channel opens, since it may not be known before: a channel whose
-installation is not known cannot be opened, like one whose server cannot be reached.
+server never meet. The prefix is looked up when a channel opens, since it may not be known before: a channel whose
+installation is not known cannot be opened, just as when its server cannot be reached.
 
 **What cannot be read is gone.** kombu decodes a message before anything checks it, and an error in that ends the
 worker; the next worker finds the same message. Here the message is checked first, and one that is not ours is refused:
@@ -10,12 +10,12 @@ counted, logged, and never put back.
 
 **A key of a wrong type is removed.** A text under the name of a queue, for example, makes every command on that name
 fail, in every process, for ever. Such a key is deleted, logged and counted, and the command is repeated. Deleting it
-loses nothing: every name under the prefix is ours, whatever replaced our value has lost it already, and a value of
-another type can hold no message. To refuse and wait for a person would stop the installation for one stray key.
+loses nothing: every name under the prefix is ours, our value was lost when it was replaced, and a value of another type
+can hold no message. To refuse and wait for a person would stop the installation because of one stray key.
 
-**A channel closes whatever happens.** kombu puts unfinished messages back when a channel closes, and what fails there,
-because the server is away, ends the worker in the middle of connecting again. The messages are safe without it: they
-lie on the broker until the visibility timeout, and recovery and the bridge send again long before.
+**A channel closes whatever happens.** kombu puts unfinished messages back when a channel closes. If that fails because
+the server is away, the error ends the worker in the middle of connecting again. The messages are safe anyway: they stay
+on the broker until the visibility timeout, and recovery and the bridge send again long before.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from tasks.queues import QUEUES
 log = get_logger(__name__)
 
 MESSAGE_BYTES_MAX: Final = 1 << 20
-"""Ours have some kilobytes: events lie beside their message."""
+"""Our messages have a few kilobytes: events are stored beside their message, not in it."""
 INSTALLATION_HEADER: Final = "installation"
-"""Header of a task: the installation that it is for. A queue's name says it too; the header still does when somebody
-moves messages from one queue to another."""
+"""Header of a task: the installation that it is for. A queue's name says it too; the header still says it after a
+person has moved messages from one queue to another."""
 _JSON: Final = "application/json"
 _WRONG_TYPE: Final = "WRONGTYPE"
 _NEVER: Final = -1
-"""The life of a key without an end, as the server says it."""
+"""The server's answer for the time to live of a key that never expires."""
 _BINDINGS: Final = "_kombu.binding"
-"""How kombu's names of the sets begin that say which queues there are."""
+"""How the names of the sets begin in which kombu keeps the names of queues."""
 _BINDING_DEADLINES: Final = "_kombu.binding_deadlines"
 
 
@@ -81,7 +81,7 @@ _HEADERS: Final[dict[str, Callable[[object], bool]]] = {
 """Headers that Celery uses unchecked in the worker's main process: a value of a wrong type would end the worker."""
 
 pulse: Final = Pulse(ended_max_s=660.0, takes_messages=True)
-"""Of this process's consumer. A task may run for ten minutes."""
+"""The pulse of this process's consumer. A task may run for ten minutes."""
 
 
 class Unreadable(Exception):
@@ -93,7 +93,7 @@ class Unreadable(Exception):
 
 
 class InstallationUnknown(redis.ConnectionError):
-    """No database could say yet which installation this is: like a broker that cannot be reached, it will pass."""
+    """No database could say yet which installation this is: it will pass, like an outage of the broker."""
 
 
 def read_message(queue: str, item: bytes, installation: str) -> dict[str, Any]:
@@ -101,20 +101,22 @@ def read_message(queue: str, item: bytes, installation: str) -> dict[str, Any]:
 
     Args:
         queue: where it was taken from, without the prefix.
-        installation: whose tasks are ours.
+        installation: the installation whose tasks are ours.
 
     Raises:
         Unreadable: it is not a message, or a task of another installation.
     """
     if len(item) > MESSAGE_BYTES_MAX:
         raise Unreadable("unreadable", f"it has {len(item)} bytes, and {MESSAGE_BYTES_MAX} are the most")
+
     try:
         message = json.loads(item)
     except (ValueError, RecursionError) as error:
         raise Unreadable("unreadable", "it is not JSON") from error
+
     _check_envelope(message)
     content = _content(message)
-    # Other queues hold the answers to questions about workers.
+    # All queues but these hold answers to questions about workers.
     if queue in QUEUES:
         _check_task(message["headers"], content, installation)
     return message  # type: ignore[no-any-return]
@@ -126,9 +128,11 @@ def _check_envelope(message: Any) -> None:
     delivery = properties.get("delivery_info") if isinstance(properties, dict) else None
     if not isinstance(properties, dict) or not isinstance(delivery, dict):
         raise Unreadable("unreadable", "it has no delivery_info in its properties")
+
     texts = (properties.get("delivery_tag"), delivery.get("exchange"), delivery.get("routing_key"))
     if not all(isinstance(text, str) for text in texts) or not properties["delivery_tag"]:
         raise Unreadable("unreadable", "it does not say what it is called or where it goes")
+
     if not isinstance(message.get("headers"), dict):
         raise Unreadable("unreadable", "it has no headers")
     if message.get("content-type") != _JSON or str(message.get("content-encoding")).lower() != "utf-8":
@@ -151,20 +155,23 @@ def _content(message: dict[str, Any]) -> Any:
 def _check_task(headers: dict[str, Any], content: Any, installation: str) -> None:
     if not all(isinstance(headers.get(name), str) and headers[name] for name in ("task", "id")):
         raise Unreadable("unreadable", "it does not say which task it is")
+
     shape = [type(part) for part in content] if isinstance(content, list) else []
     if shape != [list, dict, dict]:
         raise Unreadable("unreadable", "its body is not the arguments of a task")
+
     for name, is_right in _HEADERS.items():
         value = headers.get(name)
         if value is not None and not is_right(value):
             raise Unreadable("unreadable", f"its header {name} is nothing that ours can be")
+
     if headers.get(INSTALLATION_HEADER) != installation:
         whose = str(headers.get(INSTALLATION_HEADER))[:100]
         raise Unreadable("foreign", f"it is a task of the installation {whose!r}, and this is {installation!r}")
 
 
 def refused(label: str, where: str, why: str, **about: object) -> None:
-    """Count and log something that is not, or no longer, on the broker because nobody can use it."""
+    """Count and log something that is not, or no longer, on the broker, because no process can use it."""
     metrics.broker_messages_refused.labels(label).inc()
     log.error("message_refused", queue=where, what=label, why=why, **about)
 
@@ -175,11 +182,11 @@ if found == 'none' or found == ARGV[1] then return false end
 redis.call('UNLINK', KEYS[1])
 return found
 """
-"""Deletes a key unless it has the right type, in one step: another process may put a right one there at any time."""
+"""Deletes a key unless it has the right type, in one step: another process may store a right value at any time."""
 
 
 def _heals(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a method of a channel, or of its QoS, remove keys of wrong types that it meets, and try once more."""
+    """Make a method of a channel, or of its QoS, remove keys of wrong types when it meets one, and try once more."""
 
     @functools.wraps(method)
     def healed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +201,7 @@ def _heals(method: Callable[..., Any]) -> Callable[..., Any]:
     return healed
 
 
-# The stubs of these classes lack most of what they have.
+# The stubs of these classes lack most of their attributes.
 _Redis: Any = kombu_redis
 
 
@@ -202,14 +209,15 @@ class QoS(_Redis.QoS):  # type: ignore[misc]
     """Messages that were taken and are not acknowledged yet."""
 
     def restore_unacked(self, client: Any = None) -> list[Any]:
-        """Put back what this channel has taken and not acknowledged, as far as that can be.
+        """Put back the messages that this channel has taken and not acknowledged, as far as possible.
 
         Never raises: it is called when a channel closes, most often because the server is away.
 
         Returns:
-            nothing to complain about: what could not be put back lies safe on the broker.
+            an empty list, so no complaint: messages that could not be put back are safe on the broker.
         """
         self._flush()
+
         delivered, left = list(self._delivered), 0
         self._delivered.clear()
         for tag in delivered:
@@ -217,13 +225,14 @@ class QoS(_Redis.QoS):  # type: ignore[misc]
                 self.restore_by_tag(tag, client=client)
             except (redis.RedisError, OSError):
                 left += 1
+
         if left:
             log.warning("messages_left_to_the_visibility_timeout", messages=left)
         return []
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
-        """Put one message back. What was put there by somebody else, and is no message, is removed: it would be met
-        again and again, and what comes after it in the index never."""
+        """Put one message back. A value that another program stored there, and that is no message, is removed: it
+        would be met again and again, and entries after it in the index would never be reached."""
         try:
             super().restore_by_tag(tag, client=client, leftmost=leftmost)
         except (redis.RedisError, OSError):
@@ -259,8 +268,8 @@ class QoS(_Redis.QoS):  # type: ignore[misc]
 class Channel(_Redis.Channel):  # type: ignore[misc]
     """A channel under the installation's names.
 
-    The transport option ``global_keyprefix`` is a text, as kombu has it, or a callable that gives one when a channel
-    opens; the option ``installation`` is whose tasks it puts and takes, likewise.
+    The transport option ``global_keyprefix`` is a text, as in kombu, or a callable that returns one when a channel
+    opens. The option ``installation``, also a text or a callable, names the installation whose tasks it puts and takes.
     """
 
     QoS = QoS
@@ -269,7 +278,7 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
     from_transport_options = (*_Redis.Channel.from_transport_options, "installation")
 
     def _get_client(self) -> Any:
-        # The first thing that a channel does, and before it connects.
+        # A channel calls this first, before it connects.
         if callable(self.global_keyprefix):
             self.global_keyprefix = self.global_keyprefix()
         if callable(self.installation):
@@ -284,15 +293,17 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
         return super()._connparams(asynchronous=asynchronous)
 
     def remove_keys_of_wrong_types(self) -> None:
-        """Look at every key that the transport uses, and delete those whose type is wrong."""
+        """Check every key that the transport uses, and delete those whose type is wrong."""
         prefix = str(self.global_keyprefix)
         types = {self.unacked_key: "hash", self.unacked_index_key: "zset", self.unacked_mutex_key: "string"}
         for queue in {*QUEUES, *self.active_queues}:
             types.update((self._q_for_pri(queue, priority), "list") for priority in self.priority_steps)
+
         with self.conn_or_acquire() as client:
             for found in client.scan_iter(match=f"{_escaped(prefix + _BINDINGS)}*", count=1000):
                 name = bytes_to_str(found).removeprefix(prefix)
                 types[name] = "zset" if name == _BINDING_DEADLINES else "set"
+
             for name, right in types.items():
                 wrong = client.execute_command("EVAL", _DELETE_UNLESS, 1, prefix + name, right)
                 if wrong:
@@ -300,8 +311,8 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
                     refused("unreadable", prefix + name, why)
 
     def remove_endless_lock(self) -> None:
-        """Delete the lock of those who put messages back, if it never expires: ours always does. No command fails on
-        it, whatever its type; nothing would ever be put back."""
+        """Delete the lock for putting messages back, if it never expires: ours always does. No command fails because
+        of such a lock, whatever its type, but no message would ever be put back."""
         key = f"{self.global_keyprefix}{self.unacked_mutex_key}"
         with self.conn_or_acquire() as client:
             if client.pttl(key) == _NEVER and client.unlink(key):
@@ -328,7 +339,7 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
         super()._put(queue, message, **kwargs)
 
     def _brpop_read(self, **options: Any) -> bool:
-        """Take a message that the server has sent; as kombu does, but look at it before anybody else does."""
+        """Take a message that the server has sent, as kombu does, but check it first."""
         try:
             try:
                 reply = self.client.parse_response(self.client.connection, "BRPOP", **options)
@@ -342,16 +353,18 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
                 pulse.answered()
                 self.remove_keys_of_wrong_types()
                 raise Empty from error
+
             pulse.answered()
             if not reply:
                 raise Empty
+
             key, item = reply
             queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
             try:
                 message = read_message(queue, item, str(self.installation))
             except Unreadable as error:
-                # It has left the queue, and nothing remembers it: it is gone.
+                # The message has left the queue, and no other place holds it: it is gone.
                 refused(error.label, queue, str(error), size=len(item))
                 return True
             self.connection._deliver(message, queue)  # noqa: SLF001
@@ -361,7 +374,7 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
             self._flush_brpop_reauth()
 
     def _deliver_fanout_message(self, message: Any, exchange: str) -> bool:
-        """Hand on what was published to all: commands to workers, and their events."""
+        """Deliver messages that are published to all: commands to workers, and workers' events."""
         try:
             _check_envelope(message)
             _content(message)
@@ -376,7 +389,7 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
         try:
             super().close()
         except (redis.RedisError, OSError, KeyError, AttributeError, AssertionError) as error:
-            # The server is away: what is left to do is done here alone.
+            # The server is away: do the rest here, without it.
             log.debug("channel_closed_without_its_server", reason=type(error).__name__)
             self.closed = True
             self._in_poll = self._in_listen = None
@@ -386,7 +399,7 @@ class Channel(_Redis.Channel):  # type: ignore[misc]
 
 
 def _escaped(text: str) -> str:
-    """A text as a pattern of Redis that matches itself alone."""
+    """A pattern of Redis that matches this text alone."""
     return re.sub(r"([\\*?\[\]^-])", r"\\\1", text)
 
 
@@ -397,6 +410,6 @@ class Transport(_Redis.Transport):  # type: ignore[misc]
 
 
 def use_our_transport() -> None:
-    """Have every ``redis://`` and ``rediss://`` of this process opened by our transport."""
+    """Make this process open every ``redis://`` and ``rediss://`` address with our transport."""
     name = f"{__name__}:{Transport.__name__}"
     TRANSPORT_ALIASES.update(redis=name, rediss=name)

@@ -20,7 +20,7 @@ class Consumer(CeleryConsumer):
     """
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
-        """What is called with each message."""
+        """The function that is called with each message."""
         lost: Any = self.connection_errors  # type: ignore[attr-defined]  # the stubs lack it
         handle = super().create_task_handler(*args, **kwargs)
 
@@ -28,8 +28,8 @@ class Consumer(CeleryConsumer):
             try:
                 return handle(message)
             except (redis.RedisError, OSError, MemoryError):
-                # Of the broker or the machine, not of the message. (kombu counts KeyError among the former; here it
-                # is about the message.)
+                # An error of the broker or the machine, not of the message. (kombu counts KeyError as an error of the
+                # broker; here it concerns the message.)
                 raise
             except Exception as error:  # noqa: BLE001  # whatever Celery raises about a message
                 message.reject_log_error(celery_logger(__name__), lost)

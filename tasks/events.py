@@ -1,4 +1,4 @@
-"""Batches of user events: the task that applies one, and the bridge's way to send them and learn how they ended."""
+"""Batches of user events: the task that applies a batch, and how the bridge sends batches and collects results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ LOCK_TIMEOUT: Final = "LOCK_TIMEOUT"
 """Why a batch must come again: an operation held the shard for longer than ``lock_timeout_s``."""
 
 EVENTS_MARGIN_S: Final = 60
-"""How much longer the broker keeps a batch's events than its task: a worker that takes the task last finds them."""
+"""How much longer the broker keeps a batch's events than its task: a worker that takes the task in its last moment
+still finds them."""
 
 
 _SETUP_SQLSTATES: Final = ("25", "28", "3D", "42", "53", "57", "58", "F0", "XX")
@@ -43,20 +44,20 @@ refuses the login, lacks a table or a permission, or is damaged."""
 log = get_logger(__name__)
 
 
-# Not shown in Flower: some a second, they would bury the rollouts there.
+# Not shown in Flower: several come each second, and would hide the rollouts there.
 @app.task(name="segsvc.apply_events", send_events=False)
 def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
     """Apply a batch of events of one shard.
 
-    An outage is an answer, not an exception: the bridge holds the batch back and sends it again, and no worker
-    is kept waiting meanwhile.
+    An outage is reported in the result, not raised: the bridge holds the batch back and sends it again, and no worker
+    waits meanwhile.
 
     Args:
         batch: the id under which ``CeleryBatches`` has put the events.
 
     Returns:
-        ``{"applied", "ignored", "dead": [[index, reason], …]}``, or ``{"retry": reason}``: some of it may be done, all
-        of it must come again.
+        ``{"applied", "ignored", "dead": [[index, reason], …]}``, or ``{"retry": reason}``: some events may be applied,
+        and the whole batch must come again.
     """
     try:
         payload = _broker().get(_events_key(batch))
@@ -64,17 +65,19 @@ def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
         return {"retry": Reason.BROKER_UNAVAILABLE.text}
     if payload is None:
         return {"retry": BATCH_LOST}
+
     try:
         events = from_wire(payload)
     except ValueError:
         refused("unreadable", "the events of a batch", "they are not events", batch=batch, size=len(payload))
         return {"retry": BATCH_LOST}
+
     try:
         report = runtime().ingestion.apply_batch(shard, events)
     except LockTimeout:
         return {"retry": LOCK_TIMEOUT}
     except ServiceError as error:
-        # The bridge gives an event up that fails often enough with INTERNAL, so nothing else may become INTERNAL here.
+        # The bridge gives up an event that fails often enough with INTERNAL, so no other failure may become INTERNAL.
         if error.reason is Reason.INTERNAL:
             raise
         return {"retry": error.reason.text}
@@ -90,13 +93,13 @@ def _is_outage(error: Exception) -> bool:
     """Whether a server, its set-up or the machine failed, so that no event can be the cause."""
     if isinstance(error, (RedisError, OSError, MemoryError)):
         return True
-    # SQLAlchemy's errors carry the driver's, and the driver's the code.
+    # SQLAlchemy's errors contain the driver's error, which contains the code.
     code = getattr(getattr(error, "orig", error), "pgcode", None)
     return isinstance(code, str) and code.startswith(_SETUP_SQLSTATES)
 
 
 def _broker() -> Any:
-    """The broker's client: that of the result backend, whose server is the same."""
+    """The client of the result backend, which uses the same server as the broker."""
     backend: Any = app.backend
     return backend.client
 
@@ -108,8 +111,8 @@ def _events_key(batch_id: str) -> str:
 class CeleryBatches:
     """Sends batches as tasks and polls for their results. Implements ``segsvc.bridge.flows.Batches``.
 
-    The events themselves lie beside the task, under a key of the broker. Celery takes a message apart and writes it
-    anew some six times on its way: for thousands of events that cost more than to apply them.
+    The events are not in the task's message, but under a key of their own on the broker. Celery decodes and encodes a
+    message about six times on its way: for thousands of events that cost more than applying them.
     """
 
     def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
@@ -124,9 +127,10 @@ class CeleryBatches:
         }
         task = apply_events.signature(kwargs={"shard": shard, "batch": batch_id}, **options)
         try:
-            # Before the task, which would not find them. They are deleted with the result, or expire.
+            # Stored before the task is sent: it would not find them otherwise. They are deleted with the result, or
+            # expire.
             _broker().set(_events_key(batch_id), to_wire(events), ex=math.ceil(expire_s) + EVENTS_MARGIN_S)
-            # Without a subscription: nobody reads a channel here, and results are polled, many in one round trip.
+            # Without a subscription: this process reads no channel; it polls results, many in one round trip.
             with denied_join_result():
                 task.apply_async()
         except (PublishError, RedisError, OSError) as error:
@@ -136,8 +140,8 @@ class CeleryBatches:
     def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
         """See ``segsvc.bridge.flows.Batches.collect``.
 
-        Anybody who reaches the broker can write under these keys. What is not a result of ours is refused and deleted,
-        and its batch is sent again.
+        Any client of the broker can write under these keys. A value that is not a result of ours is refused and
+        deleted, and its batch is sent again.
         """
         backend: Any = app.backend
         outcomes: dict[str, Outcome] = {}
@@ -162,9 +166,9 @@ class CeleryBatches:
 
 
 def _stored(client: Any, keys: Sequence[bytes]) -> list[bytes | ResponseError | None]:
-    """What lies under each of these keys, never more than the beginning of it; None: nothing.
+    """The values under these keys, each cut to a bounded length; None: there is none.
 
-    An error of the server stands in the place of a value that is no text.
+    If a value is not a text, the server's error takes its place.
     """
     # In one transaction, so that the number of keys that exist belongs to these values.
     with client.pipeline(transaction=True) as pipe:
@@ -172,9 +176,10 @@ def _stored(client: Any, keys: Sequence[bytes]) -> list[bytes | ResponseError | 
             pipe.getrange(key, 0, RESULT_BYTES_MAX)
         pipe.exists(*keys)
         *values, count = pipe.execute(raise_on_error=False)
+
     if isinstance(count, ResponseError):
         raise count
-    # The server does not distinguish an empty value from none, except by this number.
+    # Only this number shows whether a key has an empty value or does not exist.
     empty = count > sum(value != b"" for value in values)
     return [
         value if value != b"" or (empty and client.exists(key)) else None
@@ -183,7 +188,7 @@ def _stored(client: Any, keys: Sequence[bytes]) -> list[bytes | ResponseError | 
 
 
 def _read(stored: bytes | ResponseError | None) -> Outcome | None:
-    """The outcome in what lies under a key. Raises BadResult."""
+    """The outcome in a key's value. Raises BadResult."""
     if stored is None:
         return None
     if isinstance(stored, ResponseError):

@@ -1,4 +1,4 @@
-"""Flower as we run it: nothing of it can be seen without the password, nor shown inside another site's page."""
+"""Flower as we run it: it shows nothing without the password, and no other site can show it inside its page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tornado.httputil import HTTPHeaders
 
 
 class FrameProtection(tornado.web.OutputTransform):
-    """Says with every answer, static files and errors included, that no page may show it in a frame."""
+    """Adds headers to every answer, static files and errors included, which forbid pages to show it in a frame."""
 
     def transform_first_chunk(
         self, status_code: int, headers: HTTPHeaders, chunk: bytes, finishing: bool
@@ -24,8 +24,8 @@ class FrameProtection(tornado.web.OutputTransform):
 
 
 def close_it() -> None:
-    """Before Flower starts: protect every answer, and ask for the password for its metrics too, which Flower leaves
-    open. ``/healthcheck`` stays open: it says ``OK`` and nothing else."""
+    """Before Flower starts: protect every answer, and require the password for its metrics too, which Flower leaves
+    open. ``/healthcheck`` stays open: it answers ``OK`` and nothing else."""
     flower_settings["transforms"] = [FrameProtection]
     handler: Any = monitor.Metrics
     handler.get = tornado.web.authenticated(handler.get)

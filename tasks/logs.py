@@ -1,4 +1,4 @@
-"""What workers and beat log: the request that caused the work, and nothing of what happens every few seconds."""
+"""What workers and beat log: the request that caused the work; tasks that run every few seconds are left out."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ REQUEST_ID_HEADER: Final = "x-request-id"
 """Header of a message: the id of the call that caused it, as in the front's log."""
 
 PERIODIC: Final = ("segsvc.maintain", "segsvc.warm_")
-"""How the names of tasks begin that come every few seconds, whether there is work or not."""
+"""How the names of periodic tasks begin: these come every few seconds, whether there is work or not."""
 
 
 def caused_by() -> dict[str, str]:
-    """Headers for messages that are sent now: the id of the call, or the task, that is being served; if none, none."""
+    """Headers for messages that are sent now: the request id of the current call or task; empty if there is none."""
     request_id = structlog.contextvars.get_contextvars().get("request_id")
     return {} if request_id is None else {REQUEST_ID_HEADER: str(request_id)}
 
 
 def be_quiet_about_periodic_tasks() -> None:
-    """Write what periodic tasks did at DEBUG, where it went well. Called in every process of Celery."""
+    """Log the successful runs of periodic tasks at DEBUG. Called in every process of Celery."""
     for name in ("celery.worker.strategy", "celery.app.trace"):
         _filter_once(name, Demote(_task_of, PERIODIC))
     _filter_once("celery.worker.request", Demote(_discarded, PERIODIC))
@@ -48,7 +48,7 @@ def _sent_by_beat(record: logging.LogRecord) -> Any:
 
 
 def _discarded(record: logging.LogRecord) -> Any:
-    """The task of `Discarding revoked task: %s[%s]`: the next one of its kind has come meanwhile."""
+    """The task of `Discarding revoked task: %s[%s]`: the next task of its kind has come meanwhile."""
     return record.args[0] if isinstance(record.args, tuple) and len(record.args) == 2 else None
 
 

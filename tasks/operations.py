@@ -1,4 +1,4 @@
-"""The tasks of an operation's chord: one header task a shard, then the finalizer."""
+"""The tasks of an operation's chord: one header task for each shard, then the finalizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tasks.dispatcher import FINALIZE, PREPARE_SHARD
 log = get_logger(__name__)
 
 HEADER_RESULT = "prepared or left to recovery"
-"""What every header task returns: different results of a task delivered twice could fire the chord early."""
+"""What every header task returns: if a task that is delivered twice gave two results, the chord could fire early."""
 
 _RETRIES_MAX = 5
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -30,12 +30,13 @@ _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 def prepare_shard(self: Task[Any, Any], *, operation_id: str, shard: int, title: str) -> str:
     """Prepare one shard of an operation and vote for it.
 
-    An outage or a busy lock is tried again a few times, then left to recovery, which sends a fresh chord. A statement
-    that took too long is left to recovery at once: tried again here it would hold the shard's lock and this process for
-    as long again, and recovery, which knows the deadline, would find no process to run in.
+    After an outage or a busy lock the task is tried again a few times, then left to recovery, which sends a new chord.
+    After a statement that took too long it is left to recovery at once: another try here would hold the shard's lock
+    and this process for as long again, and recovery, which knows the deadline, would find no process to run in.
     """
     reporter = ProgressReporter(self, UUID(operation_id), title)
     reporter(ShardProgress(shard, ShardState.WORKING))
+
     try:
         runtime().coordinator.prepare_shard(UUID(operation_id), shard, reporter)
     except (ServiceError, LockTimeout) as error:
@@ -62,10 +63,10 @@ def finalize(self: Task[Any, Any], _headers: Sequence[str] = (), *, operation_id
 
 
 class ProgressReporter:
-    """Tells people how far a shard is: Flower by an event, the ledger's progress table for WatchOperation.
+    """Reports a shard's progress: to Flower by an event, and to WatchOperation in the ledger's progress table.
 
-    At most ten times a second, but the number of blocks and the end of the work always: what is told last stays. It
-    never raises, since nothing depends on it.
+    It reports at most ten times a second, but always the number of blocks and the end of the work, since the last
+    report stays visible. It never raises, since nothing depends on it.
     """
 
     _INTERVAL_S = 0.1
@@ -82,6 +83,7 @@ class ProgressReporter:
         ended = progress.blocks_done == progress.blocks_total
         if now < self._next and not ended and progress.blocks_total == self._blocks_total:
             return
+
         self._next, self._blocks_total = now + self._INTERVAL_S, progress.blocks_total
         done = f"{progress.blocks_done}/{progress.blocks_total} blocks" if progress.blocks_total else "at work"
         text = f"shard {progress.shard}: {done}"

@@ -1,4 +1,4 @@
-"""How the task of a batch of user events ended, as the bridge learns it."""
+"""The outcome of a task that applies a batch of user events, as the bridge reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from segsvc.services.ingestion import BatchReport
 BATCH_LOST: Final = "BATCH_LOST"
 """Why a batch must be sent again: its task or its events were lost on the broker, or its worker process ended."""
 RESULT_REFUSED: Final = "RESULT_REFUSED"
-"""Why a batch must be sent again: what lies under the key of its result is not a result of ours."""
+"""Why a batch must be sent again: the value under the key of its result is not a result of ours."""
 OUTAGE: Final = "OUTAGE"
 """Why a batch must be sent again: a server that its worker needs, or the machine, failed in a way that has no reason of
 its own. The worker's log has it."""
@@ -33,7 +33,7 @@ machines that restart cause these, so they do not count against the events of th
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """A batch could not be finished now, for a reason that is none of its events' fault."""
+    """A batch could not be finished now, for a reason that is not the fault of its events."""
 
     reason: str
 
@@ -42,13 +42,13 @@ Outcome = BatchReport | TryAgain
 
 
 class BadResult(ValueError):
-    """What lies under the key of a result is not a result of ours."""
+    """The value under the key of a result is not a result of ours."""
 
 
 def read_result(payload: bytes) -> Outcome | None:
     """The outcome in a stored result, once every part of it has been checked.
 
-    Celery's own decoder is not used: it raises whatever the content makes it raise, and builds exceptions by name.
+    Celery's own decoder is not used: the content decides what it raises, and it builds exceptions by name.
 
     Returns:
         None: the task has not ended yet.
@@ -58,10 +58,12 @@ def read_result(payload: bytes) -> Outcome | None:
     """
     if len(payload) > RESULT_BYTES_MAX:
         raise BadResult(f"it has more than {RESULT_BYTES_MAX} bytes")
+
     try:
         stored = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise BadResult("it is not JSON") from error
+
     status = stored.get("status") if isinstance(stored, dict) else None
     if not isinstance(status, str) or status not in states.ALL_STATES:
         raise BadResult("it has no status of a task")

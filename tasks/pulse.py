@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Final
 
 TURN_MAX_S: Final = 20.0
-"""A loop that has not turned for this long stands still: each turn takes a second or two, and what may block it within
-one is bounded by the timeouts of its servers."""
+"""A loop that has not turned for this long stands still: each turn takes a second or two, and the timeouts of its
+servers bound how long a turn can block."""
 ANSWER_MAX_S: Final = 20.0
 """The broker answers a consumer that waits for messages every second, with a message or without."""
 
@@ -89,11 +89,13 @@ class Pulse:
         """What is wrong, in words; None: the process does its work."""
         if self._waits_for is not None:
             return self._waits_for
+
         now = self._clock()
         if self.stands_still:
             return f"its loop has stood still for {now - self._turned_at:.0f} s"
         if not self._takes_messages:
             return None
+
         if self._has_room and now - self._answered_at > ANSWER_MAX_S:
             return f"it has taken no message, and heard nothing from the broker, for {now - self._answered_at:.0f} s"
         if not self._has_room and now - self._ended_at > self._ended_max_s:

@@ -1,7 +1,7 @@
-"""Recovery in a place of its own: a thread of beat, which needs neither a worker nor the broker.
+"""Recovery runs on a thread of beat, so it needs neither a worker nor the broker.
 
-As a task it would wait behind others for a worker's process, on a broker that may be away, and it would be dead exactly
-when it is needed: when the workers of operations hang.
+As a task it would wait behind other tasks for a worker's process, on a broker that may be away, and it would be dead
+exactly when it is needed: when the workers of operations hang.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from tasks.pulse import Pulse
 log = get_logger(__name__)
 
 RUN_MAX_S: Final = 300.0
-"""A run that lasts longer than this hangs. One that redoes a shard's lost work takes a few statements of an operation;
-one that meets a server which does not answer, a few of their timeouts."""
+"""A run that lasts longer than this hangs. A run that repeats a shard's lost work takes a few statements of an
+operation; a run that meets a server which does not answer takes a few of their timeouts."""
 
 
 class Recovery(threading.Thread):
-    """Carries on operations that nobody carries on, and ends prepared transactions by the ledger, until ``stop``.
+    """Continues abandoned operations, and ends prepared transactions as the ledger says, until ``stop``.
 
-    At once when it starts, then every ``recovery_interval_s``. Several may run, in several beats: the ledger decides.
+    It runs at once when it starts, then every ``recovery_interval_s``. Several beats may each run one: the ledger
+    decides.
     """
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher) -> None:
@@ -55,15 +56,15 @@ class Recovery(threading.Thread):
             services.recover()
             recovery_time.set_to_current_time()
         except ServiceError as error:
-            # The next run is two seconds away; whatever could be reached has been looked after.
+            # The next run is two seconds away; this run has done all work on servers that could be reached.
             log.warning("recovery_incomplete", reason=error.reason.text, **error.metadata)
         except LockTimeout:
             log.warning("recovery_incomplete", reason="LOCK_TIMEOUT")
         except Exception:
-            # A fault of ours, perhaps with one operation only: others must not wait for its mend.
+            # A fault of ours, perhaps with one operation only: recovery of the rest must not wait for its repair.
             log.exception("recovery_failed")
 
     def stop(self, timeout_s: float) -> None:
-        """Let the run that is under way end, as long as that takes no longer than this."""
+        """Stop after the run that is under way; wait at most ``timeout_s`` for it."""
         self._stop_event.set()
         self.join(timeout_s)

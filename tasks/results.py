@@ -12,21 +12,21 @@ from tasks.broker import refused
 
 
 class UnsubscribedRedisBackend(RedisBackend):
-    """Chords count their headers in Redis as usual; result objects leave the subscriptions alone.
+    """Chords count their headers in Redis as usual; result objects do not touch the subscriptions.
 
     Outcomes come from the ledger, and the bridge reads results by key, so nothing here ever subscribes. Celery's
-    result objects would all the same *un*subscribe when they are collected: a connection for nothing in a front, and
-    a traceback on standard error when that happens at the end of a process or without a server.
+    result objects would still *un*subscribe when they are garbage-collected: that costs a front a useless connection,
+    and prints a traceback on standard error when it happens at the end of a process or without a server.
     """
 
     def _add_global_keyprefix(self) -> None:
         """Nothing yet: a backend is created before the installation, and so the prefix of its keys, is known."""
 
     def _get_key_for(self, prefix: bytes, id: Any, key: Any = "") -> bytes:  # noqa: A002  # Celery's name for it
-        """The key of a task or chord, under the installation's names as everything else on the broker.
+        """The key of a task or chord, with the installation's prefix like all names on the broker.
 
         Raises:
-            InstallationUnknown: no database could say which one it is; as if the server could not be reached.
+            InstallationUnknown: no database could say which one it is; handled like a server that cannot be reached.
         """
         name: bytes = super()._get_key_for(prefix, id, key)  # type: ignore[misc]  # the stubs lack it
         return self._installation() + name
@@ -41,9 +41,9 @@ class UnsubscribedRedisBackend(RedisBackend):
         return prefix.encode()
 
     def _get_task_meta_for(self, task_id: str) -> Any:
-        """What is stored of a task; a worker asks before it stores a result.
+        """The stored state of a task; a worker reads it before it stores a result.
 
-        What is not a result is refused and deleted. Celery would raise, and the task would end without a result.
+        A value that is not a result is refused and deleted. Celery would raise, and the task would end without one.
         """
         try:
             meta: Any = super()._get_task_meta_for(task_id)  # type: ignore[misc]  # the stubs lack it
@@ -56,6 +56,7 @@ class UnsubscribedRedisBackend(RedisBackend):
             why = "its key holds no text"
         except Exception as error:  # noqa: BLE001  # whatever reading it raises; the server's own errors are above
             why = f"it cannot be read ({type(error).__name__})"
+
         self.client.unlink(self.get_key_for_task(task_id))
         refused("unreadable", "the result of a task", why, task=str(task_id)[:100])
         return {"status": states.PENDING, "result": None}

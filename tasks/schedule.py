@@ -10,8 +10,8 @@ MAINTENANCE_INTERVAL_S = 60.0
 
 
 def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Beat's entries. Each message expires when the next is due, so that a busy or stopped worker finds one of each
-    kind waiting and not a heap."""
+    """Beat's entries. Each message expires when the next one is due, so that after a busy or stopped time a worker
+    finds one message of each kind waiting, not many."""
 
     def entry(task: str, interval_s: float) -> dict[str, Any]:
         return {"task": task, "schedule": interval_s, "options": {"expires": interval_s}}

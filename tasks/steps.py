@@ -1,4 +1,4 @@
-"""What runs beside Celery's own parts in a worker's main process: its pulse, and the watchdog over its end."""
+"""Our parts in a worker's main process, beside Celery's own: its pulse, and the watchdog over its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PulseStep(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
-        """The loop begins. Celery takes its timers away when the connection is lost, this one too."""
+        """The loop begins. Celery removes all timers, this one too, when the connection is lost."""
         pulse.begins()
         hub.timer.call_repeatedly(_TURN_EVERY_S, self._turn, (consumer,))
 
@@ -56,21 +56,21 @@ class WatchdogStep(bootsteps.StartStopStep):
         )
 
     def start(self, parent: Any) -> None:
-        """In the main process, which forks: a thread stays behind."""
-        # Also what ends without Celery's ``close``: a worker that has not come up.
+        """Start the thread in the main process, which forks: children do not inherit threads."""
+        # These signals also come when a worker ends without Celery's ``close``, because it has not come up.
         for ends in (worker_shutting_down, worker_shutdown):
             ends.connect(self._process_ends, weak=False)
         self.watchdog.start()
 
     def close(self, parent: Any) -> None:
-        """The first thing that happens when a worker ends, an unrecoverable error included."""
+        """Called first when a worker ends, also after an unrecoverable error."""
         self.watchdog.process_ends()
 
     def _process_ends(self, **_: Any) -> None:
         self.watchdog.process_ends()
 
     def stop(self, parent: Any) -> None:
-        """The watchdog goes last, with the process."""
+        """The watchdog ends last, with the process."""
 
 
 @task_unknown.connect
@@ -85,11 +85,11 @@ def _rejected(**_: Any) -> None:
 
 @inspect_command(name=HEALTH_COMMAND)
 def _health(_state: Any) -> dict[str, str | None]:
-    """``segsvc doctor`` asks; a worker can answer this and take no messages all the same."""
+    """Answers ``segsvc doctor``. A worker that answers may still take no messages, so it reports its pulse."""
     return {"complaint": pulse.complaint()}
 
 
 def add_to(app: Celery) -> None:
-    """Have the workers of this application run these parts."""
+    """Make the workers of this application run these parts."""
     app.steps["worker"].add(WatchdogStep)
     app.steps["consumer"].add(PulseStep)

@@ -1,4 +1,4 @@
-"""The upkeep that beat asks for: member counts for lists, and forgetting what is old."""
+"""The periodic upkeep, sent by beat: counts members for lists, and deletes old records."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from tasks.app import app, runtime
 
 @app.task(name="segsvc.maintain", ignore_result=True, send_events=False)
 def maintain() -> None:
-    """Count members for lists again, and forget requests, fences and tombstones that are old enough."""
+    """Count members for lists again, and delete requests, fences and tombstones that are old enough."""
     runtime().maintenance.run()

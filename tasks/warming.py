@@ -1,4 +1,4 @@
-"""Beat asks for warming; one task a shard, on a queue and workers of its own."""
+"""Warming of the cache, sent by beat: one task for each shard, on a queue and workers of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = get_logger(__name__)
 
 @app.task(name="segsvc.warm_all", ignore_result=True, send_events=False)
 def warm_all() -> None:
-    """Send a task for each shard. One that no worker took before the next round is due is dropped."""
+    """Send a task for each shard. A task that no worker takes before the next round is due is dropped."""
     settings = load_settings()
     for shard in range(settings.shard_count):
         warm_shard.apply_async(kwargs={"shard": shard}, expires=settings.warm_interval_s)
@@ -20,9 +20,9 @@ def warm_all() -> None:
 
 @app.task(name="segsvc.warm_shard", ignore_result=True, send_events=False)
 def warm_shard(*, shard: int) -> None:
-    """Have a shard's users in the cache, as far as the memory for it goes."""
+    """Load a shard's users into the cache, as far as its memory allows."""
     try:
         runtime().warming.warm_shard(shard)
     except (ServiceError, LockTimeout) as error:
-        # The next run is some seconds away and goes on with what is missing.
+        # The next run is some seconds away and loads the missing users.
         log.warning("warming_incomplete", shard=shard, reason=str(error))

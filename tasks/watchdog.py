@@ -19,11 +19,11 @@ from typing import Final
 from tasks.pulse import Pulse
 
 END_WITHIN_S: Final = 50.0
-"""Less than supervisors wait before they kill, and enough for two statements of an operation."""
+"""Shorter than supervisors wait before they kill, and long enough for two statements of an operation."""
 STILL_MAX_S: Final = 120.0
 """Longer than anything that may block a loop, such as a few attempts with its servers' timeouts."""
 EXIT_CODE: Final = 70
-"""EX_SOFTWARE. Not 0: a supervisor that starts only what has failed starts it again."""
+"""EX_SOFTWARE. Not 0, so that a supervisor that restarts only failed processes restarts it."""
 _LOOK_EVERY_S: Final = 1.0
 
 
@@ -54,7 +54,7 @@ class Watchdog(threading.Thread):
         self._still_max_s = still_max_s
         self._look_every_s = look_every_s
         self._leave = leave
-        # A plain flag, since a signal's handler sets it, which may have interrupted the holder of a lock.
+        # A plain flag and no lock: a signal handler sets it, and may have interrupted the thread that holds the lock.
         self._ends = False
 
     def process_ends(self) -> None:
@@ -63,8 +63,8 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Thread body."""
-        # Both times are counted in own looks, not by the clock: a process that was stopped as a whole, or a machine
-        # that slept, has not looked in the meantime, and its loop can turn before the next look.
+        # Both times are counted in this thread's checks, not by the clock: when the process was stopped as a whole or
+        # the machine slept, this thread did not check either, and the loop can turn before the next check.
         still_s = ending_s = 0.0
         while still_s < self._still_max_s and ending_s < self._end_within_s:
             time.sleep(self._look_every_s)
@@ -74,7 +74,7 @@ class Watchdog(threading.Thread):
         self._end(f"it has not ended within {ending_s:.0f} s" if self._ends else "its loop stands still")
 
     def _end(self, why: str) -> None:
-        # Straight to standard error: what stands still may hold the log's lock.
+        # Straight to standard error: the loop that stands still may hold the log's lock.
         os.write(2, f'{{"event": "killed_by_its_watchdog", "level": "critical", "why": "{why}"}}\n'.encode())
         for pid in self._children():
             try:
