@@ -1,4 +1,4 @@
-"""Workers as processes on a broker of their own, which tests stop, start and fill with what does not belong there."""
+"""Workers as processes on a broker of their own, which tests stop, start and fill with values of other programs."""
 
 from __future__ import annotations
 
@@ -69,19 +69,20 @@ class Workplace:
         return process
 
     def worker(self, queue: str = "operations", *, code: str = "") -> subprocess.Popen[bytes]:
-        """A worker of a queue that takes messages when this returns.
+        """Start a worker of a queue. It takes messages when this returns.
 
         Args:
-            code: what its process runs before it is a worker.
+            code: what its process runs before it becomes a worker.
         """
         run = "from tasks.app import app; app.start(argv=__import__('sys').argv[1:])"
         arguments = ["worker", f"-Q{queue}", "-c2", f"-n{queue}@%h", "--without-gossip", "--without-mingle"]
+
         process = self.start(queue, "-c", code + run, *arguments)
         self.await_work()
         return process
 
     def await_work(self, within_s: float = 60) -> None:
-        """Return once a task that is put in now is done."""
+        """Put in a task, and return once it is done."""
         task_id = self.put_task("segsvc.finalize", operation_id=str(uuid4()), title="nothing")
         result = f"{self.prefix}celery-task-meta-{task_id}"
         eventually(lambda: self.client.exists(result), within_s)
@@ -122,7 +123,7 @@ class Workplace:
         }
 
     def run_inside(self, examination: Callable[..., object]) -> str:
-        """What an examination of ``segsvc doctor`` says, in a process with this installation's settings."""
+        """The output of an examination of ``segsvc doctor`` in a process with this installation's settings."""
         code = (
             "from segsvc.config import load_settings\n"
             f"from {examination.__module__} import {examination.__name__} as examine\n"
@@ -131,7 +132,7 @@ class Workplace:
         return self.run_script(code)
 
     def run_script(self, code: str) -> str:
-        """Run Python code with this installation's settings; what it prints."""
+        """Run Python code with this installation's settings. Returns what it prints."""
         command = [sys.executable, "-c", code]
         return subprocess.check_output(command, env=self.environment, cwd=REPOSITORY, text=True)
 
@@ -151,6 +152,7 @@ def own_broker(servers_folder: Path) -> Iterator[RedisServer]:
     server = RedisServer(
         "broker", servers_folder / "own-broker", BROKER_CONFIG, mark=servers_folder, port=free_ports(1)[0]
     )
+
     server.start()
     try:
         yield server
@@ -166,8 +168,10 @@ def workplace(
         own_broker.start()
     with redis.Redis.from_url(own_broker.url) as broker:
         broker.flushall()
+
     failpoints = tmp_path / "failpoints"
     failpoints.mkdir()
+
     with new_installation(
         pg_server,
         shards=SHARDS,

@@ -1,4 +1,4 @@
-"""A worker survives its broker, a worker that ends is gone, and one that does nothing is seen."""
+"""A worker survives an outage of its broker, a worker that ends is gone, and one that takes nothing reports it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ watchdog.STILL_MAX_S = 15.0
 import tasks.pulse as pulse
 pulse.TURN_MAX_S = pulse.ANSWER_MAX_S = 3.0
 """
-"""The bounds of tests."""
+"""Shorter bounds, for tests."""
 
 WAITS_FOR_EVER = (
     HASTY + "import threading, billiard.pool\nbilliard.pool.Pool.join = lambda *_: threading.Event().wait()\n"
 )
-"""Its main process waits at its end for a child that never ends."""
+"""A worker whose main process, when it ends, waits for a child that never ends."""
 
 
 HOLDS = """\
@@ -48,22 +48,27 @@ def test_a_worker_survives_a_restart_of_its_broker_with_messages_in_its_hands(wo
     worker = workplace.worker(code=HOLDS)
     folder = workplace.folder / "held"
     folder.mkdir()
+
     for released in ("before", "after", "before"):
         (folder / "hold").touch()
         for _ in range(4):
             workplace.put_task("segsvc.held", folder=str(folder))
+
         eventually(lambda: len(list(folder.glob("started-*"))) == 2)
+
         seen = workplace.log().count("Cannot connect to")
         workplace.broker.kill()
         if released == "before":
-            # What has ended cannot be acknowledged, nor put back what was only taken.
+            # Tasks that have ended cannot be acknowledged, and messages that were only taken cannot be put back.
             (folder / "hold").unlink()
         eventually(lambda seen=seen: workplace.log().count("Cannot connect to") > seen + 1)  # type: ignore[misc]
+
         workplace.broker.start()
         (folder / "hold").unlink(missing_ok=True)
         workplace.await_work()
         for started in folder.glob("started-*"):
             started.unlink()
+
     assert worker.poll() is None
     assert "Unrecoverable error" not in workplace.log()
 
@@ -74,6 +79,7 @@ def test_a_worker_that_ends_is_gone(workplace: Workplace, why: str) -> None:
     worker = workplace.worker(code=WAITS_FOR_EVER + (broken if why == "broken" else ""))
     children = psutil.Process(worker.pid).children()
     assert children
+
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(30) != 0
     eventually(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
@@ -87,10 +93,12 @@ def test_a_worker_whose_loop_stands_still_is_gone(workplace: Workplace) -> None:
         "    return read(self)\n"
         "read, tasks.broker.Channel._brpop_read = tasks.broker.Channel._brpop_read, stand\n"
     )
+
     stand = workplace.folder / "stand"
     os.environ["STAND"] = str(stand)
     worker = workplace.worker(code=HASTY + blocks)
     stand.touch()
+
     assert worker.wait(60) == 70
 
 
@@ -114,13 +122,17 @@ def test_a_worker_that_takes_nothing_is_not_well(workplace: Workplace, tmp_path:
         f"    if not os.path.exists({str(tmp_path / 'deaf')!r}): begin(self, timeout)\n"
         "begin, tasks.broker.Channel._brpop_start = tasks.broker.Channel._brpop_start, start\n"
     )
+
     worker = workplace.worker(code=HASTY + serves + deaf)
     assert healthy(port) == (200, "ok\n")
+
     (tmp_path / "deaf").touch()
     eventually(lambda: healthy(port)[0] == 503)
     assert "heard nothing from the broker" in healthy(port)[1]
+
     (tmp_path / "deaf").unlink()
     eventually(lambda: healthy(port)[0] == 200)
+
     workplace.broker.stop()
     eventually(lambda: healthy(port) == (503, "the broker cannot be reached, or the worker ends\n"))
     assert worker.poll() is None

@@ -1,4 +1,4 @@
-"""A real Flower beside a worker that carries a rollout out."""
+"""A real Flower beside a worker that carries out a rollout."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ask(port: int, path: str, *, password: str | None = PASSWORD) -> tuple[int, 
 
 
 def listed(port: int) -> list[dict[str, Any]]:
-    """The rows of its list of tasks."""
+    """The rows of Flower's list of tasks."""
     query = {
         "draw": 1, "start": 0, "length": 100, "search[value]": "", "order[0][column]": 0, "order[0][dir]": "asc",
         "columns[0][data]": "name",
@@ -59,7 +59,7 @@ def listed(port: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def flower(workplace: Workplace) -> int:
-    """Its port; it answers."""
+    """The port of a running Flower that answers."""
     [port] = free_ports(1)
     settings = {"SEGSVC_FLOWER_ADDRESS": f"127.0.0.1:{port}", "SEGSVC_FLOWER_PASSWORD": PASSWORD}
     workplace.start("flower", "-m", "segsvc", "flower", **settings)
@@ -78,6 +78,7 @@ def test_flower_is_legible_quiet_exact_and_closed(workplace: Workplace, flower: 
     workplace.worker()
     workplace.installation.add_users(range(1, 3001))
     eventually(lambda: b"operations@" in ask(flower, "/workers?json=1")[2])
+
     for task, arguments in (("segsvc.warm_shard", {"shard": 0}), ("segsvc.maintain", {})):
         workplace.put_task(task, **arguments)
     assert workplace.run_script(ROLL_OUT) == "DONE\n"
@@ -87,6 +88,7 @@ def test_flower_is_legible_quiet_exact_and_closed(workplace: Workplace, flower: 
         return [row["state"] for row in listed(flower)].count("SUCCESS") >= SHARDS + 3
 
     eventually(ended)
+
     rows = [row for row in listed(flower) if "checkout" in row["kwargs"]]
     assert len(rows) == SHARDS + 1
     assert all("30" in row["kwargs"] for row in rows)
@@ -97,12 +99,14 @@ def test_flower_is_legible_quiet_exact_and_closed(workplace: Workplace, flower: 
         assert ask(flower, path, password=None)[0] == 401, path
         assert ask(flower, path, password="wrong")[0] == 401, path
         assert ask(flower, path)[0] == 200, path
+
     for path in ("/tasks", "/metrics", "/healthcheck", "/static/favicon.ico", "/no-such-page"):
         for password in (PASSWORD, None):
             headers = ask(flower, path, password=password)[1]
             assert headers["X-Frame-Options"] == "DENY", path
             assert headers["Content-Security-Policy"] == "frame-ancestors 'none'", path
-    # The queues' lengths are those of this installation.
+
+    # The lengths that Flower shows are those of this installation's queues.
     workplace.client.lpush(f"{workplace.prefix}warming", b"{}")
     lengths = json.loads(ask(flower, "/api/queues/length")[2])["active_queues"]
     assert {"name": "operations", "messages": 0} in lengths

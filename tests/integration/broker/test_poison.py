@@ -1,4 +1,4 @@
-"""What is on the broker and is not a message of ours: refused, counted, and gone; the worker goes on."""
+"""A value on the broker that is not a message of ours is refused, counted, and gone; the worker goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKER = "from tasks.app import app; app.start(argv=__import__('sys').argv[1:])"
 
 
 def changed(change: Callable[[Message], object]) -> Callable[[Message], str]:
-    """A message that is right but for one thing."""
+    """A message that is right except for one change."""
 
     def poisoned(message: Message) -> str:
         change(message)
@@ -96,13 +96,17 @@ COMMANDS = ["7", "[]", "{", b"\xff", '{"properties": 1}', '{"body": "%%%"}']
 def test_no_message_ends_a_worker(workplace: Workplace) -> None:
     worker = workplace.worker()
     kinds = [(name, make(workplace.message("segsvc.finalize", title="t"))) for name, make in POISON.items()]
+
     for _, poison in kinds:
         workplace.client.lpush(f"{workplace.prefix}operations", poison)
     for poison in COMMANDS:
         assert workplace.client.publish(f"{workplace.prefix}/0.celery.pidbox", poison) == 1
+
     workplace.await_work()
-    # Not put back either.
+
+    # The messages are not put back either.
     eventually(lambda: not workplace.client.exists(f"{workplace.prefix}operations", f"{workplace.prefix}unacked"))
+
     assert worker.poll() is None
     assert workplace.log().count('"event": "message_refused"') >= len(kinds)
 
@@ -110,14 +114,18 @@ def test_no_message_ends_a_worker(workplace: Workplace) -> None:
 def test_what_is_not_a_message_among_the_unacknowledged_is_removed(workplace: Workplace) -> None:
     unacked, index = f"{workplace.prefix}unacked", f"{workplace.prefix}unacked_index"
     lost = workplace.message("segsvc.finalize", operation_id="00000000-0000-0000-0000-000000000000", title="lost")
+
     for number, value in enumerate(['{"a"', "[]", "7", '[{"a": 1}, 2]', b"\xff", '[{"headers": 1}, "", "operations"]']):
         workplace.client.hset(unacked, f"poison-{number}", value)
         workplace.client.zadd(index, {f"poison-{number}": number + 1})
-    # One of ours behind them, whose worker has died long ago.
+
+    # One message of ours after them, whose worker died long ago.
     workplace.client.hset(unacked, "ours", json.dumps([lost, "", "operations"]))
     workplace.client.zadd(index, {"ours": 1000})
+
     worker = workplace.worker()
     eventually(lambda: not workplace.client.exists(unacked), 120)
+
     assert not workplace.client.exists(index)
     assert workplace.client.exists(f"{workplace.prefix}celery-task-meta-{lost['headers']['id']}")
     assert worker.poll() is None
@@ -171,10 +179,12 @@ def test_a_worker_stores_its_result_over_what_is_none(workplace: Workplace) -> N
     for number, poison in enumerate(["{", "[]", "{}", '{"status": 7}', "\\x1f", None]):
         message = workplace.message("segsvc.finalize", operation_id=str(uuid4()), title="nothing")
         key = f"{workplace.prefix}celery-task-meta-{message['headers']['id']}"
+
         if poison is None:
             workplace.client.rpush(key, "poison")
         else:
             workplace.client.set(key, poison)
+
         workplace.client.lpush(f"{workplace.prefix}operations", json.dumps(message))
 
         def is_stored(key: str = key) -> bool:
@@ -184,6 +194,7 @@ def test_a_worker_stores_its_result_over_what_is_none(workplace: Workplace) -> N
 
         eventually(is_stored, 30)
         assert workplace.log().count('"event": "message_refused"') == number + 1
+
     assert worker.poll() is None
 
 
@@ -191,7 +202,7 @@ RIGHT_TYPES = {"operations": "list", "unacked": "hash", "unacked_index": "zset",
 
 
 def put_wrong_types(workplace: Workplace, *names: str) -> None:
-    """Put something of a wrong type under names that the transport uses."""
+    """Put values of a wrong type under names that the transport uses."""
     for name in names:
         key = workplace.prefix + name
         workplace.client.delete(key)
@@ -207,11 +218,14 @@ BINDINGS = ("_kombu.binding.operations", "_kombu.binding_permanent.operations", 
 @pytest.mark.parametrize("names", [*((name,) for name in RIGHT_TYPES), (*RIGHT_TYPES, *BINDINGS)])
 def test_a_key_of_a_wrong_type_ends_no_worker(workplace: Workplace, names: tuple[str, ...]) -> None:
     worker = workplace.worker()
+
     put_wrong_types(workplace, *names)
-    # The worker meets these two by itself, and the other two when it takes the next message.
+
+    # The worker meets these two keys by itself, and the remaining two when it takes the next message.
     eventually(lambda: are_right(workplace, "operations", "unacked_mutex"), 30)
     workplace.await_work()
     eventually(lambda: are_right(workplace, *RIGHT_TYPES), 30)
+
     assert worker.poll() is None
     assert "Unrecoverable error" not in workplace.log()
     refusals = [line for line in workplace.log().splitlines() if '"event": "message_refused"' in line]

@@ -1,4 +1,4 @@
-"""Shards with nothing but their schema, and user events applied to them by the real service."""
+"""Shards that have only their schema, and user events applied to them by the real service."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _numbers = itertools.count()
 
 
 class FakeCache:
-    """Remembers what was dropped; can be out of reach."""
+    """Remembers which users were dropped; can be made unreachable."""
 
     def __init__(self) -> None:
         self.dropped: list[tuple[int, list[int]]] = []
@@ -60,7 +60,7 @@ class Shards:
         condition: str = "",
         frozen_slot: int | None = None,
     ) -> None:
-        """Make a segment known to all shards; its rule then holds for those who come."""
+        """Make a segment known to all shards; its rule then holds for users who are created later."""
         for shard in range(self.databases.shard_count):
             with self.databases.shard_tx(shard) as connection:
                 connection.execute(
@@ -76,7 +76,7 @@ class Shards:
                 )
 
     def reset(self) -> None:
-        """Back to no users and no segments."""
+        """Remove all users and segments."""
         for shard in range(self.databases.shard_count):
             with self.databases.shard_tx(shard) as connection:
                 connection.execute(
@@ -104,9 +104,11 @@ def make_shards(pg_server: PostgresServer) -> Iterator[MakeShards]:
             catalog_dsn=pg_server.dsn(catalog),
             **settings,
         )
+
         create_databases(pg_server, [catalog, *shards], values.cluster)
         databases = Databases(values, "test", Pool(4))
         made.append(databases)
+
         cache = FakeCache()
         return Shards(values, databases, Ingestion(PostgresUserStore(databases), cache, NoFailpoints()), cache)
 

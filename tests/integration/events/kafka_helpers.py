@@ -1,4 +1,4 @@
-"""Topics of a test's own on the session's Kafka, and the bridge run in this process."""
+"""Topics for a single test on the session's Kafka, and the bridge run in this process."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Topics:
             consumer.close()
 
     def read(self, topic: str, count: int) -> list[ConsumerRecord]:
-        """The first messages of a topic, ``count`` of them; fails if they do not come."""
+        """The first messages of a topic, at least ``count``; fails if they do not come."""
         consumer = self._consumer(auto_offset_reset="earliest")
         try:
             consumer.assign(_partitions(consumer, self._prefix + topic))
@@ -98,7 +98,7 @@ def _partitions(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
 
 
 class InProcessBatches:
-    """Workers as threads of this process, with the faults that a test asks for. Implements ``flows.Batches``."""
+    """Workers as threads of this process, with the faults that a test sets. Implements ``flows.Batches``."""
 
     def __init__(self, ingestion: Ingestion) -> None:
         self._ingestion = ingestion

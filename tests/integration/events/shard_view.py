@@ -1,4 +1,4 @@
-"""Everything a shard holds about its users, read at once, with what must always be true of it checked."""
+"""Everything that a shard holds about its users, read at once and checked against the shard's invariants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ShardView:
 
 
 def view(databases: Databases, shard: int) -> ShardView:
-    """Read a shard and hold it to its invariants."""
+    """Read a shard and check its invariants."""
     with databases.shard_tx(shard) as connection:
         rows = connection.execute(
             sa.text("SELECT id, slot, version, row_version, attributes::text AS attributes FROM users")

@@ -1,4 +1,4 @@
-"""The bridge and the workers as processes, on real Kafka, Redis and PostgreSQL, killed where it hurts."""
+"""The bridge and the workers as processes, on real Kafka, Redis and PostgreSQL, killed at the worst moments."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Stack:
 
     @property
     def prefix(self) -> str:
-        """What everything on the broker begins with."""
+        """The prefix of all names on the broker."""
         return installation_of(self.shards.settings).broker_prefix
 
     @property
@@ -121,8 +121,10 @@ def stack(
         failpoint_dir=tmp_path / "failpoints",
         event_batch_max=200,
     )
+
     shards.add_segment(1, 40_000)
     (tmp_path / "failpoints").mkdir()
+
     values = shards.settings.model_dump(mode="json", exclude_none=True)
     env = {
         **os.environ,
@@ -133,8 +135,10 @@ def stack(
         "SEGSVC_ENV_FILE": "",
         "PYTHONPATH": str(REPOSITORY),
     }
+
     with redis.Redis.from_url(broker_server.url) as broker:
         broker.flushall()
+
     running = Stack(shards, Topics(kafka_server, shards.settings), broker_server.url, tmp_path, env)
     yield running
     running.close()
@@ -147,9 +151,11 @@ def test_the_bridge_killed_between_effects_and_commit(stack: Stack) -> None:
     armed.write_text("kill")
     bridge = stack.bridge()
     stack.topics.create(range(1, 501))
+
     assert bridge.wait(60) == -signal.SIGKILL
     assert stack.users() > 0, "it dies at its first commit, which follows effects"
     assert stack.topics.lag() == 500
+
     armed.unlink()
     bridge = stack.bridge()
     stack.wait_for_users(500)
@@ -157,19 +163,23 @@ def test_the_bridge_killed_between_effects_and_commit(stack: Stack) -> None:
 
     armed.write_text("kill")
     stack.topics.send("update-user", [{"user_id": n, "version": 3, "attributes": {"x": 1.5}} for n in range(1, 51)])
+
     assert bridge.wait(60) == -signal.SIGKILL
     assert stack.topics.lag() == 50
     assert any(user.version == 3 for shard in range(2) for user in view(stack.shards.databases, shard).users.values())
+
     armed.unlink()
     stack.topics.send_raw("delete-user", b"nonsense")
     bridge = stack.bridge()
     stack.wait_for_commit()
+
     for shard in range(2):
         users = view(stack.shards.databases, shard).users
         assert {user_id: user.row_version for user_id, user in users.items() if user.version} == {
             n: 1 for n in range(1, 51) if n % 2 == shard
         }, "what came again had no effect"
     assert stack.topics.read("delete-user.dlq", 1)[0].value == b"nonsense"
+
     bridge.terminate()
     assert bridge.wait(30) == 0
 
@@ -179,16 +189,20 @@ def test_workers_killed_and_the_broker_flushed(stack: Stack) -> None:
     stack.bridge()
     (stack.failpoints / "events-committed-not-reported").write_text("kill shard=1")
     stack.topics.create(range(1, 101))
+
     assert wait_until((stack.failpoints / "events-committed-not-reported.fired").exists, timeout_s=60)
     (stack.failpoints / "events-committed-not-reported").unlink()
     stack.wait_for_users(100)
     stack.wait_for_commit()  # a killed child's batch ran again at once
+
     os.killpg(worker.pid, signal.SIGKILL)
     worker.wait(10)
+
     stack.topics.create(range(101, 201))
     with redis.Redis.from_url(stack.broker_url) as broker:
         assert wait_until(lambda: broker.llen(f"{stack.prefix}events") >= 2, timeout_s=30)
         broker.flushall()
+
     stack.worker()
     stack.wait_for_users(200)
     stack.wait_for_commit()
@@ -199,11 +213,13 @@ def test_workers_killed_and_the_broker_flushed(stack: Stack) -> None:
 def test_a_task_without_its_events_sends_for_them_and_none_are_left_behind(stack: Stack) -> None:
     stack.bridge()
     stack.topics.create(range(1, 101))
+
     with redis.Redis.from_url(stack.broker_url) as broker:
         assert wait_until(lambda: broker.llen(f"{stack.prefix}events") >= 2, timeout_s=30)
         lost = broker.keys(f"{stack.prefix}events:*")
         assert len(lost) == broker.llen(f"{stack.prefix}events")
         assert all(0 < broker.ttl(key) <= RESULT_WAIT_S + EVENTS_MARGIN_S for key in lost)
+
         broker.delete(*lost)
         stack.worker()
         stack.wait_for_users(100)
@@ -219,10 +235,13 @@ def test_segment_events_are_published_in_order(stack: Stack) -> None:
                     seq=seq, action="edited", segment_id=9, slug="checkout", details={"display_name": f"n{seq}"}
                 )
             )
+
     stack.bridge()
     records = stack.topics.read("segment-events", 3)
+
     assert [record.key for record in records] == [b"checkout"] * 3
     assert [record.value.split(b",")[0] for record in records] == [b'{"seq":1', b'{"seq":2', b'{"seq":3']
+
     with stack.shards.databases.catalog_tx() as connection:
         assert wait_until(
             lambda: connection.execute(sa.text("SELECT count(*) FROM audit WHERE NOT published")).scalar_one() == 0,

@@ -1,4 +1,4 @@
-"""Events under rules with conditions: what a shard holds is what each rule says of each user, in few statements."""
+"""Events under rules with conditions: a shard's members are those that each rule admits, found in few statements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = [condition.text for condition in CONDITIONS]
 
 
 def add_segments(shard: Shards, count: int) -> None:
-    """Live rules of every condition, in turn, at different percentages; every seventh is FROZEN and takes nobody."""
+    """Live rules with each condition in turn, at different percentages; every seventh is FROZEN and admits no user."""
     for number in range(1, count + 1):
         frozen = number % 7 == 0
         shard.add_segment(
@@ -37,13 +37,15 @@ def add_segments(shard: Shards, count: int) -> None:
 
 
 def expected(databases: Databases, attributes: dict[int, dict[str, AttributeValue]]) -> dict[int, set[int]]:
-    """Members of every segment as the CEL runtime and the published hash say."""
+    """Members of every segment, computed with the CEL runtime and the published hash."""
     with databases.shard_tx(0) as connection:
         segments = connection.execute(sa.select(tables.shard_segments)).all()
+
     holding = {
         text: {user for user, own in attributes.items() if not text or parse_condition(text).holds(own)}
         for text in TEXTS
     }
+
     return {
         segment.id: set()
         if segment.rule_policy == 2
@@ -61,6 +63,7 @@ def test_members_follow_every_event(one_shard: Shards) -> None:
     draw = random.Random(7)
     versions: dict[int, int] = {}
     gone: set[int] = set()
+
     for _ in range(6):
         events: list[UserEvent] = []
         for user in draw.sample(range(1, 1500), 700):
@@ -75,17 +78,20 @@ def test_members_follow_every_event(one_shard: Shards) -> None:
             events.append(UpdateUser(user, version, text) if version else CreateUser(user, text))
             if user not in gone:
                 versions[user] = max(version, versions.get(user, 0))
+
         one_shard.ingestion.apply_batch(0, events)
+
         shard = view(one_shard.databases, 0)
         assert shard.users.keys() == versions.keys()
         now = {user: attributes_of(user, version) for user, version in versions.items()}
         assert shard.members == expected(one_shard.databases, now)  # type: ignore[arg-type]
+
     assert all(shard.members[number] for number in (36, 37, 40, 41)), "the rules let somebody in"
 
 
 @contextmanager
 def counted(databases: Databases) -> Iterator[list[str]]:
-    """The statements that a shard is sent meanwhile."""
+    """The statements that the shard receives inside this context."""
     sent: list[str] = []
 
     def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -113,9 +119,12 @@ def test_the_number_of_statements_does_not_grow_with_the_segments(one_shard: Sha
         add_segments(one_shard, segments)
         if kind == "update":
             one_shard.ingestion.apply_batch(0, batch(1, 0))
+
         with counted(one_shard.databases) as sent:
             one_shard.ingestion.apply_batch(0, batch(1, 0 if kind == "create" else 1))
+
         numbers.append(len(sent))
+
     assert numbers[1] <= numbers[0] + 1, numbers
     assert numbers[1] < 20
 
@@ -123,10 +132,13 @@ def test_the_number_of_statements_does_not_grow_with_the_segments(one_shard: Sha
 def test_many_different_conditions_take_a_handful_of_statements(one_shard: Shards) -> None:
     for number in range(1, 301):
         one_shard.add_segment(number, 50_000, condition=f'user.age >= {number} && user.country != "C{number}"')
+
     users = range(1, 801)
     with counted(one_shard.databases) as sent:
         one_shard.ingestion.apply_batch(0, [CreateUser(n, json.dumps({"age": n, "country": "DE"})) for n in users])
+
     assert len(sent) < 30
+
     members = view(one_shard.databases, 0).members
     for number in (1, 150, 300):
         with one_shard.databases.shard_tx(0) as connection:

@@ -1,4 +1,4 @@
-"""What ``segsvc doctor`` says of user events: nothing alarming while all is well, and else what they wait for."""
+"""What ``segsvc doctor`` reports about user events: no alarm while all is well, otherwise what the events wait for."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Bench:
         return RunningBridge(self.topics.settings, self.batches)
 
     def doctor(self) -> tuple[list[Item], list[Item]]:
-        """What is wrong with the topic of creations, and what is only told of it."""
+        """Items about the topic of creations: those that report a fault, and those that only inform."""
         found = [item for item in running.kafka(self.topics.settings) if self.topic in item.text]
         return [item for item in found if item.remedy], [item for item in found if not item.remedy]
 
@@ -80,6 +80,7 @@ def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(events, "WATCH_S", 1.5)
     monkeypatch.setattr(events, "WATCH_MAX_S", 3.0)
     monkeypatch.setattr(event_watch, "NOTE_EVERY_S", 0.5)
+
     shards.reset()
     prefix = f"doctor-{next(_numbers)}."
     settings = shards.settings.model_copy(
@@ -89,6 +90,7 @@ def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyP
             "kafka_group": f"{prefix}group",
         }
     )
+
     topics = Topics(kafka_server, settings)
     yield Bench(shards, topics, InProcessBatches(shards.ingestion))
     topics.close()
@@ -101,14 +103,18 @@ def test_a_quiet_topic_behind_a_marker_has_no_lag(bench: Bench) -> None:
         producer.send(bench.topic, b'{"user_id": %d}' % user_id, partition=0)
         producer.flush()
         (producer.commit_transaction if commits else producer.abort_transaction)()
-    # Nobody has read it: one event, a marker, an event that never happened, and a marker.
+
+    # No consumer has read the topic: it has an event, a marker, an aborted event, and a marker.
     [stuck], _ = bench.doctor()
     assert f"{bench.topic}: 1 events wait in partition 0" in stuck.text
     assert f"the consumer group {bench.topics.settings.kafka_group} has no members" in stuck.text
+
     with bench.bridge():
         bench.wait(1)
         assert bench.doctor() == ([], [Item(f"{bench.topic}: 0 events wait")])
-        # A marker that comes later, behind nothing that anybody reads.
+
+        # A marker that comes later, after no further event that a consumer would read.
+
         producer.begin_transaction()
         producer.send(bench.topic, b'{"user_id": 3}', partition=0)
         producer.flush()
@@ -119,7 +125,8 @@ def test_a_quiet_topic_behind_a_marker_has_no_lag(bench: Bench) -> None:
     producer.flush()
     producer.abort_transaction()
     producer.close()
-    assert bench.doctor() == ([], [Item(f"{bench.topic}: 0 events wait")])  # nor while no bridge is there
+
+    assert bench.doctor() == ([], [Item(f"{bench.topic}: 0 events wait")])  # the same without a bridge
 
 
 def test_an_open_transaction_is_called_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,13 +137,16 @@ def test_an_open_transaction_is_called_so(bench: Bench, monkeypatch: pytest.Monk
         producer.flush()
         bench.topics.send_raw("create-user", b'{"user_id": 2}', partition=0)
         bench.topics.producer.flush()
+
         wrong, told = bench.doctor()
         assert wrong == []
         assert "2 messages from offset 0 on are behind a producer's transaction, open for " in told[-1].text
+
         monkeypatch.setattr(events, "TRANSACTION_MAX_S", 0.5)
         time.sleep(0.6)
         [item], _ = bench.doctor()
         assert "abort the transaction" in item.remedy
+
         producer.commit_transaction()
         bench.wait(2)
     producer.close()
@@ -167,12 +177,15 @@ def test_each_cause_has_its_own_words(bench: Bench, monkeypatch: pytest.MonkeyPa
     with bench.bridge():
         bench.topics.create(range(1, 11))
         bench.wait(10)
+
         bench.batches.fault = lambda topic, shard: "SHARD_UNAVAILABLE" if shard == 1 else None
         bench.topics.create(range(11, 31))
         assert wait_until(lambda: bool(bench.records.waits()), timeout_s=30)
+
         [item], _ = bench.doctor()
         assert "the bridge waits for shard 1 (SHARD_UNAVAILABLE)" in item.text
         assert "bring that shard back" in item.remedy
+
         bench.batches.fault = lambda topic, shard: None
         bench.wait(30)
         assert wait_until(lambda: not bench.records.waits(), timeout_s=30)
@@ -181,17 +194,21 @@ def test_each_cause_has_its_own_words(bench: Bench, monkeypatch: pytest.MonkeyPa
         bench.topics.allow("create-user.dlq", 100)
         bench.topics.send_raw("create-user", b"junk", partition=0)
         assert wait_until(lambda: bool(bench.records.waits()), timeout_s=30)
+
         [item], _ = bench.doctor()
         assert f"a larger max.message.bytes of {bench.topic}.dlq, for {bench.topic}/0 offset" in item.text
         assert "fix the dead-letter topic" in item.remedy
+
         bench.topics.allow("create-user.dlq", 100_000)
         bench.wait(30)
 
         bench.batches.broker_down = True
         bench.topics.create([31])
         assert wait_until(lambda: "the task broker" in bench.records.waits(), timeout_s=30)
+
         [item], _ = bench.doctor()
         assert item.remedy.startswith("see the broker above")
+
         bench.batches.broker_down = False
         bench.wait(31)
 
@@ -200,22 +217,28 @@ def test_what_retention_took_is_a_finding_until_it_is_acknowledged(bench: Bench)
     for user_id in range(1, 11):
         bench.topics.send_raw("create-user", b'{"user_id": %d}' % user_id, partition=0)
     bench.topics.producer.flush()
+
     with bench.bridge():
         bench.wait(10)
+
     for user_id in range(11, 21):
         bench.topics.send_raw("create-user", b'{"user_id": %d}' % user_id, partition=0)
     bench.topics.producer.flush()
+
     admin = KafkaAdminClient(bootstrap_servers=bench.topics.settings.kafka_bootstrap_servers)
     admin.delete_records({TopicPartition(bench.topic, 0): 16})
     admin.close()
+
     wrong, _ = bench.doctor()
     assert [item.text for item in wrong if "retention" in item.text] == [
         f"{bench.topic}/0: Kafka's retention has dropped offsets 10 to 15 unread (6)"
     ]
+
     with bench.bridge():
         bench.wait(14)
         [item], _ = bench.doctor()
         assert f"{bench.topic}: lost at most 6 events, in partition 0: 10 to 15" in item.text
+
         [found] = [one for one in bench.records.losses() if one.loss.topic == bench.topic]
         bench.records.acknowledge([found.id])
         assert bench.doctor()[0] == []
@@ -240,20 +263,25 @@ def test_dead_letters_are_counted_sent_once_and_dismissed(bench: Bench) -> None:
                 Item(f"{bench.topic}.dlq: 8 dead letters wait; see `segsvc events dead list --new`"),
             ],
         )
+
         first = box.letter("create-user/0/0")
         assert box.retry(first)
         assert box.letter(first.id).done
-        assert waiting(8)  # it is wrong as before, and a new letter in place of the old one
+        assert waiting(8)  # the event is still wrong: a new letter took the place of the old one
         assert len(list(box.letters())) == 9
-        for _ in range(3):  # they do not grow
+
+        for _ in range(3):  # the number of letters does not grow
             *_, last = box.retry_all()
             assert last == (8, 0, 8)
             bench.wait(0)
             assert waiting(8)
+
     assert list(box.retry_all())[-1] == (8, 0, 8)
-    assert list(box.retry_all()) == []  # what is on its way again is not sent once more
+    assert list(box.retry_all()) == []  # letters that were sent again are not sent once more
+
     box.dismiss(box.letter("create-user/0/1"))
     assert box.dismiss_all() == 0
+
     with pytest.raises(LetterNotFound):
         box.letter("create-user/0/4711")
     box.close()
@@ -263,13 +291,17 @@ def test_a_letter_that_is_only_a_part_is_not_sent_again(bench: Bench) -> None:
     bench.topics.allow("create-user", 4_000_000)
     bench.topics.send_raw("create-user", b"[" + b" " * 2_000_000, partition=0)
     bench.topics.send_raw("create-user", b"junk", partition=0)
+
     box = DeadLetterBox(bench.topics.settings, bench.records)
     with bench.bridge():
         bench.wait(0)
+
     letters = list(box.letters())
     assert [(letter.whole, letter.size) for letter in letters] == [(False, 2_000_001), (True, None)]
+
     assert list(box.retry_all()) == [(1, 1, 2)]
     assert list(box.retry_all()) == [(0, 1, 1)]
+
     assert box.dismiss_all() == 1
     assert list(box.letters(only_new=True)) == []
     box.close()

@@ -1,4 +1,4 @@
-"""What the bridge's consumer makes up for in its client."""
+"""The fault of the client that the bridge's consumer makes up for when a partition is paused."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def test_what_was_paused_half_read_is_read_to_its_end(topics: Topics) -> None:
         for number in range(EVENTS):
             topics.send_raw("create-user", b"%d" % number, partition=partition)
     topics.producer.flush(timeout=30)
+
     name = f"{topics.settings.kafka_topic_prefix}create-user"
     consumer = make_consumer(topics.settings, AT_ONCE)
     read: dict[TopicPartition, int] = {TopicPartition(name, partition): 0 for partition in (0, 1)}
@@ -53,12 +54,15 @@ def test_what_was_paused_half_read_is_read_to_its_end(topics: Topics) -> None:
 
     try:
         consumer.subscribe(topics=[name])
-        eventually(take)  # a poll gives no more than AT_ONCE, and those of one partition first
+        eventually(take)  # a poll returns at most AT_ONCE records, those of one partition first
+
         [half_read] = [where for where, count in read.items() if count]
         [other] = set(read) - {half_read}
+
         consumer.pause(half_read)
         eventually(lambda: took(other, EVENTS))
         assert read[half_read] == AT_ONCE
+
         consumer.resume(half_read)
         eventually(lambda: took(half_read, EVENTS))
     finally:

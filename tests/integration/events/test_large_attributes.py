@@ -1,4 +1,4 @@
-"""Attributes too large for their row are fetched once for a statement, however many conditions read however many."""
+"""Attributes too large for their row are fetched once per statement, for any number of conditions and attributes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.integration.events.conftest import Shards
 USERS = 20
 NAMES = [f"attribute_{number}" for number in range(30)]
 ALL = " || ".join(f"user.{name} == 'no'" for name in NAMES)
-"""Holds for nobody, so that every attribute is looked up."""
+"""Holds for no user, so that every attribute is looked up."""
 
 
 @pytest.fixture
@@ -29,15 +29,17 @@ def shard_of_large(one_shard: Shards) -> Shards:
 
 
 def blocks_read(shards: Shards, ask: Callable[[sa.Connection], object]) -> int:
-    """Blocks of large attributes that the server has looked at for this."""
+    """Number of blocks of large attributes that the server reads for ``ask``."""
     told = sa.text(
         "SELECT coalesce(toast_blks_read, 0) + coalesce(toast_blks_hit, 0) FROM pg_statio_user_tables "
         "WHERE relname = 'users'"
     )
+
     with shards.databases.shard_autocommit(0) as connection:
 
         def counted() -> int:
-            # A session tells its counters later by itself; and keeps what it was told within a statement only.
+            # By itself a session publishes its counters later; and it keeps counters that it has read only within a
+            # statement.
             connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
             return int(connection.execute(told).scalar_one())
 

@@ -1,4 +1,4 @@
-"""What Kafka drops before it is read is noted, whatever the reason, and stays a finding until it is acknowledged."""
+"""Events that Kafka drops unread are noted, whatever the reason, and stay a finding until they are acknowledged."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Bench:
         self.topics.producer.flush(timeout=30)
 
     def drop(self, before: int) -> None:
-        """As retention does."""
+        """Delete the events before this offset, as retention does."""
         self.admin.delete_records({TopicPartition(self.topic, 0): before})
 
     def users(self) -> int:
@@ -88,6 +88,7 @@ def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyP
         pytest.skip("the stand-in forgets nothing but itself")
     monkeypatch.setattr(event_watch, "NOTE_EVERY_S", 0.5)
     shards.reset()
+
     prefix = f"losses-{next(_numbers)}."
     settings = shards.settings.model_copy(
         update={
@@ -96,9 +97,11 @@ def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyP
             "kafka_group": f"{prefix}group",
         }
     )
+
     topics = Topics(kafka_server, settings)
     admin = KafkaAdminClient(bootstrap_servers=kafka_server.bootstrap_servers)
     records = PostgresEventRecords(shards.databases)
+
     yield Bench(shards, topics, InProcessBatches(shards.ingestion), admin, records)
     admin.close()
     topics.close()
@@ -109,14 +112,17 @@ def test_retention_that_passes_a_stopped_bridge_by(bench: Bench) -> None:
     with bench.bridge():
         bench.wait(5)
     assert bench.losses() == []
+
     bench.send(*range(6, 21))
     bench.drop(12)
+
     for _ in range(2):  # once is enough
         with bench.bridge():
             bench.wait(13)
         [loss] = bench.losses()
         assert loss == EventLoss(bench.topic, 0, 5, 12, event_watch.RETENTION)
         assert loss.count_max == 7
+
     [found] = [found for found in bench.records.losses() if found.loss.topic == bench.topic]
     assert bench.records.acknowledge([found.id]) == 1
     assert bench.records.acknowledge([found.id]) == 0
@@ -128,9 +134,11 @@ def test_retention_that_passes_a_bridge_by_that_runs(bench: Bench) -> None:
     bench.send(1)
     with bench.bridge():
         bench.wait(1)
+
         bench.batches.broker_down = True
         bench.send(2, 3)
         assert wait_until(lambda: bench.topics.lag() == 2, timeout_s=30)
+
         bench.batches.broker_down = False
         bench.wait(3)
     assert bench.losses() == []
@@ -143,26 +151,32 @@ def test_a_first_start_loses_nothing_and_one_without_offsets_may(bench: Bench) -
         bench.wait(6)
         bench.wait_until_remembered(10)
     assert bench.losses() == []
+
     bench.admin.delete_groups([bench.topics.settings.kafka_group])
-    with bench.bridge():  # the group's offsets have expired, but all is there that it has not read
+
+    with bench.bridge():  # the group's offsets have expired, but no unread event was dropped
         bench.wait(6)
     assert bench.losses() == []
+
     bench.admin.delete_groups([bench.topics.settings.kafka_group])
     bench.send(*range(11, 16))
     bench.drop(13)
+
     with bench.bridge():
         bench.wait(8)
     assert bench.losses() == [EventLoss(bench.topic, 0, 10, 13, event_watch.EXPIRED)]
 
 
-@pytest.mark.parametrize("more", [1, 30])  # fewer events than before, and more
+@pytest.mark.parametrize("more", [1, 30])  # fewer events than before, and more events than before
 def test_a_topic_that_is_made_again_while_the_bridge_is_away(bench: Bench, more: int) -> None:
     bench.send(*range(1, 11))
     with bench.bridge():
         bench.wait(10)
         bench.wait_until_remembered(10)
+
     bench.make_again()
     bench.send(*range(101, 101 + more))
+
     with bench.bridge():
         bench.wait(10 + more)
     assert bench.losses()[0] == EventLoss(bench.topic, 0, 10, None, event_watch.RECREATED)
@@ -174,10 +188,12 @@ def test_a_topic_that_is_made_again_under_the_bridge(bench: Bench, more: int) ->
     with bench.bridge():
         bench.wait(10)
         bench.wait_until_remembered(10)
+
         bench.make_again()
         bench.send(*range(101, 101 + more))
         bench.wait(10 + more)
         assert wait_until(lambda: len(bench.losses()) > 0, timeout_s=30)
+
     assert bench.losses()[0] == EventLoss(bench.topic, 0, 10, None, event_watch.RECREATED)
 
 
@@ -185,15 +201,20 @@ def test_nothing_is_committed_past_a_loss_that_is_not_noted(bench: Bench) -> Non
     bench.send(*range(1, 6))
     with bench.bridge():
         bench.wait(5)
+
     bench.send(*range(6, 11))
     bench.drop(8)
     lag = bench.topics.lag()
+
     with bench.shards.databases.catalog_tx() as connection:
         connection.execute(sa.text("ALTER TABLE event_losses RENAME TO away"))
+
     with bench.bridge():
-        assert wait_until(lambda: bench.users() == 7, timeout_s=30)  # they do not wait for it
+        assert wait_until(lambda: bench.users() == 7, timeout_s=30)  # the events do not wait for the note
         assert bench.topics.lag() == lag
+
         with bench.shards.databases.catalog_tx() as connection:
             connection.execute(sa.text("ALTER TABLE away RENAME TO event_losses"))
         bench.wait(7)
+
     assert bench.losses() == [EventLoss(bench.topic, 0, 5, 8, event_watch.RETENTION)]

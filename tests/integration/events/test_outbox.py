@@ -1,4 +1,4 @@
-"""The outbox of segment events: once marked never again, in order, one publisher at a time."""
+"""The outbox of segment events: an event is not sent again once it is marked; in order; one publisher at a time."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def record(shards: Shards, *seqs: int) -> None:
 def test_the_message(one_shard: Shards, outbox: Outbox, publisher: FakePublisher) -> None:
     record(one_shard, 7)
     assert outbox.publish_pending() == (1, False)
+
     ((key, value),) = publisher.published
     message = json.loads(value)
     assert key == "s1"
@@ -76,6 +77,7 @@ def test_the_message(one_shard: Shards, outbox: Outbox, publisher: FakePublisher
         "operation": "operations/00000000-0000-0000-0000-000000000007",
         "added": 5,
     }
+
     assert outbox.publish_pending() == (0, False)
 
 
@@ -116,6 +118,7 @@ def test_one_publisher_at_a_time(one_shard: Shards, outbox: Outbox, publisher: F
     record(one_shard, 1, 2)
     seen: list[tuple[int, bool]] = []
     publisher.meanwhile = lambda: seen.append(other.publish_pending())
+
     assert outbox.publish_pending() == (2, False)
     assert seen == [(0, False)]
     assert second.published == []

@@ -1,4 +1,4 @@
-"""One message that cannot be read stops nothing but itself: on a real Kafka, made byte by byte."""
+"""A message that cannot be read stops no other message: on a real Kafka, with batches made byte by byte."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Bench:
             return int(connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one())
 
     def wait(self, users: int) -> None:
-        """Until there are so many users, and nothing waits."""
+        """Wait until there are this many users, and no event waits."""
         assert wait_until(lambda: self.users() == users, timeout_s=60), f"{self.users()} users, not {users}"
         assert wait_until(lambda: self.topics.lag() == 0, timeout_s=60), f"lag {self.topics.lag()}"
 
@@ -73,6 +73,7 @@ def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyP
     if kafka_server.stand_in:
         pytest.skip("the stand-in looks at what it is given in its own way")
     monkeypatch.setattr(fetcher, "REST_S", 0.2)
+
     shards.reset()
     prefix = f"poison-{next(_numbers)}."
     settings = shards.settings.model_copy(
@@ -82,8 +83,10 @@ def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyP
             "kafka_group": f"{prefix}group",
         }
     )
+
     topics = Topics(kafka_server, settings)
     producer = raw.RawProducer(kafka_server.bootstrap_servers)
+
     yield Bench(shards, topics, InProcessBatches(shards.ingestion), producer)
     producer.close()
     topics.close()
@@ -106,17 +109,21 @@ def test_large_ones_and_bombs_are_let_go_in_bounded_memory(bench: Bench) -> None
     large = b"[" + b" " * 70_000_000 + b"]"
     records = raw.record(0, large, key=b"7") + raw.record(1, event(1))
     bench.produce(raw.batch(records, 2, codec=raw.GZIP))
+
     for codec, size in ((raw.GZIP, 300), (raw.ZSTD, 900)):
         bench.produce(raw.batch(b"", 1, codec=codec, body=bomb(codec, size * MEGABYTE)))
+
     bench.produce(raw.event_batch([event(2)]))
     for partition in (1, 2):
         bench.produce(raw.event_batch([event(2 + partition)]), partition=partition)
     bench.produce(raw.event_batch([b'{"user_id": 1, "version": 1, "attributes": {}}']), topic="update-user")
     del records
+
     before = psutil.Process().memory_info().rss
     with bench.bridge():
         bench.wait(4)
         assert psutil.Process().memory_info().rss - before < 200 * MEGABYTE
+
     first, *bombs = bench.letters(3)
     assert (header(first, "offset"), header(first, "bytes")) == ("0", str(len(large)))
     assert header(first, "reason") == f"event: must be at most 65536 bytes, is {len(large)}"
@@ -126,21 +133,23 @@ def test_large_ones_and_bombs_are_let_go_in_bounded_memory(bench: Bench) -> None
 
 
 def test_a_flood_of_them_stops_no_other_partition(bench: Bench) -> None:
-    """Partition 0 is full of bombs; the others, and the other topics, do not notice."""
+    """Partition 0 is full of bombs; events of all other partitions and topics are not delayed."""
     data = raw.batch(b"", 1, codec=raw.ZSTD, body=bomb(raw.ZSTD, 300 * MEGABYTE))
     for _ in range(30):
         bench.produce(data)
+
     with bench.bridge():
         for partition in (1, 2):
             bench.produce(raw.event_batch([event(partition)]), partition=partition)
         assert wait_until(lambda: bench.users() == 2, timeout_s=30)
         assert bench.topics.lag() > 0
         bench.wait(2)
+
     assert len(bench.letters(30)) == 30
 
 
 class Damaging:
-    """Damages what the broker hands out of one partition, as a network or a disk may."""
+    """Damages the data that the broker returns for one partition, as a network or a disk may."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where: TopicPartition, damage: Any, times: int = 1000) -> None:
         self.times = times
@@ -179,16 +188,18 @@ def test_what_stays_damaged_is_let_go(bench: Bench, monkeypatch: pytest.MonkeyPa
     bench.produce(raw.event_batch([event(1), event(2)]))
     bench.produce(raw.event_batch([event(3)]))
     bench.produce(raw.event_batch([event(4)]), partition=1)
+
     unreadable = metrics.events_unreadable.labels("create-user", "damaged")
     before = unreadable._value.get()
 
     def damage(data: Any) -> None:
-        if data.records[7] == 0:  # the batch at offset 0, in whichever answer it is
+        if data.records[7] == 0:  # the batch at offset 0, in any answer
             flip(at)(data)
 
     Damaging(monkeypatch, TopicPartition(f"{bench.prefix}create-user", 0), damage)
     with bench.bridge():
         bench.wait(2)
+
     letters = bench.letters(1)
     assert unreadable._value.get() - before == len(letters)
     assert header(letters[0], "offset") == "0"
@@ -204,9 +215,11 @@ def test_an_error_of_one_partition_is_its_own(bench: Bench, monkeypatch: pytest.
     bench.produce(raw.event_batch([event(1)]))
     bench.produce(raw.event_batch([event(2)]), partition=1)
     damaging = Damaging(monkeypatch, TopicPartition(f"{bench.prefix}create-user", 0), refuse)
+
     with bench.bridge():
         assert wait_until(lambda: bench.users() == 1, timeout_s=30)
         assert wait_until(lambda: metrics.event_partitions_standing._value.get() == 1, timeout_s=30)
+
         damaging.times = 0
         bench.wait(2)
 
@@ -222,9 +235,11 @@ def test_a_fault_of_ours_costs_the_event_that_meets_it(bench: Bench, monkeypatch
         return read(topic, value)
 
     monkeypatch.setattr(bridge, "parse", parse)
+
     bench.produce(raw.event_batch([event(1), b"unlucky", event(2)]))
     with bench.bridge():
         bench.wait(2)
+
     assert header(bench.letters(1)[0], "reason") == "event: reading it failed (RecursionError)"
 
 
@@ -241,10 +256,13 @@ def test_a_letter_that_its_topic_never_takes_goes_in_part(bench: Bench, monkeypa
     monkeypatch.setattr(dead_letters, "TOO_LARGE_AGAIN_S", 0.2)
     monkeypatch.setattr(dead_letters, "TOO_LARGE_TRIES", 3)
     bench.topics.allow("create-user.dlq", 2_000)
+
     large = b"[" + b"x" * 50_000
     bench.produce(raw.event_batch([large, event(1)]))
+
     with bench.bridge():
         bench.wait(1)
+
     [letter] = bench.letters(1)
     assert 500 < len(letter.value) < 2_000
     assert large.startswith(letter.value)
@@ -256,14 +274,18 @@ def test_dead_letters_that_wait_pause_their_own_partition(bench: Bench, monkeypa
 
     monkeypatch.setattr(bridge, "DEAD_EVENTS_MAX", 50)
     monkeypatch.setattr(dead_letters, "TOO_LARGE_AGAIN_S", 0.2)
-    bench.topics.allow("create-user.dlq", 100)  # no letter fits, whatever is cut from it
+    bench.topics.allow("create-user.dlq", 100)  # no letter fits, however short it is cut
+
     bench.produce(raw.event_batch([b"junk"] * 400))
     for partition in (1, 2):
         bench.produce(raw.event_batch([event(partition)]), partition=partition)
+
     with bench.bridge():
         assert wait_until(lambda: bench.users() == 2, timeout_s=30)
+
         bench.topics.allow("create-user.dlq", 100_000)
         bench.wait(2)
+
     assert len(bench.letters(400)) == 400
 
 
@@ -275,9 +297,11 @@ def test_an_event_that_makes_its_worker_fail_is_let_go_alone(bench: Bench, monke
         return TryAgain("INTERNAL") if any(one.user_id == 5 for one in events) else apply(topic, shard, events)
 
     monkeypatch.setattr(bench.batches, "_apply", fail_on_user_5)
+
     bench.produce(raw.event_batch([event(number) for number in range(1, 21)]))
     with bench.bridge():
         bench.wait(19)
+
     [letter] = bench.letters(1)
     assert header(letter, "reason").startswith("INTERNAL")
     assert (header(letter, "offset"), letter.value) == ("4", event(5))

@@ -1,4 +1,4 @@
-"""A batch that the database does not get through becomes smaller until it passes; none of it is a dead letter."""
+"""A batch that is too slow for the database is halved until it passes; none of its events becomes a dead letter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SLOW = """
 
 @pytest.fixture
 def slow_shard(one_shard: Shards) -> Iterator[Shards]:
-    """A shard that takes 2 ms for each user who comes or changes."""
+    """A shard that takes 2 ms for each user who is created or changed."""
     with one_shard.databases.shard_tx(0) as connection:
         connection.exec_driver_sql(_SLOW)
     yield one_shard
@@ -37,7 +37,7 @@ def slow_shard(one_shard: Shards) -> Iterator[Shards]:
 
 
 class Bridge:
-    """The bridge's flows, with events from nowhere."""
+    """The bridge's flows, with events that a test adds itself."""
 
     def __init__(self, shards: Shards) -> None:
         self.progress = PartitionProgress("create-user", 0)
@@ -62,11 +62,14 @@ def test_a_batch_that_takes_too_long_is_halved_until_it_passes(
 ) -> None:
     monkeypatch.setattr(ingestion, "BATCH_S", 0.5)
     monkeypatch.setattr(flows, "QUICK_S", 0.15)
+
     bridge = Bridge(slow_shard)
     bridge.add([CreateUser(number, "{}") for number in range(1, USERS + 1)])
     eventually(bridge.is_done, within_s=60)
+
     sizes = [size for _, _, size in bridge.batches.sent]
     assert sizes[:2] == [USERS, USERS // 2]
+
     bridge.add([UpdateUser(number, 1, '{"a": 1}') for number in range(1, USERS + 1)])
     eventually(bridge.is_done, within_s=60)
 
