@@ -37,6 +37,7 @@ def _socket_of(descriptor: int) -> Iterator[socket.socket | None]:
         os.close(duplicate)
         yield None
         return
+
     with taken:
         internet = taken.family in (socket.AF_INET, socket.AF_INET6) and taken.type == socket.SOCK_STREAM
         yield taken if internet else None

@@ -70,6 +70,7 @@ def edited_fields_of(segment: segments_pb2.Segment, mask: FieldMask) -> frozense
         return frozenset(field for name, field in names.items() if name in set_fields)
     if list(mask.paths) == ["*"]:
         return frozenset(EditedField)
+
     for path in mask.paths:
         if path in names:
             continue
@@ -78,6 +79,7 @@ def edited_fields_of(segment: segments_pb2.Segment, mask: FieldMask) -> frozense
         if path in segments_pb2.Segment.DESCRIPTOR.fields_by_name:
             raise invalid_field("update_mask", f"{path} cannot be changed by an update, only {', '.join(names)}")
         raise invalid_field("update_mask", f"there is no field {path[:80]!r} to change, only {', '.join(names)} or *")
+
     return frozenset(names[path] for path in mask.paths)
 
 
@@ -297,10 +299,12 @@ def _response_message(kind: OperationKind, result: OperationResult) -> Message:
     removed = sum(counts.removed for counts in result.counts)
     if kind is OperationKind.DELETE:
         return segments_pb2.DeleteSegmentResponse(removed_count=removed)
+
     if result.segment is None:
         raise RuntimeError("only a deletion ends without a segment")
     if kind is OperationKind.CREATE:
         return segment_message(result.segment)
+
     return segments_pb2.RollOutSegmentResponse(
         segment=segment_message(result.segment),
         matched_count=sum(counts.matched for counts in result.counts),

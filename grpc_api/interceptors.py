@@ -78,12 +78,14 @@ class Around(aio.ServerInterceptor, ABC):
         if handler.request_streaming:
             # Only reflection, which is off in production, reads a stream.
             return handler
+
         method = handler_call_details.method
         outer, inner = self.decode(handler)
         if not handler.response_streaming:
             return grpc.unary_unary_rpc_method_handler(
                 self._unary(method, handler.unary_unary, inner), outer, handler.response_serializer
             )
+
         wrap = self._generator if inspect.isasyncgenfunction(handler.unary_stream) else self._writer
         return grpc.unary_stream_rpc_method_handler(
             wrap(method, handler.unary_stream, inner), outer, handler.response_serializer

@@ -43,6 +43,7 @@ class Places:
             raise self._refusal(f"{self._per_caller} {self._what} from one address")
         if self._taken.total() >= self._total:
             raise self._refusal(f"{self._total} {self._what}")
+
         self._taken[caller] += 1
         try:
             yield

@@ -81,6 +81,7 @@ class OperationWatch:
         """
         watched = self._enter(operation_id)
         shown: View | None = None
+
         try:
             while True:
                 if watched.failure is not None:
@@ -117,6 +118,7 @@ class OperationWatch:
         """Read the ledger as long as there are watchers."""
         # This task serves no call: it has no deadline, and no client's request id.
         structlog.contextvars.clear_contextvars()
+
         pause_s = INTERVAL_S
         try:
             while self._watched:
@@ -126,6 +128,7 @@ class OperationWatch:
                 changed = await self._look()
                 pause_s = INTERVAL_S if changed else min(2 * pause_s, PAUSE_MAX_S)
                 crowd_s = WATCHER_S * sum(watched.watchers for watched in self._watched.values())
+
                 # An operation's end, or a new watcher, interrupts a long pause, but never makes reads follow too fast.
                 await self._pause(pause_s + crowd_s)
                 await asyncio.sleep(max(0.0, began + INTERVAL_S + crowd_s - time.monotonic()))
@@ -135,6 +138,7 @@ class OperationWatch:
     async def _look(self) -> bool:
         """Read all watched operations once. Returns whether anything has changed."""
         watched = dict(self._watched)
+
         try:
             views = await self._blocking.run(lambda _: self._operations.progress_of(list(watched)))
         except Exception as error:  # noqa: BLE001  # whatever the error is, watchers must not wait for ever
@@ -144,6 +148,7 @@ class OperationWatch:
                 one.failure = error if isinstance(error, ServiceError) else internal_error()
                 one.notify()
             return False
+
         changed = False
         for operation_id, one in watched.items():
             view = views.get(operation_id)

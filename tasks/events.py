@@ -125,6 +125,7 @@ class CeleryBatches:
             # What the logs show.
             "kwargsrepr": f"{{shard {shard}: {len(events)} × {topic}}}",
         }
+
         task = apply_events.signature(kwargs={"shard": shard, "batch": batch_id}, **options)
         try:
             # Stored before the task is sent: it would not find them otherwise. They are deleted with the result, or

@@ -103,7 +103,7 @@ class Damaged(Exception):
 
 
 class Batch:
-    """One batch, its frame and checksum tried.
+    """One batch, its frame and checksum checked.
 
     Raises:
         Damaged: they are wrong.
@@ -122,6 +122,7 @@ class Batch:
     def _read_header(self, raw: memoryview) -> None:
         if len(raw) < _HEADER_BYTES:
             raise _damaged(raw, "it is shorter than the header of a batch")
+
         (
             self.base_offset,
             _,
@@ -137,9 +138,10 @@ class Batch:
             _,
             self.count,
         ) = _HEADER.unpack_from(raw)
+
         self.last_offset: int = self.base_offset + delta
         if calc_crc32c(raw[_CRC_FROM:]) != crc:  # type: ignore[no-untyped-call]
-            # Any of its numbers may be wrong. Two that agree are taken to be right; nothing sound is passed over then.
+            # Any of its numbers may be wrong. Two that agree are taken as right; then no sound record is passed over.
             raise _damaged(raw, "its checksum is wrong", self.last_offset if self.count == delta + 1 else None)
         if delta < 0:
             raise _damaged(raw, f"its last offset lies {-delta} before its first")
@@ -148,12 +150,14 @@ class Batch:
         self.leader_epoch = -1
         self.producer_id = -1
         self._attributes = 0
+
         try:
             self._legacy = LegacyRecordBatch(raw, self.magic)
             well = self._legacy.validate_crc()  # type: ignore[no-untyped-call]
         except (AssertionError, struct.error, IndexError) as error:
             raise _damaged(raw, f"it is no message of the old format ({type(error).__name__})") from None
-        # Of a compressed message of the old format this is the last offset; of any other it is the only one.
+
+        # For a compressed message of the old format this is the last offset; otherwise it is the only one.
         self.base_offset = self.last_offset = self._legacy.base_offset
         if not well:
             raise _damaged(raw, "its checksum is wrong", self.last_offset)
@@ -164,19 +168,19 @@ class Batch:
 
     @property
     def is_control(self) -> bool:
-        """Whether it is a marker of the broker's, which no consumer is given."""
+        """Whether it is a marker of the broker, which no consumer gets."""
         return bool(self._attributes & _CONTROL)
 
     @property
     def is_abort_marker(self) -> bool:
-        """Of a control batch: whether it ends a transaction whose events never happened."""
+        """For a control batch: whether it aborts a transaction."""
         for record in self.records(self.base_offset):
             if isinstance(record, Record) and record.key is not None and len(record.key) >= 4:
                 return bool(struct.unpack_from(">h", record.key, 2)[0] == 0)
         return False
 
     def records(self, start: int) -> Iterator[Record | Unreadable]:
-        """The messages from the offset ``start`` on, in order; what cannot be read is told in its place."""
+        """The messages from the offset ``start`` on, in order; what cannot be read is reported in its place."""
         return _LegacyRecords(self, self._legacy).read(start) if self.magic < 2 else _Records(self).read(start)
 
     def contents(self) -> Inflated:
@@ -200,13 +204,14 @@ def _damaged(raw: memoryview, reason: str, through: int | None = None) -> Damage
 
 
 def batches_of(data: bytes | memoryview) -> Iterator[Batch]:
-    """The batches that a broker has sent together. The last one may be cut off, and is left out then.
+    """The batches that a broker has sent together. The last one may be cut off, and is then left out.
 
     Raises:
-        Damaged: the next one is; where those behind it begin is unknown then, unless only its checksum is wrong.
+        Damaged: the next batch is damaged. Unless only its checksum is wrong, it is unknown where later batches begin.
     """
     raw = memoryview(data)
     position = 0
+
     while len(raw) - position > _MAGIC_AT:
         length = struct.unpack_from(">i", raw, position + _LENGTH_AT)[0]
         end = position + _FRAME_BYTES + length
@@ -216,6 +221,7 @@ def batches_of(data: bytes | memoryview) -> Iterator[Batch]:
             break
         yield Batch(raw[position:end])
         position = end
+
     if not position and raw:
         raise _damaged(raw, "it is said to be longer than all that the broker has sent")
 
@@ -228,7 +234,7 @@ class _Window:
         self.bytes = b""
 
     def from_(self, position: int, wanted: int) -> bool:
-        """Let go of what is before ``position``; then see to it that there are ``wanted`` bytes. Whether there are."""
+        """Drop the bytes before ``position``; then read until there are ``wanted`` bytes. Returns whether there are."""
         parts = [self.bytes[position:]]
         size = len(parts[0])
         while size < wanted:
@@ -241,7 +247,7 @@ class _Window:
         return size >= wanted
 
     def skip(self, position: int, count: int) -> bool:
-        """Let go of what is before ``position`` and of ``count`` bytes from there. Whether there were as many."""
+        """Drop the bytes before ``position`` and the next ``count`` bytes. Returns whether there were that many."""
         left = count - (len(self.bytes) - position)
         while left > 0:
             piece = next(self._pieces, None)
@@ -257,7 +263,7 @@ class _Window:
 
 
 class _NoRecord(Exception):
-    """The bytes between two bounds that are sound are no record."""
+    """The bytes between two sound bounds are not a record."""
 
 
 class _Records:
@@ -267,7 +273,7 @@ class _Records:
         self._batch = batch
         self._window = _Window(batch.contents())
         self._next = batch.base_offset
-        """The least offset that the next record may have."""
+        """The lowest offset that the next record may have."""
 
     def read(self, start: int) -> Iterator[Record | Unreadable]:
         """See ``Batch.records``."""
@@ -290,10 +296,12 @@ class _Records:
         last_offset = batch.last_offset
         position = 0
         buffer = window.bytes
+
         for _ in range(batch.count):
             if len(buffer) - position < _VARINT_BYTES_MAX:
                 window.from_(position, _VARINT_BYTES_MAX)
                 buffer, position = window.bytes, 0
+
             length, position = _length(buffer, position)
             if length > RECORD_BYTES_MAX:
                 large = self._large(position, length)
@@ -301,20 +309,23 @@ class _Records:
                 if large.through >= start:
                     yield large
                 if large.why == INFLATES:
-                    return  # all that may be behind it goes with it
+                    return  # everything after it is let go with it
                 continue
+
             if len(buffer) - position < length:
                 if not window.from_(position, length):
                     raise Garbled(RECORD, "the batch ends within a record")
                 buffer, position = window.bytes, 0
+
             end = position + length
             told: Record | Unreadable
             try:
                 told = _record(batch, buffer, position, end)
             except _NoRecord as error:
-                # Its bounds are sound, so those behind it can be read. Offsets of a batch have no gaps when it is made.
+                # Its bounds are sound, so later records can be read. A batch's offsets have no gaps when it is made.
                 raw = buffer[position:end][:PREFIX_BYTES_MAX]
                 told = Unreadable(self._next, self._next, RECORD, str(error), None, raw, "record", length)
+
             offset = told.offset
             if not self._next <= offset <= last_offset:
                 raise Garbled(RECORD, f"a record of the batch says that its offset is {offset}")
@@ -322,6 +333,7 @@ class _Records:
             self._next = offset + 1
             if offset >= start:
                 yield told
+
         window.bytes = buffer[position:]
 
     def _large(self, position: int, length: int) -> Unreadable:
@@ -329,21 +341,24 @@ class _Records:
         window = self._window
         window.from_(position, min(length, 3 * PREFIX_BYTES_MAX))
         told = _beginning(self._batch, window.bytes, length)
+
         if not self._next <= told.offset <= self._batch.last_offset:
             raise Garbled(RECORD, f"a record of the batch says that its offset is {told.offset}")
+
         try:
             if not window.skip(0, length):
                 raise Garbled(RECORD, "the batch ends within a record")
         except TooLarge as error:
-            # The record is known, and goes with all that may be behind it.
+            # The record is known, and is let go with everything after it.
             told.through, told.why, told.reason = self._batch.last_offset, INFLATES, f"{told.reason}; {error}"
             window.bytes = b""
+
         self._next = told.through + 1
         return told
 
 
 def _length(buffer: bytes, position: int) -> tuple[int, int]:
-    """The length of the record that begins here, and where it goes on."""
+    """The length of the record that begins here, and the position after the length."""
     try:
         length, position = decode_varint(buffer, position)
     except (IndexError, ValueError):
@@ -356,7 +371,7 @@ def _length(buffer: bytes, position: int) -> tuple[int, int]:
 
 
 def _record(batch: Batch, buffer: bytes, position: int, end: int) -> Record:
-    """The record in these bytes, behind its length. This is the hot path of all events. Raises _NoRecord."""
+    """The record in these bytes, after its length. This is the hot path of all events. Raises _NoRecord."""
     try:
         timestamp_delta, position = decode_varint(buffer, position + 1)
         offset_delta, position = decode_varint(buffer, position)
@@ -372,13 +387,14 @@ def _record(batch: Batch, buffer: bytes, position: int, end: int) -> Record:
             position += size
     except (IndexError, ValueError):
         raise _NoRecord("the record is none: a length in it is no number") from None
+
     if position > end:
         raise _NoRecord("the record is none: its key or value is said to be longer than it")
     return Record(batch.base_offset + offset_delta, batch.timestamp(timestamp_delta), key, value, buffer[position:end])
 
 
 def _beginning(batch: Batch, buffer: bytes, length: int) -> Unreadable:
-    """What can be said of a large record by its beginning, behind its length. Raises Garbled."""
+    """The report on a large record, from its beginning after its length. Raises Garbled."""
     try:
         _, position = decode_varint(buffer, 1)
         offset_delta, position = decode_varint(buffer, position)
@@ -386,12 +402,14 @@ def _beginning(batch: Batch, buffer: bytes, length: int) -> Unreadable:
         key = buffer[position : position + key_size][:PREFIX_BYTES_MAX] if key_size >= 0 else None
         position += max(0, key_size)
         offset = batch.base_offset + offset_delta
+
         if key_size > EVENT_BYTES_MAX:
             reason = f"key: must be at most {EVENT_BYTES_MAX} bytes, is {key_size}"
             return Unreadable(offset, offset, LARGE, reason, None, key, "key", key_size)
         value_size, position = decode_varint(buffer, position)
     except (IndexError, ValueError):
         raise Garbled(RECORD, "a large record of the batch is none: a length in it is no number") from None
+
     value = buffer[position : position + value_size][:PREFIX_BYTES_MAX] if value_size >= 0 else None
     if value_size <= EVENT_BYTES_MAX:
         reason = f"headers: the message must be at most {RECORD_BYTES_MAX} bytes with its headers, is {length}"
@@ -449,6 +467,7 @@ class _LegacyRecords:
         value_size = struct.unpack_from(">i", raw, value_at)[0]
         if value_size < 0:
             raise Garbled(RECORD, "the compressed message has no value")
+
         pieces: list[bytes] = []
         size = 0
         for piece in inflate(raw[value_at + 4 : value_at + 4 + value_size], self._legacy.compression_type):
@@ -456,6 +475,7 @@ class _LegacyRecords:
             size += len(piece)
             if size > LEGACY_BYTES_MAX:
                 raise TooLarge(f"the batch inflates to more than {LEGACY_BYTES_MAX:,} bytes")
+
         self._legacy._buffer = memoryview(b"".join(pieces))  # noqa: SLF001
         self._legacy._decompressed = True  # noqa: SLF001
 
@@ -465,7 +485,7 @@ LEGACY_BYTES_MAX: Final = 16 * 1024 * 1024
 
 
 def headers_of(raw: bytes) -> dict[str, str]:
-    """The headers of a message as text, whatever their bytes are; those that can be had."""
+    """The headers of a message as text, whatever their bytes are; only the headers that can be read."""
     found: dict[str, str] = {}
     try:
         count, position = decode_varint(raw, 0)

@@ -1,7 +1,6 @@
-"""Events that nobody can apply go to ``<topic>.dlq`` with the reason, unchanged unless they are too large for that. A
-thread of its own sends them.
+"""Events that cannot be applied go to ``<topic>.dlq`` with the reason, unchanged unless they are too large for it.
 
-Its own thread, because a dead-letter topic that is missing or full must not hold up the events that are well.
+A thread of its own sends them, because a dead-letter topic that is missing or full must not hold up good events.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ AT_ONCE: Final = 500
 TOO_LARGE_AGAIN_S: Final = 15.0
 """How long a letter waits between tries when it is too large for its topic."""
 TOO_LARGE_TRIES: Final = 20
-"""How often it is tried whole; then a part of it goes, as large as the topic takes. The event's partition waits for it
-meanwhile, and must not wait for ever."""
+"""How often it is tried whole; then a part of it is sent, as large as the topic takes. The event's partition waits for
+it meanwhile, and must not wait for ever."""
 
 TOPIC_HEADER: Final = "segsvc-topic"
 PARTITION_HEADER: Final = "segsvc-partition"
@@ -46,7 +45,7 @@ class _Letter:
 
     Attributes:
         content: what its value is; see ``batches.Unreadable``.
-        size: how many bytes there were of that; None: they are all here.
+        size: how many bytes the value had; None: it is whole.
         tries: how often it was refused as too large.
         bytes_max: how much of the value is sent; None: all of it.
     """
@@ -60,14 +59,14 @@ class _Letter:
 
     @property
     def key(self) -> bytes | None:
-        """The event's own; a message needs a key or a value, so one that had neither gets an empty key."""
+        """The event's key. A message needs a key or a value, so an event that had neither gets an empty key."""
         if self.bytes_max == 0:
             return b""
         return b"" if self.taken.key is None and self.taken.raw is None else self.taken.key
 
     @property
     def value(self) -> bytes | None:
-        """The event's own, or what goes of it."""
+        """The event's value, or the part of it that is sent."""
         raw = self.taken.raw
         return raw if raw is None or self.bytes_max is None else raw[: self.bytes_max]
 
@@ -94,24 +93,26 @@ class _Letter:
             (OFFSET_HEADER, str(taken.offset).encode()),
             (REASON_HEADER, self.reason.encode("utf-8", "backslashreplace")),
         ]
+
         if taken.through > taken.offset:
             headers.append((THROUGH_HEADER, str(taken.through).encode()))
         if self.content != EVENT:
             headers.append((CONTENT_HEADER, self.content.encode()))
         if self.size is not None:
             headers.append((BYTES_HEADER, str(self.size).encode()))
+
         return headers
 
 
 class DeadLetters:
     """The bridge's dead letters.
 
-    ``put`` hands one over, ``acknowledged`` returns those that the broker has: only then may their offsets be
-    committed. A letter is never given up; after a crash, its event comes again and so does the letter.
+    ``put`` takes an event over; ``acknowledged`` returns the events whose letters the broker has: only then may their
+    offsets be committed. A letter is never given up; after a crash, its event comes again and so does the letter.
 
-    A letter is larger than its event, by the headers. If its topic does not allow for that, the letter waits by itself
-    until the topic does, and its partition's offset with it; the others go on. It does not wait for ever: after
-    ``TOO_LARGE_TRIES`` tries as much of it goes as the topic takes.
+    A letter is larger than its event, by the headers. If its topic does not take that size, the letter waits by itself
+    until the topic does, and its partition's offset waits too; all other partitions go on. It does not wait for ever:
+    after ``TOO_LARGE_TRIES`` tries the part of it that the topic takes is sent.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -136,7 +137,7 @@ class DeadLetters:
         self._wake.set()
 
     def put_unreadable(self, taken: Taken, told: Unreadable) -> None:
-        """As ``put``, for what could not be read, or only in part."""
+        """As ``put``, for data that could not be read, or only in part."""
         taken.partition.die(taken)
         whole = told.content == EVENT and told.size == len(told.value or b"")
         self._incoming.append(_Letter(taken, told.reason, told.content, None if whole else told.size))
@@ -155,7 +156,7 @@ class DeadLetters:
         return events
 
     def close(self, timeout_s: float) -> None:
-        """Send what is there, for this long at most. The rest comes again, since its offsets are not committed."""
+        """Send the remaining letters, for at most this long. The rest comes again: its offsets are not committed."""
         self._deadline = min(self._deadline, time.monotonic() + timeout_s)
         self._stop.set()
         self._wake.set()
@@ -164,18 +165,23 @@ class DeadLetters:
     def _run(self) -> None:
         pending: list[_Letter] = []
         backoff = Backoff(0.5, 15.0)
+
         while True:
             if not pending:
                 self._wake.wait(max(0.0, self._too_large_at - time.monotonic()) if self._too_large else None)
+
             self._wake.clear()
             while self._incoming and len(pending) < AT_ONCE:
                 letter = self._incoming.popleft()
                 if not letter.taken.partition.lost:  # its new owner sends it
                     pending.append(letter)
+
             if self._stop.is_set() and (not pending or time.monotonic() >= self._deadline):
                 break
+
             pending = self._send(pending)
             pending += self._one_by_one(self._next_too_large())
+
             if pending:
                 backoff.failed(0.0)
                 self._waits.begins("the dead-letter topics", self._sender.failure)
@@ -183,8 +189,10 @@ class DeadLetters:
             else:
                 backoff.succeeded()
                 self._waits.ends("the dead-letter topics")
+
             if self._incoming or self._stop.is_set():
                 self._wake.set()
+
         self._sender.close()
 
     def _next_too_large(self) -> list[_Letter]:
@@ -196,7 +204,7 @@ class DeadLetters:
         return []
 
     def _send(self, letters: list[_Letter]) -> list[_Letter]:
-        """Send letters topic by topic; those that are to be sent again."""
+        """Send letters topic by topic. Returns those that must be sent again."""
         left: list[_Letter] = []
         for topic in sorted({letter.taken.partition.topic for letter in letters}):
             of_topic = [letter for letter in letters if letter.taken.partition.topic == topic]
@@ -209,10 +217,10 @@ class DeadLetters:
         return left
 
     def _one_by_one(self, letters: list[_Letter]) -> list[_Letter]:
-        """Send letters of one topic after a failure, up to the first one that fails for now; it and those behind it.
+        """Send letters of one topic after a failure, up to the first one that fails for now. Returns it and the rest.
 
-        Those in one request are refused together, and the client gives up whatever else is under way. So only a letter
-        that is sent alone can be found to be too large. It is put aside.
+        The broker refuses all letters of a request together, and the client gives up all others that are under way. So
+        only a letter that is sent alone can be found to be too large. It is put aside.
         """
         for index, letter in enumerate(letters):
             if not self._together([letter]):
@@ -227,8 +235,8 @@ class DeadLetters:
         return []
 
     def _cut_to_size(self, letter: _Letter) -> bool:
-        """A letter that was refused has been tried once more. If that was often enough, let go what can; whether it is
-        gone."""
+        """Count a try of a letter that is too large. After enough tries, send the part that the topic takes. Returns
+        whether it was sent."""
         letter.tries += 1
         if letter.tries < TOO_LARGE_TRIES:
             return False
@@ -242,7 +250,7 @@ class DeadLetters:
         return False
 
     def _together(self, letters: list[_Letter]) -> list[_Letter]:
-        """Send letters of one topic; those that were not acknowledged."""
+        """Send letters of one topic. Returns those that were not acknowledged."""
         topic = letters[0].taken.partition.topic
         outcomes = self._sender.send(topic + SUFFIX, [(letter.key, letter.value, letter.headers) for letter in letters])
         left: list[_Letter] = []

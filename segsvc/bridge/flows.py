@@ -1,8 +1,8 @@
-"""From events to batches and back: which batch goes to the workers when, and what becomes of its events.
+"""From events to batches and back: when a batch goes to the workers, and what happens to its events.
 
 A *flow* is one topic of one shard. It has at most one batch under way: so the events of one user and topic are applied
-in their order (nothing depends on it), and batches grow by themselves to what the shard can take. Creations, updates
-and deletions go separately, because creations need no cache: they go on while it is down.
+in their order (nothing depends on it), and batches grow by themselves to the size that the shard can take. Creations,
+updates and deletions go separately, because creations need no cache: they go on while it is down.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tasks.outcomes import BATCH_LOST, RESULT_REFUSED, Outcome
 log = get_logger(__name__)
 
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
-"""A batch is cut here even if it has few events: a message of the broker must stay a reasonable one."""
+"""A batch is cut at this size even if it has few events: a message of the broker must stay reasonably small."""
 RESULT_WAIT_S: Final = 15.0
 """Without a result for this long the batch is sent again: its message or its result may be lost. The earlier message
-expires in the queue then, so that a long outage of the workers does not heap up copies."""
+then expires in the queue, so that copies do not pile up in a long outage of the workers."""
 RESULT_WAIT_MAX_S: Final = 600.0
 QUICK_S: Final = 2.0
 """After a batch that had to be halved, batches grow again while they are answered within this, so that a larger one is
@@ -43,7 +43,7 @@ FAULTS_PERIOD_S: Final = 3600.0
 """At most this many events go to the dead letters with INTERNAL in this time, in all flows of this bridge. A release
 of the workers with a fault fails on every event: then the flows wait, and the events are safe in Kafka."""
 GATHER_MAX_S: Final = 0.5
-"""Longest wait for a batch to become full, while more events are at hand and the workers are busy with others."""
+"""Longest wait for a batch to become full, while more events are at hand and the workers have other batches."""
 
 _LANE_REASONS: Final = (
     Reason.CACHE_UNAVAILABLE.text,
@@ -52,13 +52,13 @@ _LANE_REASONS: Final = (
     BATCH_LOST,
     RESULT_REFUSED,
 )
-"""Failures that say nothing about the shard: only this topic waits. Any other, and the whole shard waits."""
+"""Failures that say nothing about the shard: only this topic waits. After any other failure the whole shard waits."""
 
 _TOO_MANY_FAULTS: Final = "events that end with INTERNAL"
 
 
 class Batches(Protocol):
-    """The workers, as far as the bridge sees them."""
+    """The workers, as the bridge uses them."""
 
     def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
         """Send a batch; a worker that finds it later than ``expire_s`` discards it.
@@ -67,11 +67,11 @@ class Batches(Protocol):
             the batch's id for ``collect``.
 
         Raises:
-            ServiceError: BROKER_UNAVAILABLE (it may have been sent all the same).
+            ServiceError: BROKER_UNAVAILABLE (the batch may still have been sent).
         """
 
     def collect(self, batch_ids: Sequence[str]) -> Mapping[str, Outcome]:
-        """How those of these batches ended that did; each is told once.
+        """The outcomes of those batches that have ended; each outcome is returned once.
 
         Raises:
             ServiceError: BROKER_UNAVAILABLE.
@@ -79,7 +79,7 @@ class Batches(Protocol):
 
 
 DeadLetterSink = Callable[[Taken, str], None]
-"""Takes an event and the reason why it is dead; sees to it that the event is finished in the end."""
+"""Takes an event and the reason why it is dead; makes sure that the event is finished in the end."""
 
 
 @dataclass(slots=True)
@@ -101,12 +101,12 @@ class _Flow:
         self.topic = topic
         self.shard = shard
         self.events_max = events_max
-        """Events of its next batch at most: fewer after one that did not end in time."""
+        """Most events of its next batch: fewer after a batch that did not end in time."""
         self.waiting: deque[Taken] = deque()
         self.batch: _Batch | None = None
         self.backoff = Backoff(0.2, 10.0)
         self.gathers_until: float | None = None
-        """When the next batch goes, full or not; None: it was not held up."""
+        """When the next batch is sent, full or not; None: it was not held up."""
 
     @property
     def name(self) -> str:
@@ -117,8 +117,8 @@ class _Flow:
         return self.batch is not None and self.batch.id is not None
 
     def halve(self) -> bool:
-        """Keep the first half of the batch that did not end in time, and let the rest wait its turn again, before all
-        that came later. False: it is a single event."""
+        """Keep the first half of the batch that did not end in time; the rest waits for its turn again, before all
+        later events. False: the batch is a single event."""
         if self.batch is None or len(self.batch.events) < 2:
             return False
         self.events_max = len(self.batch.events) // 2
@@ -127,7 +127,7 @@ class _Flow:
         return True
 
     def next_batch(self) -> _Batch | None:
-        """The batch that was held back, or the next of those waiting; without events that are no longer ours."""
+        """The batch that was held back, or a batch of waiting events; without events of partitions that are lost."""
         if self.batch is None:
             events: list[Taken] = []
             size = 0
@@ -136,6 +136,7 @@ class _Flow:
                 size += taken.size
                 events.append(taken)
             self.batch = _Batch(events)
+
         self.batch.events = [taken for taken in self.batch.events if not taken.partition.lost]
         if not self.batch.events:
             self.batch = None
@@ -148,7 +149,7 @@ class Flows:
     Args:
         batch_max: events in one batch.
         in_flight_max: batches with the workers at once.
-        busy_from: batches with the workers that keep all of these busy.
+        busy_from: number of batches that keeps all workers busy.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Flows:
         self._broker = Backoff(0.2, 5.0)
         self._in_flight: dict[str, _Flow] = {}
         self._let_go_at: deque[float] = deque()
-        """When the last events went to the dead letters with INTERNAL."""
+        """Times when the last events went to the dead letters with INTERNAL."""
         self._too_many_faults = False
 
     def add(self, taken: Taken, shard: int) -> None:
@@ -199,16 +200,17 @@ class Flows:
         return any(flow.batch is not None or flow.waiting for flow in self._turn)
 
     def step(self, *, send: bool = True, more: bool = False) -> None:
-        """Take results in, and send what may go now.
+        """Take results, and send the batches that may be sent now.
 
         Args:
             send: False when the bridge is leaving.
-            more: whether more events are at hand. While the workers are busy, batches then wait a while to become
-                full: a full one costs less an event.
+            more: whether more events are at hand. If so, and while the workers are busy, batches wait a while to
+                become full: a full batch costs less for each event.
         """
         now = self._clock()
         if now < self._broker.ready_at:
             return
+
         try:
             self._collect(now)
             if send:
@@ -219,6 +221,7 @@ class Flows:
         else:
             self._broker.succeeded()
             self._waits.ends("the task broker")
+
         metrics.event_batches_in_flight.set(len(self._in_flight))
 
     # -- results ----------------------------------------------------------------------------------------------------
@@ -226,12 +229,14 @@ class Flows:
     def _collect(self, now: float) -> None:
         if not self._in_flight:
             return
+
         for batch_id, outcome in self._batches.collect(list(self._in_flight)).items():
             flow = self._in_flight.pop(batch_id)
             if isinstance(outcome, BatchReport):
                 self._finish(flow, outcome, now)
             else:
                 self._hold_back(flow, outcome.reason, now)
+
         for batch_id, flow in list(self._in_flight.items()):
             batch = flow.batch
             if batch is not None and now >= batch.lost_at:
@@ -246,38 +251,45 @@ class Flows:
         batch, flow.batch = flow.batch, None
         if batch is None:
             raise AssertionError("a report belongs to a batch")
+
         if now - batch.sent_at < QUICK_S:
             flow.events_max = min(flow.events_max * 2, self._batch_max)
+
         flow.backoff.succeeded()
         self._shards[flow.shard].succeeded()
         self._waits.ends(flow.name)
         self._waits.ends(f"shard {flow.shard}")
+
         dead = dict(report.dead)
         for index, taken in enumerate(batch.events):
             if index in dead:
                 self._dead_letters(taken, dead[index])
             else:
                 taken.partition.finish(taken)
+
         metrics.events.labels(flow.topic, "applied").inc(report.applied)
         metrics.events.labels(flow.topic, "ignored").inc(report.ignored)
 
     def _hold_back(self, flow: _Flow, reason: str, now: float) -> None:
         if flow.batch is not None:
             flow.batch.id = None
+
         if reason == Reason.DEADLINE_EXCEEDED.text and flow.halve():
-            # The database was at work and did not get through it: half of it is tried at once. A single event that
-            # takes longer than a statement may waits below: rules become cheaper and machines free, and the event is
-            # as good as any other.
+            # The database worked on the batch and did not finish in time: half of it is tried at once. A single event
+            # that takes longer than a statement may waits below: rules become cheaper and machines free, and the event
+            # is as good as any other.
             log.warning("batch_halved", lane=flow.name, events=flow.events_max)
             return
+
         if reason == Reason.INTERNAL.text:
-            # One event of the batch may be the cause. It is found by halving, so that it takes no other with it.
+            # One event of the batch may be the cause. It is found by halving, so that no other event is let go with it.
             if flow.halve():
                 log.warning("batch_halved", lane=flow.name, events=flow.events_max, reason=reason)
                 return
             if self._is_to_be_let_go(flow, now):
                 self._let_go(flow, now)
                 return
+
         if reason == RESULT_REFUSED:
             flow.halve()
         if reason in _LANE_REASONS:
@@ -288,7 +300,7 @@ class Flows:
             self._waits.begins(f"shard {flow.shard}", reason)
 
     def _is_to_be_let_go(self, flow: _Flow, now: float) -> bool:
-        """Count a failure of a single event with INTERNAL; whether that was the last one."""
+        """Count a failure of a single event with INTERNAL. Returns whether the event is let go now."""
         batch = flow.batch
         if batch is None or len(batch.events) != 1:
             return False
@@ -315,6 +327,7 @@ class Flows:
         batch, flow.batch = flow.batch, None
         if batch is None:
             raise AssertionError("only a batch can fail")
+
         [taken] = batch.events
         log.error(
             "event_let_go",
@@ -325,6 +338,7 @@ class Flows:
             reason=Reason.INTERNAL.text,
             tries=batch.faults,
         )
+
         metrics.events_unreadable.labels(flow.topic, FAULT).inc()
         self._let_go_at.append(now)
         self._dead_letters(
@@ -340,12 +354,12 @@ class Flows:
             if len(self._in_flight) >= self._in_flight_max:
                 return
             flow = self._turn[0]
-            self._turn.rotate(-1)  # whoever had a turn is last the next time
+            self._turn.rotate(-1)  # a flow that had a turn is last the next time
             if self._may_go(flow, now) and not (more and self._gathers(flow, now)):
                 self._send(flow, now)
 
     def _gathers(self, flow: _Flow, now: float) -> bool:
-        """Whether the flow's next batch had better become larger first: nobody would work sooner for it now."""
+        """Whether the flow's next batch should become larger first: no worker is free to start it sooner."""
         if len(self._in_flight) < self._busy_from or flow.batch is not None or len(flow.waiting) >= flow.events_max:
             return False
         if flow.gathers_until is None:

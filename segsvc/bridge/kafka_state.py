@@ -99,15 +99,16 @@ class KafkaState:
     def read(
         self, starts: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int], within_s: float
     ) -> dict[TopicPartition, int]:
-        """How many messages there really are in these ranges, markers and gaps left out, as far as the time allows.
+        """The number of messages in these ranges, without markers and gaps, as far as the time allows.
 
         Returns:
-            of each partition; one that could not be read to its end is left out.
+            the number for each partition; a partition that could not be read to its end is left out.
         """
         counts = dict.fromkeys(starts, 0)
         self.consumer.assign(list(starts))
         for where, offset in starts.items():
             self.consumer.seek(where, offset)
+
         deadline = time.monotonic() + within_s
         unread = set(starts)
         while unread and time.monotonic() < deadline:
@@ -115,6 +116,7 @@ class KafkaState:
                 counts[where] += sum(record.offset < ends[where] for record in records)
             positions = self.consumer.positions()
             unread = {where for where in unread if positions.get(where, 0) < ends[where]}
+
         return {where: count for where, count in counts.items() if where not in unread}
 
     def first_time(self, where: TopicPartition, offset: int, within_s: float) -> float | None:

@@ -1,4 +1,4 @@
-"""The topic ``segment-events``: a thread of the bridge that publishes what the catalog's commits left behind."""
+"""The topic ``segment-events``: a thread of the bridge that publishes the events which the catalog's commits stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from segsvc.log import get_logger
 log = get_logger(__name__)
 
 INTERVAL_S: Final = 1.0
-"""How often the catalog is asked, when nothing was there the last time."""
+"""How often the catalog is read again after it had no events."""
 
 
 class KafkaSegmentEvents:
@@ -34,7 +34,7 @@ class KafkaSegmentEvents:
 
 
 class SegmentEvents(threading.Thread):
-    """Publishes until ``stop`` is set. Several bridges may run: one of them publishes at a time."""
+    """Publishes until ``stop`` is set. Several bridges may run: only one publishes at a time."""
 
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         super().__init__(name="segment-events", daemon=True)
@@ -47,6 +47,7 @@ class SegmentEvents(threading.Thread):
         services = OutboxServices(self._settings, publisher=publisher)
         backoff = Backoff(INTERVAL_S, 10.0)
         waits = Waits()
+
         pause_s = 0.0
         while not self._stop_event.wait(pause_s):
             try:
@@ -60,6 +61,7 @@ class SegmentEvents(threading.Thread):
             else:
                 reason = publisher.sender.failure
                 pause_s = 0.0 if published else INTERVAL_S
+
             if failed:
                 backoff.failed(0.0)
                 pause_s = backoff.ready_at
@@ -67,5 +69,6 @@ class SegmentEvents(threading.Thread):
             else:
                 backoff.succeeded()
                 waits.ends("publishing segment events")
+
         publisher.sender.close()
         services.close()
