@@ -39,7 +39,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _log = get_logger(__name__)
 
 Probe = Callable[[float], None]
-"""Checks that a database answers within so much time, in seconds. Raises ServiceError if it does not."""
+"""Checks that a database answers within this many seconds. Raises ServiceError if it does not."""
 
 
 class HealthServicer(health.aio.HealthServicer):

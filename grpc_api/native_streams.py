@@ -119,7 +119,7 @@ class NativeStreams:
             self._loop.call_soon_threadsafe(self._cancel, call_id)
 
     async def close(self, grace_s: float) -> None:
-        """Let calls end by themselves for a time, then cancel them; their clients learn it when the front closes."""
+        """Let calls end by themselves for a time, then cancel them; their clients notice when the front closes."""
         tasks = list(self._tasks.values())
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=grace_s)

@@ -24,7 +24,7 @@ from segsvc.bridge.codecs import Garbled, Inflated, TooLarge, inflate, slices
 from segsvc.domain.event_limits import EVENT_BYTES_MAX
 
 RECORD_BYTES_MAX: Final = 1_048_588
-"""A larger record is not taken into memory. No event is that large, and no topic takes more unless it is told to."""
+"""A larger record is not taken into memory. No event is that large, and by default no topic takes more."""
 PREFIX_BYTES_MAX: Final = EVENT_BYTES_MAX
 """How much is kept, for the dead letter, of a record that is too large or cannot be read."""
 

@@ -382,11 +382,11 @@ class _Listener(AsyncConsumerRebalanceListener):
 
 
 pulse: Final = Pulse()
-"""Of this process's bridge."""
+"""The pulse of this process's bridge."""
 
 
 class Bridge:
-    """Runs consumers, one after the other, until it is told to stop."""
+    """Runs consumers, one after another, until it is stopped."""
 
     def __init__(self, settings: Settings, batches: Batches, crash_points: CrashPoints) -> None:
         self._settings = settings

@@ -24,9 +24,10 @@ class PartitionState:
     """One partition, and the group's position in it.
 
     Attributes:
-        start: the first offset that there still is.
-        stable_end: behind the last one that may be read: an open transaction, or the end.
-        committed: where the group goes on; None: it has no offset.
+        start: the first offset that still exists.
+        stable_end: the offset after the last message that may be read: an open transaction begins there, or the
+            partition ends.
+        committed: the offset where the group goes on; None: it has none.
     """
 
     where: TopicPartition
@@ -41,7 +42,7 @@ class PartitionState:
 
 
 class KafkaState:
-    """Asks. Used by one thread.
+    """Reads the state from the brokers. Used by one thread.
 
     Raises:
         KafkaError, OSError: from any method, the brokers cannot be reached.
@@ -55,19 +56,19 @@ class KafkaState:
         self.consumer.close(autocommit=False)
 
     def refresh(self) -> None:
-        """Learn which topics there are now."""
+        """Learn which topics exist now."""
         self.consumer.topics()
 
     def topic_id(self, topic: str) -> str:
-        """Kafka's own name of a topic, which a topic of the same name that is made later does not have.
+        """Kafka's own id of a topic. A topic of the same name that is made later has a different id.
 
-        Empty: the brokers have no such names, or there is no such topic.
+        Empty: the brokers have no such ids, or there is no such topic.
         """
         cluster: Any = self.consumer.__dict__["_cluster"]
         return str(cluster.topic_id(topic) or "")
 
     def partitions(self, topics: Iterable[str]) -> list[TopicPartition]:
-        """The partitions of those of these topics that there are."""
+        """The partitions of these topics; topics that do not exist are left out."""
         return [
             TopicPartition(topic, number)
             for topic in topics
@@ -75,7 +76,7 @@ class KafkaState:
         ]
 
     def ranges(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, tuple[int, int]]:
-        """The first offset that there is, and the one behind the last that may be read, of each partition."""
+        """For each partition: the first offset that exists, and the offset after the last message that may be read."""
         if not partitions:
             return {}
         starts = self.consumer.beginning_offsets(partitions)
@@ -83,13 +84,13 @@ class KafkaState:
         return {where: (int(starts[where]), int(ends[where])) for where in partitions}
 
     def committed(self, where: TopicPartition) -> int | None:
-        """Where the group goes on."""
+        """The offset where the group goes on; None: it has none."""
         offset = self.consumer.committed(where)
         return None if offset is None else int(offset)
 
     def states(self, partitions: Sequence[TopicPartition]) -> list[PartitionState]:
         """How far the group is in these partitions."""
-        # Committed first: what is finished in between makes the lag look larger than it is, never smaller than 0.
+        # Committed first: events finished in between make the lag look larger than it is, never smaller than 0.
         committed = {where: self.committed(where) for where in partitions}
         return [
             PartitionState(where, start, end, committed[where])
@@ -131,18 +132,18 @@ class KafkaState:
         return None
 
     def event_topics(self) -> dict[str, str]:
-        """Names of the topics of user events on the brokers → in the contract."""
+        """The topics of user events: name on the brokers → name in the contract."""
         return {self._prefix + topic: topic for topic in TOPICS}
 
     def letter_topics(self) -> dict[str, str]:
-        """Likewise of the topics of their dead letters → that of the events."""
+        """The topics of dead letters: name on the brokers → the contract's name of their events' topic."""
         return {self._prefix + topic + SUFFIX: topic for topic in TOPICS}
 
     def letters_waiting(self, topic: str, done: Mapping[int, Ranges]) -> int:
-        """Letters of a dead-letter topic that nobody has sent again or dismissed.
+        """Number of letters in a dead-letter topic that were neither sent again nor dismissed.
 
         Args:
-            done: of each partition, the offsets of the letters that were sent again or dismissed.
+            done: for each partition, the offsets of the letters that were sent again or dismissed.
         """
         return sum(
             end - start - covered(done.get(where.partition, ()), start, end)

@@ -71,7 +71,7 @@ class Sparse(logging.Handler):
         self._next: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand the line on unless one of its kind was within the last minute."""
+        """Pass the line on unless a line of its kind came within the last minute."""
         now = time.monotonic()
         kind = f"{record.name} {record.msg}"
         if now >= self._next.get(kind, 0.0):
