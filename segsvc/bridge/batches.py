@@ -1,9 +1,9 @@
-"""Batches of records as a broker hands them out, read in bounded memory, whatever they hold.
+"""Reads batches of records as a broker sends them, in bounded memory, whatever they contain.
 
-Kafka-python inflates a batch whole, copies each record several times, and raises at the first byte that it does not
-like; nothing behind that byte is ever read again. Here a batch is inflated piece by piece, a large record is skipped
-but for its beginning, and what cannot be read is *reported*, in the order of the offsets, so that the reader can let it
-go and read on. Headers are not checked: no event needs them, so none can be wrong.
+Kafka-python inflates a batch whole, copies each record several times, and raises at the first byte that it cannot
+read; nothing after that byte is ever read again. Here a batch is inflated piece by piece, a large record is skipped
+except for its beginning, and what cannot be read is *reported*, in the order of the offsets, so that the reader can let
+it go and read on. Headers are not checked: no event needs them, so none can be wrong.
 
 What a batch looks like: https://kafka.apache.org/documentation/#messageformat
 """
@@ -47,9 +47,9 @@ INFLATES: Final = "inflates"
 RECORD: Final = "record"
 LARGE: Final = "too-large"
 FAULT: Final = "fault"
-"""Why something could not be read, as the metric says it: the batch's frame or checksum is wrong, its codec is
-unknown or its data no data of that codec, it inflates to too much, a record in it is no record, a record is larger
-than any event may be, or reading it met a fault of ours."""
+"""Why something could not be read, as labels of the metric: the batch's frame or checksum is wrong; its codec is
+unknown or its data is not of that codec; it inflates to too much; a record in it is no record; a record is larger than
+any event may be; reading it met a fault of ours."""
 
 
 class Record(msgspec.Struct, gc=False):
@@ -66,13 +66,13 @@ class Unreadable(msgspec.Struct, gc=False):
     """Messages that cannot be read, or a single one that is too large to be taken into memory.
 
     Attributes:
-        offset, through: the first and the last of them; ``through`` before ``offset``: none is concerned, but
-            something is wrong with their batch all the same.
-        why: one of those above.
+        offset, through: the first and the last of these messages; if ``through`` is before ``offset``, it concerns no
+            message, but a fault in the batch.
+        why: one of the constants above.
         reason: what is wrong, for people.
-        key, value: what can be had; of a large one only the beginning.
-        content: what ``value`` is: ``event`` (the message's own), ``record`` or ``batch`` (as on the wire).
-        size: how many bytes there were of it.
+        key, value: what could be read; only the beginning of a large one.
+        content: what ``value`` is: ``event`` (the message's value), ``record`` or ``batch`` (as on the wire).
+        size: how many bytes it had.
     """
 
     offset: int
@@ -86,7 +86,7 @@ class Unreadable(msgspec.Struct, gc=False):
 
 
 class Damaged(Exception):
-    """A batch whose frame or checksum is wrong: damaged on its way or where it lies. Another fetch may bring it well.
+    """A batch whose frame or checksum is wrong: damaged on its way or on the disk. Another fetch may bring it sound.
 
     Attributes:
         through: its last offset; None: it is not known.
