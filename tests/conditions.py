@@ -1,4 +1,4 @@
-"""Conditions and users for Hypothesis: the whole subset, well and ill typed, around every edge that we know of."""
+"""Conditions and users for Hypothesis: the whole subset, with right and wrong types, around every edge that we know."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ NESTED: dict[str, Callable[[str], str]] = {
 
 
 def deepest(wrap: Callable[[str], str], inmost: str) -> str:
-    """A condition put into another one, again and again, as often as CEL takes it."""
+    """A condition put into another one, again and again, as deep as CEL accepts it."""
     text = inmost
     while True:
         wrapped = wrap(text)

@@ -18,9 +18,9 @@ from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.postgres import tables
 
 INSTALLATION_ID: Final = UUID("7e57ca5e-0000-4000-8000-000000000000")
-"""Of every installation that is made here: databases are used again, and a process asks them once whose they are."""
+"""The id of every installation made here: databases are used again, and a process asks only once whose they are."""
 KEYS: Final = Keys(INSTALLATION_ID.hex[:8].encode())
-"""Of its cache."""
+"""The keys of its cache."""
 
 _DATABASE_NAMES = "test_catalog", "test_shard{}"
 
@@ -37,17 +37,17 @@ _OF_OPERATIONS = {
     "catalog": ("requests", "progress", "votes", "operations", "audit", "segments"),
     "shard": ("memberships", "overrides", "applied_operations", "segments"),
 }
-"""Tables that operations write, those that refer to others first."""
+"""Tables that operations write; a table that refers to another one comes before it."""
 
 
 @cache
 def _engine(dsn: str) -> sa.Engine:
-    """For the tests' own statements: its connections stay open, for to connect takes longer than most statements."""
+    """For the tests' own statements: its connections stay open, as connecting takes longer than most statements."""
     return sa.create_engine(dsn, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
 
 
 def _empty_database(server: DatabaseServer, name: str, metadata: sa.MetaData) -> None:
-    """Make the database with its tables, or take everything out of it; whoever still uses it is thrown out."""
+    """Make the database with its tables, or empty it; sessions that still use it are ended."""
     engine = _engine(server.dsn(name))
     try:
         connection = engine.connect()
@@ -55,6 +55,7 @@ def _empty_database(server: DatabaseServer, name: str, metadata: sa.MetaData) ->
         server.create_database(name)
         metadata.create_all(engine)
         return
+
     with connection:
         connection.execute(
             sa.text(
@@ -67,7 +68,7 @@ def _empty_database(server: DatabaseServer, name: str, metadata: sa.MetaData) ->
 
 
 def _restart_sequences(metadata: sa.MetaData) -> str:
-    """Statements that let numbers begin at 1 again, where they do not belong to a column."""
+    """Statements that restart at 1 the sequences that belong to no column."""
     return "".join(f"ALTER SEQUENCE {sequence.name} RESTART;" for sequence in metadata._sequences.values())
 
 
@@ -83,7 +84,7 @@ def create_databases(server: DatabaseServer, names: Sequence[str], cluster: str)
 
 
 def _found(server: DatabaseServer, names: Sequence[str], cluster: str) -> None:
-    """Write into empty databases which installation they are, as the migrator does."""
+    """Write into empty databases which installation they belong to, as the migrator does."""
     catalog, *shards = names
     with _engine(server.dsn(catalog)).connect() as connection:
         installation = connection.execute(
@@ -91,6 +92,7 @@ def _found(server: DatabaseServer, names: Sequence[str], cluster: str) -> None:
             .values(cluster=cluster, shard_count=len(shards), id=INSTALLATION_ID)
             .returning(tables.installation.c.id)
         ).scalar_one()
+
     for shard, name in enumerate(shards):
         with _engine(server.dsn(name)).connect() as connection:
             connection.execute(
@@ -123,7 +125,7 @@ class Installation:
         return [str(row.gid) for row in rows]
 
     def forget_operations(self) -> None:
-        """Take out all operations and segments, with all that they made; the users stay, as in a new installation."""
+        """Delete all operations and segments, with all that they made; the users stay, as in a new installation."""
         dsns = [self.settings.catalog_dsn, *self.settings.shard_dsns]
         for dsn, metadata in zip(dsns, [tables.catalog, *[tables.shard] * self.shard_count], strict=True):
             # Not TRUNCATE: it makes new files for every table and index, which takes longer than a few rows.
@@ -145,7 +147,7 @@ class Installation:
         ]
 
     def roll_back_prepared(self) -> list[str]:
-        """End every prepared transaction of the shards; what there was."""
+        """Roll back every prepared transaction of the shards. Returns their gids."""
         left: list[str] = []
         for shard, dsn in enumerate(self.settings.shard_dsns):
             for gid in self.prepared(shard):
@@ -155,14 +157,16 @@ class Installation:
         return left
 
     def add_users(self, user_ids: Sequence[int]) -> None:
-        """Put users on an installation without users, in the order of their ids, past any event."""
+        """Add users to an installation without users, in the order of their ids, without any event."""
         for shard in range(self.shard_count):
             mine = np.array([u for u in user_ids if u % self.shard_count == shard], dtype="<i8")
             if not mine.size:
                 continue
+
             blocks = -(-mine.size // BLOCK_SLOTS)
             directory = np.zeros((blocks, BLOCK_SLOTS), dtype="<i8")
             directory.ravel()[: mine.size] = mine
+
             self.execute(
                 shard,
                 "INSERT INTO users (id, slot, attributes, version) "
@@ -176,6 +180,7 @@ class Installation:
                     block=block,
                     ids=directory[block].tobytes(),
                 )
+
             self.execute(shard, "UPDATE shard_state SET next_slot = :n, user_count = :n", n=int(mine.size))
 
     def members(self, segment_id: int) -> set[int]:
@@ -189,6 +194,7 @@ class Installation:
                 id=segment_id,
             )
             found.update(int(str(row.id)) for row in rows)
+
         return found
 
 
@@ -203,6 +209,7 @@ def new_installation(server: DatabaseServer, *, shards: int = 4, **overrides: ob
     names = [catalog, *(shard_name.format(shard) for shard in range(shards))]
     for name in names:
         _empty_database(server, name, tables.catalog if name == catalog else tables.shard)
+
     settings = Settings(
         _env_file=None,
         catalog_dsn=server.dsn(names[0]),
@@ -210,6 +217,7 @@ def new_installation(server: DatabaseServer, *, shards: int = 4, **overrides: ob
         **overrides,  # type: ignore[arg-type]
     )
     _found(server, names, settings.cluster)
+
     installation = Installation(settings, server)
     left: list[str] = []
     try:

@@ -51,7 +51,7 @@ class FrontUnderTest:
         self.health = health_pb2_grpc.HealthStub(self.channel)
 
     def create(self, slug: str = "", **fields: Any) -> segments_pb2.Segment:
-        """A new segment, of a name nobody else uses unless one is given."""
+        """A new segment, with a slug of its own unless one is given."""
         segment = segments_pb2.Segment(slug=slug or new_slug(), **fields)
         return self.segments.CreateSegment(segments_pb2.CreateSegmentRequest(segment=segment), timeout=20)
 
@@ -68,6 +68,7 @@ def await_ready(channel: grpc.Channel, process: subprocess.Popen[bytes], log: Pa
     """Fail with the log unless the front accepts connections soon."""
     ready = grpc.channel_ready_future(channel)
     deadline = time.monotonic() + START_TIMEOUT_S
+
     while True:
         try:
             ready.result(timeout=0.2)
@@ -82,6 +83,7 @@ def await_ready(channel: grpc.Channel, process: subprocess.Popen[bytes], log: Pa
 def environment_of(kind: str, installation: Installation, folder: Path, **settings: str) -> dict[str, str]:
     """The environment of a front's process; settings by their variables' names without the prefix, in any case."""
     (folder / "failpoints").mkdir(exist_ok=True)
+
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")},
         **installation.environment(),
@@ -106,15 +108,16 @@ def running_front(
     credentials: grpc.ChannelCredentials | None = None,
     **settings: str,
 ) -> Iterator[FrontUnderTest]:
-    """A front in a process of its own, which must end well and must not have logged a fault.
+    """A front in a process of its own, which must exit with 0 and must not have logged a fault.
 
     Args:
-        folder: for its log and for what controls it.
+        folder: for its log and for the files that control it.
         credentials: of a client that speaks TLS.
     """
     (port,) = free_ports(1)
     address = f"127.0.0.1:{port}"
     log = folder / "front.log"
+
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("front_process.py")), str(folder)],
@@ -122,6 +125,7 @@ def running_front(
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
     channel = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
     try:
         await_ready(channel, process, log)
@@ -133,6 +137,7 @@ def running_front(
             code = process.wait(timeout=20)
         finally:
             process.kill()
+
     text = log.read_text()
     assert code == 0, f"the front ended with {code}:\n{text[-4000:]}"
     assert "Traceback" not in text, f"the front logged a fault:\n{text[-8000:]}"
@@ -142,7 +147,7 @@ def running_front(
 def installation(
     request: pytest.FixtureRequest, pg_server: PostgresServer, cache_server: RedisServer
 ) -> Iterator[Installation]:
-    """Databases of the front of one kind, which is its ``name``'s end."""
+    """Databases of the front of one kind; their ``name`` ends with the kind."""
     made = Installation(f"contract-{request.param}", pg_server, cache_server)
     made.create()
     # The cache's keys name users and shards, not installations: the other front's entries must not be there.
@@ -153,7 +158,7 @@ def installation(
 
 @pytest.fixture(scope="session")
 def front(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontUnderTest]:
-    """The front under test, each kind in its turn."""
+    """The front under test, one kind after the other."""
     kind = installation.name.removeprefix("contract-")
     with running_front(kind, installation, tmp_path_factory.mktemp(f"front-{kind}")) as tested:
         eventually(tested.serving)

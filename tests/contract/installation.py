@@ -1,4 +1,4 @@
-"""An installation for the contract tests: databases of its own, and users put there by the service's own ingestion."""
+"""An installation for the contract tests: databases of its own, and users added by the service's own ingestion."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Installation:
         return [f"{self.name}_catalog", *(f"{self.name}_shard{shard}" for shard in range(SHARDS))]
 
     def environment(self) -> dict[str, str]:
-        """What a process of this installation needs to find it."""
+        """The settings with which a process finds this installation."""
         catalog, *shards = (self.server.dsn(name) for name in self.database_names)
         return {
             "SEGSVC_CLUSTER": self.name,
@@ -62,7 +62,7 @@ class Installation:
         self.databases = Databases(self.settings(), "test", Pool(2))
 
     def create_users(self, users: Mapping[int, Mapping[str, Any]]) -> None:
-        """Apply create-user events of these users, attributes by id."""
+        """Apply create-user events for these users, given as attributes by user id."""
         self.apply([CreateUser(user_id, json.dumps(attributes)) for user_id, attributes in users.items()])
 
     def delete_users(self, user_ids: Sequence[int]) -> None:
@@ -78,7 +78,7 @@ class Installation:
         cache.close()
 
     def fill_catalog(self, segments: int, marker: str, *, description: str = "") -> None:
-        """Put segments straight into the catalog, labelled ``marker``; the shards do not know them."""
+        """Insert segments directly into the catalog, labelled ``marker``; the shards do not know them."""
         with self.databases.catalog.begin() as connection:
             connection.execute(
                 sa.text(
@@ -97,11 +97,12 @@ class Installation:
             connection.execute(sa.delete(tables.segments).where(tables.segments.c.id < 0))
 
     def override(self, user_id: int, slug: str, effect: int, *, expired: bool = False) -> None:
-        """Put a user in (1) or out (2) by hand, straight in the table."""
+        """Include (1) or exclude (2) a user by hand, with a row written directly into the table."""
         with self.databases.shards[shard_of(user_id, SHARDS)].begin() as connection:
             segment_id = connection.execute(
                 sa.select(tables.shard_segments.c.id).where(tables.shard_segments.c.slug == slug)
             ).scalar_one()
+
             connection.execute(
                 sa.insert(tables.overrides).values(
                     user_id=user_id,

@@ -1,4 +1,4 @@
-"""HTTP/2 by hand, for what no client library sends: frames as they are, and headers without compression."""
+"""HTTP/2 written by hand, for input that no client library sends: raw frames, and headers without compression."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALL_HEADERS = {
     "te": "trailers",
     "content-type": "application/grpc",
 }
-"""What each call has; ``:path`` is still to be filled in."""
+"""The headers of each call; ``:path`` is still to be filled in."""
 
 
 def message(payload: bytes, *, compressed: bool = False) -> bytes:
@@ -57,24 +57,28 @@ class Connection:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         if "method" in given:
             given[":method"] = given.pop("method")
+
         stream = 2 * self._streams + 1
         self._streams += 1
         self._windows[stream] = self._initial_window
+
         merged = CALL_HEADERS | {":path": path} | given
         block = b"".join(_header(name, value) for name, value in merged.items() if value is not None)
         self._socket.sendall(_frame(_HEADERS, _END_HEADERS, stream, block))
         return stream
 
     def send(self, stream: int, content: bytes, *, end: bool = True) -> None:
-        """Send DATA, as fast as the server's windows let it. Raises OSError, EOFError: the server has had enough."""
+        """Send DATA as fast as the server's windows allow. Raises OSError, EOFError: the server has ended the call."""
         if not content:
             self._socket.sendall(_frame(_DATA, _END_STREAM, stream, b""))
+
         sent = 0
         while sent < len(content):
             while min(self._window, self._windows[stream]) <= 0:
                 self.read()
                 if stream in self.ended:
                     raise EOFError("the server has ended the call")
+
             part = content[sent : sent + min(_FRAME_BYTES_MAX, self._window, self._windows[stream])]
             sent += len(part)
             self._window -= len(part)
@@ -83,9 +87,10 @@ class Connection:
             self._socket.sendall(_frame(_DATA, _END_STREAM if last else 0, stream, part))
 
     def read(self) -> None:
-        """Take in one frame. Raises EOFError, OSError (TimeoutError)."""
+        """Read one frame. Raises EOFError, OSError (TimeoutError)."""
         length, kind, flags, stream = struct.unpack(">IBBI", b"\0" + self._take(9))
         content = self._take(length)
+
         if (kind in (_DATA, _HEADERS) and flags & _END_STREAM) or kind == _RESET:
             self.ended.add(stream)
         if kind == _DATA:

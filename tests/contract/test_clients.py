@@ -1,4 +1,4 @@
-"""The clients of docs/clients run against both fronts, as a newcomer runs them; what the page says of errors holds."""
+"""The clients of docs/clients run against both fronts, as a newcomer runs them; what it says on errors is true."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def output_of(*arguments: str | Path) -> str:
     """What a client printed.
 
     Raises:
-        AssertionError: it failed; with what it said.
+        AssertionError: the client failed; with what it printed.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")}
     done = subprocess.run(
@@ -48,6 +48,7 @@ def output_of(*arguments: str | Path) -> str:
         timeout=PATIENCE_S,
         check=False,
     )
+
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -137,13 +138,14 @@ def test_the_service_config_names_methods_that_there_are() -> None:
         for file in (membership_pb2, segments_pb2, operations_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
     }
+
     config = json.loads((CLIENTS / "service_config.json").read_text())
     named = [(name["service"], name["method"]) for rule in config["methodConfig"] for name in rule["name"]]
     assert len(named) == len(set(named)) > 10
     for service, method in named:
         assert method in services[service], method
 
-    # A change is repeated by itself only if the service can recognise the repetition.
+    # A client repeats a change automatically only if the service can recognise the repetition.
     requests = {m.name: m.input_type for s in segments_pb2.DESCRIPTOR.services_by_name.values() for m in s.methods}
     requests |= {m.name: m.input_type for s in membership_pb2.DESCRIPTOR.services_by_name.values() for m in s.methods}
     for _, method in named:

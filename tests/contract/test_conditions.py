@@ -1,4 +1,4 @@
-"""Rollouts under a condition, FROZEN ones, and their previews: held against the definition, computed here."""
+"""Rollouts with a condition, FROZEN rollouts, and their previews: compared with the definition, computed here."""
 
 from __future__ import annotations
 
@@ -74,13 +74,16 @@ def counts(message: Any) -> list[int]:
 def test_a_condition_and_a_percentage(front: FrontUnderTest, users: dict[int, dict[str, Any]]) -> None:
     slug = front.create().slug
     response = rolled_out(front, slug, percent=30, condition=ADULTS)
+
     matching = {user_id for user_id, attributes in users.items() if is_adult(attributes)}
     wanted = {user_id for user_id in matching if bucket(user_id, salt_of(front, slug)) < 30_000}
     assert members(front, slug) & users.keys() == wanted
+
     assert response.matched_count >= len(matching)
     assert response.member_count == len(members(front, slug))
     assert (response.segment.rule.condition, response.segment.rule.policy) == (ADULTS, pb.RollOutRule.LIVE)
     assert [counts(response)] == [[sum(getattr(part, name) for part in response.shards) for name in COUNTS]]
+
     some = sorted(wanted)[:20] + sorted(users.keys() - wanted)[:20]
     assert {user_id for user_id in some if slug in lists(front, user_id)} == wanted.intersection(some)
 
@@ -96,6 +99,7 @@ def test_a_preview_is_what_the_rollout_counts(front: FrontUnderTest, users: dict
         before = members(front, slug)
         foreseen = preview(front, slug, **rule)
         assert members(front, slug) == before
+
         response = rolled_out(front, slug, **rule)
         assert counts(foreseen) == counts(response)
         assert list(foreseen.shards) == list(response.shards)
@@ -149,12 +153,12 @@ def test_a_wrong_condition_says_where(front: FrontUnderTest) -> None:
     [
         ('user.s == "é😀" && user.a + 1 > 2', 26, "+ is not allowed"),  # in characters, not bytes
         ("user.a in [" + "1," * 1000 + "1]", 11, "at most 1000 items, has 1001"),
-        ("!(" * 31 + "user.a" + ")" * 31, 1, "at most 32 levels"),  # told by the depth of what it means
+        ("!(" * 31 + "user.a" + ")" * 31, 1, "at most 32 levels"),  # found by the depth of what it means
         ("user.a == " * 40 + "true", 1, "at most 32 levels"),
         ('user["a"] == 1', 5, "[…] is not allowed"),
         ("has(user.a) && user.b in user", 26, "user is not a value here"),
         ('user.a == "x\0"', 13, "U+0000 only as an escape"),
-        ("(" * 33 + "user.a" + ")" * 33, 1, "at most 32 levels"),  # told by the depth of what is written
+        ("(" * 33 + "user.a" + ")" * 33, 1, "at most 32 levels"),  # found by the depth of what is written
     ],
 )
 def test_the_place_and_the_limit_are_named(front: FrontUnderTest, condition: str, column: int, said: str) -> None:
@@ -184,14 +188,16 @@ def test_users_who_come_and_change_follow_a_live_rule(front: FrontUnderTest) -> 
     user_id = FIRST + 10_000
     adult, minor = ({"country": "RU", "age": age} for age in (30, 10))
     apply = front.installation.apply
+
     apply([CreateUser(user_id, json.dumps(adult))])
     assert slug in lists(front, user_id)
     apply([UpdateUser(user_id, 2, json.dumps(minor))])
     assert slug not in lists(front, user_id)
-    apply([UpdateUser(user_id, 1, json.dumps(adult))])  # overtaken
+    apply([UpdateUser(user_id, 1, json.dumps(adult))])  # overtaken by version 2
     assert slug not in lists(front, user_id)
     apply([UpdateUser(user_id, 3, json.dumps(adult))])
     assert slug in lists(front, user_id)
+
     apply([UpdateUser(user_id + 1, 5, json.dumps(adult)), CreateUser(user_id + 1, json.dumps(minor))])
     assert slug in lists(front, user_id + 1)
     apply([DeleteUser(user_id)])
@@ -214,6 +220,7 @@ def test_a_frozen_rollout_keeps_whom_it_found(front: FrontUnderTest) -> None:
 def test_a_condition_that_costs_too_much_is_refused_before_anything_is_done(front: FrontUnderTest) -> None:
     slug = front.create().slug
     rule = {"percent": 10, "condition": "has(user.nobody) && (" + " || ".join(["user.a < user.b"] * 200) + ")"}
+
     for call in (
         lambda: front.segments.PreviewRollOut(pb.PreviewRollOutRequest(slug=slug, rule=rule), timeout=20),
         lambda: front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule=rule), timeout=20),
@@ -223,5 +230,6 @@ def test_a_condition_that_costs_too_much_is_refused_before_anything_is_done(fron
         assert set(refusal.metadata) == {"cost_us", "limit_us"}
         assert float(refusal.metadata["cost_us"]) > float(refusal.metadata["limit_us"]) > 0
         assert f"{refusal.metadata['cost_us']} µs a user" in refusal.message
+
     assert [operation.metadata for operation in operations_of(front, slug) if not operation.done] == []
     assert not front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=10).HasField("rule")

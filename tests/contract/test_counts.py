@@ -1,4 +1,4 @@
-"""Statistics and export, held against the published hash."""
+"""Statistics and export, compared with the published hash."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.eventually import eventually
 
 FIRST = 3_000_000
 MANY = (*range(FIRST + 1, FIRST + 44_001, 4), *range(FIRST, FIRST + 800))
-"""Enough users on shard 1 for two batches, and some on the others."""
+"""Enough users on shard 1 for two batches, and some on the other shards."""
 BATCH_MAX = 10_000
 INCLUDE, EXCLUDE = 1, 2
 
 
 @pytest.fixture(scope="module")
 def population(front: FrontUnderTest) -> set[int]:
-    """All users there are."""
+    """All users that exist."""
     front.installation.create_users({user_id: {} for user_id in MANY})
     found: set[int] = set()
     for engine in front.installation.databases.shards:
@@ -39,7 +39,7 @@ def roll_out(front: FrontUnderTest, slug: str, percent: float) -> None:
 
 
 def by_rule(front: FrontUnderTest, slug: str, percent: float, population: set[int]) -> set[int]:
-    """Who is in by the rule, computed here."""
+    """The members by the rule, computed here."""
     with front.installation.databases.catalog.connect() as connection:
         stored = connection.execute(sa.select(tables.segments.c.salt).where(tables.segments.c.slug == slug))
         salt = tables.salt_from_db(stored.scalar_one())
@@ -63,6 +63,7 @@ def test_statistics_count_now(front: FrontUnderTest, population: set[int]) -> No
     slug = front.create().slug
     roll_out(front, slug, 12.5)
     members = by_rule(front, slug, 12.5, population)
+
     found = statistics(front, slug)
     assert found.segment == front.segments.GetSegment(pb.GetSegmentRequest(slug=slug))
     assert found.member_count == found.rule_count == len(members)
@@ -88,15 +89,17 @@ def test_overrides_are_laid_over_the_rule(front: FrontUnderTest, population: set
     roll_out(front, slug, 50)
     inside = by_rule(front, slug, 50, population)
     ins, outs = sorted(inside), sorted(population - inside)
+
     override = front.installation.override
     for user_id in outs[:7]:
         override(user_id, slug, INCLUDE)
     for user_id in ins[:5]:
         override(user_id, slug, EXCLUDE)
-    override(outs[10], slug, EXCLUDE)  # out anyway
-    override(ins[10], slug, INCLUDE)  # in anyway
+    override(outs[10], slug, EXCLUDE)  # out by the rule anyway
+    override(ins[10], slug, INCLUDE)  # in by the rule anyway
     override(outs[11], slug, INCLUDE, expired=True)
     override(ins[11], slug, EXCLUDE, expired=True)
+
     found = statistics(front, slug)
     assert (found.rule_count, found.included_count, found.excluded_count) == (len(inside), 7, 5)
     assert found.member_count == len(inside) + 2
@@ -107,12 +110,15 @@ def test_overrides_are_laid_over_the_rule(front: FrontUnderTest, population: set
 def test_an_export_of_all(front: FrontUnderTest, population: set[int]) -> None:
     slug = front.create().slug
     roll_out(front, slug, 100)
+
     batches = [list(batch.user_ids) for batch in export(front, slug)]
     assert all(0 < len(batch) <= BATCH_MAX for batch in batches)
-    assert len(batches) == 5  # two of shard 1, one of each other
+    assert len(batches) == 5  # two of shard 1, one of each other shard
+
     found = [user_id for batch in batches for user_id in batch]
     assert len(found) == len(population)
     assert set(found) == population
+
     shards = [user_id % 4 for user_id in found]
     assert shards == sorted(shards)
     mine = [user_id for user_id in found if user_id in range(FIRST, FIRST + 44_001) and user_id % 4 == 1]
@@ -132,6 +138,7 @@ def test_an_export_goes_on_after_any_batch(front: FrontUnderTest, population: se
 def test_an_export_that_is_cut_goes_on(front: FrontUnderTest, population: set[int]) -> None:
     slug = front.create().slug
     roll_out(front, slug, 100)
+
     stream = export(front, slug)
     seen: list[int] = []
     token = ""
@@ -141,6 +148,7 @@ def test_an_export_that_is_cut_goes_on(front: FrontUnderTest, population: set[in
         if len(seen) > BATCH_MAX:
             stream.cancel()
             break
+
     assert set(seen + exported(front, slug, token)) == population
 
 
@@ -168,17 +176,19 @@ def test_a_resume_token_belongs_to_its_segment(front: FrontUnderTest, population
 
 
 def test_a_segment_that_is_deleted_while_a_batch_is_read(front: FrontUnderTest, population: set[int]) -> None:
-    """The batch is of one moment, at which the segment was there."""
+    """The batch shows one moment, at which the segment existed."""
     slug = front.create().slug
     roll_out(front, slug, 100)
+
     with front.installation.databases.shards[3].begin() as connection:
-        # The last shard's bits are read, its directory is not yet: so far the export gets before the deletion.
+        # The export has read the last shard's bits, but not yet its directory, when the deletion begins.
         connection.exec_driver_sql("LOCK TABLE directory IN ACCESS EXCLUSIVE MODE")
         stream = export(front, slug)
         seen = [next(stream) for _ in range(4)]
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'directory'::regclass"
         eventually(lambda: connection.exec_driver_sql(waiting).scalar_one() == 1)
         front.segments.DeleteSegment(pb.DeleteSegmentRequest(slug=slug), timeout=10)
+
     assert sorted(user_id for batch in [*seen, *stream] for user_id in batch.user_ids) == sorted(population)
     token = seen[0].resume_token
     refusal = refused(lambda: list(export(front, slug, token)))

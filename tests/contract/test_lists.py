@@ -35,7 +35,7 @@ def mine() -> dict[str, str]:
 
 @pytest.fixture
 def seven(front: FrontUnderTest, mine: dict[str, str]) -> list[str]:
-    """Slugs of seven segments, in the order of their creation (which is not that of their names)."""
+    """Slugs of seven segments, in the order of their creation, which is not the order of their names."""
     names = [new_slug(prefix) for prefix in ("d", "a.z", "a-z", "a_z", "g", "b", "0")]
     for number, name in enumerate(names):
         front.create(name, labels={**mine, "parity": str(number % 2)})
@@ -59,11 +59,13 @@ def test_by_members(front: FrontUnderTest, mine: dict[str, str], seven: list[str
     front.installation.create_users({number: {} for number in range(1, 41)})
     for slug, percent in zip(seven, (0, 10, 20, 40, 80, 100, 5), strict=True):
         front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule={"percent": percent}), timeout=10)
+
     listed = [
         (segment.member_count, segment.slug)
         for page in pages(front, labels=mine, page_size=3, order_by="member_count desc")
         for segment in page.segments
     ]
+
     assert [count for count, _ in listed] == sorted((count for count, _ in listed), reverse=True)
     assert {slug for _, slug in listed} == set(seven)
     assert listed[0][1] == seven[5]
@@ -95,10 +97,12 @@ def test_what_exists_throughout_comes_exactly_once(
     names = sorted(seven)
     walk = pages(front, labels=mine, page_size=2)
     seen = [segment.slug for segment in next(walk).segments]
-    front.create("0-" + new_slug(), labels=mine)  # before the place where we are
+
+    front.create("0-" + new_slug(), labels=mine)  # before the current page
     late = front.create("zz-" + new_slug(), labels=mine).slug
-    for gone in (names[0], names[1], names[2]):  # the last that was seen among them
+    for gone in (names[0], names[1], names[2]):  # the last one seen is among them
         front.segments.DeleteSegment(pb.DeleteSegmentRequest(slug=gone), timeout=10)
+
     seen += [segment.slug for page in walk for segment in page.segments]
     assert seen == [*names[:2], *names[3:], late]
 
@@ -141,6 +145,7 @@ def test_what_cannot_be_asked(front: FrontUnderTest, fields: dict[str, object], 
 
 def test_a_token_of_another_list_is_refused(front: FrontUnderTest, mine: dict[str, str], seven: list[str]) -> None:
     token = front.segments.ListSegments(pb.ListSegmentsRequest(labels=mine, page_size=2)).next_page_token
+
     for fields in (
         {"labels": {}},
         {"labels": mine, "order_by": "create_time"},

@@ -1,4 +1,4 @@
-"""google.longrunning.Operations and WatchOperation: the same ledger, looked up, listed and watched."""
+"""google.longrunning.Operations and WatchOperation: operations of the same ledger are read, listed and watched."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def test_names_of_operations(front: FrontUnderTest) -> None:
         lambda name: list(front.watches.WatchOperation(operations_pb2.WatchOperationRequest(name=name), timeout=5)),
     ):
         missing, malformed, unknown = (refused(lambda n=name: call(n)) for name in ("", "operations/1", NOBODY))  # noqa: B023
+
         assert (missing.reason, list(missing.violations)) == ("FIELD_REQUIRED", ["name"])
         assert (malformed.reason, list(malformed.violations)) == ("FIELD_INVALID", ["name"])
         assert (unknown.code, unknown.reason) == (StatusCode.NOT_FOUND, "OPERATION_NOT_FOUND")
@@ -48,9 +49,11 @@ def test_operations_are_the_history(front: FrontUnderTest) -> None:
 def test_operations_are_listed_newest_first(front: FrontUnderTest) -> None:
     slug = front.create().slug
     names = [roll_out(front, slug, percent).name for percent in (1, 2, 3, 4, 5)]
+
     listed = [operation.name for operation in operations_of(front, slug)]
     assert listed[:5] == names[::-1]
     assert len(listed) == 6
+
     paged, token = [], ""
     while True:
         page = front.operations.ListOperations(
@@ -60,6 +63,7 @@ def test_operations_are_listed_newest_first(front: FrontUnderTest) -> None:
         token = page.next_page_token
         if not token:
             break
+
     assert paged == listed
     assert get_operation(front, names[0]) == next(op for op in operations_of(front, slug) if op.name == names[0])
 
@@ -115,6 +119,7 @@ def test_a_watch_shows_every_change_and_ends_with_the_end(front: FrontUnderTest,
         for message in watch:
             messages.append(message)
             times.append(time.monotonic())
+
     assert [message.name for message in messages] == [name] * len(messages)
     states = [message.metadata.state for message in messages]
     assert states == sorted(states)

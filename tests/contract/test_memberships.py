@@ -1,4 +1,4 @@
-"""What is read of users: their segments, one by one and in batches, and themselves."""
+"""Reads of users: their segments, one user at a time and in batches, and the users themselves."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def batch(front: FrontUnderTest, user_ids: list[int]) -> list[pb.BatchGetUserSeg
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_batch_is_bounded_in_bytes(front: FrontUnderTest, warm: bool) -> None:
-    """By a client with gRPC's own bound; from the shard, then from the cache."""
+    """For a client with gRPC's own limit; the answer comes from the shard, then from the cache."""
     user_id = FIRST + 2000 + warm
     front.installation.create_users({user_id: {}})
     slugs = [front.create(new_slug("long").ljust(63, "x")).slug for _ in range(50)]
@@ -136,11 +136,14 @@ def test_a_batch_is_bounded_in_bytes(front: FrontUnderTest, warm: bool) -> None:
 def test_a_batch_answers_in_its_order_each_for_itself(front: FrontUnderTest, users: range) -> None:
     asked = [users[3], NOBODY, users[0], users[3], -5, 0]
     results = batch(front, asked)
+
     assert [result.WhichOneof("outcome") for result in results] == [
         *("user_segments", "error", "user_segments", "user_segments", "error", "error")
     ]
+
     for index in (0, 2, 3):
         assert results[index].user_segments == segments_of(front, asked[index])
+
     unknown, negative, zero = (read_status(results[index].error) for index in (1, 4, 5))
     assert (unknown.code, unknown.reason) == (StatusCode.NOT_FOUND, "USER_NOT_FOUND")
     assert (negative.code, list(negative.violations)) == (StatusCode.INVALID_ARGUMENT, ["user_ids[4]"])
@@ -173,9 +176,11 @@ def test_a_user_with_all_kinds_of_attributes(front: FrontUnderTest) -> None:
         "none": [],
         "huge": 2**63 - 1,
     }
+
     user_id = FIRST + 3001
     front.installation.create_users({user_id: attributes})
     user = get_user(front, user_id)
+
     assert json_format.MessageToDict(user.attributes) == {**attributes, "huge": float(2**63)}
     assert (user.user_id, user.version, user.shard) == (user_id, 0, user_id % 4)
     assert user.create_time == user.update_time

@@ -46,9 +46,11 @@ def users(front: FrontUnderTest) -> range:
 def test_a_rollout_answers_when_it_is_done(front: FrontUnderTest, users: range) -> None:
     before = front.create()
     operation = roll_out(front, before.slug, 30.5)
+
     assert operation.done
     response = pb.RollOutSegmentResponse()
     assert operation.response.Unpack(response)
+
     segment = front.segments.GetSegment(pb.GetSegmentRequest(slug=before.slug))
     assert response.segment == segment
     assert (segment.rule.percent, segment.rule.condition, segment.rule.policy) == (30.5, "", pb.RollOutRule.LIVE)
@@ -56,6 +58,7 @@ def test_a_rollout_answers_when_it_is_done(front: FrontUnderTest, users: range) 
     assert 0 < segment.member_count == response.member_count == response.added_count < response.matched_count
     assert segment.HasField("member_count_time")
     assert response.removed_count == 0
+
     assert [counts.shard for counts in response.shards] == [0, 1, 2, 3]
     assert sum(counts.member_count for counts in response.shards) == response.member_count
     assert sum(counts.matched_count for counts in response.shards) == response.matched_count >= len(users)
@@ -90,13 +93,16 @@ def test_a_deletion_removes_the_segment_and_frees_its_slug(front: FrontUnderTest
     before = front.create()
     rolled = pb.RollOutSegmentResponse()
     assert roll_out(front, before.slug, 50).response.Unpack(rolled)
+
     response = pb.DeleteSegmentResponse()
     operation = delete(front, before.slug)
     assert operation.response.Unpack(response)
     assert response.removed_count == rolled.member_count
     assert metadata(operation).kind == operations_pb2.OperationMetadata.DELETE
+
     gone = refused(lambda: front.segments.GetSegment(pb.GetSegmentRequest(slug=before.slug)))
     assert gone.reason == "SEGMENT_NOT_FOUND"
+
     again = front.create(before.slug)
     assert again.uid != before.uid
     assert not again.HasField("rule")
@@ -184,7 +190,7 @@ def test_many_wait_at_once(front: FrontUnderTest) -> None:
         with held(front):
             name = roll_out(front, slug, 10, return_immediately=True).name
             waiting = [threads.submit(wait, front, name) for _ in range(100)]
-            # Others are served meanwhile.
+            # Other calls are served meanwhile.
             assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=5).slug == slug
         assert all(waiter.result().done for waiter in waiting)
 
@@ -204,12 +210,14 @@ def test_a_cancelled_rollout_answers_with_its_error(front: FrontUnderTest, users
         name = running_operation(front, before.slug)
         front.operations.CancelOperation(lro.CancelOperationRequest(name=name), timeout=10)
         operation = waiting.result(timeout=10)
+
     assert operation.done
     error = read_status(operation.error)
     assert (error.code, error.reason) == (StatusCode.ABORTED, "OPERATION_ABORTED")
     assert error.metadata["why"] == "CANCELLED"
     assert metadata(operation).state == State.ABORTED
     assert front.segments.GetSegment(pb.GetSegmentRequest(slug=before.slug)) == before
+
     front.operations.CancelOperation(lro.CancelOperationRequest(name=name), timeout=10)
     eventually(lambda: _nothing_prepared(front))
 
@@ -240,12 +248,15 @@ def test_a_full_queue_refuses_with_a_delay_unless_asked_to_replace(front: FrontU
         assert (refusal.code, refusal.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
         assert refusal.metadata == {"limit": "10", "slug": slug}
         assert refusal.retry_after_s
+
         roll_out(front, other, 10, return_immediately=True)
         newest = roll_out(front, slug, 50, return_immediately=True, replace_queued=True)
+
         for operation in queued:
             error = read_status(wait(front, operation.name).error)
             assert (error.code, error.reason) == (StatusCode.ABORTED, "OPERATION_ABORTED")
             assert error.metadata == {"why": "REPLACED", "operation": newest.name}
+
     assert not wait(front, running.name).HasField("error")
     assert wait(front, newest.name).HasField("response")
     assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug)).rule.percent == 50
@@ -258,6 +269,7 @@ def test_a_segment_that_is_being_deleted(front: FrontUnderTest) -> None:
         eventually(lambda: metadata(get_operation(front, name)).state == State.COMMITTED)
         shown = front.segments.GetSegment(pb.GetSegmentRequest(slug=slug))
         assert shown.state == pb.Segment.DELETING
+
         edit = pb.UpdateSegmentRequest(segment=pb.Segment(slug=slug, display_name="x"))
         for call in (
             lambda: roll_out(front, slug, 1),
@@ -266,6 +278,7 @@ def test_a_segment_that_is_being_deleted(front: FrontUnderTest) -> None:
         ):
             refusal = refused(call)
             assert (refusal.code, refusal.reason) == (StatusCode.FAILED_PRECONDITION, "SEGMENT_DELETING")
+
     assert wait(front, name).done
 
 
@@ -294,24 +307,26 @@ def test_a_creation_that_has_started_and_is_not_decided(front: FrontUnderTest) -
 
 
 def test_a_creation_outlives_a_twin_of_less_patience(front: FrontUnderTest) -> None:
-    """The same request twice: that the time of one is up is no reason to refuse the other."""
+    """The same request twice: when the deadline of one call passes, the other call is not refused."""
     slug, late = front.create().slug, new_slug()
     request = pb.CreateSegmentRequest(segment=pb.Segment(slug=late), request_id=str(uuid4()))
+
     with ThreadPoolExecutor(1) as threads:
         with held(front):
             roll_out(front, slug, 10, return_immediately=True)
             patient = threads.submit(front.segments.CreateSegment, request, timeout=20)
             running_operation(front, late)
             assert refused(lambda: front.segments.CreateSegment(request, timeout=1)).reason == "OPERATION_QUEUE_BUSY"
-            running_operation(front, late)  # another one, in its place
+            running_operation(front, late)  # another operation, in its place
             assert not patient.done()
         created = patient.result(timeout=20)
+
     assert front.segments.CreateSegment(request, timeout=10) == created
     assert [operation.HasField("error") for operation in operations_of(front, late)] == [False, True]
 
 
 def test_creations_side_by_side_need_no_broker(front: FrontUnderTest, broker_down: None) -> None:
-    """Each of them may start another one, or find itself started by one that has ended: nobody sends it then."""
+    """Each creation may start another one, or be started by one that has ended: then it is not sent to the broker."""
     with ThreadPoolExecutor(6) as threads:
         slugs = [new_slug() for _ in range(6)]
         assert [made.slug for made in threads.map(front.create, slugs)] == slugs
@@ -320,21 +335,24 @@ def test_creations_side_by_side_need_no_broker(front: FrontUnderTest, broker_dow
 def test_previews_that_wait_hold_up_nobody_else(front: FrontUnderTest, users: range) -> None:
     slug = front.create().slug
     request = pb.PreviewRollOutRequest(slug=slug, rule={"percent": 30})
+
     with ExitStack() as stack, ThreadPoolExecutor(20) as threads:
         holders = [stack.enter_context(engine.begin()) for engine in front.installation.databases.shards]
         for holder in holders:
-            holder.exec_driver_sql("LOCK TABLE directory IN ACCESS EXCLUSIVE MODE")  # a rollout is counted from it
+            holder.exec_driver_sql("LOCK TABLE directory IN ACCESS EXCLUSIVE MODE")  # a rollout's counts come from it
         previews = [threads.submit(front.segments.PreviewRollOut, request, timeout=20) for _ in range(20)]
         waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'directory'::regclass"
         for holder in holders:
             eventually(lambda holder=holder: holder.exec_driver_sql(waits).scalar_one() > 0)  # type: ignore[misc]
+
         created = pb.CreateSegmentRequest(segment={"slug": new_slug()})
         front.segments.CreateSegment(created, timeout=5)
         front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=3)
         assert not all(preview.done() for preview in previews)
         for holder in holders:
             holder.rollback()
-        # Those that waited for a lock for two seconds were told to come again.
+
+        # A preview that waited two seconds for a lock was asked to try again.
         codes = {refused(preview.result).code for preview in previews if preview.exception() is not None}
         assert codes <= {StatusCode.RESOURCE_EXHAUSTED}
 
@@ -353,6 +371,7 @@ def test_the_broker_is_asked_before_anything_is_accepted(front: FrontUnderTest, 
 def test_more_segments_than_there_may_be(front: FrontUnderTest) -> None:
     marker = uuid4().hex
     front.installation.fill_catalog(4096, marker)
+
     try:
         refusal = refused(front.create)
         assert (refusal.code, refusal.reason) == (StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_SEGMENTS")
@@ -361,6 +380,7 @@ def test_more_segments_than_there_may_be(front: FrontUnderTest) -> None:
         assert (len(listed.segments), listed.total_size) == (1000, 4096)
     finally:
         front.installation.empty_catalog()
+
     assert front.create().slug
 
 

@@ -1,4 +1,4 @@
-"""Dependencies that are down: what needs them is refused with its reason, the rest is served, and all comes back."""
+"""Dependencies that are down: calls that need them are refused with the reason, other calls are served, all recover."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ def test_the_catalog_is_down(front: FrontUnderTest, users: range) -> None:
         lambda: front.segments.GetSegmentStatistics(pb.GetSegmentStatisticsRequest(slug=slug), timeout=5),
         lambda: list(front.segments.ExportSegmentUsers(pb.ExportSegmentUsersRequest(slug=slug), timeout=5)),
     )
+
     with front.installation.outage(front.installation.database_names[0]):
         for call in calls:
             refusal = refused(call)
             assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "CATALOG_UNAVAILABLE")
             assert refusal.retry_after_s
+
         # Reads need only their shard.
         assert segments_of(front, users[0]).user_id == users[0]
         request = membership_pb2.GetUserRequest(user_id=users[0])
@@ -60,6 +62,7 @@ def test_the_catalog_is_down(front: FrontUnderTest, users: range) -> None:
         eventually(lambda: not front.serving("google.longrunning.Operations"))
         assert front.serving("segmentation.v1.MembershipService")
         assert front.serving()
+
     eventually(lambda: all(front.serving(service) for service in SERVICES))
     assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=5).slug == slug
     assert front.create().slug
@@ -69,6 +72,7 @@ def test_a_shard_is_down(front: FrontUnderTest, users: range) -> None:
     slug = front.create().slug
     lost = users[2]
     shard = lost % 4
+
     with front.installation.outage(front.installation.database_names[1 + shard]):
         for call in (
             lambda: segments_of(front, lost),
@@ -86,6 +90,7 @@ def test_a_shard_is_down(front: FrontUnderTest, users: range) -> None:
         assert read_status(missing.error).reason == "SHARD_UNAVAILABLE"
         assert front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=5).slug == slug
         assert front.serving("segmentation.v1.MembershipService")
+
     eventually(lambda: _readable(front, lost))
     assert front.create().slug
 
@@ -101,11 +106,12 @@ def test_all_shards_are_down(front: FrontUnderTest, users: range) -> None:
 
 
 def test_a_server_that_hangs(front: FrontUnderTest, users: range) -> None:
-    """It breaks no connection and answers nothing: whoever asked must not wait for ever, nor until the deadline. Each
-    refusal names the database that its call needed first."""
+    """It breaks no connection and answers nothing: a call must not wait for ever, nor until its deadline. Each refusal
+    names the database that its call needed first."""
     slug, user_id = front.create().slug, users[3]
     operation = roll_out(front, slug, 1).name
     rule, new = {"percent": 1}, {"slug": new_slug()}
+
     of_shard: dict[str, Callable[..., Any]] = {
         "read": partial(front.memberships.GetUserSegments, membership_pb2.GetUserSegmentsRequest(user_id=user_id)),
         "user": partial(front.memberships.GetUser, membership_pb2.GetUserRequest(user_id=user_id)),
@@ -120,6 +126,7 @@ def test_a_server_that_hangs(front: FrontUnderTest, users: range) -> None:
             membership_pb2.ModifyUserOverridesRequest(user_id=user_id, clear=[slug]),
         ),
     }
+
     of_catalog: dict[str, Callable[..., Any]] = {
         "segment": partial(front.segments.GetSegment, pb.GetSegmentRequest(slug=slug)),
         "list": partial(front.segments.ListSegments, pb.ListSegmentsRequest()),
@@ -134,6 +141,7 @@ def test_a_server_that_hangs(front: FrontUnderTest, users: range) -> None:
         "operations": partial(front.operations.ListOperations, operations_pb2.ListOperationsRequest()),
         "cancel": partial(front.operations.CancelOperation, operations_pb2.CancelOperationRequest(name=operation)),
     }
+
     calls = of_shard | of_catalog
     redis.Redis.from_url(front.installation.cache.url).flushall()  # the user is read from the shard
     server = front.installation.server
@@ -145,20 +153,22 @@ def test_a_server_that_hangs(front: FrontUnderTest, users: range) -> None:
         eventually(lambda: not front.serving())
     finally:
         server.resume()
+
     assert {name: refusal.reason for name, refusal in refusals.items()} == {
         name: "SHARD_UNAVAILABLE" if name in of_shard else "CATALOG_UNAVAILABLE" for name in calls
     }
     assert all(refusals[name].metadata == {"shard": str(user_id % 4)} for name in of_shard)
     assert all(refusal.code is StatusCode.UNAVAILABLE for refusal in refusals.values())
+
     eventually(lambda: _readable(front, user_id))
     eventually(lambda: all(front.serving(service) for service in SERVICES))
     assert front.create().slug
-    # A front asks each database again on its own, a second after it has given it up at the latest.
+    # The front tries each database again by itself, at most one second after it has given it up.
     eventually(lambda: all(_asked(front, user) for user in users[:8]))
 
 
 def test_a_server_that_hangs_and_calls_without_much_time(front: FrontUnderTest, users: range) -> None:
-    """Each is refused with a reason before its client gives up, and soon with the true one, at once."""
+    """Each call is refused with a reason before its client gives up; soon at once, and with the true reason."""
     slug = front.create().slug
     rule = {"percent": 1}
     calls = {
@@ -196,15 +206,17 @@ def test_a_server_that_hangs_and_calls_without_much_time(front: FrontUnderTest, 
         assert rounds.count(False) < front.installation.settings().cold_read_threads
     finally:
         server.resume()
+
     eventually(lambda: _readable(front, users[3]))
     eventually(lambda: all(front.serving(service) for service in SERVICES))
     assert front.create().slug
 
 
 def test_a_server_that_hangs_after_a_rollout_was_accepted(front: FrontUnderTest) -> None:
-    """It goes on, so the call that waits for it answers with what it knows, in its time."""
+    """The rollout goes on, so the call that waits for it answers in time with what it knows."""
     slug = front.create().slug
     server = front.installation.server
+
     with ThreadPoolExecutor(1) as threads, held(front):
         begun = time.monotonic()
         waiting = threads.submit(roll_out, front, slug, 10, timeout=2)
@@ -216,12 +228,13 @@ def test_a_server_that_hangs_after_a_rollout_was_accepted(front: FrontUnderTest)
             server.resume()
         assert (operation.name, operation.done) == (name, False)
         assert 1.5 < time.monotonic() - begun < 2
+
     eventually(lambda: front.serving("google.longrunning.Operations"))
     assert wait(front, name).response.value
 
 
 def _asked(front: FrontUnderTest, user_id: int) -> bool:
-    """Whether the user's shard answers for what no cache holds."""
+    """Whether the user's shard answers a call that no cache can answer."""
     try:
         return front.memberships.GetUser(membership_pb2.GetUserRequest(user_id=user_id)).user_id == user_id
     except grpc.RpcError as error:

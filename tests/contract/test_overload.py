@@ -1,4 +1,4 @@
-"""Far more costly calls than can be done: what is cheap or changes something goes on, and the rest is refused early."""
+"""Far more costly calls than the front can do: cheap calls and changes go on, the rest is refused early."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ USERS = range(9_200_000, 9_200_040)
 SECONDS = 4.0
 DEADLINE_S = 2.0
 PAUSE_S = 0.25
-"""What a count takes here, so that the test does not depend on how fast the machine is."""
+"""The duration of a count here, so that the test does not depend on the machine's speed."""
 COSTLY_CALLERS = 250
-"""All at once, and each again and again."""
+"""They all call at once, and each one again and again."""
 
 Ended = Counter[tuple[str, StatusCode]]
 
 
 @contextmanager
 def slow_counts(front: FrontUnderTest) -> Iterator[None]:
-    """Counts wait for a lock that is given back for a moment only, on every shard; they alone and cold reads do."""
+    """Counts and cold reads, and nothing else, wait on every shard for a lock that is released only for a moment."""
     stop = threading.Event()
 
     def hold(engine: sa.Engine) -> None:
@@ -81,6 +81,7 @@ def test_an_overload_of_costly_calls_harms_no_others(front: FrontUnderTest) -> N
         while time.monotonic() < end:
             begun = time.monotonic()
             code = StatusCode.OK
+
             try:
                 call()
             except grpc.RpcError as error:
@@ -89,7 +90,8 @@ def test_an_overload_of_costly_calls_harms_no_others(front: FrontUnderTest) -> N
                     refusal = refusal_of(error)
                     assert (refusal.reason, bool(refusal.retry_after_s)) == ("OVERLOADED", True)
                     late.append(time.monotonic() - begun)
-                    time.sleep(0.2)  # not at once again: less than it was asked for
+                    time.sleep(0.2)  # a pause before the next call, shorter than the refusal demands
+
             ended[name, code] += 1
         return ended
 

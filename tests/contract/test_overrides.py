@@ -1,4 +1,4 @@
-"""Single users put in and out by hand, and every reason that a membership can have."""
+"""Single users included or excluded by hand, and every reason that a membership can have."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ids = iter(range(5_000_000, 6_000_000))
 
 @pytest.fixture
 def user_id(front: FrontUnderTest) -> Iterator[int]:
-    """A user of the test's own."""
+    """A user that only this test uses."""
     made = next(_ids)
     front.installation.apply([CreateUser(made, json.dumps({"age": 17}))])
     yield made
@@ -66,6 +66,7 @@ def test_in_and_out_and_back_to_the_rule(front: FrontUnderTest, user_id: int) ->
     rolled_out(front, everyone, percent=100)
     for _ in range(2):
         assert nobody not in lists(front, user_id)
+
     answer = modify(front, user_id, pb.Override(slug=everyone, effect=OUT), pb.Override(slug=nobody, effect=IN))
     assert nobody in answer.user_segments.slugs
     assert everyone not in answer.user_segments.slugs
@@ -75,9 +76,11 @@ def test_in_and_out_and_back_to_the_rule(front: FrontUnderTest, user_id: int) ->
     assert all(own.HasField("create_time") and not own.HasField("expire_time") for own in answer.overrides)
     assert user_id in members(front, nobody)
     assert user_id not in members(front, everyone)
-    rolled_out(front, everyone, percent=50)  # leaves it standing
+
+    rolled_out(front, everyone, percent=50)  # the override stays
     rolled_out(front, everyone, percent=100)
     assert everyone not in lists(front, user_id)
+
     cleared = modify(front, user_id, clear=[everyone, nobody])
     assert not cleared.overrides
     assert everyone in lists(front, user_id)
@@ -99,6 +102,7 @@ def test_an_override_ends_on_time(front: FrontUnderTest, user_id: int) -> None:
     modify(front, user_id, pb.Override(slug=slug, effect=IN, expire_time=ends))
     [own] = overrides_of(front, user_id).overrides
     assert own.expire_time.ToMicroseconds() == ends.ToMicroseconds()
+
     eventually(lambda: slug not in lists(front, user_id))
     late_s = time.time() - ends.ToMicroseconds() / 1e6
     assert -0.01 < late_s < 1, late_s
@@ -182,7 +186,7 @@ def test_an_end_that_cannot_be(front: FrontUnderTest, user_id: int, ends: Timest
 
 @pytest.mark.parametrize("seconds", [0.6, 2.5])
 def test_a_shard_that_an_operation_holds(front: FrontUnderTest, user_id: int, seconds: float) -> None:
-    """The reason comes before the client gives up, be its time shorter or longer than a lock is waited for."""
+    """The reason comes before the client gives up, whether its time is shorter or longer than the wait for a lock."""
     slug = front.create().slug
     request = pb.ModifyUserOverridesRequest(user_id=user_id, set=[pb.Override(slug=slug, effect=IN)])
     with front.installation.databases.shards[user_id % 4].begin() as holder:
@@ -195,12 +199,14 @@ def test_a_shard_that_an_operation_holds(front: FrontUnderTest, user_id: int, se
 
 
 def test_a_user_who_is_being_changed(front: FrontUnderTest, user_id: int) -> None:
-    """It is no fault of the shard: another change, say, waits for the cache."""
+    """The shard is not at fault: for example, another change of this user waits for the cache."""
     slug = front.create().slug
     request = pb.ModifyUserOverridesRequest(user_id=user_id, set=[pb.Override(slug=slug, effect=IN)])
+
     with front.installation.databases.shards[user_id % 4].begin() as holder:
         holder.execute(sa.text("SELECT 1 FROM users WHERE id = :id FOR UPDATE"), {"id": user_id})
         refusal = refused(lambda: front.memberships.ModifyUserOverrides(request, timeout=1.0))
+
     assert (refusal.code, refusal.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
     assert refusal.metadata == {"user_id": str(user_id)}
     assert "shard" not in refusal.message
@@ -217,18 +223,21 @@ def test_users_who_are_not_there(front: FrontUnderTest) -> None:
     ):
         refusal = refused(call)
         assert (refusal.code, refusal.reason) == (StatusCode.NOT_FOUND, "USER_NOT_FOUND")
+
     for call in (
         lambda: modify(front, 0, clear=[slug]),
         lambda: overrides_of(front, 0),
         lambda: front.memberships.CheckMembership(pb.CheckMembershipRequest(slug=slug), timeout=10),
     ):
         assert refused(call).reason == "FIELD_REQUIRED"
+
     assert refused(lambda: overrides_of(front, -1)).reason == "FIELD_INVALID"
 
 
 def test_pages_of_overrides(front: FrontUnderTest, user_id: int) -> None:
     slugs = sorted(front.create(new_slug(prefix)).slug for prefix in ("b.", "a-", "a_", "a.", "c"))
     modify(front, user_id, *(pb.Override(slug=slug, effect=IN) for slug in slugs))
+
     found: list[str] = []
     token = ""
     while True:
@@ -237,8 +246,10 @@ def test_pages_of_overrides(front: FrontUnderTest, user_id: int) -> None:
         token = page.next_page_token
         if not token:
             break
+
     assert found == slugs
     assert [own.slug for own in overrides_of(front, user_id).overrides] == slugs
+
     for fields in (
         {"page_token": "x"},
         {"page_token": overrides_of(front, user_id, page_size=1).next_page_token + "A"},
@@ -261,6 +272,7 @@ def test_every_reason(front: FrontUnderTest, user_id: int) -> None:
     slug = front.create().slug
     assert check(front, user_id, slug).reason == Answer.NO_RULE
     where = check(front, user_id, slug).bucket
+
     rolled_out(front, slug, percent=100)
     inside = check(front, user_id, slug)
     assert (inside.member, inside.reason, inside.rule.percent) == (True, Answer.IN_ROLL_OUT, 100)
@@ -268,19 +280,23 @@ def test_every_reason(front: FrontUnderTest, user_id: int) -> None:
     outside = check(front, user_id, slug)
     assert (outside.member, outside.reason) == (False, Answer.OUTSIDE_PERCENTAGE)
     assert str(where) in outside.explanation
+
     for percent in (100, where / 1000):
         rolled_out(front, slug, percent=percent, condition="user.age >= 18")
         unmet = check(front, user_id, slug)
         assert (unmet.member, unmet.reason) == (False, Answer.CONDITION_NOT_MET)
         assert unmet.explanation == "user.age >= 18 is not true: user.age is 17"
+
     modify(front, user_id, pb.Override(slug=slug, effect=IN, expire_time=in_seconds(60)))
     forced = check(front, user_id, slug)
     assert (forced.member, forced.reason) == (True, Answer.INCLUDED_BY_OVERRIDE)
     assert forced.override.HasField("expire_time")
     assert forced.rule.condition == "user.age >= 18"
+
     modify(front, user_id, pb.Override(slug=slug, effect=OUT))
     kept_out = check(front, user_id, slug)
     assert (kept_out.member, kept_out.reason, kept_out.override.effect) == (False, Answer.EXCLUDED_BY_OVERRIDE, OUT)
+
     modify(front, user_id, clear=[slug])
 
 

@@ -45,13 +45,15 @@ def test_several_processes_share_the_port(kind: str, installation: Installation,
         slug = front.create().slug
         parent = psutil.Process(front.process.pid)
         eventually(lambda: len(parent.children()) == 2)
+
         victim = parent.children()[0]
-        time.sleep(5.5)  # a child that fails younger than this is not started anew
+        time.sleep(5.5)  # a child that fails sooner than this is not restarted
         victim.kill()
         eventually(lambda: len(parent.children()) == 2 and victim not in parent.children())
-        # The client's connection may have been the victim's; a new one goes to a process that lives.
+        # The client's connection may have belonged to the victim; a new one goes to a living process.
         eventually(lambda: _answers(front, slug))
         children = parent.children()
+
     assert not any(child.is_running() for child in children)
 
 
@@ -80,6 +82,7 @@ def test_a_port_in_use_is_said(kind: str, installation: Installation, tmp_path: 
             timeout=30,
             check=False,
         )
+
     assert ended.returncode == 1
     assert "cannot_listen" in ended.stderr
     assert address in ended.stderr
@@ -151,26 +154,29 @@ def test_metrics(kind: str, installation: Installation, tmp_path: Path) -> None:
             return 'method="unknown"} 1.0' in text and "GetUserSegments" in text.partition('code="NOT_FOUND"')[2]
 
         eventually(counted)
+
     method = 'method="/segmentation.v1.SegmentService/GetSegment"'
     assert f'segsvc_rpcs_total{{code="OK",{method}}} 1.0' in text
     assert f'segsvc_rpcs_total{{code="NOT_FOUND",{method}}} 1.0' in text
     assert 'segsvc_rpcs_total{code="UNIMPLEMENTED",method="unknown"} 1.0' in text
     assert f"segsvc_rpc_seconds_count{{{method}}} 2.0" in text
     assert "made.up" not in text
-    # The hot methods like all others, whoever counts them.
+
+    # The hot methods are counted like all others, whichever part of the front counts them.
     hot = 'method="/segmentation.v1.MembershipService/GetUserSegments"'
     assert f'segsvc_rpcs_total{{code="INVALID_ARGUMENT",{hot}}} 1.0' in text
     assert f'segsvc_rpcs_total{{code="NOT_FOUND",{hot}}} 1.0' in text
     assert f"segsvc_rpc_seconds_count{{{hot}}} 2.0" in text
     assert f'segsvc_rpc_seconds_bucket{{le="10.0",{hot}}} 2.0' in text
     assert text.count(f'segsvc_rpcs_total{{code="OK",{hot}}}') == 1
-    # Each method's first failure is a rise from 0, which rules can see.
+
+    # Each method's first failure is a rise from 0, which alert rules can see.
     for file in (membership_pb2, segments_pb2, operations_pb2):
         for service in file.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 name = f"/{service.full_name}/{method.name}"
                 assert f'segsvc_rpcs_total{{code="INTERNAL",method="{name}"}} 0.0' in text
-    # What other processes measure is not there as 0.
+    # Metrics of other processes are absent, not 0.
     assert "segsvc_events_total" not in text
     assert "segsvc_recovery_alarms_total" not in text
     assert re.search(r'segsvc_build_info\{commit="[^"]*",role="front",version="[^"]+"\} 1.0', text)
@@ -182,6 +188,7 @@ def test_it_starts_while_everything_is_down(
     cache = RedisServer(f"cache-of-{kind}", servers_folder / f"cache-of-{kind}", CACHE_CONFIG, mark=servers_folder)
     cache.start()  # so that it has an address
     cache.stop()
+
     with contextlib.ExitStack() as stack:
         stack.callback(cache.stop)
         outages = stack.enter_context(contextlib.ExitStack())
@@ -190,6 +197,7 @@ def test_it_starts_while_everything_is_down(
         front = stack.enter_context(running_front(kind, installation, tmp_path, cache_url=cache.url))
         assert not front.serving()
         assert refused(lambda: get(front, "a")).reason == "CATALOG_UNAVAILABLE"
+
         outages.close()
         cache.start()
         eventually(front.serving)
@@ -201,5 +209,5 @@ def _answers(front: FrontUnderTest, slug: str) -> bool:
     try:
         return get(front, slug).slug == slug
     except grpc.RpcError as error:
-        assert error.code() == grpc.StatusCode.UNAVAILABLE  # noqa: PT017  # a broken connection is no refusal of ours
+        assert error.code() == grpc.StatusCode.UNAVAILABLE  # noqa: PT017  # a broken connection, which the front cannot refuse
         return False

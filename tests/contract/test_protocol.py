@@ -44,12 +44,14 @@ def test_the_request_id_comes_back(front: FrontUnderTest, given: str) -> None:
     front.installation.create_users({1: {}})
     slug = front.create().slug
     metadata = (("x-request-id", given),)
+
     for method, request in (
         (front.memberships.GetUserSegments, membership_pb2.GetUserSegmentsRequest(user_id=1)),
         (front.segments.GetSegment, segments_pb2.GetSegmentRequest(slug=slug)),
     ):
         _, call = method.with_call(request, metadata=metadata, timeout=10)
         assert dict(call.initial_metadata())["x-request-id"] == given
+
     stream = front.segments.ExportSegmentUsers(
         segments_pb2.ExportSegmentUsersRequest(slug=slug), metadata=metadata, timeout=10
     )
@@ -61,12 +63,14 @@ def test_a_request_id_is_made_if_there_is_none_fit_for_logs(front: FrontUnderTes
     front.installation.create_users({1: {}})
     metadata = (("x-request-id", given),) if given is not None else None
     made = set()
+
     for method, request in (
         (front.memberships.GetUserSegments, membership_pb2.GetUserSegmentsRequest(user_id=1)),
         (front.segments.ListSegments, segments_pb2.ListSegmentsRequest()),
     ):
         _, call = method.with_call(request, metadata=metadata, timeout=10)
         made.add(dict(call.initial_metadata())["x-request-id"])
+
     assert all(UUID(request_id) for request_id in made)
     assert len(made) == 2
 
@@ -145,15 +149,17 @@ def test_a_large_request_of_a_hot_method(front: FrontUnderTest) -> None:
 
 
 def test_a_deadline_reaches_the_database(front: FrontUnderTest) -> None:
-    """A statement that waits for a lock ends with its call, not with the session's bound."""
+    """A statement that waits for a lock ends at the deadline of its call, not at the session's limit."""
     slug = front.create().slug
     request = segments_pb2.UpdateSegmentRequest(segment=segments_pb2.Segment(slug=slug, display_name="late"))
+
     with front.installation.databases.catalog.begin() as connection:
         connection.exec_driver_sql("LOCK TABLE segments IN ACCESS EXCLUSIVE MODE")
         refusal = refused(lambda: front.segments.UpdateSegment(request, timeout=1))
         assert (refusal.code, refusal.reason) == (StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'segments'::regclass"
         eventually(lambda: connection.exec_driver_sql(waiting).scalar_one() == 0, within_s=1)
+
     shown = front.segments.GetSegment(segments_pb2.GetSegmentRequest(slug=slug), timeout=10)
     assert shown.display_name == ""
 
@@ -212,6 +218,7 @@ def test_reflection_lists_the_services_and_gives_their_files(front: FrontUnderTe
         reflection_pb2.ServerReflectionRequest(list_services=""),
         *(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in SERVICES),
     ]
+
     listed, *files = stub.ServerReflectionInfo(iter(requests), timeout=10)
     names = {service.name for service in listed.list_services_response.service}
     assert {*SERVICES, "grpc.health.v1.Health"} <= names

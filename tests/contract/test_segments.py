@@ -31,6 +31,7 @@ def update(front: FrontUnderTest, mask: list[str] | None = None, **fields: Any) 
 def test_a_new_segment_has_everything_but_a_rule(front: FrontUnderTest) -> None:
     slug = new_slug("a.b_c")
     created = front.create(slug, display_name="Ä", description="über\nzwei Zeilen", labels={"team": "growth", "x": ""})
+
     assert created.slug == slug
     assert (created.display_name, created.description) == ("Ä", "über\nzwei Zeilen")
     assert dict(created.labels) == {"team": "growth", "x": ""}

@@ -1,7 +1,7 @@
 """Storms of calls whose deadlines end while the database works: afterwards nothing is left of them.
 
 A deadline bounds the statements of its call. It must never bound the end of a transaction: the server would stay inside
-it, and refuse whatever comes on that connection later.
+the transaction, and refuse every later statement on that connection.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FAULTS = (StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS)
 
 
 class Requests:
-    """A request for each method that there is, some of a segment that comes and goes."""
+    """A request for each method; some name a segment that is created and deleted again and again."""
 
     def __init__(self, slugs: Sequence[str], operation: str) -> None:
         self._make: dict[str, Callable[[str, int], Message]] = {
@@ -76,6 +76,7 @@ class Requests:
             "Health/List": lambda *_: health_pb2.HealthListRequest(),
             "Health/Watch": lambda *_: health_pb2.HealthCheckRequest(),
         }
+
         self._slugs = slugs
 
     def of(self, method: str, drawn: random.Random) -> bytes:
@@ -108,7 +109,7 @@ def requests(front: FrontUnderTest) -> Requests:
 
 
 def storm(front: FrontUnderTest, requests: Requests, seconds: float) -> Counter[tuple[str, StatusCode]]:
-    """Calls of all methods with tiny deadlines. Returns how often each ended how."""
+    """Calls of all methods with tiny deadlines. Returns how often each method ended with each code."""
     end = time.monotonic() + seconds
 
     def call_on(seed: int) -> Counter[tuple[str, StatusCode]]:
@@ -131,7 +132,7 @@ def storm(front: FrontUnderTest, requests: Requests, seconds: float) -> Counter[
 
 
 def left_open(front: FrontUnderTest) -> list[Any]:
-    """Sessions of the front that stand inside a transaction, and have for a second."""
+    """Sessions of the front that have been idle inside a transaction for more than a second."""
     with front.installation.databases.catalog.connect() as connection:
         return list(
             connection.execute(
@@ -145,7 +146,7 @@ def left_open(front: FrontUnderTest) -> list[Any]:
 
 
 def calm(front: FrontUnderTest, requests: Requests, rounds: int) -> Iterator[tuple[str, StatusCode]]:
-    """Calls of all methods with time enough, several at once so that each connection of the front has its turn."""
+    """Calls of all methods with enough time, several at once, so that each connection of the front is used."""
     work = [method for method in server._methods() if _short(method) not in ENDLESS] * rounds
     lock = threading.Lock()
     drawn = random.Random(7)
@@ -169,9 +170,9 @@ def test_a_storm_of_short_deadlines_leaves_nothing_behind(
     assert not {key: count for key, count in ended.items() if key[1] in FAULTS}
 
     eventually(lambda: not left_open(front))
-    front.create()  # after whatever was accepted in the storm
+    front.create()  # after all operations that were accepted in the storm
     refusals = {StatusCode.NOT_FOUND, StatusCode.ALREADY_EXISTS, StatusCode.ABORTED, StatusCode.UNIMPLEMENTED}
     allowed = {StatusCode.OK, StatusCode.FAILED_PRECONDITION, *refusals}
-    queued = ("CreateSegment", "RollOutSegment", "DeleteSegment")  # of which only so many wait for each other
+    queued = ("CreateSegment", "RollOutSegment", "DeleteSegment")  # the number of queued operations is limited
     full = {(method, StatusCode.RESOURCE_EXHAUSTED) for method in queued}
     assert not [each for each in calm(front, requests, 8) if each[1] not in allowed and each not in full]

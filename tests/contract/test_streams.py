@@ -1,4 +1,4 @@
-"""Streams beside everything else: readers that stall, many exports, many watchers."""
+"""Streams beside all other calls: readers that stall, many exports, many watchers."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def streaming(
     cache_server: RedisServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[FrontUnderTest, str]]:
-    """A front with a segment of 200,000 members, some 2 MB of export; and the segment's slug."""
+    """A front with a segment of 200,000 members, about 2 MB of export; and the segment's slug."""
     made = Installation(f"streams-{request.param}", pg_server, cache_server)
     made.create()
     users.Installation(made.settings(), pg_server).add_users(range(1, MEMBERS + 1))
+
     (port,) = free_ports(1)
     metrics = f"127.0.0.1:{port}"
     with running_front(request.param, made, tmp_path_factory.mktemp("streams"), metrics_address=metrics) as front:
@@ -79,7 +80,7 @@ def watch(front: FrontUnderTest, name: str) -> Any:
 
 
 def code_of(stream: Any) -> grpc.StatusCode | None:
-    """How a stream was ended by its first message; None: it goes on."""
+    """The code with which a stream ended in place of its first message; None: it goes on."""
     try:
         next(stream)
     except grpc.RpcError as error:
@@ -111,18 +112,20 @@ def left(streams: list[Any]) -> Iterator[None]:
 
 def test_exports_that_stall_cost_no_memory_and_no_places_of_others(streaming: tuple[FrontUnderTest, str]) -> None:
     front, slug = streaming
-    list(export(front.channel, slug))  # what is loaded once is there
+    list(export(front.channel, slug))  # what is loaded only once is loaded now
     process = psutil.Process(front.process.pid)
     before = process.memory_info().rss
+
     with grpc.insecure_channel(front.address, STALLED) as channel:
         streams = [export(channel, slug) for _ in range(300)]
         with left(streams):
             codes = [code_of(stream) for stream in streams]
             assert get_segment_s(front, slug) < 5
             assert process.memory_info().rss - before < 48 << 20
+
     assert codes.count(None) == 16
     assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 284
-    # Places are free again when their clients have gone.
+    # Places are free again after their clients have left.
     eventually(lambda: sum(len(page.user_ids) for page in export(front.channel, slug)) >= MEMBERS)
 
 
@@ -133,13 +136,14 @@ def test_many_watchers_are_one_look(streaming: tuple[FrontUnderTest, str]) -> No
     request = segments_pb2.RollOutSegmentRequest(slug=slug, rule={"percent": 1}, return_immediately=True)
     name = front.segments.RollOutSegment(request, timeout=20).name
     eventually((front.failpoints / "prepared-not-voted.fired").exists)
+
     streams = [watch(front, name) for _ in range(500)]
     try:
         with left(streams):
             assert [next(stream).name for stream in streams] == [name] * 500
             process = psutil.Process(front.process.pid)
             used = sum(process.cpu_times()[:2])
-            time.sleep(2)  # what is measured is what they cost while nothing happens
+            time.sleep(2)  # measured: what the watchers cost while nothing happens
             used = sum(process.cpu_times()[:2]) - used
             assert used < 1, f"{used:.2f} s of 2 s"
             assert get_segment_s(front, slug) < 5

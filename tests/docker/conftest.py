@@ -52,7 +52,7 @@ def _engine_problem() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs an engine where there is none; the summary counts it with the reason."""
+    """Skip tests that need an engine where there is none; the summary counts them with the reason."""
     mine = [item for item in items if item.get_closest_marker("docker")]
     if mine and (problem := _engine_problem()):
         for item in mine:
@@ -97,6 +97,7 @@ cache = container(
 def inner_environment(postgres: PostgresContainer, broker: RedisContainer, cache: CacheContainer) -> dict[str, str]:
     """The settings of the processes in containers."""
     catalog, *shards = map(postgres.inner_dsn, DATABASES)
+
     return {
         "SEGSVC_CATALOG_DSN": catalog,
         "SEGSVC_SHARD_DSNS": " ".join(shards),
@@ -120,6 +121,7 @@ def migrated(
     """``segsvc migrate`` of our image has made the tables."""
     for name in DATABASES:
         postgres.create_database(name)
+
     # Raises if its exit code is not 0.
     docker_client.containers.run(
         service_image.id, ["migrate"], environment=inner_environment, network=chord_network.name, remove=True
@@ -139,6 +141,7 @@ def installation(
         broker_url=broker.host_url,
         cache_url=cache.host_url,
     )
+
     made = Installation(settings, postgres)
     made.add_users(USERS)
     return made
@@ -171,7 +174,7 @@ beat = container(
 
 
 def celery_of(settings: Settings) -> Celery:
-    """The application as a front on this machine has it."""
+    """The Celery application as a front on this machine has it."""
     app = Celery("segsvc", set_as_current=False)
     app.conf.update(celery_config(settings))
     return app
@@ -187,7 +190,7 @@ def workers(
 
 @pytest.fixture
 def front(installation: Installation, workers: tuple[Worker, Worker], beat: BeatContainer) -> Iterator[FrontServices]:
-    """Everything runs; this accepts operations."""
+    """All processes run; this front accepts operations."""
     made = FrontServices(installation.settings, sender=CeleryDispatcher(celery_of(installation.settings)))
     yield made
     made.creations.close()

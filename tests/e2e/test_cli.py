@@ -26,7 +26,7 @@ Segsvc = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def segsvc(stack: LocalStack) -> Segsvc:
-    """Runs a command; its exit code must be the one expected, and it never ends with a traceback."""
+    """Runs a command. Its exit code must be the expected one, and it must not print a traceback."""
 
     def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")}
@@ -92,12 +92,14 @@ def test_a_preview_and_its_rollout(segsvc: Segsvc) -> None:
 def test_a_user_put_in_and_out(segsvc: Segsvc) -> None:
     young = next(str(user) for user in USERS if user % 40 == 3)
     assert f"user.age is {3}" in segsvc("users", "explain", young, SLUG).stdout
+
     changed = shown(segsvc, "users", "include", young, SLUG, "--for", "2h")
     assert changed["user_segments"]["slugs"] == [SLUG]
     assert shown(segsvc, "users", "explain", young, SLUG)["reason"] == "INCLUDED_BY_OVERRIDE"
     assert shown(segsvc, "users", "show", young)["overrides"][0]["slug"] == SLUG
     assert "EXCLUDE" in segsvc("users", "exclude", young, SLUG, "--until", "2100-01-01T00:00:00Z").stdout
     assert shown(segsvc, "users", "clear", young, SLUG).get("overrides", []) == []
+
     assert segsvc("users", "clear", young, "nothing-there", code=1).stderr.startswith("SEGMENT_NOT_FOUND")
     for wrong in (("--for", "soon"), ("--for", "1h", "--until", "2100-01-01"), ("--until", "x")):
         segsvc("users", "include", young, SLUG, *wrong, code=2)
@@ -132,6 +134,7 @@ def test_dead_letters(segsvc: Segsvc, stack: LocalStack) -> None:
     assert segsvc("events", "dead", "retry", letter["id"]).stdout == "0 sent again\n"
     assert shown(segsvc, "events", "dead", "retry", "--all")["sent"] == count
     eventually(lambda: len(shown(segsvc, "events", "dead", "list", "--new")) == count)
+
     assert shown(segsvc, "events", "dead", "dismiss", letter["id"])["dismissed"] == 0
     assert shown(segsvc, "events", "dead", "dismiss", "--all")["dismissed"] == count
     assert shown(segsvc, "events", "dead", "list", "--new") == []

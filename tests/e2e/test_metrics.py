@@ -1,4 +1,4 @@
-"""Every process that counts something shows it: what happens is seen at the addresses of the settings."""
+"""Every process that counts something shows it, at the address that the settings give it."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def test_what_happens_is_counted_where_it_is_said(client: Client, settings: Sett
 
     kinds = ("CREATE", "ROLL_OUT", "DELETE")
     assert [risen("segsvc_operations_finished_total", kind, "DONE") for kind in kinds] == [1, 1, 1]
+
     bridge = settings.bridge_metrics_address
     eventually(lambda: risen("segsvc_events_total", "applied", "create-user") >= len(USERS))
     eventually(lambda: risen("segsvc_events_total", "dead", "create-user") == 1)
@@ -104,10 +105,10 @@ def test_what_is_in_doubt_is_seen(stack: LocalStack, settings: Settings) -> None
             connection.rollback()
         try:
             eventually(lambda: in_doubt()[1] > 0)
-            # The last look at the others may have met an operation of a moment ago.
+            # The last check of the other shards may have seen an operation that has just ended.
             eventually(lambda: [age for shard, age in enumerate(in_doubt()) if shard != 1] == [0, 0, 0])
             eventually(lambda: scrape(beat)[("segsvc_recovery_alarms_total", "unknown-prepared")] > 0)
-            # Its place is taken by another process.
+            # Beat is killed, and another process takes its place.
             [pid] = [part.pid for part in stack.status() if part.name == "beat"]
             assert pid is not None
             before = last_run()

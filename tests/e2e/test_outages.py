@@ -1,5 +1,5 @@
-"""Each dependency killed and brought back: what needs it is refused with its reason, the rest goes on, and full
-service returns without a restart of ours."""
+"""Each dependency is killed and started again: calls that need it are refused with the reason, all else goes on, and
+full service returns without a restart of our processes."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def memberships(client: Client) -> dict[int, list[str] | None]:
 
 def test_the_cache_down_and_back(client: Client, stack: LocalStack, settings: Settings) -> None:
     before = memberships(client)
+
     cache = redis_of(stack, "cache")
     cache.kill()
     try:
@@ -88,6 +89,7 @@ def test_the_cache_down_and_back(client: Client, stack: LocalStack, settings: Se
         eventually(lambda: all_readable(client, [7_100_001]))
     finally:
         cache.start()
+
     del before[USERS[-1]]
     eventually(lambda: client.many_user_segments([USERS[-1]]).__next__()[1] is None)
     client.roll_out(SLUG, 41)
@@ -98,6 +100,7 @@ def test_the_cache_down_and_back(client: Client, stack: LocalStack, settings: Se
 def test_postgres_down_and_back(client: Client, stack: LocalStack) -> None:
     users = USERS[:-1]
     before = dict(client.many_user_segments(users))  # cached from here on
+
     server = PostgresServer(stack.home / "postgres", mark=stack.home)
     server.kill()
     try:
@@ -112,6 +115,7 @@ def test_postgres_down_and_back(client: Client, stack: LocalStack) -> None:
         assert time.monotonic() - started < 15
     finally:
         server.start()
+
     eventually(lambda: not _fails(client.list_slugs))
     client.roll_out(SLUG, 43)
     assert refusal(lambda: client.user_segments(6_999_999))[1] == "USER_NOT_FOUND"
@@ -120,6 +124,7 @@ def test_postgres_down_and_back(client: Client, stack: LocalStack) -> None:
 def test_the_broker_down_and_back(client: Client, stack: LocalStack, settings: Settings) -> None:
     broker = redis_of(stack, "broker")
     broker.kill()
+
     try:
         assert refusal(lambda: client.roll_out(SLUG, 44)) == (grpc.StatusCode.UNAVAILABLE, "BROKER_UNAVAILABLE")
         assert SLUG in client.list_slugs()
@@ -128,6 +133,7 @@ def test_the_broker_down_and_back(client: Client, stack: LocalStack, settings: S
             send("create-user", [{"user_id": 7_100_002, "attributes": {}}])
     finally:
         broker.start()
+
     eventually(lambda: all_readable(client, [7_100_002]), within_s=90)
     assert client.roll_out(SLUG, 45).added_count >= 0
     client.delete("without-broker")
@@ -138,6 +144,7 @@ def test_every_worker_of_operations_killed_at_once(client: Client, stack: LocalS
     fired = point.with_suffix(".fired")
     fired.unlink(missing_ok=True)
     point.write_text("hold shard=2")
+
     try:
         name = client.start_roll_out(SLUG, 60)
         eventually(fired.exists)
@@ -146,13 +153,15 @@ def test_every_worker_of_operations_killed_at_once(client: Client, stack: LocalS
         os.killpg(os.getpgid(main), signal.SIGKILL)
     finally:
         point.unlink()
+
     last = list(client.watch(name))[-1]
-    # Restarting takes a while on a busy machine: in time it finishes, else the deadline has aborted it. Never neither.
+    # On a busy machine the restart takes time: the rollout is done in time, or the deadline aborts it.
     assert last.State.Name(last.state) in ("DONE", "ABORTED")
+
     members = set(client.export(SLUG))
     assert client.statistics(SLUG).member_count == len(members)
     for user, slugs in memberships(client).items():
-        if slugs is not None:  # deleted by a test before
+        if slugs is not None:  # None: deleted by an earlier test
             assert (SLUG in slugs) == (user in members), user
     client.roll_out(SLUG, 61)
 

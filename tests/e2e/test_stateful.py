@@ -44,13 +44,14 @@ PROCESSES = ("serve", "worker-operations", "worker-events", "worker-warming", "b
 
 
 class World:
-    """The stack, and what every run of the machine needs of it. Users' ids are never used by two runs."""
+    """The stack, and what every run of the machine needs from it. No two runs use the same user ids."""
 
     def __init__(self, stack: LocalStack) -> None:
         self.stack = stack
         self.settings = stack.settings
         self.client = Client(self.settings.grpc_address)
         self.client.wait_ready(30)
+
         options = {"api_version": (2, 0)} if self.settings.kafka_stand_in else {}
         servers = self.settings.kafka_bootstrap_servers.split(",")
         idempotence = not self.settings.kafka_stand_in
@@ -59,6 +60,7 @@ class World:
             bootstrap_servers=servers, group_id=self.settings.kafka_group, enable_auto_commit=False, **options
         )
         self._catalog = sa.create_engine(self.settings.catalog_dsn, poolclass=sa.NullPool)
+
         self.first_user = 8_000_000_000
         self.runs = 0
 
@@ -69,13 +71,13 @@ class World:
         self._catalog.dispose()
 
     def salt(self, uid: str) -> int:
-        """The salt of a segment: no API gives it away."""
+        """The salt of a segment, which no API returns."""
         with self._catalog.connect() as connection:
             salt = connection.execute(sa.text("SELECT salt FROM segments WHERE uid = :uid"), {"uid": uid}).scalar_one()
         return int(salt) % 2**64
 
     def await_events(self) -> None:
-        """Until the offsets of all events sent are committed: by then every read must show their effects."""
+        """Wait until the offsets of all sent events are committed. After that every read must show their effects."""
         self.producer.flush(timeout=30)
         partitions = [
             TopicPartition(topic, number)
@@ -83,12 +85,12 @@ class World:
             for number in self._consumer.partitions_for_topic(topic) or ()
         ]
         ends = self._consumer.end_offsets(partitions)
-        # The bridge comes to the end of the events.
+        # The bridge reaches the end of the events.
         eventually(lambda: all((self._consumer.committed(part) or 0) >= ends[part] for part in partitions), within_s=60)
 
 
 class ServiceMachine(RuleBasedStateMachine):
-    """One run: its own users and segments; whatever else is in the stack is left alone."""
+    """One run, with its own users and segments. It touches nothing else in the stack."""
 
     world: World
 
@@ -109,7 +111,7 @@ class ServiceMachine(RuleBasedStateMachine):
 
     def send(self, topic: str, event: dict[str, object]) -> None:
         name = self.world.settings.kafka_topic_prefix + topic
-        # No key: events of one user come in any order, also within a topic.
+        # No key: events of one user arrive in any order, even within a topic.
         self.world.producer.send(name, value=json.dumps(event).encode())
 
     @initialize()
@@ -140,6 +142,7 @@ class ServiceMachine(RuleBasedStateMachine):
                 attributes = attributes_of(user_id, version)
                 self.send("update-user", {"user_id": user_id, "version": version, "attributes": attributes})
                 self.model.create_or_update(user_id, version)
+
         self.world.await_events()
 
     # -- segments ---------------------------------------------------------------------------------------------------
@@ -149,12 +152,14 @@ class ServiceMachine(RuleBasedStateMachine):
         slug = self.slug(name)
         segment = segments_pb2.Segment(slug=slug, display_name=name)
         request = segments_pb2.CreateSegmentRequest(segment=segment, request_id=str(uuid4()))
+
         if slug in self.model.segments:
             with pytest.raises(grpc.RpcError) as caught:
                 self.client.segments.CreateSegment(request, timeout=CALL_S)
             assert isinstance(caught.value, grpc.Call)
             assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
             return
+
         made = self.client.segments.CreateSegment(request, timeout=CALL_S)
         if twice:
             assert self.client.segments.CreateSegment(request, timeout=CALL_S).uid == made.uid
@@ -172,17 +177,21 @@ class ServiceMachine(RuleBasedStateMachine):
         slug = data.draw(st.sampled_from(sorted(self.model.segments)))
         policy = Rule.FROZEN if frozen else Rule.LIVE
         wanted = Rule(percent=percent, condition=condition.text, policy=policy)
+
         preview = self.client.segments.PreviewRollOut(
             segments_pb2.PreviewRollOutRequest(slug=slug, rule=wanted), timeout=CALL_S
         )
+
         request = segments_pb2.RollOutSegmentRequest(slug=slug, rule=wanted, request_id=str(uuid4()))
         operation = self.client.segments.RollOutSegment(request, timeout=CALL_S)
         if twice:
             assert self.client.segments.RollOutSegment(request, timeout=CALL_S).name == operation.name
-        # A killed worker may cost the deadline: then it happened nowhere, and may be asked for again.
+
+        # After a killed worker the deadline may pass: then no shard applied the rollout; it may be requested again.
         if operation.HasField("error"):
             assert self.faults
             return
+
         response = segments_pb2.RollOutSegmentResponse()
         assert operation.done
         assert operation.response.Unpack(response)
@@ -227,18 +236,21 @@ class ServiceMachine(RuleBasedStateMachine):
             set=[Override(slug=slug, effect=effects[into]) for slug, into in wanted.items() if into is not None],
             clear=[slug for slug, into in wanted.items() if into is None],
         )
+
         if user_id not in self.model.users:
             with pytest.raises(grpc.RpcError) as caught:
                 self.client.memberships.ModifyUserOverrides(request, timeout=CALL_S)
             assert isinstance(caught.value, grpc.Call)
             assert caught.value.code() == grpc.StatusCode.NOT_FOUND
             return
+
         response = self.client.memberships.ModifyUserOverrides(request, timeout=CALL_S)
         overrides = self.model.users[user_id].overrides
         for slug, into in wanted.items():
             overrides.pop(slug, None)
             if into is not None:
                 overrides[slug] = into
+
         mine = [slug for slug in response.user_segments.slugs if slug.startswith(self.prefix)]
         assert mine == self.model.slugs_of(user_id)
         assert {own.slug: own.effect == Override.INCLUDE for own in response.overrides} == overrides
@@ -250,6 +262,7 @@ class ServiceMachine(RuleBasedStateMachine):
     def fault(self, fault: str) -> None:
         self.faults += 1
         stack = self.world.stack
+
         if fault == "flush":
             redis.Redis.from_url(stack.settings.cache_url).flushall()
         elif fault in ("cache", "broker"):
@@ -262,7 +275,7 @@ class ServiceMachine(RuleBasedStateMachine):
             eventually(self._listing_works)
         else:
             main = self._pid_of(fault)
-            if main is not None:  # None: it is coming back already
+            if main is not None:  # None: it is restarting already
                 os.killpg(os.getpgid(main), signal.SIGKILL)
             if fault == "serve":
                 eventually(lambda: self._pid_of(fault) not in (main, None), within_s=60)
@@ -290,7 +303,7 @@ class ServiceMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_list_is_the_models(self) -> None:
-        # Other tests of this stack leave segments behind, which take in whoever comes.
+        # Other tests of this stack leave segments behind, which take in new users too.
         found = {
             user_id: None if slugs is None else [slug for slug in slugs if slug.startswith(self.prefix)]
             for user_id, slugs in self.client.many_user_segments(self.ids)
@@ -304,12 +317,14 @@ class ServiceMachine(RuleBasedStateMachine):
             members = {user_id for user_id in self.model.users if self.model.member(user_id, slug)}
             assert own.intersection(exported) == members
             assert len(exported) == self.client.statistics(slug).member_count
+
         checking = Check(self.world.settings)
         try:
             report = checking.checker.run()
         finally:
             checking.close()
         assert not report.differences, report.differences
+
         for slug in sorted(self.model.segments):
             # After a fault an operation may be aborted; the next one must not be.
             eventually(lambda slug=slug: self._deleted(slug), within_s=60)  # type: ignore[misc]
@@ -331,7 +346,7 @@ QUICK = settings(
     max_examples=6,
     stateful_step_count=12,
     deadline=None,
-    # A failure is shown as it was found: to make it smaller would take minutes, the service being real.
+    # A failure is shown as it was found: shrinking it would take minutes, because the service is real.
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )
