@@ -1,7 +1,7 @@
-"""Runs every command at an edge of its environment, each in a process of its own, and says how each ended.
+"""Runs every command at an edge, an unusual environment, each in its own process, and reports how each ended.
 
-Processes are forked from one that has loaded what is heavy: a second for each interpreter would make minutes. A child
-gets real descriptors, and new streams on them, as an interpreter makes them at its start.
+Each process is forked from one that has loaded the heavy modules: a second for each interpreter would add up to
+minutes. A child gets real descriptors, and new streams on them, as an interpreter makes them at its start.
 
 Standard input: pairs of a name of `EDGES` and a command line, as JSON. Standard output: for each pair the exit code,
 standard output and standard error, as JSON.
@@ -25,7 +25,7 @@ from segsvc.cli import streams
 from segsvc.cli.app import app
 
 AT_ONCE = 16
-"""Processes side by side: most of them wait for servers that are not there."""
+"""Processes that run at the same time: most of them wait for servers that are not there."""
 
 for _module in ("segsvc.cli.following", "segsvc.cli.tables", "segsvc.bootstrap", "typer.rich_utils", "kafka",
                 "segsvc.cli.doctor.running", "segsvc.local.stack"):  # fmt: skip
@@ -79,7 +79,7 @@ def full_error() -> None:
 def no_home() -> None:
     for name in ("HOME", "PATH", "USER", "TERM", "TMPDIR"):
         os.environ.pop(name, None)
-    # A user whom the machine does not know, as containers have them, in a folder that is not there any more.
+    # A user that the machine does not know, as in a container, in a folder that no longer exists.
     folder = Path(f"/tmp/segsvc-edges-{os.getpid()}")
     folder.mkdir()
     os.chdir(folder)
@@ -90,7 +90,7 @@ def no_home() -> None:
 
 
 def narrow() -> None:
-    """A terminal of 40 columns; what is written to it is read by the parent."""
+    """A terminal of 40 columns; the parent reads what is written to it."""
     os.environ.update(COLUMNS="40", TERM="xterm", NO_COLOR="1")
     streams_in("utf-8")
 
@@ -110,7 +110,7 @@ EDGES: dict[str, Callable[[], None]] = {
 
 
 class Run:
-    """One command line under way."""
+    """One command line that is being run."""
 
     def __init__(self, edge: str, arguments: list[str]) -> None:
         self._output, output = _terminal() if edge == "narrow" else _file()
@@ -125,8 +125,8 @@ class Run:
         os.close(error)
 
     def end(self) -> dict[str, Any]:
-        """Wait for it."""
-        # A terminal holds little, so it is read before; files hold what was written when it has ended.
+        """Wait for the end of the process. Returns its exit code, output and errors."""
+        # A terminal holds little, so it is read before the end; files are read after it.
         shown = _read(self._output) if os.isatty(self._output) else None
         _, status = os.waitpid(self._pid, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -142,11 +142,12 @@ def _be_command(edge: str, arguments: list[str]) -> NoReturn:
             app(arguments, prog_name="segsvc")
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:  # noqa: BLE001  # told as the interpreter would
+        except BaseException:  # noqa: BLE001  # reported as the interpreter would report it
             sys.excepthook(*sys.exc_info())
             code = 98
+
         try:
-            # As the interpreter does at its end, with the same code if it fails.
+            # The interpreter flushes at its end too, and ends with the same code if that fails.
             sys.stdout.flush()
             sys.stderr.flush()
         except OSError:
@@ -156,7 +157,7 @@ def _be_command(edge: str, arguments: list[str]) -> NoReturn:
 
 
 def _file() -> tuple[int, int]:
-    """A file, to read from and to write to, as two descriptors of their own."""
+    """A file as two descriptors: one to read from, one to write to."""
     descriptor, name = tempfile.mkstemp()
     reader = os.open(name, os.O_RDONLY)
     Path(name).unlink()
@@ -164,7 +165,7 @@ def _file() -> tuple[int, int]:
 
 
 def _terminal() -> tuple[int, int]:
-    """A terminal of 40 columns that changes nothing of what is written."""
+    """A terminal of 40 columns that leaves what is written unchanged."""
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 40))
     settings = termios.tcgetattr(writer)

@@ -1,4 +1,4 @@
-"""The alert rules fire when they must, and are silent when they need not: Prometheus' own tool tries them."""
+"""The alert rules fire when they must, and only then: Prometheus' own tool tests them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def series(name: str, values: str) -> dict[str, str]:
 
 
 def fires(promtool: str, folder: Path, alert: str, inputs: list[dict[str, str]], at: str) -> list[dict[str, str]]:
-    """The labels of each alert of this name that fires then."""
+    """The labels of each alert of this name that fires at this time."""
     test = folder / "test.yml"
-    # Expected: one that cannot be, so that the tool prints what there is.
+
+    # The test expects an impossible alert, so that the tool prints the alerts that do fire.
     impossible = [{"exp_labels": {"none": "such"}, "exp_annotations": {}}]
     test.write_text(
         json.dumps(
@@ -51,6 +52,7 @@ def fires(promtool: str, folder: Path, alert: str, inputs: list[dict[str, str]],
             }
         )
     )
+
     done = subprocess.run([promtool, "test", "rules", str(test)], capture_output=True, text=True, check=False)
     got = done.stderr.partition("got:")[2] or done.stdout.partition("got:")[2]
     assert got, done.stdout + done.stderr
@@ -82,7 +84,7 @@ def test_the_first_failure_of_a_method_is_told(promtool: str, tmp_path: Path) ->
 def test_a_role_that_nobody_has_is_told(promtool: str, tmp_path: Path, role: str) -> None:
     there = [item for item in NOBODY if f'"{role}"' not in item["series"]]
     assert fires(promtool, tmp_path, "SegsvcNobodyWorks", NOBODY, "10m") == []
-    # Gone after a minute, and nothing left of it.
+    # The process is gone after a minute, and its series with it.
     gone: list[dict[str, Any]] = [*there, series(f'segsvc_build_info{{role="{role}"}}', "1x4 stale")]
     assert [labels["role"] for labels in fires(promtool, tmp_path, "SegsvcNobodyWorks", gone, "10m")] == [role]
 

@@ -78,7 +78,7 @@ def test_the_commands_are_these() -> None:
 def test_help_of_every_command_has_an_example(runner: CliRunner, path: tuple[str, ...]) -> None:
     result = runner.invoke(app, [*path, "--help"], env={"COLUMNS": "80"})
     assert result.exit_code == 0
-    # On one line of the smallest terminal: an example that is broken cannot be pasted.
+    # On one line of the smallest terminal: an example that is wrapped cannot be pasted.
     [example] = re.findall(r"^ Example: (.+?) *$", result.output, re.MULTILINE)
     assert f"Example: {example}" == ALL[path].epilog
     assert f"segsvc {' '.join(path)}" in example
@@ -100,6 +100,7 @@ def test_shells_can_complete(shell: str) -> None:
     program = Path(sys.executable).with_name("segsvc")
     done = subprocess.run([program], env=environment, capture_output=True, text=True, check=True)
     assert "_SEGSVC_COMPLETE" in done.stdout
+
     words = {"COMP_WORDS": "segsvc users ex", "COMP_CWORD": "2", "_TYPER_COMPLETE_ARGS": "segsvc users ex"}
     environment = {**os.environ, **words, "_SEGSVC_COMPLETE": f"complete_{shell}"}
     if shell == "fish":
@@ -129,6 +130,7 @@ def test_a_bad_setting_is_named_without_its_value(runner: CliRunner) -> None:
         ["config"],
         env={"SEGSVC_CATALOG_DSN": "postgres://me:secret@host/x", "SEGSVC_LOCK_TIMEOUT_S": "3"},
     )
+
     assert result.exit_code == 2
     assert result.stdout == ""
     assert sorted(result.stderr.splitlines()) == [
@@ -170,6 +172,7 @@ def test_an_empty_variable_is_an_absent_file(runner: CliRunner) -> None:
 def test_settings_that_cannot_be_read_are_said(runner: CliRunner, tmp_path: Path) -> None:
     file = tmp_path / "settings"
     file.write_bytes(b"SEGSVC_CLUSTER=\xff\n")
+
     for env, said in (
         (
             {"SEGSVC_ENV_FILE": str(file)},
@@ -187,15 +190,17 @@ def test_an_unknown_setting_is_told_with_the_nearest_one(runner: CliRunner, tmp_
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     (secrets / "segsvc_catalog_dns").write_text("postgresql+psycopg2://here/x")
+
     env = {
         "SEGSVC_ENV_FILE": str(file), "SEGSVC_SECRETS_DIR": str(secrets),
         "SEGSVC_GRPC_ADRESS": "here:1", "segsvc_cluster": "known", "SEGSVC_XYZZY": "1",
-        # What Kubernetes and Docker put there for services named segsvc and segsvc-front.
+        # Variables that Kubernetes and Docker set for services named segsvc and segsvc-front.
         "SEGSVC_SERVICE_HOST": "10.0.0.1", "SEGSVC_SERVICE_PORT": "50051", "SEGSVC_SERVICE_PORT_GRPC": "50051",
         "SEGSVC_PORT": "tcp://10.0.0.1:50051", "SEGSVC_PORT_50051_TCP": "tcp://10.0.0.1:50051",
         "SEGSVC_FRONT_PORT_50051_TCP_ADDR": "10.0.0.1", "SEGSVC_FRONT_SERVICE_HOST": "10.0.0.1",
         "SEGSVC_LOCAL_STACK": "/there",
     }  # fmt: skip
+
     result = runner.invoke(app, ["config", "--json"], env=env)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["SEGSVC_CLUSTER"] == "known"
@@ -214,6 +219,7 @@ def test_config_masks_secrets(runner: CliRunner) -> None:
         "SEGSVC_BROKER_URL": "redis://:hush@hush@host/0",
         "SEGSVC_FLOWER_PASSWORD": "hush",
     }
+
     for arguments in (["config"], ["config", "--json"]):
         result = runner.invoke(app, arguments, env=env)
         assert result.exit_code == 0
@@ -228,11 +234,14 @@ def test_config_shows_every_variable_that_the_code_reads(runner: CliRunner) -> N
         for path in (REPOSITORY / root).rglob("*.py")
         if "generated" not in path.parts
     )
+
     shown = json.loads(runner.invoke(app, ["config", "--json"]).stdout)
     assert shown.keys() == descriptions().keys()
-    # A marker of our own processes, and an example in a docstring.
+
+    # Left out: a marker of our own processes, and an example in a docstring.
     named = set(re.findall(r"SEGSVC_[A-Z0-9_]+[A-Z0-9]", code)) - {"SEGSVC_LOCAL_STACK", "SEGSVC_NAME"}
     assert named <= shown.keys()
+
     for field in Settings.model_fields:
         assert re.search(rf"\.{field}\b", code), f"nobody reads {field}"
     for variable in BESIDE_THE_SETTINGS:
@@ -345,10 +354,12 @@ def test_flower_does_not_start_open(given: dict[str, str], said: str) -> None:
 def test_the_report_of_the_check_ends_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(users=1000, segments=2, memberships=5000, entries=900, duration_s=1.25)
     show(report)
+
     report.add_all(Kind.BIT, 200, [])
     report.add(Kind.COUNTER, 2, "shard_state", "user_count is 1", "there are 2 users")
     report.cache_checked = False
     show(report)
+
     assert capsys.readouterr().out.splitlines() == [
         "no difference in 1,000 users, 2 segments, 5,000 memberships, 900 cache entries (1.2 s)",
         "shard 2, shard_state: user_count is 1, there are 2 users",
@@ -363,14 +374,17 @@ def test_the_doctor_speaks_in_sentences(runner: CliRunner, monkeypatch: pytest.M
 
     checks = {"well": lambda _: [], "told": lambda _: [Item("so it is")], "ill": lambda _: [Item("it is", "do")]}
     monkeypatch.setattr(doctor, "_checks", lambda: {**checks, "broken": breaks})
+
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert result.stdout.splitlines()[:6] == ["✓ well", "✓ told", "    so it is", "✗ ill", "    it is", "    → do"]
     assert result.stdout.splitlines()[6:8] == ["✗ broken", "    it cannot be checked (ValueError)"]
     assert result.stdout.splitlines()[-1] == "2 of 4 checks failed"
     assert "secret" not in result.output
+
     monkeypatch.setattr(doctor, "_checks", lambda: {"well": lambda _: []})
     assert runner.invoke(app, ["doctor"]).stdout == "✓ well\nall checks passed\n"
+
     assert wrapped("shard 1: a-very-long-id is there", 20, lead="  → ").splitlines() == [
         "  → shard 1:",
         "    a-very-long-id",

@@ -1,4 +1,4 @@
-"""No input and no environment gives a traceback: every command at the edges of where commands are run."""
+"""No input and no environment gives a traceback: every command is run at the edges, which are unusual environments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NASTY = "é 漢 😀 \x1b[31m …→✓ \u202e"
 
 DSN = "postgresql+psycopg2://me@127.0.0.1:1/x"
 ARGUMENTS: dict[str, list[list[str]]] = {
-    # Where the first servers are missed, or a folder that cannot be written: nothing is started in these tests.
+    # These stop at the first missing server, or at a folder that cannot be written: the tests start nothing.
     "serve": [[]], "worker": [["--queue", "operations"]], "beat": [[]], "bridge": [[]], "flower": [[]],
     "up": [[]], "down": [[]], "status": [[], ["--json"]], "migrate": [[]],
     "config": [[], ["--json"]], "check": [[]], "doctor": [[], ["--json"]], "demo": [["--users", "1"]],
@@ -84,6 +84,7 @@ def filled(message_type: type[Message], depth: int = 0) -> Any:
             if field.message_type.fields_by_name["value"].type == FieldDescriptor.TYPE_STRING:
                 getattr(made, field.name)["key"] = NASTY
             continue
+
         if field.message_type is not None:
             value = filled(GetMessageClass(field.message_type), depth + 1)
             if field.is_repeated:
@@ -91,12 +92,14 @@ def filled(message_type: type[Message], depth: int = 0) -> Any:
             elif field.containing_oneof is None:
                 getattr(made, field.name).CopyFrom(value)
             continue
+
         value = {
             FieldDescriptor.TYPE_STRING: SLUG if "slug" in field.name else NASTY,
             FieldDescriptor.TYPE_BYTES: b"\xff",
             FieldDescriptor.TYPE_BOOL: True,
             FieldDescriptor.TYPE_ENUM: 1,
         }.get(field.type, 7)
+
         if field.is_repeated:
             getattr(made, field.name).extend([value] * 3)
         else:
@@ -116,7 +119,7 @@ def ended(message_type: type[Message]) -> Any:
 
 
 def answer_everything(front: CannedFront) -> None:
-    """Answer every call with texts that terminals do not like."""
+    """Answer every call with texts that are hard for a terminal to show."""
     for file in (segments_pb2, membership_pb2, watch_pb2, operations_pb2, health_pb2):
         for service in file.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
@@ -127,6 +130,7 @@ def answer_everything(front: CannedFront) -> None:
                     answer = empty_pb2.Empty()
                 else:
                     answer = filled(answered)
+
                 front.on(
                     f"/{service.full_name}/{method.name}",
                     GetMessageClass(method.input_type),
@@ -140,10 +144,10 @@ Ends = dict[tuple[str, tuple[str, ...]], dict[str, Any]]
 """By edge and command line: exit code, standard output, standard error."""
 
 SERVERS_MISSED = ("events", "doctor", "check", "migrate", "serve", "beat", "bridge", "worker", "shards")
-"""They wait for servers that are not there: each at a few edges only."""
+"""Commands that wait for servers that are not there: each is run at a few edges only."""
 
 FEW_SAY_ENOUGH = ("no_input", "no_error", "full_error")
-"""Edges where all commands do the same, because nothing of them is special to a command."""
+"""Edges where all commands behave alike, because nothing there depends on the command."""
 
 SHOWING = [line for line in FIRST_LINES if line[0] in ("segments", "users", "operations", "config")]
 
@@ -164,6 +168,7 @@ def ends() -> Ends:
     canned = CannedFront()
     answer_everything(canned)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")}
+
     with serving(canned) as address:
         environment |= {
             "SEGSVC_ENV_FILE": "",
@@ -175,6 +180,7 @@ def ends() -> Ends:
             "SEGSVC_STACK_DIR": "/proc/there/is/none",
             "PYTHONPATH": str(REPOSITORY),
         }
+
         pairs = wanted()
         done = subprocess.run(
             [sys.executable, Path(__file__).with_name("cli_edges_script.py")],
@@ -191,7 +197,7 @@ def test_no_edge_gives_a_traceback(ends: Ends) -> None:
     for at, end in ends.items():
         assert end["code"] in (0, 1, 2, 141), (at, end)
         assert "Traceback" not in end["stderr"], (at, end)
-        # What nobody thought of.
+        # An error that no command handles.
         assert "failed: " not in end["stderr"], (at, end)
 
 
@@ -211,14 +217,14 @@ def test_nothing_but_ascii_where_there_is_nothing_else(ends: Ends) -> None:
      ("no_reader", 141, ""), ("no_input", 0, ""), ("no_error", 0, ""), ("full_error", 0, ""), ("no_home", 0, "")],
 )  # fmt: skip
 def test_what_cannot_be_written_has_not_succeeded(ends: Ends, edge: str, code: int, said: str) -> None:
-    # Behind proxies that nobody asked for: all is as without them.
+    # The edge with proxies is the standard: with unwanted proxies a command must behave as without them.
     good = [line for line in SHOWING if ends["proxies", tuple(line)]["code"] == 0]
     assert len(good) >= len(SHOWING) - 3
     tried = [line for line in good if (edge, tuple(line)) in ends]
     assert tried
     for line in tried:
         end = ends[edge, tuple(line)]
-        # A rollout says there what it would do, before it is asked for.
+        # On standard error a rollout says what it would do, before it is requested.
         told = "" if edge in ("no_error", "full_error") else ends["proxies", tuple(line)]["stderr"]
         assert (end["code"], end["stderr"]) == (code, told + said), (line, end)
 

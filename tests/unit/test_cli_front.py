@@ -39,11 +39,13 @@ def operation(*, done: bool, response: Message | None = None, error: status_pb2.
         state=watch_pb2.OperationMetadata.DONE if done else watch_pb2.OperationMetadata.PREPARING,
         shards=[watch_pb2.ShardProgress(shard=1, state=watch_pb2.ShardProgress.WORKING, blocks_done=3, blocks_total=9)],
     )
+
     made = operations_pb2.Operation(name=NAME, metadata=packed(metadata), done=done)
     if response is not None:
         made.response.Pack(response)
     if error is not None:
         made.error.CopyFrom(error)
+
     return made
 
 
@@ -75,6 +77,7 @@ def test_list_walks_all_pages(front: CannedFront) -> None:
     assert [request.page_token for request in front.requests] == ["", "more"]
     assert dict(front.requests[0].labels) == {"team": "pay"}
     assert front.requests[0].order_by == "member_count desc"
+
     assert [item["slug"] for item in json.loads(run("segments", "list", "--json").stdout)] == ["checkout", "last"]
 
 
@@ -91,6 +94,7 @@ def test_edit_sends_only_what_was_named(front: CannedFront) -> None:
     front.on(
         "/segmentation.v1.SegmentService/UpdateSegment", segments_pb2.UpdateSegmentRequest, lambda request, _: SEGMENT
     )
+
     for arguments, paths in (
         (["--name", ""], ["display_name"]),
         (["--description", "d", "--label", "a=b=c"], ["description", "labels"]),
@@ -99,6 +103,7 @@ def test_edit_sends_only_what_was_named(front: CannedFront) -> None:
         assert run("segments", "edit", "checkout", "--etag", "e", *arguments).exit_code == 0
         assert list(front.requests[-1].update_mask.paths) == paths
         assert front.requests[-1].segment.etag == "e"
+
     assert dict(front.requests[1].segment.labels) == {"a": "b=c"}
 
 
@@ -112,17 +117,20 @@ def roll_out(front: CannedFront, end: Any, segment: segments_pb2.Segment = SEGME
         segments_pb2.PreviewRollOutRequest,
         lambda request, _: PREVIEW,
     )
+
     front.on(
         "/segmentation.v1.SegmentService/RollOutSegment",
         segments_pb2.RollOutSegmentRequest,
         lambda request, _: operation(done=False),
     )
+
     front.on(
         "/segmentation.v1.OperationService/WatchOperation",
         watch_pb2.WatchOperationRequest,
         lambda request, _: iter([watch_pb2.WatchOperationResponse(name=NAME)]),
         stream=True,
     )
+
     for method, request_type in (
         ("GetOperation", operations_pb2.GetOperationRequest),
         ("WaitOperation", operations_pb2.WaitOperationRequest),
@@ -133,6 +141,7 @@ def roll_out(front: CannedFront, end: Any, segment: segments_pb2.Segment = SEGME
 def test_rollout_waits_and_says_what_it_did(front: CannedFront) -> None:
     response = segments_pb2.RollOutSegmentResponse(added_count=1000, removed_count=5, member_count=30_000)
     roll_out(front, operation(done=True, response=response))
+
     result = run("segments", "rollout", "checkout", "--percent", "30", "--policy", "frozen")
     assert result.exit_code == 0
     assert result.stdout == "roll out checkout: done; 1,000 added, 5 removed, 30,000 members\n"
@@ -140,14 +149,16 @@ def test_rollout_waits_and_says_what_it_did(front: CannedFront) -> None:
     assert (request.rule.percent, request.rule.policy) == (30, segments_pb2.RollOutRule.FROZEN)
     assert request.return_immediately
     assert len(request.request_id) == 36
+
     shown = json.loads(run("segments", "rollout", "checkout", "--percent", "30", "--json").stdout)
     assert shown["response"]["member_count"] == "30000"
+
     result = run("segments", "rollout", "checkout", "--percent", "30", "--no-wait")
     assert result.stdout == f"accepted: {NAME}\n"
 
 
 def sent(front: CannedFront) -> segments_pb2.RollOutSegmentRequest:
-    """The last rollout that was asked for."""
+    """The last rollout that was requested."""
     return [each for each in front.requests if isinstance(each, segments_pb2.RollOutSegmentRequest)][-1]
 
 
@@ -156,6 +167,7 @@ def test_a_rollout_keeps_condition_and_policy_unless_told_otherwise(front: Canne
     now = segments_pb2.Segment(slug="checkout", rule=RULE, etag="seen")
     roll_out(front, operation(done=True, response=segments_pb2.RollOutSegmentResponse()), now)
     frozen, live = segments_pb2.RollOutRule.FROZEN, segments_pb2.RollOutRule.LIVE
+
     for options, condition, policy, shown in (
         ([], RULE.condition, frozen, f"25 % if {RULE.condition}, frozen"),
         (["--everyone"], "", frozen, "25 %, frozen"),
@@ -166,11 +178,12 @@ def test_a_rollout_keeps_condition_and_policy_unless_told_otherwise(front: Canne
         result = run("segments", "rollout", "checkout", "--percent", "25", *options, *json_output)
         assert result.exit_code == 0
         assert (sent(front).rule.condition, sent(front).rule.policy) == (condition, policy)
-        # What was shown is guarded: the rollout is refused if the segment has changed since.
+        # The etag guards what was shown: the rollout is refused if the segment has changed since.
         assert sent(front).etag == "seen"
         told = result.stderr.splitlines()
         assert told[0] == f"checkout: 12.5 % if {RULE.condition}, frozen  →  {shown}"
         assert told[1] == "1,000 would come, 5 would go, 30,000 members then"
+
     assert run("segments", "rollout", "checkout", "--percent", "25", "--etag", "mine").exit_code == 0
     assert sent(front).etag == "mine"
     both = run("segments", "rollout", "checkout", "--percent", "25", "--everyone", "--condition", "user.vip")
@@ -215,6 +228,7 @@ def test_a_name_that_no_user_has_is_told_with_the_nearest(front: CannedFront) ->
     warnings = (
         "warning: no user has user.contry; did you mean user.country or user.county?\nwarning: no user has user.zzz\n"
     )
+
     for command in (("rollout",), ("rollout", "--json")):
         result = run("segments", command[0], "checkout", *options, *command[1:])
         assert result.stderr.endswith(warnings), command
@@ -271,9 +285,11 @@ def test_users_are_shown(front: CannedFront) -> None:
         membership_pb2.ListUserOverridesRequest,
         lambda request, _: membership_pb2.ListUserOverridesResponse(),
     )
+
     rows = [line.split(maxsplit=1) for line in run("users", "show", "42").stdout.splitlines()]
     assert [row[0].strip() for row in rows][-5:] == ["user.age", "user.beta", "user.country", "user.ratio", "user.tags"]
     assert [row[1].strip() for row in rows][-5:] == ["33", "True", "RU�", "0.25", "a, b"]
+
     result = run("users", "segments", "42")
     assert [line.strip() for line in result.stdout.splitlines()][:3] == ["slug", "a", "b"]
     assert json.loads(run("users", "segments", "42", "--json").stdout)["slugs"] == ["a", "b"]
@@ -292,23 +308,27 @@ def test_operations_are_listed_shown_watched_and_cancelled(front: CannedFront) -
         operations_pb2.CancelOperationRequest,
         lambda request, _: empty_pb2.Empty(),
     )
+
     listed = run("operations", "list", "--filter", "slug = checkout", "--limit", "3")
     assert listed.exit_code == 0
     assert listed.stdout.count(NAME.removeprefix("operations/")) == 3
     assert front.requests[-1].filter == "slug = checkout"
+
     shown = run("operations", "show", NAME)
     assert "roll out checkout" in shown.stdout
     assert "working" in shown.stdout
+
     watched = run("operations", "watch", NAME.removeprefix("operations/"))
     assert watched.exit_code == 0
     assert watched.stdout.splitlines()[-1] == "roll out checkout: done; 0 added, 0 removed, 9 members"
     assert front.requests[-1].name == NAME
+
     assert run("operations", "cancel", NAME).stdout == f"{NAME} is aborted\n"
     assert json.loads(run("operations", "cancel", NAME, "--json").stdout)["name"] == NAME
 
 
 def interrupted(_request: Any, context: grpc.ServicerContext) -> Any:
-    """Ctrl-C, which reaches the main thread, while the command waits for this answer."""
+    """Raise Ctrl-C in the main thread while the command waits for this answer."""
     left = threading.Event()
     context.add_callback(left.set)
     signal.raise_signal(signal.SIGINT)
@@ -318,7 +338,7 @@ def interrupted(_request: Any, context: grpc.ServicerContext) -> Any:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C works, also where the tests were started in the background, which has it ignored."""
+    """Ctrl-C works, even if the tests were started in the background, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -351,6 +371,7 @@ def test_names_are_completed(front: CannedFront) -> None:
         operations_pb2.ListOperationsRequest,
         lambda request, _: operations_pb2.ListOperationsResponse(operations=[operation(done=True)]),
     )
+
     assert segment_slugs("ch") == ["checkout"]
     short = NAME.removeprefix("operations/")
     assert operation_names(short[:4]) == [(short, "roll out checkout, DONE")]

@@ -1,4 +1,4 @@
-"""The command line before a front that speaks TLS, or does not: it works as the settings say, or says what to set."""
+"""The command line and a front with or without TLS: it works as the settings say, or says what to set."""
 
 from __future__ import annotations
 
@@ -62,12 +62,14 @@ def test_tls_with_an_authority_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> N
     set_all(monkeypatch, tls=1, tls_ca=CERT)
     result = run(*STATS)
     assert (result.exit_code, result.stderr) == (0, "")
-    # A name that is not the one in the certificate, and the setting that mends it.
+
+    # A name that is not the one in the certificate, and the setting that corrects it.
     set_all(monkeypatch, tls_name="elsewhere")
     refused = run(*STATS)
     assert refused.exit_code == 1
     assert "a certificate that is not accepted" in refused.stderr
     assert "SEGSVC_CLIENT_TLS_NAME" in refused.stderr
+
     set_all(monkeypatch, tls_name="localhost")
     assert run(*STATS).exit_code == 0
 
@@ -145,6 +147,7 @@ def test_what_is_no_front_is_told_from_one_that_is_down(monkeypatch: pytest.Monk
         point_at(monkeypatch, f"127.0.0.1:{server.getsockname()[1]}")
         result = run(*STATS, "--timeout", "5")
         server.shutdown(socket.SHUT_RDWR)
+
     assert result.exit_code == 1
     assert "is it the front?" in result.stderr
 
@@ -167,7 +170,7 @@ def test_a_timeout_bounds_a_call(canned: CannedFront, monkeypatch: pytest.Monkey
 
 
 def test_a_proxy_of_the_environment_is_not_asked(canned: CannedFront) -> None:
-    # A process of its own: gRPC reads the variable once.
+    # In its own process: gRPC reads the variable only once.
     with serving(canned) as address:
         environment = {
             "SEGSVC_ENV_FILE": "", "SEGSVC_GRPC_ADDRESS": address, "http_proxy": "http://127.0.0.1:1",
@@ -175,6 +178,7 @@ def test_a_proxy_of_the_environment_is_not_asked(canned: CannedFront) -> None:
         program = REPOSITORY / ".venv/bin/segsvc"
         done = subprocess.run([program, *STATS], env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
+
         environment["SEGSVC_CLIENT_HTTP_PROXY"] = "1"
         done = subprocess.run([program, *STATS], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 1
@@ -182,7 +186,7 @@ def test_a_proxy_of_the_environment_is_not_asked(canned: CannedFront) -> None:
 
 
 def test_a_reader_that_leaves(canned: CannedFront, tmp_path: Path) -> None:
-    """`segsvc segments export … | head`: as with other programs, no word, and 141."""
+    """`segsvc segments export … | head` prints no error and ends with 141, as other programs do."""
     pages = [segments_pb2.ExportSegmentUsersResponse(user_ids=range(1, 20_000), resume_token=str(n)) for n in range(50)]
     canned.on(
         "/segmentation.v1.SegmentService/ExportSegmentUsers",
@@ -190,10 +194,12 @@ def test_a_reader_that_leaves(canned: CannedFront, tmp_path: Path) -> None:
         lambda request, _: iter(pages),
         stream=True,
     )
+
     with serving(canned) as address:
         done = subprocess.run(
             ["/bin/bash", "-c", f"{REPOSITORY}/.venv/bin/segsvc segments export x | head -1; echo ${{PIPESTATUS[0]}}"],
             env={"SEGSVC_ENV_FILE": "", "SEGSVC_GRPC_ADDRESS": address, "PATH": "/usr/bin:/bin"},
             capture_output=True, text=True, check=False, cwd=tmp_path,
         )  # fmt: skip
+
     assert (done.stdout, done.stderr) == ("1\n141\n", "")

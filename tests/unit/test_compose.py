@@ -60,19 +60,23 @@ def test_settings_exist_and_are_valid(services: dict[str, Any], name: str, monke
     fields = {f"SEGSVC_{field.upper()}" for field in Settings.model_fields}
     assert environment.keys() <= fields
     assert environment.keys() >= REQUIRED
+
     for variable, value in environment.items():
         monkeypatch.setenv(variable, str(value))
     settings = Settings(_env_file=None)
     assert settings.shard_count == 4
+
     hosts = [settings.catalog_dsn, *settings.shard_dsns, settings.cache_url, settings.broker_url]
     for address in hosts:
         host = re.fullmatch(r".*@([\w-]+)(:\d+)?/\w+", address)
         assert host, address
         assert host[1] in services
     assert settings.kafka_bootstrap_servers.split(":")[0] in services
+
     assert settings.failpoint_dir is None
     assert not settings.grpc_reflection
-    # Those that others reach listen everywhere; to the others it is where commands find them.
+
+    # A server listens on every address; the other processes get the address at which they reach it.
     for server, address in (("serve", settings.grpc_address), ("flower", settings.flower_address)):
         assert address.split(":")[0] == ("0.0.0.0" if name == server else server)  # noqa: S104  # compared
 
@@ -85,11 +89,13 @@ def test_our_processes_are_confined(services: dict[str, Any], name: str) -> None
     limits = service["deploy"]["resources"]["limits"]
     assert limits["cpus"]
     assert limits["memory"]
+
     command = get_command(app)
     word, *arguments = service["command"]
     assert word in command.commands  # type: ignore[attr-defined]
     known = [option for parameter in command.commands[word].params for option in parameter.opts]  # type: ignore[attr-defined]
     assert {argument for argument in arguments if argument.startswith("--")} <= set(known)
+
     if name != "migrate":
         assert service["restart"] == "unless-stopped"
         test = service["healthcheck"]["test"]
@@ -143,7 +149,7 @@ def test_kafka_keeps_its_data_and_tells_the_port_that_is_open(services: dict[str
     address, port, inside = published.split(":")
     assert f"OUTSIDE://{address}:{port}" in kafka["environment"]["KAFKA_ADVERTISED_LISTENERS"]
     assert f"OUTSIDE://:{inside}" in kafka["environment"]["KAFKA_LISTENERS"]
-    # Of the same variable, so that they stay the same.
+    # Both come from one variable, so that they stay the same.
     assert (DOCKER / "compose.yaml").read_text().count("${KAFKA_PORT:-") == 2
 
 
@@ -183,12 +189,14 @@ def test_the_image_is_nobodys_and_holds_no_secret() -> None:
     assert users == ["USER 10001:10001"]
     assert all(re.search(r":[\w.-]+( AS \w+)?$", line) for line in lines if line.startswith("FROM "))
     assert "--require-hashes" in (DOCKER / "Dockerfile").read_text()
+
     copied = {
         word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
     }
     allowed = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == allowed
     assert all((REPOSITORY / path).exists() for path in copied)
+
     for file in ("compose.yaml", ".env.example"):
         for line in (DOCKER / file).read_text().splitlines():
             secret = re.search(r"PASSWORD[=:]\s*(\S+)", re.sub(r"\$\{[^}]*\}", "${}", line))
@@ -212,6 +220,7 @@ def test_the_demonstration_changes_only_failpoints_and_a_deadline(services: dict
         if name != "demo":
             assert name in services
             assert set(service["environment"]) <= {"SEGSVC_FAILPOINT_DIR", "SEGSVC_OPERATION_DEADLINE_S"}
+
     demo = overlay["demo"]
     assert demo["extends"]["service"] in services
     assert demo["depends_on"].keys() <= services.keys()

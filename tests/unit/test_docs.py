@@ -28,7 +28,7 @@ ALERTS = DOCS / "alerts.yml"
 ENVIRONMENT_ONLY = {
     "SEGSVC_ENV_FILE",  # where the settings come from
     "SEGSVC_SECRETS_DIR",
-    "SEGSVC_COMMIT",  # of the metric that says what runs
+    "SEGSVC_COMMIT",  # of the metric that shows which commit runs
     "SEGSVC_REQUIRE_REAL_KAFKA",  # of the local stack and the tests
 }
 SOURCES = ("segsvc", "tasks", "grpc_api")
@@ -77,7 +77,7 @@ def first_column(text: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a git host makes of the headings."""
+    """The anchors that a git host makes from the headings."""
     headings = re.findall(r"^#+ (.+)$", without_blocks(read(page)), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -113,6 +113,7 @@ def test_python_names_exist(page: Path) -> None:
             except ModuleNotFoundError:
                 depth -= 1
                 assert depth, name
+
         for part in parts[depth:]:
             thing = getattr(thing, part, None)
             assert thing is not None, name
@@ -135,10 +136,12 @@ def check_command(words: list[str]) -> None:
     """Walk down the tree of commands; every word is a command of it, an option, or what follows one."""
     command: Any = get_command(app)
     words = list(words)
+
     while words and hasattr(command, "commands") and not words[0].startswith("-"):
         word = words.pop(0)
         assert word in command.commands, f"segsvc has no command {word!r}"
         command = command.commands[word]
+
     options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for word in words:
         if word.startswith("-"):
@@ -306,8 +309,10 @@ def test_every_failpoint_of_the_protocol_is_in_the_crash_table() -> None:
         "postgres/shard/participant.py",
     ):
         reached |= set(re.findall(r'\.reach\(\s*"([a-z-]+)"', read(REPOSITORY / "segsvc" / name)))
+
     table = section(read(DOCS / "commit-protocol.md"), "## What survives a crash")
     assert set(first_column(table)) == reached
+
     of_overrides = set(re.findall(r'\.reach\(\s*"([a-z-]+)"', read(REPOSITORY / "segsvc/services/overrides.py")))
     assert of_overrides
     assert of_overrides <= set(first_column(section(read(DOCS / "cache-protocol.md"), "## Steps")))
@@ -320,6 +325,7 @@ def test_decisions_are_numbered_listed_and_whole() -> None:
     records = sorted((DOCS / "adr").glob("[0-9]*.md"))
     numbers = [int(record.name[:4]) for record in records]
     assert len(numbers) == len(set(numbers)) >= 18
+
     index = read(DOCS / "adr" / "README.md")
     for record in records:
         text = read(record)

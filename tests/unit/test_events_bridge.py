@@ -1,4 +1,4 @@
-"""The bridge's bookkeeping: which offset may be committed, which batch goes when, what becomes of its events."""
+"""The bridge's bookkeeping: which offset may be committed, when each batch is sent, what becomes of its events."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def test_only_what_has_nothing_unfinished_before_it_is_committable(gaps: list[in
     for gap in gaps:
         offset += gap
         events.append(progress.take(offset, DeleteUser(1), b"k", b"1234"))
+
     assert progress.committable() is None
     assert progress.unfinished_bytes == 4 * len(events)
+
     for taken in order.sample(events, len(events)):
         progress.finish(taken)
         finished = []
@@ -35,6 +37,7 @@ def test_only_what_has_nothing_unfinished_before_it_is_committable(gaps: list[in
             finished.append(event)
         assert progress.committable() == (finished[-1].offset + 1 if finished else None)
         assert progress.window_events == len(events) - len(finished)
+
     assert progress.committable() == offset + 1 == progress.next_offset
     assert (progress.unfinished_events, progress.unfinished_bytes) == (0, 0)
     progress.committed(offset + 1)
@@ -42,7 +45,7 @@ def test_only_what_has_nothing_unfinished_before_it_is_committable(gaps: list[in
 
 
 class FakeBatches:
-    """Workers that answer when, and what, a test says."""
+    """Workers that give the answers that a test has set."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int, list[int]]] = []
@@ -68,6 +71,7 @@ class Bench:
         self.now = 100.0
         self.answered = 0
         """Batches that ``fail`` has answered."""
+
         self.batches = FakeBatches()
         self.dead: list[tuple[int, str]] = []
         self.progress = {topic: PartitionProgress(topic, 0) for topic in ("create-user", "delete-user")}
@@ -97,9 +101,11 @@ def test_one_batch_of_a_flow_at_a_time_and_in_order() -> None:
     bench = Bench(batch_max=3)
     events = bench.add(*range(5))
     bench.step()
+
     bench.add(5)
     bench.step()
     assert bench.batches.sent == [("create-user", 0, [0, 1, 2])]
+
     bench.step(b0=BatchReport(2, 1))
     assert [event.finished for event in events] == [True, True, True, False, False]
     assert bench.batches.sent[1:] == [("create-user", 0, [3, 4, 5])]
@@ -113,8 +119,10 @@ def test_topics_and_shards_go_side_by_side_up_to_the_limit_and_by_turns() -> Non
     for shard in range(3):
         bench.add(shard, shard=shard)
     bench.add(10, topic="delete-user")
+
     bench.step()
     assert [sent[:2] for sent in bench.batches.sent] == [("create-user", 0), ("create-user", 1)]
+
     bench.add(4, shard=0)
     bench.step(b0=BatchReport(1, 0))
     bench.step(b1=BatchReport(1, 0))
@@ -147,10 +155,12 @@ def test_a_shard_in_trouble_gets_one_batch_at_a_time_at_growing_distances() -> N
     bench.add(2, shard=1)
     bench.step()
     assert len(bench.batches.sent) == 3
+
     bench.step(b0=TryAgain("SHARD_UNAVAILABLE"), b1=TryAgain("SHARD_UNAVAILABLE"), b2=BatchReport(1, 0))
     bench.add(3, shard=1)
     bench.step(0.1)
     assert bench.batches.sent[3:] == [("create-user", 1, [3])]
+
     bench.step(0.5, b3=BatchReport(1, 0))
     assert len(bench.batches.sent) == 5  # one of the two, as a probe
     bench.step(10.0)
@@ -164,13 +174,16 @@ def test_while_workers_are_busy_and_more_is_at_hand_batches_become_full_first() 
     bench = Bench(batch_max=3, busy_from=2)
     for shard in range(3):
         bench.add(shard, shard=shard)
-    bench.step(more=True)  # nobody works yet
+
+    bench.step(more=True)  # no worker is busy yet
     assert [sent[1] for sent in bench.batches.sent] == [0, 1]
+
     bench.add(3, 4, shard=2)
     bench.add(5, shard=0)
     bench.step(more=True)
     assert bench.batches.sent[2:] == [("create-user", 2, [2, 3, 4])]
-    bench.step(more=True, b0=BatchReport(1, 0))  # two are at work, and this one is not full
+
+    bench.step(more=True, b0=BatchReport(1, 0))  # two batches are in flight, and this one is not full
     assert len(bench.batches.sent) == 3
     bench.step(more=True, b1=BatchReport(1, 0))
     assert bench.batches.sent[3:] == [("create-user", 0, [5])]
@@ -182,10 +195,12 @@ def test_no_batch_waits_for_long_to_become_full() -> None:
     bench.step(more=True)
     bench.add(1, topic="delete-user")
     bench.step(more=True)
+
     bench.step(GATHER_MAX_S - 0.01, more=True)
     assert len(bench.batches.sent) == 1
     bench.step(0.02, more=True)
     assert bench.batches.sent[1:] == [("delete-user", 0, [1])]
+
     bench.add(2, shard=1)
     bench.step(more=True)
     assert len(bench.batches.sent) == 2
@@ -223,6 +238,7 @@ def test_a_batch_without_a_result_is_sent_again_ever_later() -> None:
     bench = Bench()
     (event,) = bench.add(0)
     bench.step()
+
     bench.step(RESULT_WAIT_S - 1)
     assert len(bench.batches.sent) == 1
     bench.step(1.0)
@@ -231,7 +247,8 @@ def test_a_batch_without_a_result_is_sent_again_ever_later() -> None:
     assert len(bench.batches.sent) == 2
     bench.step(1.0)
     assert bench.batches.expire_s == [RESULT_WAIT_S, 2 * RESULT_WAIT_S, 4 * RESULT_WAIT_S]
-    bench.step(b0=BatchReport(1, 0))  # the answer to a copy that nobody waits for
+
+    bench.step(b0=BatchReport(1, 0))  # the answer to a copy that is no longer waited for
     assert not event.finished
     bench.step(b2=BatchReport(1, 0))
     assert event.finished
@@ -241,10 +258,12 @@ def test_a_broker_that_is_down_holds_everything_and_loses_nothing() -> None:
     bench = Bench()
     bench.add(0)
     bench.step()
+
     bench.batches.down = True
     bench.add(1, shard=1)
     bench.step()
     bench.step(0.1)
+
     bench.batches.down = False
     bench.step(0.05)
     assert len(bench.batches.sent) == 1
@@ -258,10 +277,12 @@ def test_events_of_a_lost_partition_are_not_sent_any_more() -> None:
     bench.add(1, shard=1)
     bench.step()
     bench.add(2)
+
     bench.progress["create-user"].lose()
     bench.step(b0=TryAgain("LOCK_TIMEOUT"), b1=BatchReport(1, 0))
     bench.step(60.0)
     bench.step(60.0)
+
     assert len(bench.batches.sent) == 2
     assert not bench.flows.held_back
 
@@ -286,20 +307,24 @@ def test_a_batch_that_the_database_does_not_get_through_is_halved_down_to_one_ev
     bench.step(b0=TryAgain("DEADLINE_EXCEEDED"))
     bench.step(b1=TryAgain("DEADLINE_EXCEEDED"))
     assert [sent[2] for sent in bench.batches.sent] == [list(range(8)), [0, 1, 2, 3], [0, 1]]
+
     bench.step(1.0, b2=TryAgain("DEADLINE_EXCEEDED"))
     assert bench.batches.sent[3:] == [("create-user", 0, [0])]
-    # One event cannot be halved: it waits as for any outage, and is no dead letter.
+
+    # One event cannot be halved: it waits, as in any outage, and does not become a dead letter.
     bench.step(b3=TryAgain("DEADLINE_EXCEEDED"))
     assert bench.flows.in_flight == 0
     bench.step(1.0)
     assert bench.batches.sent[4:] == [("create-user", 0, [0])]
-    # What passes slowly stays as small as it is; what passes quickly grows, and keeps its order.
+
+    # A slow batch leaves the size as small as it is; quick batches make it grow. The order stays.
     bench.step(5.0, b4=BatchReport(1, 0))
     assert bench.batches.sent[5:] == [("create-user", 0, [1])]
     bench.step(0.1, b5=BatchReport(1, 0))
     bench.step(0.1, b6=BatchReport(2, 0))
     bench.step(0.1, b7=BatchReport(4, 0))
     assert [sent[2] for sent in bench.batches.sent[6:]] == [[2, 3], [4, 5, 6, 7], [8]]
+
     bench.step(b8=BatchReport(1, 0))
     assert all(event.finished for event in events)
     assert bench.dead == []
@@ -322,6 +347,7 @@ def fail(bench: Bench, bad: set[int], *, steps: int, every_s: float = 1.0) -> li
     for _ in range(steps):
         bench.now += every_s
         bench.flows.step()
+
         for number in range(bench.answered, len(bench.batches.sent)):
             events = bench.batches.sent[number][2]
             if bad.isdisjoint(events):
@@ -337,7 +363,7 @@ def test_an_event_that_always_ends_with_internal_is_let_go_alone() -> None:
     bench = Bench(batch_max=8)
     bench.add(*range(20))
     applied = fail(bench, {5}, steps=50)
-    assert not bench.dead  # not before its time
+    assert not bench.dead  # not yet
     applied += fail(bench, {5}, steps=100)
     [(offset, reason)] = bench.dead
     assert (offset, reason.split(":")[0]) == (5, "INTERNAL")
@@ -352,7 +378,7 @@ def test_workers_that_fail_on_everything_do_not_flood_the_dead_letters() -> None
     applied = fail(bench, set(range(1000)), steps=3500)
     assert not applied
     assert len(bench.dead) == 10
-    # A mended release goes on with the rest.
+    # A corrected release goes on with the rest.
     applied = fail(bench, set(), steps=100)
     assert len(applied) + len(bench.dead) == 200
     assert not bench.flows.held_back

@@ -59,6 +59,7 @@ async def test_work_that_hangs_is_answered_for_before_the_client_gives_up() -> N
             await blocking.run(lambda _: release.wait(5))
         assert caught.value.reason is Reason.DEADLINE_EXCEEDED
     assert time.monotonic() - begun < 0.8
+
     release.set()
     call_scope.enter(call_with(None))
     assert await blocking.run(lambda _: "next") == "next"
@@ -84,11 +85,13 @@ async def test_what_waits_is_bounded_and_its_place_comes_back() -> None:
     running = asyncio.create_task(blocking.run(lambda _: release.wait(5)))
     waiting = asyncio.create_task(blocking.run(lambda _: "never begun"))
     await asyncio.sleep(0)
+
     with pytest.raises(ServiceError) as caught:
         await blocking.run(lambda _: None)
     assert caught.value.reason is Reason.OVERLOADED
     assert caught.value.retry_after_s
-    waiting.cancel()  # its client has gone: the place is free though no thread was
+
+    waiting.cancel()  # its client has gone: its place is free, though no thread has become free
     await asyncio.gather(waiting, return_exceptions=True)
     third = asyncio.create_task(blocking.run(lambda _: "third"))
     release.set()
@@ -107,7 +110,7 @@ async def test_exceptions_come_through() -> None:
 
 
 async def test_a_call_whose_turn_would_come_too_late_is_refused_at_once() -> None:
-    """By how many wait and how long such calls take; who has more time, or finds a thread free, is let in."""
+    """The number of waiting calls and their usual duration decide; a call with more time or a free thread is let in."""
     blocking = BlockingCalls("test", threads=1, waiting_max=100, bound_s=30)
     call_scope.enter(call_with(None))
     await blocking.run(lambda _: time.sleep(0.1))
@@ -118,12 +121,14 @@ async def test_a_call_whose_turn_would_come_too_late_is_refused_at_once() -> Non
     release = threading.Event()
     running = [asyncio.create_task(blocking.run(lambda _: release.wait(5))) for _ in range(5)]
     await asyncio.sleep(0)
+
     begun: list[None] = []
     call_scope.enter(call_with(0.3))
     with pytest.raises(ServiceError) as caught:
         await blocking.run(lambda _: begun.append(None))
     assert caught.value.reason is Reason.OVERLOADED
     assert caught.value.retry_after_s == pytest.approx(0.5, abs=0.2)
+
     call_scope.enter(call_with(10.0))
     patient = asyncio.create_task(blocking.run(lambda _: "patient"))
     await asyncio.sleep(0)

@@ -54,15 +54,18 @@ def test_a_request_key_is_of_the_content_without_its_id() -> None:
     other = pb.CreateSegmentRequest(
         segment={"slug": "a", "labels": dict(reversed(labels.items()))}, request_id=str(uuid4())
     )
+
     first, second = convert.request_key_of("/m", one), convert.request_key_of("/m", other)
     assert first is not None
     assert second is not None
     assert first.content_hash == second.content_hash
     assert (first.method, first.request_id) == ("/m", UUID(one.request_id))
+
     other.segment.slug = "b"
     changed = convert.request_key_of("/m", other)
     assert changed is not None
     assert changed.content_hash != second.content_hash
+
     assert one.request_id, "the request itself is not touched"
     assert convert.request_key_of("/m", pb.CreateSegmentRequest()) is None
 

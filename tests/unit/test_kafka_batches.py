@@ -1,4 +1,4 @@
-"""Batches as a broker may hand them out: what is sound is read, what is not is told in its place, in bounded memory."""
+"""Batches as a broker may send them: sound records are read, unreadable ones reported in place, in bounded memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_codec_is_read(codec: int) -> None:
     data = raw.event_batch(EVENTS, codec=codec, base=7) + raw.event_batch([None, b"x" * 90_000], codec=codec, base=12)
     assert values(read(data)) == [*enumerate(EVENTS, 7), (12, None), (13, b"x" * 90_000)]
     assert values(read(data, start=10)) == [(10, EVENTS[3]), (11, EVENTS[4]), (12, None), (13, b"x" * 90_000)]
-    assert values(read(data[:-1])) == [*enumerate(EVENTS, 7)]  # the broker has cut the last one off
+    assert values(read(data[:-1])) == [*enumerate(EVENTS, 7)]  # the broker has cut off the last batch
 
 
 @pytest.mark.parametrize("codec", CODECS[:4])
@@ -116,10 +116,12 @@ def test_a_large_record_leaves_its_beginning_and_those_behind_it(codec: int) -> 
     records = raw.record(0, b"a") + raw.record(1, large, key=b"7") + raw.record(2, b"b")
     data = raw.batch(records, 3, codec=codec)
     del records
+
     tracemalloc.start()
     told = read(data)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+
     assert peak < 12_000_000
     assert values(told) == [(0, b"a"), (2, b"b")]
     gone = only(told)
@@ -130,7 +132,7 @@ def test_a_large_record_leaves_its_beginning_and_those_behind_it(codec: int) -> 
 
 
 def bomb(codec: int, size: int) -> bytes:
-    """A record of that size, compressed, without ever being whole."""
+    """A record of that size, compressed piece by piece: it is never whole in memory."""
     zeros = bytes(1 << 20)
     head = b"\0" + raw.varint(0) + raw.varint(0) + raw.sized(b"k") + raw.varint(size)
     length = len(head) + size + 1
@@ -145,10 +147,12 @@ def bomb(codec: int, size: int) -> bytes:
 def test_a_batch_that_inflates_to_too_much_is_let_go_in_bounded_memory(codec: int) -> None:
     size = 200 << 20
     data = raw.batch(b"", 5, codec=codec, body=bomb(codec, size)) + raw.event_batch(EVENTS[:1], base=5)
+
     tracemalloc.start()
     told = read(data)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+
     assert peak < 12_000_000
     assert values(told) == [(5, EVENTS[0])]
     gone = only(told)
@@ -169,20 +173,20 @@ def test_a_record_that_is_none_between_sound_bounds_is_alone() -> None:
 @pytest.mark.parametrize(
     ("data", "sound", "gone"),
     [
-        # It says more records than it has, and fewer.
+        # The batch claims more records than it has, or fewer.
         (raw.event_batch(EVENTS, stored=9), 5, (5, 4)),
         (raw.event_batch(EVENTS, stored=9, last_delta=8), 5, (5, 8)),
         (raw.event_batch(EVENTS, stored=3, last_delta=4), 3, (3, 4)),
         (raw.event_batch(EVENTS, stored=0), 0, (0, 4)),
         (raw.event_batch(EVENTS, stored=-1), 0, (0, 4)),
-        # Something is behind them.
+        # Other bytes follow the records.
         (raw.batch(raw.record(0, EVENTS[0]) + b"junk", 1), 1, (1, 0)),
         (raw.batch(raw.record(0, EVENTS[0]) + b"junk", 1, codec=raw.LZ4), 1, (1, 0)),
-        # Offsets outside its own, or backwards.
+        # Offsets outside the range of the batch, or not rising.
         (raw.batch(raw.record(0, EVENTS[0]) + raw.record(9, b""), 2), 1, (1, 1)),
         (raw.batch(raw.record(0, EVENTS[0]) + raw.record(0, b""), 2), 1, (1, 1)),
         (raw.batch(raw.record(0, EVENTS[0]) + raw.record(-3, b""), 2), 1, (1, 1)),
-        # Lengths that are none.
+        # Invalid lengths.
         (raw.batch(raw.record(0, EVENTS[0]) + raw.varint(-5) + b"junk", 2), 1, (1, 1)),
         (raw.batch(raw.record(0, EVENTS[0]) + raw.varint(1 << 40) + b"junk", 2), 1, (1, 1)),
         (raw.batch(raw.record(0, EVENTS[0]) + b"\xff" * 20, 2), 1, (1, 1)),
@@ -215,12 +219,13 @@ def test_bytes_that_were_damaged_on_their_way(at: int) -> None:
     """The checksum covers all but the offset, the length, the epoch and the format's number."""
     data = bytearray(raw.event_batch(EVENTS, base=3))
     data[at] ^= 0x55
-    if at == 12:  # the epoch: nobody needs it
+    if at == 12:  # the epoch: it is not used
         assert values(read(bytes(data))) == [*enumerate(EVENTS, 3)]
         return
+
     with pytest.raises(Damaged) as error:
         read(bytes(data))
-    # Its numbers are believed where two of them agree.
+    # The batch's own numbers are used where two of them agree.
     assert error.value.through == (None if at == 23 else 7)
     assert error.value.raw == data
 
@@ -235,7 +240,7 @@ def test_a_length_that_is_none(length: int) -> None:
 
 
 def test_any_damage_is_told_and_never_raised() -> None:
-    """Random bytes in a batch whose checksum is right: nothing but the records, what is told, and damage."""
+    """Random bytes in a batch with a valid checksum: each offset is read or reported as damaged; nothing is raised."""
     luck = random.Random(20)
     for round_ in range(600):
         codec = luck.choice([*CODECS, 5, 6])
@@ -243,6 +248,7 @@ def test_any_damage_is_told_and_never_raised() -> None:
         for _ in range(luck.randint(1, 4)):
             body[luck.randrange(len(body))] = luck.randrange(256)
         data = raw.batch(b"", 20, codec=codec, body=bytes(body), base=100)
+
         reached = 99
         for told in read(data):
             assert told.offset > reached, round_

@@ -98,7 +98,7 @@ class Times(NamedTuple):
 
 
 class Clock:
-    """A machine whose processors are idle for a share of the time, which passes by sleeping."""
+    """A machine whose processors are idle for a share of the time; time passes only by sleeping."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, idle_share: float) -> None:
         self.now = 100.0
@@ -139,8 +139,10 @@ def test_ended_by_itself_and_stopped_are_told_apart(tmp_path: Path) -> None:
     daemon.spawn([PYTHON, "-c", "import signal; signal.pause()"])
     assert not daemon.died
     assert daemon.pid is not None
+
     os.kill(daemon.pid, signal.SIGKILL)
     assert wait_until(lambda: daemon.died, timeout_s=10)
+
     daemon.spawn([PYTHON, "-c", "import signal; signal.pause()"])
     Daemon("d", tmp_path, log=tmp_path / "log").stop(signals=((signal.SIGKILL, 5.0),))
     assert not daemon.running
@@ -212,12 +214,14 @@ def test_stack_env_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.Monk
         flower_password="quotes ' and \"",
         kafka_stand_in=True,
     )
+
     file = tmp_path / "stack.env"
     write_env(file, settings)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     monkeypatch.setenv("SEGSVC_FLOWER_PASSWORD", "not this one")
     assert Settings(_env_file=None, **read_env(file)) == settings
-    # A process of the stack reads the same.
+
+    # A process of the stack reads the same settings.
     monkeypatch.delenv("SEGSVC_FLOWER_PASSWORD")
     monkeypatch.setenv("HOME", "expanded")
     assert Settings(_env_file=file) == settings
@@ -237,6 +241,7 @@ def test_every_queue_has_a_worker_of_its_own() -> None:
 def test_the_supervisors_configuration_survives_odd_arguments(tmp_path: Path) -> None:
     said = "100% 'quoted' \"twice\" and spaced"
     supervisor = Supervisord(tmp_path / "run", logs=tmp_path / "logs")
+
     try:
         supervisor.start(
             [ProcessSpec("odd", (PYTHON, "-c", f"import signal; print({said!r}, flush=True); signal.pause()"))], env={}
@@ -251,6 +256,7 @@ def test_the_supervisors_configuration_survives_odd_arguments(tmp_path: Path) ->
             supervisor.pid_of("other")
     finally:
         supervisor.stop()
+
     assert processes.find_marked(tmp_path / "run") == []
     with pytest.raises(LocalStackError, match="does not answer"):
         supervisor.states()
@@ -324,9 +330,11 @@ def test_jars_of_another_version_are_fetched_anew(tmp_path: Path, monkeypatch: p
     maven.write_text('#!/bin/sh\nfor word; do case $word in -DoutputDirectory=*) mkdir "${word#*=}";; esac; done\n')
     maven.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
     jars, said = tmp_path / "jars", list[str]()
     jars.mkdir()
     (jars / "old.jar").touch()
+
     fetch_jars(jars, mark=tmp_path, say=said.append)
     assert [file.name for file in jars.iterdir()] == ["pom.xml"]
     fetch_jars(jars, mark=tmp_path, say=said.append)

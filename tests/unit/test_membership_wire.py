@@ -1,4 +1,4 @@
-"""Answers joined from bytes against the generated classes."""
+"""Answers joined from bytes, compared with the generated classes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_odd_spelling_of_a_request_is_read_by_itself(request_bytes: bytes) -> No
     )
 )
 def test_no_request_changes_what_its_neighbours_say(payloads: list[bytes]) -> None:
-    """Whatever strangers send: what is read together is what each says by itself."""
+    """For any bytes from a client: requests that are read together give the same ids as each request alone."""
     user_ids = wire.plain_user_ids(payloads)
     if user_ids is not None:
         assert user_ids == [wire.user_id_of(payload) for payload in payloads]

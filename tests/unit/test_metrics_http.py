@@ -80,6 +80,7 @@ def test_children_are_added_up_and_the_dead_leave_what_they_counted(tmp_path: Pa
         timeout=60,
         check=False,
     )
+
     assert run.returncode == 0, run.stderr
     both, one_left = run.stdout.splitlines()
     counted = ['segsvc_in_doubt_seconds{shard="1",state="PREPARING"} 2.0', 'segsvc_warmed_entries_total{shard="1"} 7.0']
@@ -155,7 +156,7 @@ def test_values_that_live_in_memory_cannot_be_added_up(tmp_path: Path) -> None:
     ],
 )
 def test_a_process_whose_address_is_in_use_does_not_start(arguments: list[str], setting: str) -> None:
-    # It gets as far as this only if nothing imported prometheus_client before its values had a place.
+    # The process reaches this error only if prometheus_client was not imported before its values had a place.
     address = new_address()
     with serving(address):
         run = subprocess.run(
@@ -166,6 +167,7 @@ def test_a_process_whose_address_is_in_use_does_not_start(arguments: list[str], 
             timeout=60,
             check=False,
         )
+
     assert run.returncode == 1
     [line] = run.stderr.splitlines()
     assert json.loads(line).items() >= {
@@ -181,7 +183,7 @@ def test_an_address_is_host_and_port(value: str) -> None:
 
 def test_each_address_of_a_stack_has_a_port_of_its_own() -> None:
     with socket.socket() as taken:
-        with contextlib.suppress(OSError):  # somebody else has it: just as well
+        with contextlib.suppress(OSError):  # another process has it: that serves as well
             taken.bind(("127.0.0.1", 9464))
             taken.listen()
         with contextlib.ExitStack() as reserved:

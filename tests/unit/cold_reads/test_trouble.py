@@ -1,4 +1,4 @@
-"""Loading users whose entry is not cached: outages, deadlines, faults of ours, the end. On fakes."""
+"""Loading users whose entry is not cached: outages, deadlines, our own faults, closing. With fakes."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ def test_shard_that_is_down_fails_what_waits_for_it_and_no_other(
     cold = make()
     cold.submit([1], None, answers)
     eventually(lambda: bool(world.named("load")))
+
     cold.submit([5, 9], None, answers)
     world.hold[1].set()
+
     answers.wait(3)
     assert answers.reasons() == [Reason.SHARD_UNAVAILABLE] * 3
     assert len(world.named("load")) == 1, "those that gathered do not wait for the same failure again"
     assert world.named("release") == [("release", 1, (1,))], "the lease must not keep others from filling"
+
     others = Answers()
     cold.submit([2, 3, 4], None, others)
     others.wait(3)
@@ -51,6 +54,7 @@ def test_shard_that_is_down_is_tried_by_one_read_at_a_time_until_it_is_back(
     cold = make()
     cold.submit([1], None, answers)
     answers.wait(1)
+
     for _ in range(50):
         cold.submit([5], None, answers)
     answers.wait(51)
@@ -100,14 +104,17 @@ def test_deadline_bounds_the_statement_and_ends_the_wait(
     now = time.monotonic()
     cold.submit([1], now + 1.0, answers)
     eventually(lambda: bool(world.named("load")))
+
     timeout_s = world.named("load")[0][3]
     assert isinstance(timeout_s, float)
     assert 0 < timeout_s <= 1.0
+
     waiting, patient = Answers(), Answers()
     cold.submit([5], time.monotonic() + 0.05, waiting)
     cold.submit([5], None, patient)
     waiting.wait(1)  # though the thread is busy
     assert waiting.reasons() == [Reason.DEADLINE_EXCEEDED]
+
     world.hold[1].set()
     assert patient.wait(1)[0][1] == (NEVER_US, 0, 123, 9, 1, 2)
     assert world.named("load")[1][3] is None, "one caller without a deadline: the session's bound"
@@ -119,7 +126,7 @@ def test_shard_that_hangs_is_given_up(make: Callable[..., ColdReads], world: Fak
     begun = time.monotonic()
     cold.submit([1], None, answers)
     eventually(lambda: bool(world.named("load")))
-    cold.submit([5], None, answers)  # for this one there is no thread
+    cold.submit([5], None, answers)  # no thread is free for this one
     answers.wait(2)
     assert answers.reasons() == [Reason.SHARD_UNAVAILABLE] * 2
     assert time.monotonic() - begun < 2
@@ -147,16 +154,17 @@ def test_reads_of_a_load_that_hangs_are_answered_in_their_time(
     assert time.monotonic() - begun < 0.5
     assert cold.waiting == 0
 
-    # Nobody waits any more, and the shard is found out all the same.
+    # No read waits any more, and the shard is still found to be down.
     def refused_at_once() -> bool:
         one = Answers()
         cold.submit([5], time.monotonic() + 0.1, one)
         return one.reasons() == [Reason.SHARD_UNAVAILABLE]
 
     eventually(refused_at_once)
-    time.sleep(2 * ColdReads.PROBE_S)  # no read is a probe that has no thread to try with
+    time.sleep(2 * ColdReads.PROBE_S)  # a read for which no thread is free does not become the probe
     assert all(refused_at_once() for _ in range(20))
     assert len(world.named("load")) == 1
+
     world.hold[1].set()
     eventually(lambda: not refused_at_once())
     late = Answers()
@@ -174,9 +182,11 @@ def test_whoever_tries_a_shard_that_is_down_is_told_so_in_time(
     cold = make()
     cold.submit([1], None, answers)
     answers.wait(1)
+
     del world.failures[1]
     world.hold[1] = threading.Event()
     time.sleep(2 * ColdReads.PROBE_S)
+
     cold.submit([1], time.monotonic() + 0.2, answers)
     answers.wait(2)
     assert answers.reasons() == [Reason.SHARD_UNAVAILABLE] * 2
@@ -189,8 +199,10 @@ def test_fault_of_ours_is_answered_and_the_thread_lives(
     cold = make()
     cold.submit([1], None, answers)
     answers.wait(1)
+
     assert answers.reasons() == [Reason.INTERNAL]
     assert "fault" not in str(answers.all[0][1])
+
     del world.failures[1]
     cold.submit([1], None, answers)
     answers.wait(2)
@@ -210,6 +222,7 @@ def test_answer_that_fails_keeps_no_other_from_its_own(
     cold.submit([5], None, broken)
     cold.submit([5, 9], None, answers)
     world.hold[1].set()
+
     answers.wait(3)
     assert answers.reasons() == [None] * 3
 
@@ -220,11 +233,13 @@ def test_closing_answers_what_waits_and_takes_no_more(
     world.hold[1] = threading.Event()
     cold = make()
     cold.submit([1, 5], None, answers)
+
     closing = threading.Thread(target=cold.close, args=(WAIT_S,))
     closing.start()
     world.hold[1].set()
     closing.join(WAIT_S)
     assert sorted(user_id for user_id, _ in answers.all) == [1, 5]
+
     late = Answers()
     cold.submit([1], None, late)
     assert late.reasons() == [Reason.SHARD_UNAVAILABLE]
