@@ -19,7 +19,7 @@ Answer = Callable[[Any, grpc.ServicerContext], Any]
 
 
 class CannedFront:
-    """A gRPC server that remembers requests and answers as it was told, by full method name."""
+    """A gRPC server that records requests and gives the answers set for them, by full method name."""
 
     def __init__(self) -> None:
         self.answers: dict[str, tuple[Any, Answer, bool]] = {}
@@ -63,6 +63,7 @@ def serving(front: CannedFront, credentials: grpc.ServerCredentials | None = Non
     else:
         port = server.add_secure_port("127.0.0.1:0", credentials)
     server.start()
+
     try:
         yield f"127.0.0.1:{port}"
     finally:

@@ -1,4 +1,4 @@
-"""Two advisory locks with one key would be one lock: somebody would wait for what does not concern them."""
+"""Two advisory locks with one key would be one lock: a session would wait for work that does not concern it."""
 
 from __future__ import annotations
 

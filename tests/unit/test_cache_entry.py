@@ -108,6 +108,7 @@ def test_columns_encode_as_one_by_one(users: list[tuple[int, int, int, int, list
         counts=np.array([len(u[4]) for u in users], dtype=np.int64),
         segment_ids=np.array([i for u in users for i in u[4]], dtype=np.uint32),
     )
+
     assert list(entries.encode_columns(NONCE, columns)) == [
         entries.encode(NONCE, (until, version, NOW_US, block, *ids)) for _, version, until, block, ids in users
     ]

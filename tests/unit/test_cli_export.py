@@ -1,4 +1,4 @@
-"""``segsvc segments export``: cut, refused, interrupted, and gone on with."""
+"""``segsvc segments export``: cut, refused, interrupted, and continued."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.canned_front import CannedFront, give_statistics, refuse, run
 
 
 class CutExport:
-    """Three pages; the stream is cut after the second, once."""
+    """Three pages; the stream is cut after the second page, ``cuts`` times."""
 
     PAGES = ((1, 2), (3, 4), (5,))
 
@@ -52,11 +52,13 @@ def test_an_export_that_is_cut_for_good_says_how_to_go_on(front: CannedFront, tm
     cut = CutExport(100)
     front.on(EXPORT, segments_pb2.ExportSegmentUsersRequest, cut, stream=True)
     file = tmp_path / "members"
+
     result = run("segments", "export", "checkout", "--output", str(file))
     assert result.exit_code == 1
     assert result.stderr.splitlines()[0] == (
         f"to go on: segsvc segments export checkout --resume-token 2 --output {file}"
     )
+
     cut.cuts = 0
     again = run("segments", "export", "checkout", "--output", str(file), "--resume-token", "2")
     assert again.exit_code == 0
@@ -86,6 +88,7 @@ def test_a_page_that_cannot_be_written_whole_is_taken_back(
     assert file.read_text() == "1\n2\n"
     hint, why = result.stderr.splitlines()
     assert why == "cannot write: No space left on device"
+
     monkeypatch.setattr(exporting, "_text", text)
     assert run(*hint.removeprefix("to go on: segsvc ").split()).exit_code == 0
     assert file.read_text() == "1\n2\n3\n4\n5\n"

@@ -1,4 +1,4 @@
-"""What a command imports before it does anything: a third of a second is spent on nothing else."""
+"""What a command imports before it does anything: a third of a second goes into imports alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEAVY = {
     ),
     *("psutil", "psycopg2", "pygrpc_native", "redis", "sqlalchemy", "structlog", "supervisor"),
 }
-"""Packages that no command of an administrator needs, who only asks the front."""
+"""Packages that no administrator's command needs, because it only calls the front."""
 
 
 def imported(*arguments: str) -> set[str]:
@@ -35,6 +35,7 @@ def imported(*arguments: str) -> set[str]:
         text=True,
         check=False,
     )
+
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     assert len(lines) > 100, done.stderr
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}

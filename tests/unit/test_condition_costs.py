@@ -1,4 +1,4 @@
-"""What conditions cost together, what is refused for it, and what never is."""
+"""What conditions cost together, which rules are refused for their cost, and which never are."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_condition_that_is_too_dear_alone() -> None:
     assert "10.5 µs a user" in refusal.message
     assert refusal_of(1, Rule(1000, "x"), cost(10), [], LIMITS) is None
     frozen = refusal_of(1, Rule(1000, "x", Policy.FROZEN), cost(10.5), [], LIMITS)
-    assert frozen is not None  # a rollout holds the shard for it, whatever comes later
+    assert frozen is not None  # its rollout holds the shard, even if it costs nothing later
 
 
 def test_conditions_that_are_too_dear_together() -> None:
@@ -63,7 +63,7 @@ def test_conditions_that_are_too_dear_together() -> None:
     refusal = refusal_of(7, Rule(1000, "x"), cost(4), others, LIMITS)
     assert refusal is not None
     assert refusal.metadata == {"cost_us": "31.0", "limit_us": "30.0"}
-    # Nobody who comes later is asked a FROZEN one, nor twice what another segment asks already.
+    # Later events do not evaluate a FROZEN condition, and evaluate a condition that two segments share only once.
     assert refusal_of(7, Rule(1000, "x", Policy.FROZEN), cost(4), others, LIMITS) is None
     assert refusal_of(7, Rule(1000, "c2"), cost(9), others, LIMITS) is None
 

@@ -1,4 +1,4 @@
-"""A condition's SQL is about as long as the condition, however it is nested: nothing that CEL takes multiplies."""
+"""A condition's SQL is about as long as the condition, however it is nested: no form that CEL accepts multiplies it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segsvc.postgres.conditions.statements import _clause
 from tests.conditions import NESTED, deepest
 
 CHARACTERS_EACH = 150
-"""Of SQL for each byte of a condition, at most."""
+"""The most characters of SQL for each byte of a condition."""
 
 
 def listed(item: str, times: int) -> str:
@@ -58,7 +58,7 @@ def test_what_is_long() -> None:
 
 
 def test_what_is_remembered_of_a_condition_is_small() -> None:
-    """A caller of previews may send other conditions all the time."""
+    """A caller of previews may send a new condition each time."""
 
     def read(first: int, count: int) -> None:
         for n in range(first, first + count):

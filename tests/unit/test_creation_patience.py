@@ -1,4 +1,4 @@
-"""A creation that waits for its turn answers within its caller's time, whatever the pauses between two looks are."""
+"""A creation that waits for its turn answers within its caller's deadline, however long it pauses between checks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from segsvc.twophase.protocol import Coordinator
 
 
 class Ledger(AcceptanceStore, CreationStore, OperationStore, Protocol):
-    """What a front's services need of it."""
+    """The methods that a front's services need."""
 
 
 @pytest.fixture
 def store() -> Mock:
-    """Creations are accepted, and others are before them."""
+    """Creations are accepted, and other operations are before them."""
     store = Mock(spec=Ledger)
     store.segment.return_value = None
     store.live_segments.return_value = 0
@@ -55,6 +55,7 @@ def creations(store: Mock) -> Iterator[Creations]:
         shards=shards,
         fan_out=Mock(),
     )
+
     yield made
     made.close()
 
@@ -62,7 +63,7 @@ def creations(store: Mock) -> Iterator[Creations]:
 def test_a_creation_gives_up_when_its_time_is_up_and_not_at_its_next_look(creations: Creations) -> None:
     begin = time.monotonic()
     with pytest.raises(ServiceError) as refused:
-        # Its looks are after 0.42 and 0.64 s.
+        # It checks after 0.42 and 0.64 s.
         creations.create_segment("late", SegmentText(), request=None, deadline_s=0.45)
     assert time.monotonic() - begin < 0.6
     assert refused.value.reason is Reason.OPERATION_QUEUE_BUSY

@@ -1,4 +1,4 @@
-"""What counts as an outage of a database, and a watch for hanging ones that lives."""
+"""What counts as an outage of a database; and the watch for hanging databases, which survives a lack of threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DSN = "postgresql+psycopg2:///nowhere?host=/nowhere"
 
 
 def refusal(code: str) -> psycopg2.Error:
-    """As the driver raises it when the server's last words are still to be read."""
+    """The error as the driver raises it while the server's last message is still unread."""
     return type("Refusal", (psycopg2.errors.lookup(code),), {"pgcode": code})()  # type: ignore[no-any-return]
 
 

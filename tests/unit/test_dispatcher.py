@@ -1,4 +1,4 @@
-"""Operations are sent to a broker, or it is said that there is none, whatever Celery makes of it."""
+"""Operations are sent to a broker, or refused because there is none, whatever Celery raises."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_broker_that_is_not_there() -> None:
 
 
 def test_a_broker_that_hangs() -> None:
-    """It lets connections in, and answers nothing: a call of a second must still hear why it is refused."""
+    """It accepts connections and answers nothing: a call with one second must still be refused with the reason."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         dispatcher = CeleryDispatcher(celery(f"redis://127.0.0.1:{silent.getsockname()[1]}/0"))
         begun = time.monotonic()

@@ -23,7 +23,7 @@ class Ended:
 
 
 class Store:
-    """Fails as often as it is told, then finds what has ended."""
+    """First raises each of its failures, then finds what has ended."""
 
     def __init__(self, *failures: Exception) -> None:
         self.failures = list(failures)
@@ -56,6 +56,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_waits_hears_of_the_end_after_a_failure(failure: Exception) -> None:
     store = Store(failure)
     watcher = OperationEndWatcher(store)
+
     try:
         one, other = uuid4(), uuid4()
         never: Any = watcher.watch(other)
@@ -64,6 +65,7 @@ def test_who_waits_hears_of_the_end_after_a_failure(failure: Exception) -> None:
         assert not never.done()
     finally:
         watcher.close()
+
     assert never.cancelled()
 
 
@@ -74,10 +76,12 @@ def test_what_is_told_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     operation = uuid4()
     future = watcher.watch(operation)
     eventually(lambda: store.looks == 1)
+
     store.ended.append(operation)
     store.told.set()
+
     assert future.result(timeout=5).id == operation
-    store.told.set()  # or the watcher would wait for its minute
+    store.told.set()  # otherwise the watcher would wait for its minute
     watcher.close()
 
 

@@ -1,4 +1,4 @@
-"""Which services are healthy while which dependency is not."""
+"""Which services are healthy while a dependency is not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segsvc.domain.errors import LockTimeout, Reason, ServiceError, catalog_unav
 
 
 class Probed:
-    """A dependency whose probe raises what it is told to."""
+    """A dependency whose probe raises the error that the test has set."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
@@ -39,7 +39,7 @@ async def settle(servicer: health.aio.HealthServicer, expected: tuple[bool, bool
         WHOLE: expected[2],
     }
     async with asyncio.timeout(5):
-        while await statuses(servicer) != wanted:  # noqa: ASYNC110  # nothing tells of the change
+        while await statuses(servicer) != wanted:  # noqa: ASYNC110  # nothing reports the change
             await asyncio.sleep(0.005)
 
 
@@ -48,6 +48,7 @@ async def test_a_service_is_healthy_while_it_can_answer(monkeypatch: pytest.Monk
     servicer = health.aio.HealthServicer()
     catalog, one, two = Probed(catalog_unavailable()), Probed(shard_unavailable(0)), Probed(shard_unavailable(1))
     watched = HealthMonitor(servicer, catalog, [one, two])
+
     await watched.start()
     await settle(servicer, (False, False, False))
     one.error = None
@@ -61,5 +62,6 @@ async def test_a_service_is_healthy_while_it_can_answer(monkeypatch: pytest.Monk
     catalog.error = ServiceError(Reason.OVERLOADED, "busy is alive")
     await asyncio.sleep(0.05)
     await settle(servicer, (True, True, True))
+
     await watched.stop()
     await settle(servicer, (False, False, False))

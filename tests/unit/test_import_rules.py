@@ -1,4 +1,4 @@
-"""Each import rule is broken when somebody breaks it: a rule that names a module wrongly would hold for ever."""
+"""Each import rule fails when an import breaks it: a rule that names a module wrongly would hold for ever."""
 
 from __future__ import annotations
 

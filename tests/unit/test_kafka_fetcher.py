@@ -1,4 +1,4 @@
-"""What the bridge's consumer changes in kafka-python, and that kafka-python is still what was changed."""
+"""What the bridge's consumer changes in kafka-python, and whether those parts of kafka-python are still the same."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ WHERE = TopicPartition("create-user", 3)
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
 def test_kafka_python_is_what_the_fetcher_was_written_for(method: Callable[..., Any], digest: str) -> None:
-    """If this fails, kafka-python has changed: read what is new in that method, mend ``segsvc.bridge.fetcher`` and
-    ``segsvc.bridge.batches`` if they must be, and only then write the new digest here."""
+    """If this fails, kafka-python has changed: read what is new in that method, adapt ``segsvc.bridge.fetcher`` and
+    ``segsvc.bridge.batches`` if necessary, and only then write the new digest here."""
     found = hashlib.sha256(inspect.getsource(method).encode()).hexdigest()[:16]
     assert found == digest, f"{method.__qualname__} of kafka-python {kafka.__version__} is not that of 3.0.12"
 
@@ -48,22 +48,25 @@ def test_something_damaged_is_tried_at_distances_and_then_let_go() -> None:
     now = [100.0]
     trials = Trials(lambda: now[0])
     for attempt in range(1, TRIES):
-        for _ in range(3):  # asked more often than it rests: that is one try
+        for _ in range(3):  # several failures within one rest count as one try
             assert not trials.failed(WHERE, 17, "why")
         assert trials.resting == {WHERE}
         assert trials.standing == {WHERE: (17, "why")}
         now[0] += REST_S
         assert attempt < TRIES
         assert trials.resting == set()
+
     assert trials.failed(WHERE, 17, "why")
     trials.let_go(WHERE, 18)
     assert trials.standing == {}
-    # What follows it at once has had its tries; what comes later has not.
+
+    # An offset that follows at once needs no more tries; a later one does.
     assert trials.failed(WHERE, 18, "why")
     trials.let_go(WHERE, 19)
     trials.read(WHERE)
     assert not trials.failed(WHERE, 19, "why")
     assert not trials.failed(WHERE, 25, "another")  # a new place begins at its first try
+
     trials.forget(WHERE)
     assert trials.resting == set()
 
@@ -76,7 +79,7 @@ def test_a_partition_that_is_given_out_again_stands_no_longer() -> None:
     assert trials.standing == {}
     assert trials.failed(WHERE, 4, "damaged") is False
     trials.given_out(WHERE)
-    assert trials.standing  # it was given out, and is damaged all the same
+    assert trials.standing  # it is given out, but is still damaged
 
 
 def known(offset: int, topic_id: str = "a") -> EventPosition:
@@ -94,13 +97,13 @@ def lost(first: int, end: int | None, reason: str) -> EventLoss:
         (5, 12, None, "a", 20, lost(5, 12, event_watch.RETENTION)),  # an installation of a release that noted nothing
         (None, 0, None, "a", 20, None),  # the first start
         (None, 7, None, "a", 20, None),
-        (None, 7, known(7), "a", 20, None),  # expired, and nothing dropped that was not read
+        (None, 7, known(7), "a", 20, None),  # expired, but every dropped event had been read
         (None, 7, known(15), "a", 20, None),
         (None, 7, known(4), "a", 20, lost(4, 7, event_watch.EXPIRED)),
         (30, 0, known(30), "a", 20, lost(30, None, event_watch.RECREATED)),
         (None, 0, known(30), "", 20, lost(30, None, event_watch.RECREATED)),
         (None, 0, known(10), "b", 20, lost(10, None, event_watch.RECREATED)),
-        (None, 0, known(10, ""), "b", 20, None),  # nobody knows whether it is the same
+        (None, 0, known(10, ""), "b", 20, None),  # it is unknown whether this is the same topic
         (12, 12, known(12), "a", 20, None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Who sends to Kafka lives through whatever the client raises."""
+"""The sender to Kafka survives every exception of the client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MESSAGE = (b"7", b"{}", [("reason", b"why")])
 
 
 class Gone:
-    """A producer whose topic goes between two looks at its metadata, or whose thread does not end."""
+    """A producer whose topic disappears between two reads of its metadata, or whose thread does not end."""
 
     def __init__(self, sending: Exception, closing: Exception | None = None) -> None:
         self._sender = Mock()

@@ -1,4 +1,4 @@
-"""Whatever a process says is JSON, one object a line: also what libraries print, warnings, and what nobody caught."""
+"""All output of a process is JSON, one object a line: also what libraries print, warnings, and uncaught exceptions."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def test_what_is_printed_is_an_event() -> None:
         sys.stdout.write("half a ")
         sys.stdout.write("line\\n")
     """)
+
     assert output == ""
     assert [(event["text"], event["stream"]) for event in events] == [
         ("to output", "stdout"), ("in two lines", "stdout"), ("é\udcff 😀", "stderr"), ("half a line", "stdout")
@@ -62,6 +63,7 @@ def test_warnings_exceptions_and_broken_handlers_are_events() -> None:
         Dies()
         raise ValueError("of the\\nprogram")
     """)
+
     assert "UserWarning: old" in events[0]["event"]
     assert any(event["event"] == "output" and "Logging error" in event["text"] for event in events)
     uncaught = [event["exception"] for event in events if event["event"] == "uncaught_exception"]

@@ -1,4 +1,4 @@
-"""The watch on a process's memory: what ends it, in a process of its own."""
+"""The watch on a process's memory ends the process; each test runs it in a process of its own."""
 
 from __future__ import annotations
 

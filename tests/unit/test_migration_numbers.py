@@ -1,4 +1,4 @@
-"""Revisions of a schema are one chain, numbered from 1: two of one number, made side by side, are seen here."""
+"""Revisions of a schema are one chain, numbered from 1: two with one number, made side by side, are found here."""
 
 from __future__ import annotations
 

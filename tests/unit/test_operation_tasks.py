@@ -18,7 +18,7 @@ from segsvc.domain.installation import Installation
     [
         (shard_unavailable(1), 6),
         (LockTimeout(), 6),
-        # It would hold the shard's lock and the process for as long again, while recovery waits for a process.
+        # A retry would hold the shard's lock and the process for as long again, while recovery waits for a process.
         (ServiceError(Reason.DEADLINE_EXCEEDED, "the database did not answer in time"), 1),
     ],
 )
@@ -41,5 +41,6 @@ def test_how_often_a_shard_is_tried(monkeypatch: pytest.MonkeyPatch, error: Exce
     ended = tasks.operations.prepare_shard.apply(
         kwargs={"operation_id": str(uuid4()), "shard": 1, "title": "roll out x"}
     )
+
     assert tried == [1] * runs
     assert ended.get() == tasks.operations.HEADER_RESULT

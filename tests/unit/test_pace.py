@@ -1,4 +1,4 @@
-"""How long things take lately, and who is let in."""
+"""How long calls have taken recently, and which calls are let in."""
 
 from __future__ import annotations
 

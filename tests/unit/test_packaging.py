@@ -1,4 +1,4 @@
-"""setup.cfg is the only declaration, is complete, and the lock holds all of it with hashes."""
+"""setup.cfg is the project's only declaration and is complete; the lock holds all that it declares, with hashes."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def imported(roots: Iterable[str], *, without: str = "-") -> dict[str, str]:
                 else:
                     continue
                 found.update({name.partition(".")[0]: place for name in names})
+
     return {name: file for name, file in found.items() if name not in sys.stdlib_module_names | OURS}
 
 
@@ -84,11 +85,12 @@ def imported(roots: Iterable[str], *, without: str = "-") -> dict[str, str]:
 def test_what_is_imported_is_declared(
     declared: configparser.ConfigParser, roots: tuple[str, ...], without: str, extras: tuple[str, ...]
 ) -> None:
-    # What setup.cfg declares, with all that it brings.
+    # What setup.cfg declares, with all its dependencies.
     installed = re.findall(r"^(\S+)==", (REPOSITORY / "docker" / "requirements.lock").read_text(), re.MULTILINE)
     more = [line for name in extras for line in lines(declared["options.extras_require"][name])]
     allowed = {*map(canonicalize_name, installed), *(canonicalize_name(Requirement(line).name) for line in more)}
     packages = importlib.metadata.packages_distributions()
+
     modules = imported(roots, without=without)
     assert len(modules) > 3
     for module, file in modules.items():

@@ -1,4 +1,4 @@
-"""Places of calls that stay: for all, for each caller, and given back."""
+"""Places for long calls: limits for all callers and for each caller, and the return of a place."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def test_a_caller_has_fewer_places_than_all_have() -> None:
         assert "from one address" in refused.message
         taken.enter_context(places.taken("ipv6:[::1]:1000"))
         assert "from one address" not in refusal(places, "ipv4:10.0.0.2:1000").message
+
     with places.taken("ipv4:10.0.0.1:1002"):
         pass
 

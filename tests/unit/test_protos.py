@@ -1,4 +1,4 @@
-"""The gRPC contract: well-formed, its generated code current, and still what other people's clients were built on."""
+"""The gRPC contract is well-formed, its generated code is current, and existing clients still work with it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_reflection_serves_them_by_the_names_that_clients_import() -> None:
 
 @pytest.mark.parametrize("module", [membership_pb2, operations_pb2, segments_pb2])
 def test_the_names_in_other_languages_stay(module: Any) -> None:
-    # buf does not hold these: the contract was published without them (docs/adr/0028).
+    # buf does not enforce these options: the contract was published without them (docs/adr/0028).
     options = {field.name: value for field, value in module.DESCRIPTOR.GetOptions().ListFields()}
     assert options == {
         "csharp_namespace": "Segmentation.V1",
@@ -79,7 +79,7 @@ def test_what_clients_are_generated_from_is_complete(tool: dict[str, Any], tmp_p
     tool["write_client_protos"](protos)
     ours = {path.relative_to(protos) for path in (protos / "segmentation").rglob("*.proto")}
     assert ours == {path.relative_to(tool["PROTOS"]) for path in tool["PROTOS"].rglob("*.proto")}
-    # One include path, no other packages: as plain protoc elsewhere. (The well-known types come with every protoc.)
+    # One include path, no other packages: like plain protoc elsewhere. (The well-known types come with every protoc.)
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{protos}", f"--python_out={tmp_path}"]
     files = sorted(map(str, protos.rglob("*.proto")))
     done = subprocess.run([*command, *files], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -19,6 +19,7 @@ def test_learns_from_the_shard_that_uses_an_id() -> None:
 
     slugs = SlugMap(load, lambda slug: slug.upper().encode())
     assert slugs.unknown([5, 6]) == {5, 6}
+
     assert slugs.learn(3, [5]) == set()
     assert slugs.learn(2, [6]) == set()
     assert asked == [3]
@@ -51,6 +52,7 @@ def test_many_threads_load_once() -> None:
     gate.set()
     for thread in threads:
         thread.join(5)
+
     assert loads == [0]
 
 

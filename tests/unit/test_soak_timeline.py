@@ -1,4 +1,4 @@
-"""The soak's judge: what it must let pass, and what it must not."""
+"""The soak's judge: which answers it must accept, and which it must not."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ def test_old_or_new_while_a_change_is_under_way_and_new_afterwards() -> None:
     judge = history(rules)
     change = rules.begin(ALL, 10.0)
     old, new = frozenset[str](), frozenset({"a"})
-    assert judge.wrong(7, new, 8.0, 9.0)  # before anybody asked for it
+
+    assert judge.wrong(7, new, 8.0, 9.0)  # before the change was requested
     assert not judge.wrong(7, old, 8.0, 9.0)
     for answer in (old, new):
         assert not judge.wrong(7, answer, 9.0, 11.0)
         assert not judge.wrong(7, answer, 30.0, 31.0)  # still not acknowledged
+
     change.end = 20.0
     assert not judge.wrong(7, old, 19.0, 30.0)
     assert judge.wrong(7, old, 20.1, 30.0)

@@ -1,4 +1,4 @@
-"""The warmer's arithmetic against the plain meaning of bits and overrides."""
+"""The warmer's arithmetic, compared with the plain meaning of bits and overrides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLUGS = {number: f"slug-{(number * 37) % 101:03d}" for number in range(1, 60)}
 
 
 Facts = tuple[int, set[int], list[tuple[int, int, int, int]]]
-"""Of a user: row_version, the segments by the bits, the overrides."""
+"""A user's row_version, segments by the bits, and overrides."""
 
 
 def make_block(rng: random.Random, number: int) -> tuple[UserBlock, dict[int, Facts]]:
@@ -24,22 +24,26 @@ def make_block(rng: random.Random, number: int) -> tuple[UserBlock, dict[int, Fa
     for bit in rng.sample(range(1024), 300):
         user_ids[bit] = number * 10_000 + bit + 1
         versions[bit] = rng.randrange(1000)
+
     segments = rng.sample(sorted(SLUGS), rng.randrange(0, 20))
     flags = np.zeros((len(segments), 1024), dtype=np.bool_)
     for row in range(len(segments)):
         # Bits of absent users too: they must lead to nothing.
         flags[row, rng.sample(range(1024), 200)] = True
+
     overrides = [
         (bit, segment, rng.randrange(2), rng.choice([NEVER_US, 10**15 + rng.randrange(1000)]))
         for bit in rng.sample(range(1024), 60)
         for segment in rng.sample(sorted(SLUGS), 2)
         if user_ids[bit]
     ]
+
     users = {}
     for bit in np.flatnonzero(user_ids).tolist():
         mine = [override for override in overrides if override[0] == bit]
         by_rule = {segment for row, segment in enumerate(segments) if flags[row, bit]}
         users[int(user_ids[bit])] = (int(versions[bit]), by_rule, mine)
+
     block = UserBlock(
         block=number,
         user_ids=user_ids,
@@ -67,6 +71,7 @@ def test_columns_are_what_the_bits_say(seed: int) -> None:
     assert sorted(columns.user_ids.tolist()) == sorted(granted)
     ends = np.cumsum(columns.counts).tolist()
     assert ends[-1] == columns.segment_ids.size
+
     for index, user in enumerate(columns.user_ids.tolist()):
         version, member, overrides = expected[user]
         for _, segment, included, _ in overrides:
@@ -89,6 +94,7 @@ def test_users_without_any_segment_are_entries_too() -> None:
         overrides=np.zeros((0, 4), dtype=np.int64),
         read_time_us=1,
     )
+
     columns = entry_columns([block], np.array([5]), set(), SlugMap(lambda _: {}))
     assert columns.user_ids.tolist() == [5]
     assert columns.counts.tolist() == [0]

@@ -1,4 +1,4 @@
-"""What beat's request for warming becomes."""
+"""Which tasks beat's request for warming starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading users whose entry is not cached: order of the steps, who may join, bounds. On fakes."""
+"""Loading users whose entry is not cached: order of the steps, which reads may join a load, bounds. With fakes."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def test_refused_users_are_answered_and_not_filled(
     eventually(lambda: bool(world.named("load")))
     cold.submit([5, 13], None, answers)
     world.hold[1].set()
+
     answers.wait(3)
     eventually(lambda: len(world.named("fill")) == 2)
     assert world.named("fill")[1] == ("fill", 1, (13,))
@@ -82,11 +83,13 @@ def test_nobody_joins_a_load_whose_statement_has_been_sent(
     world.hold[1] = threading.Event()
     cold = make()
     early, late = answers, Answers()
+
     cold.submit([5], None, early)
     eventually(lambda: bool(world.named("load")))
     world.version = 7  # changed and acknowledged now
     cold.submit([5], None, late)
     world.hold[1].set()
+
     assert early.wait(1) == [(5, (NEVER_US, 0, 123, 9, 1, 2))]
     assert late.wait(1) == [(5, (NEVER_US, 7, 123, 9, 1, 2))]
 
@@ -108,15 +111,18 @@ def test_more_than_the_bound_is_refused_with_a_delay(
     world.hold[1] = threading.Event()
     cold = make(waiting_max=3)
     refused = Answers()
+
     cold.submit([1, 5, 5], None, answers)
     cold.submit([9], None, refused)
     ((user_id, error),) = refused.wait(1)
     assert user_id == 9
     assert isinstance(error, ServiceError)
     assert (error.reason, error.retry_after_s) == (Reason.OVERLOADED, 0.5)
+
     other = Answers()
     cold.submit([2], None, other)  # another shard
     assert other.wait(1)
+
     world.hold[1].set()
     answers.wait(3)
     eventually(lambda: not cold.waiting)
