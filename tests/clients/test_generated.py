@@ -27,7 +27,7 @@ class Membership(membership_pb2_grpc.MembershipServiceServicer):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Where a server of the contract listens."""
+    """The address of a server of the contract."""
     server = grpc.server(ThreadPoolExecutor(2))
     membership_pb2_grpc.add_MembershipServiceServicer_to_server(Membership(), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -59,7 +59,7 @@ def test_python(project: Path, address: str) -> None:
 def test_go(project: Path, address: str) -> None:
     made = make_go(project)
 
-    # The same by buf.
+    # buf must generate the same files.
     [command] = re.findall(r"`(buf generate [^`]*buf\.gen\.go[^`]*)`", PAGE)
     plugins = kept("go", "go", made_of="\n".join(GO_PLUGINS))
     run(["sh", "-ec", command.replace("build/clients/go", "by-buf")], project, plugins)

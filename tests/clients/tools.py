@@ -1,4 +1,4 @@
-"""Projects of other people, in other languages, with what they need to call the service.
+"""Projects outside this repository, in other languages, with all that they need to call the service.
 
 What a language needs is kept in build/client-tools; where its tools are missing the test is skipped, with the reason.
 """
@@ -36,12 +36,14 @@ def block(heading: str, language: str) -> str:
 
 
 def make_project(folder: Path) -> Path:
-    """A project of somebody else: build/client-protos, buf's templates, and protoc and buf in the folder ``bin``."""
+    """A project of another team: build/client-protos, buf's templates, and protoc and buf in the folder ``bin``."""
     tool = runpy.run_path(str(REPOSITORY / "tools" / "protos.py"))
     tool["write_client_protos"](folder / "build" / "client-protos")
+
     (folder / "protos").mkdir()
     for template in (REPOSITORY / "protos").glob("buf.gen.*.yaml"):
         shutil.copy(template, folder / "protos")
+
     binaries = folder / "bin"
     binaries.mkdir()
     (binaries / "protoc").write_text(f'#!/bin/sh\nexec {sys.executable} -m grpc_tools.protoc "$@"\n')
@@ -51,7 +53,7 @@ def make_project(folder: Path) -> Path:
 
 
 def run(command: list[str], folder: Path, *path: Path) -> str:
-    """Run a command with ``path`` before the PATH; its standard output."""
+    """Run a command with ``path`` before the PATH. Returns what it printed."""
     places = [str(folder / "bin"), *map(str, path), os.environ.get("PATH", os.defpath)]
     done = subprocess.run(
         command,
@@ -62,12 +64,13 @@ def run(command: list[str], folder: Path, *path: Path) -> str:
         check=False,
         timeout=TIMEOUT_S,
     )
+
     assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 
 
 def kept(name: str, *needed: str, made_of: str) -> Path:
-    """A folder of tools that is kept between runs, by what it is made of; skips where one of ``needed`` is missing."""
+    """A folder of tools kept between runs, one for each ``made_of``; skips the test if one of ``needed`` is missing."""
     for program in needed:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
@@ -75,7 +78,7 @@ def kept(name: str, *needed: str, made_of: str) -> Path:
 
 
 def make_go(project: Path) -> Path:
-    """Generate the page's Go code in ``project``; the folder of the module ``example.com/client`` with it."""
+    """Generate the page's Go code in ``project``. Returns the folder of the module ``example.com/client`` with it."""
     plugins = kept("go", "go", made_of="\n".join(GO_PLUGINS))
     for plugin in GO_PLUGINS:
         if not (plugins / Path(plugin.partition("@")[0]).name).exists():
@@ -91,6 +94,7 @@ def make_node(project: Path) -> Path:
     """``project`` with the npm packages of tests/clients/node."""
     lock = HERE / "node" / "package-lock.json"
     folder = kept("node", "node", "npm", made_of=lock.read_text())
+
     if not folder.exists():
         fresh = folder.with_name(f"{folder.name}.{os.getpid()}")
         fresh.mkdir(parents=True)
@@ -98,6 +102,7 @@ def make_node(project: Path) -> Path:
             shutil.copy(file, fresh)
         run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(fresh)], project)
         fresh.rename(folder)
+
     (project / "node_modules").symlink_to(folder / "node_modules")
     (project / "package.json").write_text('{"type": "module"}')
     return project

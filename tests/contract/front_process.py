@@ -1,8 +1,8 @@
 """The front as a process of its own, with a small runner of operations in place of Celery.
 
 Started by conftest.py: ``python front_process.py CONTROL_FOLDER``; the settings come from the environment. While the
-file ``broker-down`` is in the folder, the broker is out of reach. What is dispatched is carried out by threads of this
-process, as a worker would do it.
+file ``broker-down`` is in the folder, the broker is out of reach. Threads of this process carry out what is dispatched,
+as a worker would.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = get_logger(__name__)
 
 
 class ThreadSender:
-    """Carries operations out right here."""
+    """Carries operations out in this process."""
 
     def __init__(self, settings: Settings, control: Path) -> None:
         self._control = control
@@ -37,7 +37,7 @@ class ThreadSender:
         self._recovery.start()
 
     def check(self) -> None:
-        """Raises BROKER_UNAVAILABLE while the test says so."""
+        """Raises BROKER_UNAVAILABLE while the test demands it."""
         if (self._control / "broker-down").exists():
             raise broker_unavailable()
 
@@ -59,13 +59,13 @@ class ThreadSender:
             log.warning("runner gave up", operation=str(operation_id), reason=str(error))
 
     def close(self) -> None:
-        """End what runs by itself, before the interpreter takes its threads away."""
+        """Stop recovery and the threads before the interpreter ends them."""
         self._closing.set()
         self._recovery.join()
         self._threads.shutdown(wait=True)
 
     def _recover(self) -> None:
-        """What beat does: carry on what a failure has left behind."""
+        """Do what beat does: continue operations that a failure has left behind."""
         while not self._closing.wait(0.5):
             try:
                 self._parts.coordinator.recover()
@@ -83,6 +83,7 @@ def main() -> int:
         return senders[-1]
 
     code = serve(settings, make_sender=make_sender)
+
     for sender in senders:
         sender.close()
     return code

@@ -64,6 +64,7 @@ def _read(status: Status, code: grpc.StatusCode, request_id: str) -> Refusal:
     retry = error_details_pb2.RetryInfo()
     for detail in status.details:
         assert detail.Unpack(info) or detail.Unpack(bad_request) or detail.Unpack(retry), detail
+
     assert info.domain == "segsvc"
     has_retry = any(detail.Is(retry.DESCRIPTOR) for detail in status.details)
     return Refusal(

@@ -43,8 +43,8 @@ def get_operation(front: FrontUnderTest, name: str) -> lro.Operation:
 
 @contextmanager
 def held(front: FrontUnderTest, point: str = "prepared-not-voted", operation: str = "") -> Iterator[Callable[[], None]]:
-    """Operations (or only the one of this name) wait at a point of the commit protocol until the block ends, or the
-    function it gives is called."""
+    """Operations (or only the one of this name) wait at a point of the commit protocol until the block ends or the
+    yielded function is called."""
     file = front.failpoints / point
     file.write_text(f"hold operation={operation.removeprefix('operations/')}" if operation else "hold")
     try:

@@ -1,4 +1,4 @@
-"""A cache that hangs: what can do without it does, what cannot names it, and nothing is said of a shard."""
+"""A cache that hangs: calls that do not need it succeed, calls that need it name it, and no call blames a shard."""
 
 from __future__ import annotations
 
@@ -74,25 +74,30 @@ def test_each_kind_of_call(front: FrontUnderTest, slug: str) -> None:
             front.memberships.ModifyUserOverrides, members.ModifyUserOverridesRequest(user_id=USERS[1], set=[override])
         ),
     }
+
     with ThreadPoolExecutor(len(calls)) as threads, hung_cache(front):
         found = dict(zip(calls, threads.map(lambda call: ended(call, 15), calls.values()), strict=True))
         accepted = roll_out(front, slug, 60, timeout=1.0)
+
     code, reason, message = found.pop("override")
     assert (code, reason) == (StatusCode.UNAVAILABLE, "CACHE_UNAVAILABLE")
     assert "the cache" in message
     assert set(found.values()) == {(StatusCode.OK, "", "")}, found
-    # It may not be reported done before the cache has been told.
+
+    # The rollout must not be reported as done before the cache knows of it.
     assert not accepted.done
     assert wait(front, accepted.name, timeout=30).done
 
 
 def test_many_changes_of_one_user(front: FrontUnderTest, slug: str) -> None:
-    """Each waits for the cache with the user's row, and the next one for the row."""
+    """Each change holds the user's row while it waits for the cache, and the next change waits for the row."""
     override = members.Override(slug=slug, effect=members.Override.INCLUDE)
     request = members.ModifyUserOverridesRequest(user_id=USERS[2], set=[override])
     change = partial(front.memberships.ModifyUserOverrides, request)
+
     with ThreadPoolExecutor(12) as threads, hung_cache(front):
         found = {end[:2] for end in threads.map(lambda _: ended(change, 1.0), range(12))}
+
     assert found <= {
         (StatusCode.UNAVAILABLE, "CACHE_UNAVAILABLE"),
         (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),

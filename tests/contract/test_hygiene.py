@@ -1,4 +1,4 @@
-"""What a client may do wrong without harm: no message, no end of connections, pings; and what a front leaves behind."""
+"""What a client may do wrong without harm: no message, too many connections, pings; and what a front leaves behind."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def test_a_call_without_a_message_is_answered(front: FrontUnderTest, method: str
 def test_frequent_pings_end_no_connection(front: FrontUnderTest) -> None:
     """grpcio's own default is three pings in five minutes."""
     slug = front.create().slug
+
     with connected(front.address) as client:
         client.read()
         for _ in range(50):
             client.ping()
+
         call = client.call(COLD)
         payload = segments_pb2.GetSegmentRequest(slug=slug).SerializeToString()
         client.send(call, b"\0" + len(payload).to_bytes(4, "big") + payload)
@@ -44,7 +46,7 @@ def test_frequent_pings_end_no_connection(front: FrontUnderTest) -> None:
 
 
 def test_more_connections_than_files(installation: Installation, tmp_path: Path) -> None:
-    """Of one caller, to a front that may open few: the others go on, and so does the front's own work."""
+    """One caller opens them to a front that may open few files: other callers and the front's own work go on."""
     kind = installation.name.removeprefix("contract-")
     with running_front(kind, installation, tmp_path) as front:
         eventually(front.serving)
@@ -52,6 +54,7 @@ def test_more_connections_than_files(installation: Installation, tmp_path: Path)
         process = psutil.Process(front.process.pid)
         limit = process.num_fds() + 60
         resource.prlimit(front.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+
         host, _, port = front.address.rpartition(":")
         with contextlib.ExitStack() as opened:
             for _ in range(200):
@@ -60,9 +63,10 @@ def test_more_connections_than_files(installation: Installation, tmp_path: Path)
                 client.connect_ex((host, int(port)))
             eventually(lambda: "no more files can be opened" in (tmp_path / "front.log").read_text())
             used = sum(process.cpu_times()[:2])
-            time.sleep(1)  # what is measured is that nothing spins meanwhile
+            time.sleep(1)  # measured: nothing may spin meanwhile
             assert sum(process.cpu_times()[:2]) - used < 0.8
             eventually(lambda: _answers(front, slug))
+
         eventually(lambda: process.num_fds() < limit - 20)
         assert _answers(front, slug)
 
@@ -72,21 +76,23 @@ def _answers(front: FrontUnderTest, slug: str) -> bool:
     try:
         return bool(front.segments.GetSegment(request, timeout=5, wait_for_ready=True).slug == slug)
     except grpc.RpcError:
-        return False  # its connection may have been one of the crowd's
+        return False  # its connection may have been cut with the crowd's
 
 
 def test_a_front_that_is_killed_leaves_no_file_behind(
     installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Longer than the path of a socket may be.
+    # Longer than a socket's path may be.
     temporary = tmp_path / ("temporary" * 15)
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
+
     kind = installation.name.removeprefix("contract-")
     with contextlib.suppress(AssertionError), running_front(kind, installation, tmp_path) as front:
         assert front.create().slug
         os.kill(front.process.pid, signal.SIGKILL)
         front.process.wait(10)
+
     assert not list(temporary.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""A million members, exported in bounded memory, cut off and gone on with."""
+"""A million members: exported in bounded memory, cut off, and continued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.eventually import eventually
 
 USERS = 1_000_000
 GROWTH_MAX_BYTES = 64 << 20
-"""More than batches on their way need; the ids alone are 8 MB, as Python's numbers 40 MB."""
+"""More than the batches in transit need; the ids alone are 8 MB, or 40 MB as Python's numbers."""
 
 
 @pytest.fixture(scope="module", params=["native", "grpcio"])
@@ -33,6 +33,7 @@ def large_front(
     made.create()
     redis.Redis.from_url(cache_server.url).flushall()
     plain.Installation(made.settings(), pg_server).add_users(range(1, USERS + 1))
+
     with running_front(request.param, made, tmp_path_factory.mktemp("large")) as front:
         eventually(front.serving)
         yield front
@@ -50,8 +51,9 @@ def test_an_export_of_a_million_takes_little_memory_and_goes_on_after_a_cut(larg
         asked = pb.ExportSegmentUsersRequest(slug=slug, resume_token=token)
         return front.segments.ExportSegmentUsers(asked, timeout=300)
 
-    for _ in export():  # once, so that what is loaded and kept for ever is there
+    for _ in export():  # once, so that all that is loaded and kept for ever is loaded now
         pass
+
     process = psutil.Process(front.process.pid)
     before = process.memory_info().rss
     most = before
@@ -62,6 +64,7 @@ def test_an_export_of_a_million_takes_little_memory_and_goes_on_after_a_cut(larg
         whole += batch.user_ids
         tokens.append((len(whole), batch.resume_token))
         most = max(most, process.memory_info().rss)
+
     assert set(whole) == set(range(1, USERS + 1))
     assert len(whole) == USERS
     assert most - before < GROWTH_MAX_BYTES, f"{(most - before) >> 20} MiB"
@@ -79,11 +82,14 @@ def test_a_reader_that_does_not_read_holds_nothing_up(large_front: FrontUnderTes
     front = large_front
     slug = front.create().slug
     assert front.segments.RollOutSegment(pb.RollOutSegmentRequest(slug=slug, rule={"percent": 100}), timeout=60).done
+
     process = psutil.Process(front.process.pid)
     before = process.memory_info().rss
+
     slow = [front.segments.ExportSegmentUsers(pb.ExportSegmentUsersRequest(slug=slug), timeout=60) for _ in range(4)]
     for stream in slow:
         next(stream)
+
     # A deletion waits for no reader.
     assert front.segments.DeleteSegment(pb.DeleteSegmentRequest(slug=slug), timeout=20).done
     assert process.memory_info().rss - before < GROWTH_MAX_BYTES

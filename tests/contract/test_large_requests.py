@@ -1,4 +1,4 @@
-"""What a request may cost: compressed ones, those that inflate, and those without an end."""
+"""What a request may cost: compressed requests, requests that inflate, and requests without an end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOMB = gzip.compress(bytes(60 << 20), 9)
 
 @contextmanager
 def memory_of(front: FrontUnderTest) -> Iterator[Callable[[], int]]:
-    """By how many bytes the front's memory has grown at most since the block began."""
+    """Gives a function that returns the most bytes by which the front's memory has grown since the block began."""
     process = psutil.Process(front.process.pid)
     before = most = process.memory_info().rss
     ended = threading.Event()
@@ -56,8 +56,8 @@ def reads_well(front: FrontUnderTest) -> bool:
 def test_a_compressed_request_is_refused_by_every_method(
     front: FrontUnderTest, method: str, compression: grpc.Compression
 ) -> None:
-    payload = b"\x08" * 1000  # what is not worth it is sent as it is
-    # A client does not mind whether a method that it calls for a stream is one.
+    payload = b"\x08" * 1000  # large enough that compression pays: else the client would send it as it is
+    # A client may call any method as a stream, even one that returns a single message.
     with pytest.raises(grpc.RpcError) as caught:
         list(front.channel.unary_stream(method)(payload, timeout=10, compression=compression))
     assert caught.value.code() == StatusCode.UNIMPLEMENTED
@@ -76,8 +76,9 @@ def test_bombs_are_not_inflated_all(front: FrontUnderTest, method: str) -> None:
                     client.await_end(call)
             except (OSError, EOFError):
                 pass  # cut off
+
         assert reads_well(front)
-        # What comes between two looks at the memory is inflated all the same: more of it on a busy machine.
+        # What arrives between two checks of the memory is still inflated: more of it on a busy machine.
         assert grown() < 900 << 20, f"{grown() >> 20} MiB"
 
 

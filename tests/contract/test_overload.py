@@ -108,7 +108,7 @@ def test_an_overload_of_costly_calls_harms_no_others(front: FrontUnderTest) -> N
     for name, least in (("edit", SECONDS), ("rollout", 1)):  # a rollout waits for the same locks, four times
         found = {code.name: count for (of, code), count in total.items() if of == name}
         assert found.get("OK", 0) >= least, (name, found)
-    # Most of the others learn at once that there is no place, and not when their time is over.
+    # Most of the other counts are refused at once because there is no place, and not at their deadline.
     assert total["count", StatusCode.OK] > 0, total
     assert total["count", StatusCode.RESOURCE_EXHAUSTED] > total["count", StatusCode.DEADLINE_EXCEEDED], total
     assert sorted(late)[len(late) // 2] < DEADLINE_S / 2, sorted(late)[::50]

@@ -1,4 +1,4 @@
-"""A rule that names an attribute that no user has: said in the preview and by the operation, not refused."""
+"""A rule that names an attribute that no user has: the preview and the operation report it, and do not refuse it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RARE = 7_900_001
 
 @pytest.fixture(scope="module")
 def users(front: FrontUnderTest) -> None:
-    """Users who all have a country, and one, on one shard, who has something more."""
+    """Users who all have a country; one user, on one shard, has one attribute more."""
     front.installation.create_users({FIRST + n: {"country": "RU", "age": n} for n in range(40)})
     front.installation.create_users({RARE: {"rare_name": "x", "country": "DE"}})
 

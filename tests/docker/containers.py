@@ -13,7 +13,7 @@ FAILPOINTS = "/tmp/failpoints"
 
 
 class PostgresContainer(CeleryTestContainer):
-    """Databases for ``tests.installation``; from here by the published port, among containers by the host's name."""
+    """Databases for ``tests.installation``; reached from here by the published port, in containers by host name."""
 
     SETTINGS = ("postgres", "-c", "max_prepared_transactions=64", "-c", "max_connections=200")
 
@@ -26,7 +26,7 @@ class PostgresContainer(CeleryTestContainer):
         return f"postgresql+psycopg2://segsvc:{PASSWORD}@{host}:{port}/{database}"
 
     def inner_dsn(self, database: str) -> str:
-        """As the workers reach it."""
+        """The DSN with which the workers reach it."""
         return f"postgresql+psycopg2://segsvc:{PASSWORD}@{self.attrs['Config']['Hostname']}:5432/{database}"
 
     def create_database(self, name: str) -> None:
@@ -67,14 +67,14 @@ class BeatContainer(CeleryTestContainer):
 
 
 class Worker(CeleryTestWorker):
-    """A worker's node, with hands on its failpoints."""
+    """A worker's node; tests can arm its failpoints."""
 
     def _shell(self, command: str) -> str:
         done = self.container.exec_run(["sh", "-c", command])
         return str(done.output.decode()) if done.exit_code == 0 else ""
 
     def arm(self, point: str, action: str) -> None:
-        """Arm a failpoint. Its folder may be there from before a restart."""
+        """Arm a failpoint. Its folder may exist from before a restart."""
         self._shell(f"mkdir -p {FAILPOINTS} && printf '%s' '{action}' > {FAILPOINTS}/{point}")
         assert self._shell(f"cat {FAILPOINTS}/{point}") == action
 
@@ -86,7 +86,7 @@ class Worker(CeleryTestWorker):
 
 
 def the_one_that_fired(workers: tuple[Worker, Worker], point: str) -> tuple[Worker, Worker]:
-    """Wait until a worker has reached the point; that one, and the other."""
+    """Wait until a worker has reached the point. Returns that worker, then the other one."""
     eventually(lambda: any(worker.fired(point) for worker in workers), within_s=60)
     one, other = workers
     return (one, other) if one.fired(point) else (other, one)

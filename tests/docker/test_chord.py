@@ -27,13 +27,13 @@ def start(front: FrontServices, slug: str) -> Operation:
 
 
 def hold(workers: tuple[Worker, Worker]) -> None:
-    """Whoever prepares the shard stops before it votes."""
+    """The worker that prepares the shard stops before it votes."""
     for worker in workers:
         worker.arm(PREPARED, f"hold shard={HELD_SHARD}")
 
 
 def assert_done(front: FrontServices, installation: Installation, operation: Operation) -> None:
-    """The roll-out ends by itself, on all shards, with the members that the published hash says."""
+    """The roll-out ends by itself, on all shards, with the members that the published hash gives."""
     ended = front.operations.watch_end(operation.id).result(END_S)
     assert ended.state is OperationState.DONE
     segment = front.segments.get(operation.plan.slug)
@@ -67,8 +67,10 @@ def test_the_broker_is_emptied_during_a_chord(
     operation = start(front, "broker-emptied")
     the_one_that_fired(workers, PREPARED)
     assert broker.client is not None
+
     # Messages, results and the chord's counter are gone: only the ledger knows of the operation.
     broker.client.flushall()
     for worker in workers:
         worker.disarm(PREPARED)
+
     assert_done(front, installation, operation)

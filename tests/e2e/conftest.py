@@ -1,4 +1,4 @@
-"""The whole stack, every process of it real, for the tests that see the service as its users do."""
+"""The whole stack with real processes, for the tests that see the service as its users do."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def stack(servers_folder: Path) -> Iterator[LocalStack]:
         jars=REPOSITORY / "build" / "kafka-jars",
         ready=is_serving,
     )
+
     with made:
         failpoints.mkdir()
         yield made

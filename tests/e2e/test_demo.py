@@ -17,7 +17,7 @@ from tests.local_servers import REPOSITORY
 
 @pytest.fixture
 def environment(servers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A folder of its own, with the jars that are there already."""
+    """The environment of a demonstration with a folder of its own, and with the jars that exist already."""
     folder = servers_folder / "demo"
     folder.mkdir(exist_ok=True)
     jars = REPOSITORY / "build" / "kafka-jars"
@@ -53,6 +53,7 @@ def test_interrupted_it_leaves_neither_process_nor_folder(environment: dict[str,
     # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stack_dir = Path(environment["SEGSVC_STACK_DIR"])
+
     with start_demo(environment, tmp_path) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
@@ -60,6 +61,7 @@ def test_interrupted_it_leaves_neither_process_nor_folder(environment: dict[str,
                 demo.send_signal(signal.SIGINT)
                 break
         demo.communicate(timeout=120)
+
     assert demo.returncode not in (0, None)
     assert find_marked(stack_dir) == []
     assert not stack_dir.exists()

@@ -27,6 +27,7 @@ def lines(log: Path, start: int) -> list[dict[str, Any]]:
     """What was logged from this byte on."""
     written = log.read_bytes()[start:].decode()
     found = []
+
     for line in written.splitlines():
         try:
             event = json.loads(line)
@@ -43,11 +44,13 @@ def test_every_line_is_json_and_carries_the_request(
 ) -> None:
     assert settings.log_format == "json"
     starts = {name: log.stat().st_size for name, log in logs.items()}
-    # Of all of them, what is said on the way out, and at the start, where banners would be.
+
+    # Every process is restarted: it logs at its end and at its start, where banners would be.
     for name in PROCESSES:
         stack.supervisor.stop_process(name)
         stack.supervisor.start_process(name)
     client.wait_ready(60)
+
     client.create("logged", "")
     request_id = f"call-{uuid4()}"
     request = segments_pb2.RollOutSegmentRequest(slug="logged", rule=segments_pb2.RollOutRule(percent=50))
@@ -57,14 +60,15 @@ def test_every_line_is_json_and_carries_the_request(
         events = lines(logs["worker-operations"], starts["worker-operations"])
         return [event for event in events if event.get("request_id") == request_id]
 
-    # One for each shard and the end of the operation, at least.
+    # At least one event for each shard, and one for the end of the operation.
     eventually(lambda: len(of_the_call()) > settings.shard_count)
+
     for name in PROCESSES:
         eventually(lambda name=name: len(lines(logs[name], starts[name])) > 0, within_s=60)  # type: ignore[misc]
     for name in PROCESSES:
         events = lines(logs[name], starts[name])
         text = logs[name].read_text()
         assert settings.flower_password not in text, name
-        # What comes every few seconds says nothing while it goes well.
+        # Work that comes every few seconds logs nothing while it succeeds.
         said = [event["event"] for event in events if event["level"] != "debug"]
         assert not [event for event in said if "segsvc.warm_" in event or "segsvc.maintain" in event], name
