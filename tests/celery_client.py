@@ -1,4 +1,4 @@
-"""A Celery application that is none of our processes, and sends to their workers all the same."""
+"""A Celery application outside our processes that sends tasks to their workers."""
 
 from __future__ import annotations
 

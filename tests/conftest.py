@@ -14,16 +14,16 @@ from tests.local_servers import REPOSITORY, broker_server, cache_server, kafka_s
 
 __all__ = ["broker_server", "cache_server", "kafka_server", "pg_server", "servers_folder"]
 
-# First of all: whatever is started or written from here on is cleared up after this run, however it ends.
+# First of all: everything that is started or written from here on is cleared up after this run, however it ends.
 run_folder.begin()
 
-# As our processes log, less: structlog's own default renders every exception for seconds.
+# Log as our processes do, but less: structlog's own default takes seconds to render an exception.
 configure_logging("WARNING", "console")
 
 _TESTS = Path(__file__).parent.relative_to(REPOSITORY).as_posix()
 _SHARED_SERVERS = ("e2e", "contract", "infrastructure", "integration/cache", "integration/events", "integration/check")
-"""Folders whose tests share what takes long to start. Those that take longest come first, so that nobody waits for
-them at the end; each process takes two groups at once, so the third one follows upon the first."""
+"""Folders whose tests share servers that take long to start. The longest come first, so that no process waits for them
+at the end; each process takes two groups at once, so the third one follows the first."""
 
 
 def _group(test_id: str) -> str:

@@ -1,4 +1,4 @@
-"""Environments that hold a lock's packages, or a wheel with what it asks for, and nothing of the developers'."""
+"""Environments with a lock's packages, or with a wheel and its dependencies, and no packages of the developers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Environment:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what leads to our settings or our packages."""
+    """This process's environment without the variables that lead to our settings or our packages."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -57,7 +57,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def make_environment(folder: Path, *what: str) -> Path:
-    """Make a virtual environment and install ``what`` (arguments of ``uv pip install``) into it; its Python."""
+    """Make a virtual environment and install ``what`` (arguments of ``uv pip install``) into it. Returns its Python."""
     python = folder / "bin" / "python"
     _uv("venv", "--python", sys.executable, str(folder))
     _uv("pip", "install", "--python", str(python), *_where_pip_finds_packages(), *what)
@@ -65,7 +65,7 @@ def make_environment(folder: Path, *what: str) -> Path:
 
 
 def build(folder: Path, source: Path) -> tuple[Path, Path]:
-    """Build a source distribution, and from that a wheel, offline and with the setuptools that we have; both files."""
+    """Build a source distribution and from it a wheel, offline, with the installed setuptools. Returns both files."""
     backend = "import sys, setuptools.build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
 
     def built(kind: str, where: Path) -> Path:
@@ -81,7 +81,7 @@ def build(folder: Path, source: Path) -> tuple[Path, Path]:
 
 
 def copy_of_what_git_knows(target: Path) -> Path:
-    """The checkout's files as they are now, without what lies there unknown to git (a folder ``build`` above all)."""
+    """Copy the checkout's files as they are now, without files unknown to git (above all the folder ``build``)."""
     names = _run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY)
     for name in filter(None, names.split("\0")):
         if (REPOSITORY / name).is_file():
@@ -92,18 +92,20 @@ def copy_of_what_git_knows(target: Path) -> Path:
 
 def _where_pip_finds_packages() -> list[str]:
     """uv's options for the index that pip is set up with: uv does not read pip's configuration."""
-    # pip itself may be another environment's (tools/make-venv).
+    # pip itself may belong to another environment (tools/make-venv).
     for python in (sys.executable, str(Path(sys.base_prefix) / "bin" / "python3")):
         done = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
         if done.returncode == 0:
             break
     else:
         return []
+
     found: dict[str, str] = {}
-    # The environment's last, for it wins.
+    # The environment's settings come last, because they win.
     for line in sorted(done.stdout.splitlines(), key=lambda line: line.startswith(":env:")):
         name, _, value = line.partition("=")
         found[name.rpartition(".")[2]] = str(ast.literal_eval(value))
+
     options = ["--no-index"] if found.get("no-index", "") in ("1", "true", "True", "yes") else []
     for setting, option in _OPTIONS.items():
         for value in found.get(setting, "").split():
@@ -125,5 +127,6 @@ def _run(command: list[str], *, cwd: Path) -> str:
         check=False,
         timeout=INSTALL_TIMEOUT_S,
     )
+
     assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
     return done.stdout

@@ -1,4 +1,4 @@
-"""Waiting for what comes true by itself."""
+"""Waiting for a condition that comes true by itself."""
 
 from __future__ import annotations
 

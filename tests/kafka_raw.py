@@ -1,4 +1,4 @@
-"""Batches of records as bytes, sound or not, and a way to hand them to a broker as they are."""
+"""Batches of records as bytes, sound or not, and a way to send them to a broker unchanged."""
 
 from __future__ import annotations
 
@@ -71,13 +71,14 @@ def batch(
     producer_id: int = -1,
     attributes: int = 0,
 ) -> bytes:
-    """A batch of these records, its checksum right whatever else is wrong.
+    """A batch of these records; its checksum is right, whatever else is wrong.
 
     Args:
-        stored: how many records it says that it has; None: the truth.
-        body: what it has where its compressed records belong; None: those.
+        stored: the number of records that it claims to have; None: the true number.
+        body: bytes in place of its compressed records; None: those records.
     """
     body = COMPRESS[codec](records) if body is None else body
+
     values: list[Any] = [
         base,
         HEADER.size - 12 + len(body),
@@ -93,6 +94,7 @@ def batch(
         -1,
         count if stored is None else stored,
     ]
+
     raw = bytearray(HEADER.pack(*values) + body)
     values[4] = calc_crc32c(memoryview(raw)[CRC_FROM:])
     return HEADER.pack(*values) + body
@@ -103,7 +105,7 @@ def event_batch(values: Sequence[bytes | None], **options: Any) -> bytes:
 
 
 class RawProducer:
-    """Hands batches to the leaders of partitions as they are, the broker's opinion of them apart."""
+    """Sends batches unchanged to the leaders of partitions; only the broker judges them."""
 
     def __init__(self, bootstrap_servers: str) -> None:
         self._client = KafkaConsumer(bootstrap_servers=bootstrap_servers)
@@ -113,6 +115,7 @@ class RawProducer:
         """Raises KafkaError: the broker refuses it."""
         self._client.partitions_for_topic(topic)  # so that it knows the leader
         leader = self._manager.cluster.leader_for_partition(TopicPartition(topic, partition))
+
         data = ProduceRequest.TopicProduceData
         request = ProduceRequest(
             transactional_id=None,

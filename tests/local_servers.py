@@ -1,6 +1,6 @@
-"""Real servers for the tests: session fixtures, each started on first use and gone with the session.
+"""Real servers for the tests: session fixtures, each started on first use and stopped with the session.
 
-tests/conftest.py imports them. They lie in the folder of the run (tests/run_folder.py), which ends what they leave.
+tests/conftest.py imports them. Their files are in the folder of the run (tests/run_folder.py), which ends what is left.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def servers_folder() -> Iterator[Path]:
     """
     folder = Path(tempfile.mkdtemp(prefix="servers-"))
     folder.chmod(0o755)
+
     try:
         yield folder
     finally:
@@ -72,11 +73,12 @@ def broker_server(servers_folder: Path) -> Iterator[RedisServer]:
 def kafka_server(servers_folder: Path) -> Iterator[KafkaServer]:
     """A Kafka: the user's, a real one of our own, or the stand-in (``.stand_in``; an error if a real one is required).
 
-    The user's own brokers may hold topics of others: tests make topics with names of their own.
+    The user's own brokers may hold other topics: tests make topics with names of their own.
     """
     server = start_kafka(
         servers_folder / "kafka", jars=REPOSITORY / "build" / "kafka-jars", mark=servers_folder, say=print
     )
+
     try:
         yield server
     finally:

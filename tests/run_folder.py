@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-# Not SEGSVC_…: those are settings, which the local stack keeps from what it starts.
+# Not SEGSVC_…: those are settings, which the local stack does not pass on to what it starts.
 MARK = "PYTEST_RUN_FOLDER"
 _PREFIX = "segsvc-test-"
 POSTGRES_ENDS_WITHIN_S = 10.0
@@ -32,13 +32,15 @@ def begin() -> None:
     """Give this run its folder and its reaper, unless it belongs to a run that has them (a worker of pytest-xdist)."""
     if MARK in os.environ:
         return
+
     place = Path(tempfile.gettempdir())
     for left_over in place.glob(f"{_PREFIX}*"):
-        # The reaper was killed, too, or the machine was.
+        # Its reaper was killed too, or the machine went down.
         if not _owner_lives(left_over):
             clear(left_over)
+
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-    # PostgreSQL's own user has to get through.
+    # PostgreSQL's own user must be able to enter it.
     folder.chmod(0o755)
 
     environment = {name: value for name, value in os.environ.items() if name != MARK}
@@ -49,7 +51,7 @@ def begin() -> None:
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
-    # pytest's own folders (tmp_path) stay where they are looked for after a failure.
+    # pytest's own folders (tmp_path) stay where developers search for them after a failure.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(place))
     os.environ[MARK] = os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None
@@ -59,23 +61,25 @@ def clear(folder: Path) -> None:
     """End every process of the run that this folder belongs to, then delete the folder."""
     deadline = time.monotonic() + KILLED_WITHIN_S
     postgres_until = time.monotonic() + POSTGRES_ENDS_WITHIN_S
+
     while (found := _marked(folder)) and time.monotonic() < deadline:
         for process in found:
             with contextlib.suppress(psutil.Error):
-                # Killed, it would leave its shared memory; SIGQUIT makes it end at once and take that away. Only the
-                # postmaster, by its parent: a backend that is killed looks like a crash to it.
+                # A killed PostgreSQL leaves its shared memory behind; on SIGQUIT it ends at once and removes it. Only
+                # the postmaster, by its parent: a backend that is killed looks like a crash to it.
                 if process.name() == "postgres" and time.monotonic() < postgres_until:
                     process.send_signal(signal.SIGQUIT)
                 else:
                     process.kill()
         time.sleep(0.1)
+
     for mount in _mounts_below(folder):
         subprocess.run(["umount", "--lazy", mount], capture_output=True, check=False)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _marked(folder: Path) -> list[psutil.Process]:
-    """The running processes whose environment names the folder. Those of other users cannot be read, nor be ours."""
+    """The running processes whose environment names the folder. Other users' processes are unreadable, and not ours."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -104,7 +108,7 @@ def _await_end(pid: int) -> None:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    # Else the id is already somebody else's.
+    # Otherwise the id already belongs to another process.
     if os.getppid() == pid:
         select.select([descriptor], [], [])
 

@@ -13,7 +13,7 @@ Attributes = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A condition, and what it means, said in Python."""
+    """A condition, and its meaning in Python."""
 
     text: str
     holds: Callable[[Attributes], bool]
@@ -42,7 +42,7 @@ CONDITIONS = (
 
 
 def attributes_of(user_id: int, version: int) -> dict[str, object]:
-    """What a user's event of this version says: the same for the same version, so that repetitions agree."""
+    """The attributes in a user's event of this version: always the same, so that repetitions agree."""
     draw = random.Random(f"{user_id}/{version}")
     choices: dict[str, tuple[object, ...]] = {
         "country": ("RU", "DE", "RU\u0301", "%"),
