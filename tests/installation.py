@@ -184,7 +184,7 @@ class Installation:
             self.execute(shard, "UPDATE shard_state SET next_slot = :n, user_count = :n", n=int(mine.size))
 
     def members(self, segment_id: int) -> set[int]:
-        """Users whose bit of this segment is set, overrides apart."""
+        """Users whose bit of this segment is set; overrides are not considered."""
         found: set[int] = set()
         for shard in range(self.shard_count):
             rows = self.execute(

@@ -78,14 +78,14 @@ class Model:
         self.segments: dict[str, ModelSegment] = {}
 
     def create_or_update(self, user_id: int, version: int) -> None:
-        """A create-user (version 0) or update-user event, in any order with others."""
+        """A create-user (version 0) or update-user event, in any order with other events."""
         if user_id in self.gone:
             return
         user = self.users.setdefault(user_id, ModelUser(version))
         user.version = max(user.version, version)
 
     def delete_user(self, user_id: int) -> None:
-        """Final, also for a user who has not come yet."""
+        """Final, even for a user whose creation has not arrived yet."""
         self.gone.add(user_id)
         self.users.pop(user_id, None)
 

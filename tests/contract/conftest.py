@@ -150,7 +150,7 @@ def installation(
     """Databases of the front of one kind; their ``name`` ends with the kind."""
     made = Installation(f"contract-{request.param}", pg_server, cache_server)
     made.create()
-    # The cache's keys name users and shards, not installations: the other front's entries must not be there.
+    # The cache's keys name users and shards, not installations: the cache must not hold the other front's entries.
     redis.Redis.from_url(cache_server.url).flushall()
     yield made
     made.databases.close()

@@ -36,7 +36,7 @@ class Refusal:
 
 
 def refused(call: Callable[[], Any]) -> Refusal:
-    """Make a call that must be refused, and read how. Every refusal has details, and none shows internals."""
+    """Make a call that must be refused, and read the refusal. It must have details, and must not show internals."""
     try:
         result = call()
     except grpc.RpcError as error:

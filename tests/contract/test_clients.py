@@ -1,4 +1,4 @@
-"""The clients of docs/clients run against both fronts, as a newcomer runs them; what it says on errors is true."""
+"""The clients of docs/clients run against both fronts, as a newcomer runs them; the page is right about errors."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def users(front: FrontUnderTest) -> range:
     return range(1, 401)
 
 
-# -- what they do ---------------------------------------------------------------------------------------------------
+# -- rollouts and deletions -----------------------------------------------------------------------------------------
 
 
 def test_a_rollout_answers_when_it_is_done(front: FrontUnderTest, users: range) -> None:
@@ -326,7 +326,7 @@ def test_a_creation_outlives_a_twin_of_less_patience(front: FrontUnderTest) -> N
 
 
 def test_creations_side_by_side_need_no_broker(front: FrontUnderTest, broker_down: None) -> None:
-    """Each creation may start another one, or be started by one that has ended: then it is not sent to the broker."""
+    """Each creation may start another one, or be started by one that has ended; no message to the broker starts it."""
     with ThreadPoolExecutor(6) as threads:
         slugs = [new_slug() for _ in range(6)]
         assert [made.slug for made in threads.map(front.create, slugs)] == slugs

@@ -85,7 +85,7 @@ def test_a_refusal_carries_the_request_id_too(front: FrontUnderTest) -> None:
         assert refusal.request_id == "mine"
 
 
-# -- what is no call ------------------------------------------------------------------------------------------------
+# -- invalid calls --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What may lie under the key of a batch's result: a result of ours, or anything else."""
+"""What may lie under the key of a batch's result: that result, or any other bytes."""
 
 from __future__ import annotations
 

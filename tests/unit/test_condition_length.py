@@ -38,6 +38,7 @@ def test_comparisons_on_both_sides() -> None:
 
 def test_what_is_long() -> None:
     names = [*ascii_lowercase, *(a + b for a in ascii_lowercase for b in ascii_lowercase if a + b not in ("as", "in"))]
+
     for text in (
         " || ".join(["user.a<user.b"] * 240),
         " || ".join(["size(user.a)>user.b"] * 180),

@@ -204,7 +204,7 @@ def test_no_batch_waits_for_long_to_become_full() -> None:
     bench.add(2, shard=1)
     bench.step(more=True)
     assert len(bench.batches.sent) == 2
-    bench.step()  # no more at hand
+    bench.step()  # no more events are waiting
     assert bench.batches.sent[2:] == [("create-user", 1, [2])]
 
 

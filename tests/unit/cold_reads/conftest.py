@@ -1,4 +1,4 @@
-"""A cache and shards that note every step, for the tests of cold reads."""
+"""A cache and shards that record every step, for the tests of cold reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAIT_S = 10.0
 
 @dataclass
 class FakeWorld:
-    """Cache and shards that note every step, and stop or fail where a test says."""
+    """A cache and shards that record every step, and stop or fail where a test has set it."""
 
     steps: list[tuple[object, ...]] = field(default_factory=list)
     users: set[int] = field(default_factory=lambda: set(range(1, 1000)))
