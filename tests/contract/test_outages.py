@@ -83,6 +83,7 @@ def test_a_shard_is_down(front: FrontUnderTest, users: range) -> None:
             refusal = refused(call)
             assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "SHARD_UNAVAILABLE")
             assert refusal.metadata == {"shard": str(shard)}
+
         assert segments_of(front, users[1]).user_id == users[1]
         request = membership_pb2.BatchGetUserSegmentsRequest(user_ids=[users[1], lost])
         found, missing = front.memberships.BatchGetUserSegments(request, timeout=5).results
@@ -198,6 +199,7 @@ def test_a_server_that_hangs_and_calls_without_much_time(front: FrontUnderTest, 
     server.pause()
     try:
         eventually(told_at_once)
+
         end = time.monotonic() + 2.5  # longer than an attempt to connect takes
         rounds = [told_at_once()]
         while time.monotonic() < end:

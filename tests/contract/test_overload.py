@@ -73,6 +73,7 @@ def test_an_overload_of_costly_calls_harms_no_others(front: FrontUnderTest) -> N
         "edit": (1, lambda: _edit(front, slug)),
         "rollout": (1, lambda: _roll_out(front, slug)),
     }
+
     end = time.monotonic() + SECONDS
     late: list[float] = []
 

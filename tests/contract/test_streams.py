@@ -141,12 +141,14 @@ def test_many_watchers_are_one_look(streaming: tuple[FrontUnderTest, str]) -> No
     try:
         with left(streams):
             assert [next(stream).name for stream in streams] == [name] * 500
+
             process = psutil.Process(front.process.pid)
             used = sum(process.cpu_times()[:2])
             time.sleep(2)  # measured: what the watchers cost while nothing happens
             used = sum(process.cpu_times()[:2]) - used
             assert used < 1, f"{used:.2f} s of 2 s"
             assert get_segment_s(front, slug) < 5
+
             hold.unlink()
             for stream in streams:
                 *_, last = stream

@@ -108,6 +108,7 @@ def test_what_is_in_doubt_is_seen(stack: LocalStack, settings: Settings) -> None
             # The last check of the other shards may have seen an operation that has just ended.
             eventually(lambda: [age for shard, age in enumerate(in_doubt()) if shard != 1] == [0, 0, 0])
             eventually(lambda: scrape(beat)[("segsvc_recovery_alarms_total", "unknown-prepared")] > 0)
+
             # Beat is killed, and another process takes its place.
             [pid] = [part.pid for part in stack.status() if part.name == "beat"]
             assert pid is not None
