@@ -1,4 +1,4 @@
-"""A cell of the matrix, and what came of it."""
+"""A cell of the matrix, and its outcome."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tests.failure.rig import SHARDS
 
 
 class Fault(StrEnum):
-    """What falls on the process that is at the point."""
+    """The fault that falls on the process at the point."""
 
     KILL = "kill"
-    """SIGKILL: of this process, or of the whole worker that it belongs to (``Cell.whole_worker``)."""
+    """SIGKILL to this process, or to its whole worker (``Cell.whole_worker``)."""
     CUT = "cut"
-    """Its connections are cut; a reply that was on its way is lost. The process lives."""
+    """The process's connections are cut, and a reply on its way is lost. The process lives."""
     FREEZE = "freeze"
-    """SIGSTOP until the operation is decided and ended by others, then SIGCONT: it goes on as if nothing had been."""
+    """SIGSTOP until other processes have decided and ended the operation, then SIGCONT: the process simply goes on."""
     NONE = "none"
     """The point is the fault: the process goes on at once."""
 
@@ -31,7 +31,7 @@ class Kind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Cell:
     """Attributes:
-    shard: where the point is; None: it is not on a shard.
+    shard: the shard of the point; None if the point is not on a shard.
     """
 
     point: str
@@ -45,23 +45,25 @@ class Cell:
 
     @property
     def whole_worker(self) -> bool:
-        """Whether a kill takes the worker with all its processes: nobody gives its messages back then. A process
-        alone is replaced by its worker, which puts its message back into the queue."""
+        """Whether a kill ends the worker with all its processes: then no process gives its messages back.
+
+        If only one process is killed, its worker replaces it and puts its message back into the queue.
+        """
         return self.shard != 0 if self.shard is not None else self.kind is Kind.ROLLOUT
 
     @property
     def deadline_passes(self) -> bool:
-        """Whether a frozen process's operation is aborted by its deadline, rather than ended by others before it."""
+        """Whether the deadline aborts a frozen process's operation; otherwise other processes end it before."""
         return self.shard != SHARDS // 2 if self.shard is not None else self.kind is not Kind.DELETION
 
 
 @dataclass(slots=True)
 class Outcome:
     """Attributes:
-    fired: the fault fell where it was to fall.
-    pid: on which process; 0: on none.
-    drain_s: from the fault until nothing was open, prepared or under way any more.
-    problems: what is not as it must be; none: passed.
+    fired: whether the fault fell at the point.
+    pid: the process on which the fault fell; 0 if it fell on none.
+    drain_s: seconds from the fault until nothing was open, prepared or under way any more.
+    problems: differences from the required state; empty if the cell passed.
     """
 
     cell: Cell

@@ -1,4 +1,4 @@
-"""What must hold after every cell, whatever fell."""
+"""What must hold after every cell, whatever the fault was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.failure.rig import SECOND, SHARDS, USERS, FrontClient, Rig
 from tests.failure.scene import Call, Scene
 
 READ = sorted(random.Random(7).sample(USERS, 60))
-"""Users whose lists are read before and after each cell: before, so that there is something old in the cache."""
+"""Users whose lists are read before and after each cell. The read before it puts old entries into the cache."""
 
 _PATHS = (
     ["QUEUED", "PREPARING", "COMMITTED", "DONE"],
@@ -19,32 +19,33 @@ _PATHS = (
     ["QUEUED", "ABORTED"],
 )
 _UNKNOWN = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
-"""Answers that leave open what became of the operation."""
+"""Answers that leave the operation's outcome open."""
 
 
 class Judge:
-    """Compares what is with what must be, each time in words."""
+    """Compares the present state with the required one, and describes each difference in words."""
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
         self._seen = 0
 
     def begin(self) -> None:
-        """Operations from here on are the cell's; fill the cache with what is true now."""
+        """Fill the cache with the present state. Operations after this call belong to the cell."""
         [row] = self._rig.rows(None, "SELECT coalesce(max(seq), 0) AS seq FROM operations")
         self._seen = row.seq
         self._read(self._rig.serving())
         self._rig.alarms()
 
     def problems(self, scene: Scene, before: float | None) -> Iterator[str]:
-        """What is not as it must be, now that all is quiet.
+        """Differences from the required state, once all is quiet.
 
         Args:
-            before: percentage of the segment before; None: it was not there, or had never been rolled out.
+            before: the segment's percentage before the cell; None if it did not exist or had never been rolled out.
         """
         state = scene.state()
         if state != scene.expected:
             yield f"the operation is {state or 'not there'}, not {scene.expected}"
+
         yield from self._answer(scene, state)
         yield from self._ledger()
         yield from self._target(scene, state, before)
@@ -54,7 +55,7 @@ class Judge:
         yield from self._next_operation(scene)
 
     def _answer(self, scene: Scene, state: str) -> Iterator[str]:
-        """An answer that says how it ended must say the truth."""
+        """An answer that reports the operation's end must be true."""
         answer = scene.the_call.answer if scene.the_call else ""
         if answer == "done":
             told = "DONE"
@@ -62,11 +63,12 @@ class Judge:
             return
         else:
             told = "ABORTED"
+
         if state != told:
             yield f"the caller was told {answer!r}, but it is {state}"
 
     def _ledger(self) -> Iterator[str]:
-        """One decision each, fences on all shards or none, votes of all."""
+        """Each operation has one decision, the votes of all shards, and fences on all shards or none."""
         rows = self._rig.rows(
             None,
             "SELECT o.id, o.slug, o.state, "
@@ -76,10 +78,12 @@ class Judge:
             "FROM operations o WHERE o.seq > :seen",
             seen=self._seen,
         )
+
         fences = [
             {row.operation_id for row in self._rig.rows(shard, "SELECT operation_id FROM applied_operations")}
             for shard in range(SHARDS)
         ]
+
         for row in rows:
             done = row.state == "DONE"
             if list(row.path) not in _PATHS:
@@ -88,26 +92,30 @@ class Judge:
                 yield f"operation on {row.slug} is {row.state} with {row.decisions} decisions"
             if done and row.votes != SHARDS:
                 yield f"operation on {row.slug} is done with {row.votes} votes"
+
             fenced = [row.id in on_shard for on_shard in fences]
             if fenced != [done] * SHARDS:
                 yield f"operation on {row.slug} is {row.state}, its fences are {fenced}"
 
     def _target(self, scene: Scene, state: str, before: float | None) -> Iterator[str]:
-        """The segment is wholly as the operation left it: in the catalog, on every shard, bit by bit."""
+        """The segment is exactly as the operation left it: in the catalog, on every shard, bit by bit."""
         done = state == "DONE"
         there = (scene.cell.kind is not Kind.CREATION) if not done else (scene.cell.kind is not Kind.DELETION)
         percent = scene.percent if done and scene.cell.kind is Kind.ROLLOUT else before
         threshold = round(percent * 1000) if there and percent is not None else None
+
         segments = self._rig.rows(
             None, "SELECT id, salt, state, rule_threshold FROM segments WHERE slug = :slug", slug=scene.slug
         )
         if [(row.state, row.rule_threshold) for row in segments] != ([(1, threshold)] if there else []):
             yield f"the catalog has {segments}, not a threshold of {threshold}"
             return
+
         for shard in range(SHARDS):
             copies = self._rig.rows(shard, "SELECT rule_threshold FROM segments WHERE slug = :slug", slug=scene.slug)
             if [row.rule_threshold for row in copies] != ([threshold] if there else []):
                 yield f"shard {shard} has {copies}, not a threshold of {threshold}"
+
         if there:
             [row] = segments
             members = self._rig.installation.members(row.id)
@@ -116,14 +124,14 @@ class Judge:
                 yield f"{len(members ^ expected)} users of {scene.slug} are not as the rule says"
 
     def _alarms(self, scene: Scene) -> Iterator[str]:
-        """People are told what they should know, and nothing else."""
+        """The expected alarm was raised, and no other."""
         wanted = {scene.alarm} - {""}
         raised = set(self._rig.alarms())
         if raised != wanted:
             yield f"alarms: {sorted(raised)}, not {sorted(wanted)}"
 
     def _answers_of_reads(self) -> Iterator[str]:
-        """What a front answers is what the rules say."""
+        """The answers of a front match the rules."""
         rules = self._rig.rows(None, "SELECT slug, salt, rule_threshold FROM segments WHERE rule_threshold IS NOT NULL")
         for user, slugs in self._read(self._rig.serving()).items():
             expected = {rule.slug for rule in rules if bucket(user, rule.salt % 2**64) < rule.rule_threshold}

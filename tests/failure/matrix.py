@@ -1,4 +1,4 @@
-"""All cells of the matrix, those that there cannot be with the reason, and how one is played."""
+"""All cells of the matrix, the impossible cells with their reasons, and the player of a cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAULTS = (Fault.KILL, Fault.CUT, Fault.FREEZE)
 
 
 def cells() -> list[Cell]:
-    """Every cell that there is, in the order of the protocol."""
+    """Every possible cell, in the order of the protocol."""
     found = []
     for point in POINTS.values():
         shards: Sequence[int | None] = range(SHARDS) if point.on_shard else [None]
@@ -32,12 +32,13 @@ def cells() -> list[Cell]:
 
 
 def left_out() -> list[dict[str, Any]]:
-    """Groups of cells of the full product that there are not, each with the reason and their number."""
+    """Groups of cells of the full product that are left out, each with the reason and the number of cells."""
     found: list[dict[str, Any]] = []
     for point in POINTS.values():
         per_kind = SHARDS * len(FAULTS)
         for kind, reason in point.impossible.items():
             found.append({"point": point.name, "operation": kind.value, "cells": per_kind, "reason": reason})
+
         if not point.on_shard:
             cells = (len(Kind) - len(point.impossible)) * (SHARDS - 1) * len(FAULTS)
             reason = "the point is in the catalog or in a process, not on a shard: it is played once, not for each"
@@ -54,13 +55,15 @@ class Player:
         self._numbers = count(1)
 
     def play(self, cell: Cell) -> Outcome:
-        """Play a cell and judge what came of it; the rig is at rest before and after."""
+        """Play a cell and judge the outcome; the rig is at rest before and after."""
         number = next(self._numbers)
         slug = f"cell-{number}"
         percent = 20.0 + number % 60
+
         outcome = Outcome(cell)
         before = self._set_up(cell, slug)
         self._judge.begin()
+
         scene = Scene(self._rig, cell, slug, percent)
         try:
             try:
@@ -75,15 +78,18 @@ class Player:
             outcome.problems = tuple(self._judge.problems(scene, before))
         except NotReached as error:
             outcome.problems = (*outcome.problems, f"not reached: {error}")
+
         return outcome
 
     def _set_up(self, cell: Cell, slug: str) -> float | None:
-        """Make what the operation needs; the percentage of its segment."""
+        """Make what the operation needs. Returns the percentage of its segment."""
         if cell.kind is Kind.CREATION:
             return None
+
         if cell.kind is Kind.ROLLOUT:
             [row] = self._rig.rows(None, "SELECT rule_threshold FROM segments WHERE slug = :slug", slug=STEADY)
             return float(row.rule_threshold / 1000)
+
         client = self._rig.serving()
         client.create(slug, "")
         client.roll_out(slug, 50)
@@ -91,7 +97,7 @@ class Player:
 
 
 def sample(every: Sequence[Cell]) -> Iterator[Cell]:
-    """A few for each fault, kind of operation and shard: those that differ most."""
+    """A few cells for each fault, kind of operation and shard: those that differ most."""
     wanted = {
         ("accepted", Fault.KILL, None, Kind.ROLLOUT),
         ("mid-publish", Fault.CUT, 1, Kind.DELETION),

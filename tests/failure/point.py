@@ -15,8 +15,8 @@ Script = Callable[[Scene], None]
 class Point:
     """Attributes:
     what: the point in words.
-    on_shard: whether there is one on each shard.
-    itself: the point is a fault by itself: it is also played without another one.
+    on_shard: whether the point exists on each shard.
+    itself: whether the point is a fault by itself: it is also played without another fault.
     impossible: operations that do not pass it, each with the reason.
     """
 

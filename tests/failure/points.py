@@ -1,6 +1,6 @@
 """The points of the matrix: for each, how a process is caught there, and how the fault falls on it.
 
-Each script is read top to bottom: arm the stops, make the call, wait until it is as it should be, strike.
+Each script is read top to bottom: arm the stops, make the call, wait for the wanted situation, strike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["POINTS"]
 
 
 def _others_voted(scene: Scene, stop: Stop) -> None:
-    """Wait until somebody is caught and this shard's vote alone is missing."""
+    """Wait until a process is caught and only this shard's vote is missing."""
     scene.caught(stop)
     scene.until(lambda: scene.votes() >= set(scene.others), f"votes of {scene.others}")
 
@@ -77,7 +77,7 @@ def locked(scene: Scene) -> None:
     stop = scene.failpoint("locked-not-prepared", f"shard={scene.shard}")
     scene.call()
     _others_voted(scene, stop)
-    # Frozen with the lock, it keeps every twin out: only the deadline can end that.
+    # Frozen with the lock, the process keeps every twin out: only the deadline can end that.
     scene.strike(stop, undecided=True, blocks_twins=True)
 
 
@@ -100,6 +100,7 @@ def prepare_rolled_back(scene: Scene) -> None:
 
 @point("prepared", "the shard is prepared, its vote is not cast", on_shard=True)
 def prepared(scene: Scene) -> None:
+
     stop = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
     scene.call()
     _others_voted(scene, stop)
@@ -135,16 +136,21 @@ def vote_reply_lost(scene: Scene) -> None:
 def vote_refused(scene: Scene) -> None:
     first = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
     gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
+
     scene.call()
-    # A creation's shards are all one process's: frozen amid another one's PREPARE, it would hold that shard's lock.
+    # One process prepares all shards of a creation: frozen during the PREPARE of another shard, it would hold that
+    # shard's lock.
     _others_voted(scene, first)
     late = scene.caught(first)
+
     stop = scene.failpoint("vote-refused", f"shard={scene.shard}")
+
     with scene.frozen(late):
         first.let_go()
         scene.until(lambda: scene.state() == "COMMITTED", "a twin votes, and it is decided")
         scene.caught(gate)
-    scene.until(lambda: late in stop.pids, "its vote is refused")  # as may be those of other twins
+
+    scene.until(lambda: late in stop.pids, "its vote is refused")  # votes of other twins may be refused as well
     scene.strike(stop, gate, pid=late)
 
 
@@ -180,8 +186,10 @@ def chord_lost(scene: Scene) -> None:
         return any(broker.zcard(key) == SHARDS - 1 for key in broker.keys(f"{scene.rig.prefix}celery-taskset-meta-*.j"))
 
     scene.until(counted, "the chord has counted the other shards")
+
     if not broker.delete(*broker.keys(f"{scene.rig.prefix}celery-taskset-meta-*")):
         raise NotReached("the chord had no keys")
+
     scene.strike(stop, cut=scene.rig.broker_wire.cut)
 
 
@@ -190,11 +198,13 @@ def body_early(scene: Scene) -> None:
     stop = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
     scene.call()
     _others_voted(scene, stop)
+
     sent = scene.rig.celery.send_task(
         "segsvc.finalize", kwargs={"operation_id": scene.operation, "title": "early"}, queue="operations"
     )
     if sent.get(timeout=15) != "early: votes are missing":
         raise NotReached("the body did not find a vote missing")
+
     scene.strike(stop, undecided=True)
 
 
@@ -228,13 +238,14 @@ def decision_reply_lost(scene: Scene) -> None:
 
 @contextlib.contextmanager
 def _numbers_taken(scene: Scene, count: int) -> Iterator[None]:
-    """The audit row of the next decisions cannot be written: their numbers are taken, as long as the block lasts."""
+    """Take the numbers of the next decisions: as long as the block lasts, their audit rows cannot be written."""
     rows = scene.rig.rows(
         None,
         "INSERT INTO audit (seq, action, segment_id, slug, details) "
         "SELECT last_value + n, 'test', 0, 'test', '{}' FROM commit_seq, generate_series(1, :count) n RETURNING seq",
         count=count,
     )
+
     try:
         yield
     finally:
@@ -245,16 +256,18 @@ def _numbers_taken(scene: Scene, count: int) -> Iterator[None]:
 def decision_refused(scene: Scene) -> None:
     stop = scene.error("23505", database="catalog")
     if scene.cell.fault is Fault.NONE:
-        # Recovery may decide before the abort does; it must meet the error as well, or the operation is done.
+        # Recovery may decide before the abort is made; it must meet the error as well, or the operation is done.
         with _numbers_taken(scene, 50):
             scene.call()
             scene.expected = "ABORTED"
             scene.strike(stop)
             scene.until(lambda: scene.state() == "ABORTED", "it is aborted")
         return
+
     with _numbers_taken(scene, 1):
         scene.call()
         scene.caught(stop)
+
     scene.strike(stop)
 
 
@@ -266,7 +279,8 @@ def decision_contested(scene: Scene) -> None:
     with _numbers_taken(scene, 1):
         scene.call()
         scene.caught(stop)
-        # Its transaction is over for the server, and the next number is free. So recovery decides, and it is done.
+        # For the server the transaction is over, and the next number is free. So recovery decides, and the operation
+        # becomes DONE.
         scene.until(lambda: scene.state() == "DONE", "another one decides")
     scene.strike(stop)
 
@@ -275,16 +289,22 @@ def decision_contested(scene: Scene) -> None:
 
 
 def _wakes_late(scene: Scene, stop: Stop) -> None:
-    """Make the call, and let the deadline pass while somebody is caught, which then goes on. Nobody has aborted the
-    operation yet: all who would, itself among them, are caught before they do. The fault falls on it there."""
+    """Make the call, let the deadline pass while a process is caught, and let that process go on.
+
+    No process has aborted the operation yet: every process that is about to abort it, this one included, is caught
+    before it does. There the fault falls on this process.
+    """
     aborting = scene.failpoint("before-abort")
+
     scene.call()
     pid = scene.caught(stop)
     scene.let_deadline_pass()
     stop.let_go()
+
     scene.until(lambda: pid in aborting.pids, "it finds itself late")
     if scene.state() != "PREPARING":
         raise NotReached(f"it is {scene.state()} before anybody aborts it")
+
     scene.expected = "ABORTED"
     scene.strike(aborting, pid=pid)
 
@@ -299,14 +319,17 @@ def late_task(scene: Scene) -> None:
     stop = scene.failpoint("started-not-dispatched")
     working = scene.failpoint("locked-not-prepared")
     aborting = scene.failpoint("before-abort")
+
     scene.call()
     pid = scene.caught(stop)
     scene.let_deadline_pass()
     stop.let_go()
-    # Its starter has sent the chord; the tasks abort, and so does whoever else looks.
+
+    # The starter has sent the chord; the tasks abort, and so does every other process that finds the operation late.
     scene.until(lambda: set(aborting.pids) - {pid}, "a task finds itself late")
     if working.pids or scene.state() != "PREPARING":
         raise NotReached("the work was begun after the deadline")
+
     scene.expected = "ABORTED"
     scene.strike(aborting)
 
@@ -329,7 +352,7 @@ def late_decision(scene: Scene) -> None:
 @point("decided-0", "decided, no shard has committed")
 def decided_0(scene: Scene) -> None:
     stop = scene.failpoint("decided")
-    # Recovery would commit at once.
+    # Without this gate recovery would commit at once.
     gate = scene.request("COMMIT PREPARED", shards=list(range(SHARDS)), every=True)
     scene.call()
     scene.caught(stop)
@@ -419,11 +442,14 @@ def not_done(scene: Scene) -> None:
 def late_after_aborted(scene: Scene) -> None:
     request = scene.request("PREPARE TRANSACTION", shards=[scene.shard])
     arrived = scene.reply("PREPARE TRANSACTION")
+
     scene.call()
     _others_voted(scene, request)
+
     assert scene.the_call is not None
     scene.rig.serving(besides=scene.the_call.client).cancel(scene.operation)
     scene.until(lambda: scene.state() == "ABORTED", "it is cancelled")
+
     scene.expected = "ABORTED"
     scene.strike_late(request, arrived)
 
@@ -438,11 +464,14 @@ def late_after_done(scene: Scene) -> None:
         scene.rig.prepare_by_hand(scene.shard, scene.gid)
         scene.strike(stop)
         return
+
     lock = "SELECT pg_advisory_xact_lock("
     request = scene.request(lock, shards=[scene.shard])
+
     scene.call()
     scene.caught(request)
     scene.until(lambda: scene.state() == "DONE", "a twin carries it to its end")
+
     arrived = scene.reply("SELECT 1", where=lambda session: session.statement.startswith(lock))
     scene.strike_late(request, arrived)
 
@@ -453,10 +482,13 @@ def recovery_twice(scene: Scene) -> None:
     scene.call()
     finalizer = scene.caught(gate)
     scene.until(lambda: all(map(scene.fenced, scene.others)), "the others have committed")
+
     looked = scene.failpoint("recovery-looked", "found=1")
     scene.caught(looked, count=2)
+
     os.kill(finalizer, signal.SIGKILL)
     if not gone(finalizer):
         raise NotReached("the finalizer survived")
+
     gate.let_go(deliver=False)
     scene.strike(looked)

@@ -1,7 +1,8 @@
-"""The servers and processes of the matrix, up for all of its cells: everything real, and a wire wherever a cell cuts.
+"""The servers and processes of the matrix, which run for all of its cells.
 
-PostgreSQL with a catalog and three shards, broker, cache; two operations workers, two fronts and beat under
-supervisord, so that whoever dies comes back as in production. Kafka has no part in an operation.
+Everything is real, with a wire wherever a cell cuts a connection. There are PostgreSQL with a catalog and three shards,
+a broker and a cache; and two operations workers, two fronts and beat under supervisord, so that a process that dies is
+started again as in production. Kafka has no part in an operation.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ from tests.installation import Installation
 
 SHARDS = 3
 USERS = range(1, 3601)
-"""1200 a shard: two blocks each."""
+"""1200 users on each shard, in two blocks."""
 STEADY, SECOND = "steady", "second"
-"""The segment that cells roll out, and the one that proves that the next operation succeeds."""
+"""The segment that cells roll out, and the segment that proves that the next operation succeeds."""
 _OPERATION_DEADLINE_S = 60.0
-"""Longer than a worker takes to start on a busy machine: fronts keep it, too. Cells that need its end move it."""
+"""Longer than a worker takes to start on a busy machine, since fronts abort late operations, too. Cells that need a
+passed deadline move it."""
 _TRANSITIONS = """
 CREATE TABLE test_transitions (n bigserial PRIMARY KEY, operation uuid NOT NULL, before text, after text NOT NULL);
 CREATE FUNCTION test_note_transition() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -61,7 +63,7 @@ FOR EACH ROW EXECUTE FUNCTION test_note_transition();
 
 
 class FrontClient(Client):
-    """A client of one front, which may be dead for a while."""
+    """A client of one front; the front may be dead for a while."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(settings.grpc_address)
@@ -76,10 +78,10 @@ class FrontClient(Client):
 
 
 class Rig:
-    """Up from ``start`` to ``stop``.
+    """All servers and processes, running from ``start`` to ``stop``.
 
     Args:
-        folder: a short one that PostgreSQL's user can enter; everything is in it.
+        folder: a folder with a short path that PostgreSQL's user can enter; everything is in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,28 +98,33 @@ class Rig:
     # -- life -------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start everything; users and the two segments are there when it returns."""
+        """Start everything; the users and the two segments exist when it returns."""
         with contextlib.ExitStack() as undo:
             undo.callback(kill_marked, self.folder)
             self.failpoints.mkdir(parents=True)
             self._start_servers(undo)
             self._start_wires(undo)
+
             env_file = self.folder / "stack.env"
             write_env(env_file, self.wired)
             self._supervisor.start(self._processes(), env={"SEGSVC_ENV_FILE": str(env_file)})
             undo.callback(self._supervisor.stop)
             self._supervisor.await_running(timeout_s=90)
+
             undo.callback(self._close_clients)
             for client in self.clients:
                 if not wait_until(lambda client=client: is_serving(client.settings), timeout_s=60):  # type: ignore[misc]
                     raise AssertionError(f"{client.name} does not serve")
+
             self.celery = celery_beside(self.settings)
             undo.callback(self.celery.close)
             self._checking = Check(self.settings)
             undo.callback(self._checking.close)
+
             for slug in (STEADY, SECOND):
                 self.clients[0].create(slug, "")
                 self.clients[0].roll_out(slug, 50)
+
             self._undo = undo.pop_all()
 
     def stop(self) -> None:
@@ -131,13 +138,17 @@ class Rig:
         for server in (self._server, self._broker, self._cache):
             server.start()
             undo.callback(server.stop)
-        # Who asks for it waits for a standby that there is not: so the test can keep a COMMIT PREPARED under way.
+
+        # A session with synchronous_commit waits for a standby that does not exist: so a test can keep a
+        # COMMIT PREPARED under way.
         for setting, value in (("synchronous_commit", "local"), ("synchronous_standby_names", "nobody")):
             self._server.psql(f"ALTER SYSTEM SET {setting} = '{value}'")
         self._server.psql("SELECT pg_reload_conf()")
+
         names = ["catalog", *(f"shard{shard}" for shard in range(SHARDS))]
         for name in names:
             self._server.create_database(name)
+
         self.settings = Settings(
             _env_file=None,
             cluster="matrix",
@@ -156,12 +167,15 @@ class Rig:
             operation_worker_processes=3,
             warm_interval_s=3600,
         )
+
         migrate(self.settings)
         self.installation = Installation(self.settings, self._server)
         self.installation.add_users(USERS)
+
         engine = sa.create_engine(self.settings.catalog_dsn, poolclass=sa.NullPool)
         with engine.begin() as connection:
             connection.exec_driver_sql(_TRANSITIONS)
+
         self.broker = redis.Redis.from_url(self.settings.broker_url)
         undo.callback(self.broker.close)
 
@@ -170,9 +184,11 @@ class Rig:
         make_private(folder)
         self.postgres_wire = PostgresWire(folder, self._server.socket_folder)
         undo.callback(self.postgres_wire.close)
+
         ports = free_ports(3)
         self.broker_wire = RedisWire(self.settings.broker_url, ports[2])
         undo.callback(self.broker_wire.close)
+
         there, here = str(self._server.socket_folder), str(folder)
         self.wired = self.settings.model_copy(
             update={
@@ -181,6 +197,7 @@ class Rig:
                 "shard_dsns": tuple(dsn.replace(there, here) for dsn in self.settings.shard_dsns),
             }
         )
+
         self.clients = [
             FrontClient(f"front-{n}", self.wired.model_copy(update={"grpc_address": f"127.0.0.1:{ports[n]}"}))
             for n in range(2)
@@ -192,18 +209,21 @@ class Rig:
             ProcessSpec(client.name, ("env", f"SEGSVC_GRPC_ADDRESS={client.settings.grpc_address}", *command, "serve"))
             for client in self.clients
         ]
+
         workers = [
             ProcessSpec(f"worker-{n}", (*command, "worker", "--queue", "operations"), stop_as_group=False)
             for n in range(2)
         ]
-        # Two, so that two recoveries can look at the same time.
+
+        # Two beats, so that two recoveries can run at the same time.
         beats = [ProcessSpec(f"beat-{n}", (*command, "beat")) for n in range(2)]
+
         return [*fronts, *workers, *beats]
 
     # -- processes --------------------------------------------------------------------------------------------------
 
     def serving(self, *, besides: FrontClient | None = None) -> FrontClient:
-        """A front that answers now, another one than ``besides``; any of those that do."""
+        """A random front that answers now, but not ``besides``."""
         candidates = [client for client in self.clients if client is not besides]
         self._random.shuffle(candidates)
         found: list[FrontClient] = []
@@ -217,7 +237,7 @@ class Rig:
         return found[0]
 
     def hang_up(self, client: FrontClient) -> None:
-        """Close a client's connection under its calls; another one takes its place."""
+        """Close a client's connection during its calls, and put a new client in its place."""
         client.close()
         self.clients[self.clients.index(client)] = FrontClient(client.name, client.settings)
 
@@ -228,7 +248,7 @@ class Rig:
 
     @contextlib.contextmanager
     def workers_frozen(self) -> Iterator[None]:
-        """SIGSTOP of all operations workers with all their processes, for as long as the block lasts."""
+        """Stop all operations workers and their child processes with SIGSTOP for as long as the block lasts."""
         mains = [psutil.Process(self.pid_of(f"worker-{n}")) for n in range(2)]
         processes = [each for main in mains for each in (main, *main.children(recursive=True))]
         try:
@@ -246,7 +266,7 @@ class Rig:
         return list(self.installation.execute(shard, statement, **parameters))
 
     def check(self) -> list[str]:
-        """What ``segsvc check`` finds."""
+        """The differences that ``segsvc check`` finds."""
         checker = Checker(
             self._checking.reads,
             self._checking.reader,
@@ -258,51 +278,54 @@ class Rig:
         return [str(difference) for difference in checker.run().differences]
 
     def alarms(self) -> list[str]:
-        """What recovery and finalizers have raised alarm about since this was asked last."""
+        """The alarms that recovery and finalizers have raised since the last call of this method."""
         found = []
         for log in sorted((self.folder / "logs").glob("*.log")):
             with log.open("rb") as file:
                 file.seek(self._read_up_to.get(log.name, 0))
-                *lines, _ = file.read().split(b"\n")  # the last one may not be all there
+                *lines, _ = file.read().split(b"\n")  # the last line may be incomplete
                 self._read_up_to[log.name] = self._read_up_to.get(log.name, 0) + sum(len(line) + 1 for line in lines)
             found += [json.loads(line)["what"] for line in lines if b'"event": "alarm"' in line]
         return found
 
     @property
     def prefix(self) -> str:
-        """What everything on the broker begins with."""
+        """Prefix of every key on the broker."""
         return installation_of(self.settings).broker_prefix
 
     def tasks_under_way(self) -> dict[str, str]:
-        """Messages that a worker has and has not acknowledged, by delivery tag."""
+        """Messages that a worker has received and not acknowledged, by delivery tag."""
         found: Any = self.broker.hgetall(f"{self.prefix}unacked")
         return {tag.decode(): text.decode("utf-8", "replace") for tag, text in found.items()}
 
     def finish_by_hand(self, shard: int, command: str, gid: str) -> None:
-        """End a prepared transaction as a superuser with a console would."""
+        """End a prepared transaction, as a superuser with a console can."""
         with self._console(shard) as connection:
             connection.exec_driver_sql(f"{command} %s", (gid,))
 
     @contextlib.contextmanager
     def commit_prepared_under_way(self, shard: int, gid: str) -> Iterator[None]:
-        """Another program's COMMIT PREPARED of this gid, which is not through as long as the block lasts: it waits
-        for the standby that there is not, with the gid in its hands."""
+        """Another program's COMMIT PREPARED of this gid, under way as long as the block lasts.
+
+        It waits for the standby that does not exist, and holds the gid meanwhile.
+        """
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE pid = :pid AND wait_event = 'SyncRep'"
         with self._console(shard) as connection, ThreadPoolExecutor(1) as thread:
             pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
             connection.exec_driver_sql("SET synchronous_commit = on")
+
             under_way = thread.submit(connection.exec_driver_sql, "COMMIT PREPARED %s", (gid,))
             try:
                 if not wait_until(lambda: self.rows(shard, waiting, pid=pid)[0][0], timeout_s=10, poll_s=0.01):
                     raise AssertionError("COMMIT PREPARED does not wait")
                 yield
             finally:
-                # It ends the wait alone: what was committed here stays so.
+                # This ends only the wait: the commit on this server stays.
                 self.rows(shard, "SELECT pg_cancel_backend(:pid)", pid=pid)
                 under_way.result(10)
 
     def prepare_by_hand(self, shard: int, gid: str) -> None:
-        """A prepared transaction of this gid that holds the shard's lock, as a twin's would."""
+        """Prepare a transaction with this gid that holds the shard's lock, as a twin's transaction does."""
         with self._console(shard) as connection:
             connection.exec_driver_sql("BEGIN")
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (SHARD_LOCK,))
@@ -317,7 +340,7 @@ class Rig:
 
 
 def kill_group(pid: int) -> None:
-    """SIGKILL a process and all that were started with it: a worker with its children."""
+    """Kill a process and its process group with SIGKILL: a worker with its children."""
     os.killpg(os.getpgid(pid), signal.SIGKILL)
 
 
@@ -326,7 +349,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def gone(pid: int, within_s: float = 5.0) -> bool:
-    """Whether a killed process is gone (to its parent's knowledge or not)."""
+    """Whether a killed process is gone, even if its parent has not noticed."""
 
     def ended() -> bool:
         try:

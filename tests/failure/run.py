@@ -1,9 +1,9 @@
-"""The fault matrix: every point of the commit protocol, every fault, every shard, every operation, on the real thing.
+"""The fault matrix: every point of the commit protocol, every fault, shard and operation, on the real system.
 
     python -m tests.failure.run
     python -m tests.failure.run --only prepared --fault freeze
 
-Writes build/failure-matrix.json. Exits with 1 unless every fault fired and everything was as it must be after it.
+Writes build/failure-matrix.json. Exits with 1 unless every fault fired and every check after it passed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from tests.failure.rig import Rig
 
 REPORT = Path("build/failure-matrix.json")
 GIVE_UP_AFTER = 10
-"""Cells that may fail before there is no sense in going on."""
+"""After this number of failed cells the run ends."""
 
 
 def report(outcomes: list[Outcome], started: float) -> dict[str, Any]:
     missing = left_out()
+
     return {
         "summary": {
             "cells": len(outcomes),
@@ -49,18 +50,21 @@ def report(outcomes: list[Outcome], started: float) -> dict[str, Any]:
 
 
 def play(wanted: list[Cell], folder: Path, outcomes: list[Outcome]) -> None:
-    """Play them one after the other, each outcome put to the others at once."""
+    """Play the cells one after the other; add each outcome to ``outcomes`` at once."""
     rig = Rig(folder)
     rig.start()
+
     try:
         player = Player(rig)
         for number, cell in enumerate(wanted, 1):
             started = time.monotonic()
             outcome = player.play(cell)
             outcomes.append(outcome)
+
             verdict = "ok" if outcome.passed else f"FAILED {outcome.problems}"
             print(f"{number:4}/{len(wanted)}  {time.monotonic() - started:5.1f} s  drained in {outcome.drain_s:4.1f} s"
                   f"  {outcome.state:8}  {cell}: {verdict}", flush=True)  # fmt: skip
+
             if sum(not one.passed for one in outcomes) >= GIVE_UP_AFTER:
                 print("too many have failed to go on")
                 break
@@ -75,8 +79,10 @@ def main() -> int:
     parser.add_argument("--kind", action="append", help="operations to play (default: all)")
     parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes")
     parser.add_argument("--part", default="1/1", help="n/m: the n-th of m parts")
+
     given = parser.parse_args()
     configure_logging("WARNING", "console")
+
     part, parts = map(int, given.part.split("/"))
     wanted = [
         cell
@@ -85,10 +91,12 @@ def main() -> int:
         and (not given.fault or cell.fault.value in given.fault)
         and (not given.kind or cell.kind.value in given.kind)
     ][part - 1 :: parts]
+
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix=f"segsvc-matrix-{os.getpid()}-"))
     folder.chmod(0o755)
     outcomes: list[Outcome] = []
+
     try:
         with termination_raises():
             play(wanted, folder, outcomes)
@@ -97,9 +105,11 @@ def main() -> int:
         given.report.parent.mkdir(exist_ok=True)
         given.report.write_text(json.dumps(made, indent=1) + "\n")
         print(json.dumps(made["summary"], indent=1))
+
     if wanted and len(outcomes) == len(wanted) and all(outcome.passed for outcome in outcomes):
         shutil.rmtree(folder, ignore_errors=True)
         return 0
+
     print(f"the logs are in {folder}")
     return 1
 

@@ -30,7 +30,7 @@ _KINDS = {
 
 
 class NotReached(Exception):
-    """What a cell is about did not come to pass."""
+    """The situation that a cell tests did not occur."""
 
 
 class Stop(Protocol):
@@ -38,10 +38,10 @@ class Stop(Protocol):
 
     @property
     def pids(self) -> list[int]:
-        """Who was caught, in order."""
+        """Process ids of the caught processes, in order."""
 
     def let_go(self, *, besides: int | None = None, deliver: bool = True) -> None:
-        """Catch nobody any more; let everybody go on except ``besides``."""
+        """Catch no more processes; let every process except ``besides`` go on."""
 
 
 class FailpointStop:
@@ -60,12 +60,12 @@ class FailpointStop:
         return []
 
     def let_go(self, *, besides: int | None = None, deliver: bool = True) -> None:
-        """Whoever is left out is frozen or dead; it looks at the file when it goes on."""
+        """The process ``besides`` is frozen or dead; it reads the file when it goes on."""
         self._file.unlink(missing_ok=True)
 
 
 class Call:
-    """The caller's call, in a thread: what it was told."""
+    """The caller's call, in a thread, with the answer that it got."""
 
     def __init__(self, client: FrontClient, what: Callable[[FrontClient], object]) -> None:
         self.client = client
@@ -84,30 +84,33 @@ class Call:
         except OperationFailed as error:
             self.answer = f"failed: {error}"
         except grpc.RpcError as error:
-            status = cast(grpc.Call, error)  # which an error of a stub also is
+            status = cast(grpc.Call, error)  # an error of a stub is a Call as well
             self.answer = f"{status.code().name}: {status.details()}"
 
 
 class Scene:
-    """What a point's script plays with.
+    """The operations of a point's script.
 
     Attributes:
-        percent: what a rollout asks for.
+        percent: the percentage of a rollout.
         expected: the state in which the operation must end.
-        alarm: what people must be told; '': nothing.
+        alarm: the alarm that must be raised; '' means none.
     """
 
     def __init__(self, rig: Rig, cell: Cell, slug: str, percent: float) -> None:
         self.rig = rig
         self.cell = cell
         self.slug = STEADY if cell.kind is Kind.ROLLOUT else slug
+
         self.percent = percent
         self.expected = "DONE"
         self.alarm = ""
+
         self.pid = 0
         self.fell_at: float | None = None
         self.the_call: Call | None = None
         self.operation = ""
+
         self._undo = contextlib.ExitStack()
         self._left_over = set(rig.tasks_under_way())
         self._thawed_with: set[str] = set()
@@ -129,7 +132,7 @@ class Scene:
     # -- stops ------------------------------------------------------------------------------------------------------
 
     def failpoint(self, point: str, words: str = "") -> Stop:
-        """Hold everybody who reaches a named point of the code."""
+        """Hold every process that reaches a named point of the code."""
         stop = FailpointStop(self.rig, point, words)
         self._undo.callback(stop.let_go)
         return stop
@@ -137,7 +140,7 @@ class Scene:
     def reply(
         self, command: str, *, database: str = "", where: Callable[[PostgresSession], bool] = lambda _: True
     ) -> Trap:
-        """Hold the first reply that a command is complete, by its tag."""
+        """Hold the first reply that reports a command as complete, found by its tag."""
         name = database or f"shard{self.shard}"
         return self._trap(
             Phase.REPLY,
@@ -177,7 +180,7 @@ class Scene:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def until(self, condition: Callable[[], object], what: str, within_s: float = FIRES_WITHIN_S) -> None:
-        """Raises NotReached if it does not come true in time."""
+        """Wait for the condition. Raises NotReached if it does not come true in time."""
         end = time.monotonic() + within_s
         while not condition():
             if time.monotonic() > end:
@@ -185,7 +188,7 @@ class Scene:
             time.sleep(_POLL_S)
 
     def call(self) -> None:
-        """Make the call, on a front that serves."""
+        """Make the call on a front that serves."""
         self.the_call = Call(self.rig.serving(), self._what())
 
     def _what(self) -> Callable[[FrontClient], object]:
@@ -196,7 +199,7 @@ class Scene:
         return lambda client: client.create(self.slug, "")
 
     def caught(self, stop: Stop, *, count: int = 1) -> int:
-        """Wait until a process is caught; its id. ``count``: so many different ones, the first one's id."""
+        """Wait until ``count`` different processes are caught. Returns the id of the first."""
         self.until(lambda: len(set(stop.pids)) >= count, f"{count} processes at the stop, {len(set(stop.pids))} came")
         self.know_operation()
         return stop.pids[0]
@@ -228,7 +231,7 @@ class Scene:
         return bool(self.rig.rows(shard, statement, id=self.operation))
 
     def let_deadline_pass(self) -> None:
-        """Move it to now: the catalog's clock alone judges it, and a test need not wait as long."""
+        """Move the deadline to now: only the catalog's clock judges it, so that a test need not wait for it."""
         self.rig.rows(
             None, "UPDATE operations SET deadline = clock_timestamp() WHERE id::text = :id", id=self.operation
         )
@@ -244,33 +247,37 @@ class Scene:
         cut: Callable[[int], object] | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:
-        """Let the cell's fault fall on the process that is caught, and let everything go on.
+        """Let the fault of the cell fall on the caught process, and let every process go on.
 
         Args:
-            stops: where it is caught, and where others may be.
+            stops: where the process is caught, and where other processes may be caught.
             undecided: a vote is missing, so that a deadline that passes aborts the operation.
-            blocks_twins: as long as it is frozen, no twin can do the same.
-            cut: how its connections are cut; all those to PostgreSQL unless given.
-            between: what is done once the fault has fallen, before the others go on.
+            blocks_twins: as long as the process is frozen, no twin can do the same work.
+            cut: how its connections are cut; by default all connections to PostgreSQL.
+            between: what is done once the fault has fallen, before the other processes go on.
         """
         self.pid = pid or self.caught(stops[0])
         self.fell_at = time.monotonic()
+
         fault = self.cell.fault
         if fault is Fault.FREEZE:
             self._freeze(stops, undecided and (self.cell.deadline_passes or blocks_twins), between)
             return
+
         if fault is Fault.KILL:
             self.kill(self.pid)
         elif fault is Fault.CUT:
             (cut or self.rig.postgres_wire.cut)(self.pid)
+
         between()
         for stop in stops:
             stop.let_go(besides=self.pid)
-            # What the dead had sent is lost with it; what the living wait for arrives, or finds its connection cut.
+            # What a killed process had sent is lost with it. The reply that a living process waits for arrives, or
+            # finds its connection cut.
             stop.let_go(deliver=fault is Fault.NONE)
 
     def kill(self, pid: int) -> None:
-        """SIGKILL, of the process or of its whole worker; returns when it is gone."""
+        """Kill the process or its whole worker with SIGKILL; return when it is gone."""
         if self.cell.whole_worker:
             kill_group(pid)
         else:
@@ -284,8 +291,9 @@ class Scene:
             if deadline_passes:
                 self.let_deadline_pass()
                 self.until(lambda: self.state() in ("DONE", "ABORTED"), "its deadline ends it")
-                # A twin that was on its way already may be quicker than the deadline.
+                # A twin that had started earlier may be quicker than the deadline.
                 self.expected = self.state()
+
             for stop in stops:
                 stop.let_go(besides=self.pid)
             self.until(lambda: self.state() in ("DONE", "ABORTED"), "the others end it", DRAINS_WITHIN_S)
@@ -294,7 +302,7 @@ class Scene:
 
     @contextlib.contextmanager
     def frozen(self, pid: int) -> Iterator[None]:
-        """SIGSTOP for as long as the block lasts."""
+        """Stop the process with SIGSTOP for as long as the block lasts."""
         os.kill(pid, signal.SIGSTOP)
         try:
             self.until(lambda: is_stopped(pid), "it stands still", 5)
@@ -304,13 +312,14 @@ class Scene:
             os.kill(pid, signal.SIGCONT)
 
     def strike_late(self, request: Trap, arrived: Trap) -> None:
-        """Let the fault fall on a process whose request is still on its way, and let the request arrive after that.
+        """Let the fault fall on a process whose request is still on its way; the request arrives after the fault.
 
         Args:
-            arrived: a trap of the server's answer to it.
+            arrived: a trap for the server's answer to the request.
         """
         self.pid = self.caught(request)
         self.fell_at = time.monotonic()
+
         if self.cell.fault is Fault.FREEZE:
             with self.frozen(self.pid):
                 self._arrive(request, arrived)
@@ -333,7 +342,7 @@ class Scene:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def drain(self) -> float:
-        """Wait until all is quiet; seconds since the fault fell. Raises NotReached after half a minute."""
+        """Wait until all is quiet. Returns the seconds since the fault fell. Raises NotReached after half a minute."""
         try:
             self.until(lambda: not self.stirring(), "", DRAINS_WITHIN_S)
         except NotReached:
@@ -341,27 +350,32 @@ class Scene:
         return time.monotonic() - (self.fell_at or time.monotonic())
 
     def stirring(self) -> str:
-        """What is not at its end yet; '': nothing."""
+        """What has not ended yet; '' means that everything has ended."""
         open_ones = self.rig.rows(None, "SELECT slug, state FROM operations WHERE state NOT IN ('DONE', 'ABORTED')")
         if open_ones:
             return f"open: {[tuple(row) for row in open_ones]}"
+
         prepared = self.rig.rows(0, "SELECT gid FROM pg_prepared_xacts")  # of all databases
         if prepared:
             return f"prepared: {[row.gid for row in prepared]}"
+
         if self.the_call is not None and not self.the_call.ended:
             return "the call"
+
         if self.cell.fault is Fault.KILL and self.cell.whole_worker:
-            # It leaves its messages behind: they come again after the visibility timeout.
+            # The killed worker leaves its messages behind: they are delivered again after the visibility timeout.
             return ""
         under_way = self.rig.tasks_under_way()
+
         if self._thawed_with & set(under_way):
             return "what was under way when the frozen went on"
         if self.operation and any(self.operation in text for text in under_way.values()):
             return "tasks of the operation"
+
         return ""
 
     def close(self) -> None:
-        """Undo whatever still holds somebody."""
+        """Release every process that is still held."""
         self._undo.close()
         self.rig.postgres_wire.open_all()
         self.rig.broker_wire.open_all()

@@ -1,4 +1,4 @@
-"""A few cells of the fault matrix (all of them: make test-failure), and that the matrix is whole."""
+"""A few cells of the fault matrix (``make test-failure`` plays all), and a check that the matrix is complete."""
 
 from __future__ import annotations
 
@@ -83,13 +83,15 @@ def test_with_all_operations_workers_frozen_deadlines_hold_and_the_queue_goes_on
         for slug, before in ((STEADY, "PREPARING"), (SECOND, "QUEUED")):
             calls.append(Call(rig.serving(), lambda client, slug=slug: client.roll_out(slug, 12.5)))  # type: ignore[misc]
             eventually(lambda: state(slug) == before)  # noqa: B023
+
         for slug, call in zip((STEADY, SECOND), calls, strict=True):
             eventually(lambda: state(slug) == "PREPARING")  # noqa: B023
             rig.rows(None, pass_deadline, slug=slug)
             eventually(lambda: call.ended)  # noqa: B023
             assert call.answer.startswith("failed: the shards did not all prepare before the deadline")
             assert state(slug) == "ABORTED"
-    # What they were sent meanwhile, they do now: nothing.
+
+    # Now the workers take the messages of the meantime, which must change nothing.
     last = Call(rig.serving(), lambda client: client.roll_out(SECOND, 12.5))
     eventually(lambda: last.ended)
     assert last.answer == "done"

@@ -1,4 +1,4 @@
-"""Where messages begin and end, however they arrive."""
+"""The wires find where messages begin and end, in whatever pieces they arrive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def postgres() -> PostgresSession:
 
 
 def in_pieces(split: Callable[[bytearray], Iterable[bytes]], text: bytes, size: int) -> list[bytes]:
-    """The messages found when a text arrives in pieces."""
+    """The messages that are found when a text arrives in pieces."""
     buffer = bytearray()
     found: list[bytes] = []
     for at in range(0, len(text), size):

@@ -1,7 +1,7 @@
-"""A wire between our processes and a server, on which a test can hold, lose or cut what is said.
+"""A wire between our processes and a server, on which a test can hold or lose messages and cut connections.
 
-It understands as much of the protocol as it takes to see where a message begins and ends. Everything runs in one
-thread of its own; what the test calls may be called from any other.
+It understands only as much of the protocol as it needs to find where a message begins and ends. Everything runs in one
+thread of its own; a test may call the public methods from any other thread.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 _READ_BYTES = 1 << 16
 _LAST_ANSWER_S = 2.0
-"""How long a server may take to answer a client that is gone before its connection is closed, too."""
+"""Time that a server has to answer a client that is gone; then the server's connection is closed, too."""
 
 
 class Phase(Enum):
-    """Which way a message goes."""
+    """The direction of a message."""
 
     REQUEST = "request"
     REPLY = "reply"
@@ -39,7 +39,7 @@ class Session(ABC):
     @property
     @abstractmethod
     def pid(self) -> int:
-        """The process at its end."""
+        """The process at the client's end."""
 
     @abstractmethod
     def requests(self, buffer: bytearray) -> Iterable[bytes]:
@@ -62,8 +62,8 @@ class Trap:
     """Holds messages that match, until it is opened.
 
     Args:
-        matches: asked in the wire's thread, for each message.
-        every: False: only the first one, the others pass.
+        matches: called in the wire's thread for each message.
+        every: hold every match; otherwise only the first is held, and later matches pass.
         before: a message that the server gets first; the answer to it is lost. Such a trap holds nothing.
     """
 
@@ -78,10 +78,10 @@ class Trap:
     _held: list[_Held] = field(default_factory=list)
 
     def let_go(self, *, besides: int | None = None, deliver: bool = True) -> None:
-        """Catch no more, and let go what is held, except what belongs to the process ``besides``.
+        """Catch no more messages, and let go the held ones, except those of the process ``besides``.
 
         Args:
-            deliver: False: it never arrives, and its connection is cut.
+            deliver: if False, a held message never arrives, and its connection is cut.
         """
         self.armed = False
 
@@ -94,7 +94,7 @@ class Trap:
         self.wire.call(decide)
 
     async def hold(self, session: Session) -> bool:
-        """Wait until it is decided whether the message arrives. In the wire's thread."""
+        """Wait until it is decided whether the message arrives. Runs in the wire's thread."""
         held = _Held(session, session.pid, asyncio.get_running_loop().create_future())
         self._held.append(held)
         session.holding += 1
@@ -106,7 +106,7 @@ class Trap:
 
 
 class Wire(ABC):
-    """Listens where our processes believe the server to be."""
+    """Listens at the address that our processes use for the server."""
 
     def __init__(self) -> None:
         self.sessions: set[Session] = set()
@@ -125,13 +125,13 @@ class Wire(ABC):
 
     @abstractmethod
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection to the server itself."""
+        """Connect to the server itself."""
 
     @abstractmethod
     async def _session(
         self, reader: asyncio.StreamReader, client: asyncio.StreamWriter, server: asyncio.StreamWriter
     ) -> Session:
-        """Say hello, as far as the protocol has other messages then."""
+        """Pass on the start of a connection, as far as its messages have another format."""
 
     # -- what a test calls ------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Wire(ABC):
             trap.let_go()
 
     def cut(self, pid: int) -> None:
-        """Cut every connection of a process. What is held of it on its way to the server may still arrive there."""
+        """Cut every connection of a process. Its messages that are held on the way to the server may still arrive."""
 
         def cut() -> None:
             for session in list(self.sessions):
@@ -161,7 +161,7 @@ class Wire(ABC):
         self.call(cut)
 
     def call(self, what: Callable[[], None]) -> None:
-        """Do it in the wire's thread, and return when it is done."""
+        """Call ``what`` in the wire's thread, and return when it has ended."""
 
         async def do() -> None:
             what()
@@ -196,7 +196,7 @@ class Wire(ABC):
         try:
             await self._serve(reader, client)
         except (OSError, EOFError, asyncio.CancelledError):
-            pass  # either end is gone, or this wire is being closed: there is nothing more to pass on
+            pass  # an end is gone, or this wire is being closed: nothing more can be passed on
         finally:
             client.transport.abort()
             self._tasks.discard(task)
@@ -211,7 +211,7 @@ class Wire(ABC):
                 try:
                     await self._pass_requests(session, reader)
                 finally:
-                    # The server may still be at work on what it was sent; it hears that the client is gone.
+                    # The server may still work on a request; it is informed that the client is gone.
                     if not server.transport.is_closing():
                         server.write_eof()
                     await asyncio.wait([replies], timeout=_LAST_ANSWER_S)
@@ -247,10 +247,11 @@ class Wire(ABC):
                     await session.client.drain()
                 continue
             break
+
         session.client.transport.abort()
 
     async def _arrives(self, phase: Phase, session: Session, message: bytes, to: asyncio.StreamWriter) -> bool:
-        """Hold a message as long as a trap wants it; whether it arrives then."""
+        """Hold a message as long as a trap holds it. Returns whether it arrives then."""
         for trap in self._traps:
             if trap.armed and trap.phase is phase and trap.matches(session, message):
                 trap.armed = trap.every

@@ -1,7 +1,7 @@
-"""A wire to PostgreSQL: its messages by statement, command tag and SQLSTATE.
+"""A wire to PostgreSQL, with its messages by statement, command tag and SQLSTATE.
 
-The format is PostgreSQL's ("Frontend/Backend Protocol"): a byte that says what it is, four bytes of length, the rest;
-only the first message of a connection has no such byte.
+The format is PostgreSQL's ("Frontend/Backend Protocol"): a byte for the type of the message, four bytes for its length,
+and its contents. Only the first message of a connection has no type byte.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class PostgresSession(Session):
     database: str = ""
     process: int = 0
     statement: str = ""
-    """What the server was asked last."""
+    """The last statement that was sent to the server."""
     transaction: list[str] = field(default_factory=list)
-    """The statements since the transaction began, that one included."""
+    """The statements since the transaction began, including the one that began it."""
     lost_answers: int = 0
     """Answers that the client must not see."""
 
@@ -54,18 +54,18 @@ class PostgresSession(Session):
 
 
 def query(statement: str) -> bytes:
-    """The message that asks for a statement."""
+    """The message that requests a statement."""
     text = statement.encode() + b"\0"
     return b"Q" + struct.pack(">i", len(text) + 4) + text
 
 
 def tag(message: bytes) -> str | None:
-    """The command tag, if it is the message that a command is complete."""
+    """The command tag, if the message reports that a command is complete."""
     return message[5:-1].decode() if message[:1] == b"C" else None
 
 
 def sqlstate(message: bytes) -> str | None:
-    """The SQLSTATE, if it is an error."""
+    """The SQLSTATE, if the message is an error."""
     if message[:1] != b"E":
         return None
     fields = message[5:].split(b"\0")
@@ -103,8 +103,10 @@ class PostgresWire(Wire):
         length, code = struct.unpack(">ii", head)
         rest = await reader.readexactly(length - 8)
         server.write(head + rest)
+
         words = rest.split(b"\0") if code != _CANCEL else []
         given = {name.decode(): value.decode() for name, value in zip(words[::2], words[1::2], strict=False)}
+
         peer = client.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         return PostgresSession(
             self, client, server, database=given.get("database", ""), process=struct.unpack("3i", peer)[0]

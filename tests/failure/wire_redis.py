@@ -1,4 +1,4 @@
-"""A wire to a Redis: the requests of its clients, one by one."""
+"""A wire to a Redis server, with the requests of its clients one by one."""
 
 from __future__ import annotations
 
@@ -37,21 +37,23 @@ class RedisSession(Session):
 
 
 def _command_length(buffer: bytearray) -> int:
-    """Bytes of the first command, an array of strings; 0: it is not all there."""
+    """Number of bytes of the first command, an array of strings; 0 if it is incomplete."""
     end = buffer.find(b"\r\n")
     if end < 0:
         return 0
+
     at = end + 2
     for _ in range(int(buffer[1:end])):
         end = buffer.find(b"\r\n", at)
         if end < 0:
             return 0
         at = end + 2 + int(buffer[at + 1 : end]) + 2
+
     return at if len(buffer) >= at else 0
 
 
 def process_at(port: int) -> int:
-    """The process that has a connection from this port; 0: there is none any more."""
+    """The process that has a connection from this port; 0 if no such connection exists any more."""
     found = [
         connection.pid
         for connection in psutil.net_connections("tcp4")

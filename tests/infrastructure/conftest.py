@@ -17,14 +17,17 @@ SMALL_DISK_MB = 512
 
 @pytest.fixture(scope="session")
 def small_disk(servers_folder: Path) -> Iterator[Path | None]:
-    """A small file system in memory; None: this machine does not let us mount one."""
+    """A small file system in memory, or None if this machine does not permit the mount."""
     folder = servers_folder / "small-disk"
     folder.mkdir()
+
     mount = shutil.which("mount")
     command = [mount or "mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MB}m,mode=755", "segsvc-test", str(folder)]
+
     if mount is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
         yield None
         return
+
     try:
         yield folder
     finally:
@@ -44,7 +47,7 @@ def running(servers_folder: Path, small_disk: Path | None) -> Iterator[System]:
 
 @pytest.fixture
 def system(running: System) -> Iterator[System]:
-    """The installation, in full service before each test and, whatever became of it, for the next one."""
+    """The installation, in full service before each test; after it, the faults are healed whatever the outcome was."""
     running.heal()
     running.client.wait_ready(60)
     eventually(running.workers_answer, 60)
@@ -52,12 +55,12 @@ def system(running: System) -> Iterator[System]:
     seen = running.log_ends()
     yield running
     running.heal()
-    # Nothing that happens here may need a person, nor a shard's work done again.
+    # No fault here may need a person, or a repetition of a shard's work.
     assert '"event": "alarm"' not in running.logged(seen)
 
 
 @pytest.fixture
 def slug(request: pytest.FixtureRequest) -> str:
-    """A segment's name that no other test has."""
+    """A segment's slug that no other test has."""
     name = str(request.node.name).removeprefix("test_").replace("_", "-")
     return "".join(sign if sign.isalnum() else "-" for sign in name)[:60].strip("-").lower()

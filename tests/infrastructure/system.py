@@ -1,5 +1,8 @@
-"""An installation whose servers die one by one: catalog and shards on three PostgreSQL servers, a broker, a cache, and
-every process of ours under its supervisor."""
+"""An installation whose servers die one by one.
+
+It has the catalog and the shards on three PostgreSQL servers, a broker, a cache, and all our processes under their
+supervisor.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +40,15 @@ from tests.installation import Installation
 SHARDS = 3
 USERS = range(1, 6001)
 ALONE = 1
-"""The shard that has a server of its own; the other two share one."""
+"""The shard that has a server of its own; the two remaining shards share one."""
 DRAIN_S = 30.0
-"""After a fault has healed, nothing may stay undone for longer."""
+"""After a fault has healed, all work must be done within this time."""
 DEADLINE_S = 60.0
-"""Longer than any fault here lasts: an operation that is aborted by it did not survive."""
+"""Longer than any fault here lasts: an operation that this deadline aborts did not survive the fault."""
 PROCESSES = ("serve", "worker-operations", "worker-events", "worker-warming", "beat")
 WORKERS = PROCESSES[1:]
 CARRIERS = ("worker-operations", "beat")
-"""Processes that carry operations out: tasks in the one, recovery in the other."""
+"""Processes that carry operations out: the worker runs the tasks, beat runs recovery."""
 OUTAGE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -56,7 +59,7 @@ class Point:
     file: Path
 
     def fired(self) -> list[dict[str, str]]:
-        """Every time it fired, first to last: ``pid``, and where it was reached."""
+        """Every time it fired, first to last: the ``pid``, and where the process reached it."""
         try:
             lines = self.file.with_suffix(".fired").read_text().splitlines()
         except FileNotFoundError:
@@ -67,11 +70,11 @@ class Point:
         eventually(lambda: len(self.fired()) >= times)
 
     def release(self) -> None:
-        """Whoever is held goes on; nobody is held any more."""
+        """Held processes go on; no further process is held."""
         self.file.unlink(missing_ok=True)
 
     def kill(self) -> None:
-        """Whoever is held dies there, and so does who reaches it next, until it is released."""
+        """Held processes die there, and so does every process that reaches the point, until it is released."""
         unfinished = self.file.with_suffix(".new")
         unfinished.write_text("kill")
         unfinished.replace(self.file)
@@ -81,7 +84,7 @@ class System:
     """Starts everything; ``close`` leaves nothing behind.
 
     Args:
-        folder_of_one: where the server of shard ``ALONE`` lies; ``home`` unless given.
+        folder_of_one: folder of the server of shard ``ALONE``; by default ``home``.
     """
 
     def __init__(self, home: Path, mark: Path, *, folder_of_one: Path | None = None) -> None:
@@ -90,29 +93,38 @@ class System:
         self.closing = ExitStack()
         self._calls: list[object] = []
         self._killed_at: object = None
+
         self.catalog = self._postgres(home / "catalog")
         self.together = self._postgres(home / "together")
         self.alone = self._postgres((folder_of_one or home) / "alone")
+
         self.broker = RedisServer("broker", home / "broker", BROKER_CONFIG, mark=mark)
         self.cache = RedisServer("cache", home / "cache", CACHE_CONFIG, mark=mark)
         for server in (self.broker, self.cache):
             server.start()
             self.closing.callback(server.purge)
+
         self.failpoints = home / "failpoints"
         self.failpoints.mkdir()
+
         self.settings = self._settings()
         migrate(self.settings)
         self.installation = Installation(self.settings, self.catalog)
+
         self.users = list(USERS)
-        """All that are there: a test that adds some says so."""
+        """All users that exist; a test that adds users adds them here."""
         self.installation.add_users(USERS)
+
         env_file = home / "stack.env"
         write_env(env_file, self.settings)
+
         self.supervisor = Supervisord(home / "run", logs=home / "logs", mark=mark)
         self.closing.callback(self.supervisor.stop)
+
         processes = [process for process in service_processes() if process.name in PROCESSES]
         self.supervisor.start(processes, env={"SEGSVC_ENV_FILE": str(env_file)})
         eventually(lambda: is_serving(self.settings), 60)
+
         self.client = Client(self.settings.grpc_address)
         self.closing.callback(self.client.close)
         eventually(self.workers_answer, 60)
@@ -128,7 +140,9 @@ class System:
         for shard in range(SHARDS):
             self.server_of(shard).create_database(f"shard_{shard}")
             dsns.append(self.server_of(shard).dsn(f"shard_{shard}"))
+
         self.catalog.create_database("catalog")
+
         return Settings(
             _env_file=None,
             cluster="faults",
@@ -154,7 +168,7 @@ class System:
         return self.alone if shard == ALONE else self.together
 
     def kill_processes(self, names: Sequence[str] = WORKERS) -> None:
-        """SIGKILL these with all their children; their supervisor starts them again (``workers_answer``)."""
+        """SIGKILL these processes and their children; the supervisor starts them again (``workers_answer``)."""
         for name in names:
             pid = self.supervisor.pid_of(name)
             if pid is not None:
@@ -164,17 +178,17 @@ class System:
 
     @property
     def prefix(self) -> str:
-        """What everything on the broker begins with."""
+        """Prefix of every key on the broker."""
         return installation_of(self.settings).broker_prefix
 
     @property
     def keys(self) -> Keys:
-        """Of the cache."""
+        """Keys of the cache."""
         return Keys(installation_of(self.settings).tag.encode())
 
     @contextmanager
     def frozen(self, process: str) -> Iterator[None]:
-        """A process and all its children stand still."""
+        """Stop a process and all its children as long as the block lasts."""
         pid = self.supervisor.pid_of(process)
         assert pid is not None
         os.killpg(os.getpgid(pid), signal.SIGSTOP)
@@ -187,26 +201,30 @@ class System:
     def another(
         self, name: str, arguments: Sequence[str], *, code: str | None = None, **settings: object
     ) -> Iterator[Settings]:
-        """One more process of ours, with these settings of its own; gone with the block.
+        """Run one more process of ours, with its own settings, as long as the block lasts.
 
         Args:
-            arguments: of the command ``segsvc``.
-            code: what it runs instead of that command.
+            arguments: arguments of the command ``segsvc``.
+            code: Python code to run instead of that command.
         """
         own = self.settings.model_copy(update=settings)
         env_file = self.home / f"{name}.env"
         write_env(env_file, own)
         daemon = Daemon(name, self.home / name, log=self.home / "logs" / f"{name}.log", mark=self.mark)
         program = ["-m", "segsvc"] if code is None else ["-c", code]
+
         daemon.spawn([sys.executable, *program, *arguments], env={"SEGSVC_ENV_FILE": str(env_file)})
+
         try:
             yield own
         finally:
             daemon.stop(signals=((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)))
 
     def workers_answer(self) -> bool:
-        """Whether all processes run, and recovery has looked lately, and since the last of them was killed: so beat,
-        broker and worker are in service."""
+        """Whether all processes run, and recovery has run lately and since the last kill.
+
+        Then beat, broker and worker are in service.
+        """
         if any(state.state not in ("RUNNING", "STARTING") for state in self.supervisor.states()):
             return False
         [row] = self.execute_catalog(
@@ -220,18 +238,18 @@ class System:
             server.flushall()
 
     def log_ends(self) -> dict[str, int]:
-        """Where the logs of the processes that carry operations out end now."""
+        """Present length of the logs of the processes that carry operations out."""
         return {process: len(self._log_of(process)) for process in CARRIERS}
 
     def logged(self, since: Mapping[str, int]) -> str:
-        """What these processes have logged since ``log_ends`` was asked."""
+        """What these processes have logged since ``log_ends`` was called."""
         return "".join(self._log_of(process)[since[process] :] for process in CARRIERS)
 
     def _log_of(self, process: str) -> str:
         return self.supervisor.log_of(process).read_text(encoding="utf-8")
 
     def heal(self) -> None:
-        """Every server runs, and nobody is held."""
+        """Start every server and release every held process."""
         for armed in self.failpoints.iterdir():
             armed.unlink(missing_ok=True)
         for server in (self.catalog, self.together, self.alone, self.broker, self.cache):
@@ -239,7 +257,7 @@ class System:
 
     @contextmanager
     def armed(self, point: str, action: str = "hold") -> Iterator[Point]:
-        """Arm a failpoint for a block."""
+        """Arm a failpoint as long as the block lasts."""
         made = Point(self.failpoints / point)
         made.file.with_suffix(".fired").unlink(missing_ok=True)
         made.file.write_text(action)
@@ -263,7 +281,7 @@ class System:
         return {int(str(row.shard)) for row in rows}
 
     def prepared_on(self, name: str, shards: Sequence[int] = range(SHARDS)) -> set[int]:
-        """Those of these shards on which an operation is prepared now."""
+        """The shards, out of ``shards``, on which an operation is prepared now."""
         return {shard for shard in shards if any(str(id_of(name)) in gid for gid in self.installation.prepared(shard))}
 
     def fenced_on(self, name: str, shards: Sequence[int] = range(SHARDS)) -> set[int]:
@@ -272,13 +290,13 @@ class System:
         return {shard for shard in shards if self.installation.execute(shard, statement, id=id_of(name))}
 
     def members(self, slug: str, percent: float, *, asked: int | None = None) -> set[int]:
-        """Who the published hash says is in. ``asked``: the shard that is asked for the salt; None: the catalog."""
+        """Members by the published hash. ``asked``: the shard from which the salt is read; None: the catalog."""
         [row] = self.installation.execute(asked, "SELECT salt FROM segments WHERE slug = :slug", slug=slug)
         salt = tables.salt_from_db(int(str(row.salt)))
         return {user for user in self.users if bucket(user, salt) < round(percent * 1000)}
 
     def read(self, slug: str, client: Client | None = None) -> set[int]:
-        """Who is in, as every user's own read says. ``client``: of another front."""
+        """Members by every user's own read. ``client``: a client of another front."""
         return {user for user, slugs in (client or self.client).many_user_segments(self.users) if slug in (slugs or ())}
 
     def new_segment(self, slug: str, percent: float) -> None:
@@ -286,14 +304,16 @@ class System:
         self.client.roll_out(slug, percent)
 
     def begin(self, slug: str, percent: float) -> str:
-        """Roll out, whether or not the front comes to its answer; the operation's name."""
+        """Start a rollout, whether or not the front answers. Returns the operation's name."""
         statement = "SELECT id FROM operations WHERE slug = :slug ORDER BY seq DESC LIMIT 1"
         before = self.execute_catalog(statement, slug=slug)
         request = segments_pb2.RollOutSegmentRequest(
             slug=slug, rule=segments_pb2.RollOutRule(percent=percent), return_immediately=True
         )
-        # Kept, because a call that nobody holds any more is cancelled.
+
+        # The call is kept, because a call without a reference to it is cancelled.
         self._calls.append(self.client.segments.RollOutSegment.future(request, timeout=DEADLINE_S))
+
         eventually(lambda: self.execute_catalog(statement, slug=slug) != before)
         return f"operations/{self.execute_catalog(statement, slug=slug)[0].id}"
 
@@ -308,7 +328,7 @@ class System:
             return False
 
     def expect_well(self, slug: str, percent: float) -> None:
-        """Everything drains unaided, reads and stored bits are what the rule says, and a second operation succeeds.
+        """Everything drains without help, reads and stored bits match the rule, and a second operation succeeds.
 
         Args:
             percent: the rule of ``slug`` that must be in force.
@@ -316,14 +336,17 @@ class System:
         eventually(self.drained, DRAIN_S)
         self.client.wait_ready(DRAIN_S)
         self._expect_rule(slug, percent)
+
         second = percent / 2
         eventually(lambda: self._roll_out(slug, second), DRAIN_S)
         self._expect_rule(slug, second)
+
         checking = Check(self.settings)
         try:
             report = checking.checker.run()
         finally:
             checking.close()
+
         assert [difference.to_json() for difference in report.differences] == []
 
     def _expect_rule(self, slug: str, percent: float) -> None:
@@ -333,7 +356,10 @@ class System:
         assert self.read(slug) == expected
 
     def _roll_out(self, slug: str, percent: float) -> bool:
-        """False: refused, since a server has only just come back. An operation that was accepted must succeed."""
+        """Roll out. Returns False if it is refused because a server has only just come back.
+
+        An operation that was accepted must succeed.
+        """
         try:
             self.client.roll_out(slug, percent)
         except grpc.RpcError as error:

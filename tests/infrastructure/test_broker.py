@@ -1,4 +1,4 @@
-"""The broker forgets everything, says things twice, or hands out what somebody is at; and all workers die at once."""
+"""The broker forgets everything, delivers messages twice, or delivers a message whose task runs; all workers die."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PHASES = {
     "committed-not-invalidated": "hold",
     "invalidated-not-done": "hold",
 }
-"""Where whoever works on an operation is held: from its start to its end."""
+"""The points at which a process that works on an operation is held, from its start to its end."""
 IN_SHORT = "prepared-not-voted"
 START_S = 90.0
-"""Until all processes run again, on a busy machine: so long the fault lasts, and 30 s later what it left is gone."""
+"""Time until all processes run again on a busy machine. So long the fault lasts; 30 s later its effects are gone."""
 
 
 def in_full(*values: object) -> object:
@@ -35,13 +35,15 @@ def in_full(*values: object) -> object:
 @pytest.mark.parametrize("phase", [phase if phase == IN_SHORT else in_full(phase) for phase in PHASES])
 def test_the_broker_forgets_everything(system: System, slug: str, phase: str, workers: str) -> None:
     system.new_segment(slug, 20)
+
     with system.armed(phase, PHASES[phase]) as point:
         name = system.begin(slug, 60)
         point.await_fired()
         system.empty_broker()
         if workers == "die":
-            # With them goes what was left of the messages, in their memory.
+            # The messages in the memory of these processes are lost with them.
             system.kill_processes(["serve"] if phase == "started-not-dispatched" else ["worker-operations"])
+
     eventually(system.workers_answer, START_S)
     eventually(lambda: system.state(name) == "DONE")
     system.expect_well(slug, 60)
@@ -75,15 +77,18 @@ def test_all_workers_die(system: System, slug: str, phase: str) -> None:
 
 def test_messages_come_twice(system: System, slug: str) -> None:
     system.new_segment(slug, 20)
-    # A frozen worker takes at most the one message that it was waiting for; the others can be copied.
+
+    # A frozen worker takes at most the one message that it was waiting for; the test can copy the remaining messages.
     with system.frozen("worker-operations"), system.frozen("beat"):
         name = system.begin(slug, 60)
         with redis.Redis.from_url(system.broker.url) as broker:
             eventually(lambda: len(of_operation(system, broker, name)) >= SHARDS - 1)
             messages = of_operation(system, broker, name)
             broker.lpush(f"{system.prefix}operations", *messages)
+
     eventually(lambda: system.state(name) == "DONE")
-    # However often the chord came to its end, it was decided once.
+
+    # However often the chord's body ran, the operation was decided once.
     [row] = system.execute_catalog(
         "SELECT count(*) AS n FROM audit WHERE operation_id = :id", id=name.removeprefix("operations/")
     )
@@ -92,7 +97,7 @@ def test_messages_come_twice(system: System, slug: str) -> None:
 
 
 def of_operation(system: System, broker: redis.Redis, name: str) -> list[bytes]:
-    """Messages of an operation's header that nobody has taken."""
+    """Messages of an operation's header that no worker has taken."""
     waiting = broker.lrange(f"{system.prefix}operations", 0, -1)
     assert isinstance(waiting, list)
     return [message for message in waiting if name.removeprefix("operations/") in str(json.loads(message)["headers"])]
@@ -109,8 +114,9 @@ main()
 @pytest.mark.infrastructure
 def test_a_message_is_handed_out_again_while_its_task_runs(system: System, slug: str) -> None:
     system.new_segment(slug, 20)
-    # The other worker takes what has not been acknowledged for a second for lost. Recovery, which would send the same
-    # anew, is kept from it.
+
+    # The hasty worker treats a message as lost if it is not acknowledged within a second. Beat is frozen, because
+    # recovery would send the same messages again.
     with system.frozen("beat"), system.armed("prepared-not-voted", f"hold shard={ALONE}") as point:
         name = system.client.start_roll_out(slug, 60)
         point.await_fired()
@@ -118,4 +124,5 @@ def test_a_message_is_handed_out_again_while_its_task_runs(system: System, slug:
             eventually(lambda: len({fired["pid"] for fired in point.fired()}) > 1, 60)
             point.release()
             eventually(lambda: system.state(name) == "DONE")
+
     system.expect_well(slug, 60)

@@ -1,4 +1,4 @@
-"""The cache is emptied while it is filled, comes back with what it held long ago, or is replaced by an empty one."""
+"""The cache is emptied during a fill, comes back with old data, or is replaced by an empty cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def raw(system: System) -> Iterator[redis.Redis]:
 
 
 def warm(system: System, slug: str, percent: float) -> None:
-    """Until every user is a hit, and right."""
+    """Wait until every user is a hit, and check that the answers are right."""
     inspection = Inspection(system.settings)
     try:
         eventually(lambda: system.read(slug) and None not in inspection.cached(system.users))
@@ -36,7 +36,7 @@ def warm(system: System, slug: str, percent: float) -> None:
 
 @contextmanager
 def locked_reads(system: System, shard: int) -> Iterator[None]:
-    """Reads of a shard's memberships wait."""
+    """Make the reads of a shard's memberships wait as long as the block lasts."""
     engine = sa.create_engine(system.settings.shard_dsns[shard], poolclass=sa.NullPool)
     with engine.begin() as connection:
         connection.exec_driver_sql("LOCK TABLE memberships IN ACCESS EXCLUSIVE MODE")
@@ -44,7 +44,7 @@ def locked_reads(system: System, shard: int) -> Iterator[None]:
 
 
 def reads_that(system: System, shard: int, what: str) -> int:
-    """Sessions of cold reads that are in this state."""
+    """Number of sessions of cold reads in this state."""
     statement = f"SELECT FROM pg_stat_activity WHERE application_name = 'segsvc-reads' AND {what}"
     return len(system.installation.execute(shard, f"{statement} AND datname = current_database()"))
 
@@ -55,11 +55,13 @@ def test_the_cache_is_emptied_between_a_read_and_its_fill(system: System, slug: 
     user = min(system.members(slug, 60))
     shard = user % SHARDS
     request = membership_pb2.GetUserSegmentsRequest(user_id=user)
+
     other_address = f"127.0.0.1:{free_ports(1)[0]}"
+
     with system.another("other-front", ["serve"], grpc_address=other_address) as own:
         eventually(lambda: is_serving(own), 60)
         other = Client(other_address)
-        # Warming would fill as well, and here only this one reader may.
+        # Warming fills as well, and in this test only this one reader may fill.
         with system.frozen("worker-warming"):
             raw.flushall()
             with locked_reads(system, shard):
@@ -67,15 +69,19 @@ def test_the_cache_is_emptied_between_a_read_and_its_fill(system: System, slug: 
                 eventually(lambda: (raw.get(system.keys.user(shard, user)) or b"").startswith(b"L"))
                 eventually(lambda: reads_that(system, shard, "wait_event_type = 'Lock'") == 1)
                 reader = system.frozen("serve")
+
                 reader.__enter__()
-            # It has the lease, and the old list is in its socket.
+
+            # The reader has the lease, and the old list is in its socket.
             eventually(lambda: reads_that(system, shard, "wait_event_type = 'Lock'") == 0)
             raw.flushall()
             other.roll_out(slug, 60)
             reader.__exit__(None, None, None)
+
         assert slug not in answer.result().slugs
         assert system.read(slug) == system.read(slug, other) == system.members(slug, 60)
         other.close()
+
     system.expect_well(slug, 60)
 
 
@@ -86,6 +92,7 @@ def test_the_cache_comes_back_with_what_it_held_long_ago(
     system.new_segment(slug, 20)
     warm(system, slug, 20)
     held = {shard: raw.get(system.keys.generation(shard)) for shard in range(SHARDS)}
+
     raw.save()
     try:
         if when == "at rest":
@@ -98,15 +105,17 @@ def test_the_cache_comes_back_with_what_it_held_long_ago(
                 point.await_fired()
                 system.cache.kill()
                 system.cache.start()
-                # Old entries and old generations are all there again: what was dropped has come back.
+                # All old entries and old generations exist again: the dropped generation has come back.
                 assert raw.dbsize() > len(system.users)
                 assert {shard: raw.get(system.keys.generation(shard)) for shard in range(SHARDS)} == held
             eventually(lambda: system.state(name) == "DONE")
+
         assert raw.exists(system.keys.user(1, 1))
         assert system.read(slug) == system.members(slug, 60)
         warm(system, slug, 60)
     finally:
         (system.cache.folder / "dump.rdb").unlink()
+
     system.expect_well(slug, 60)
 
 
@@ -118,13 +127,15 @@ def test_an_empty_cache_takes_the_place_of_one_that_is_lost(
 ) -> None:
     system.new_segment(slug, 20)
     warm(system, slug, 20)
+
     with system.armed(point) as held:
         name = system.client.start_roll_out(slug, 60)
         held.await_fired()
         system.cache.kill()
-        # Without any, reads are answered by the shards.
+        # Without a cache the shards answer the reads.
         assert system.read(slug) in (system.members(slug, 20), system.members(slug, 60))
         system.cache.start()
+
     eventually(lambda: system.state(name) == "DONE")
     assert system.read(slug) == system.members(slug, 60)
     warm(system, slug, 60)
@@ -135,13 +146,16 @@ def test_an_empty_cache_takes_the_place_of_one_that_is_lost(
 def test_the_cache_is_away_when_it_must_be_told(system: System, slug: str) -> None:
     system.new_segment(slug, 20)
     warm(system, slug, 20)
+
     with system.armed("committed-not-invalidated") as held:
         name = system.client.start_roll_out(slug, 60)
         held.await_fired()
         system.cache.kill()
+
     seen = system.log_ends()
     eventually(lambda: "CACHE_UNAVAILABLE" in system.logged(seen))
-    assert system.state(name) == "COMMITTED"  # nobody may be told that it is done
+    assert system.state(name) == "COMMITTED"  # no caller may be told that it is done
+
     system.cache.start()
     eventually(lambda: system.state(name) == "DONE")
     system.expect_well(slug, 60)

@@ -1,4 +1,4 @@
-"""A shard whose disk is full: what does not fit is refused, or brings its server down, and nothing is half done."""
+"""A shard's disk is full: a write without room is refused or brings the server down, and nothing is half done."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ SELECT n, -1, decode(repeat('00', 127) || '01', 'hex') FROM generate_series(1, 1
 
 @contextmanager
 def full(disk: Path, system: System) -> Iterator[None]:
-    """Nothing can be written to this file system any more, nor into the pages of the shard's bits that are there."""
+    """Leave no room in this file system, nor in the existing pages of the shard's bits, as long as the block lasts."""
     ballast = disk / "ballast"
-    # Whatever it frees while this is going on would be room again.
+    # Space that autovacuum frees meanwhile would be room again.
     system.installation.execute(ALONE, "ALTER TABLE memberships SET (autovacuum_enabled = off)")
+
     try:
         with ballast.open("wb", buffering=0) as file:
             for _ in range(2):
                 fill(file)
-                # The rows are rolled back, but keep their places: whoever needs one for a row needs a page.
+                # The rows are rolled back, but keep their places: every new row needs a new page.
                 with pytest.raises(LocalStackError, match="No space left"):
                     system.alone.psql(FILLER, f"shard_{ALONE}")
         yield
     finally:
         ballast.unlink()
-        system.alone.start()  # if it has died of it
+        system.alone.start()  # if the full disk has ended it
         system.installation.execute(ALONE, "ALTER TABLE memberships RESET (autovacuum_enabled)")
 
 
@@ -57,20 +58,24 @@ def fill(file: FileIO) -> None:
 def test_a_shards_disk_is_full(system: System, slug: str, small_disk: Path | None, log_is_full: bool) -> None:
     if small_disk is None:
         pytest.skip("this machine does not let us mount a file system")
+
     system.new_segment(slug, 0)
+
     with system.armed("locked-not-prepared", f"hold shard={ALONE}") as point:
         name = system.client.start_roll_out(slug, 60)
         point.await_fired()
         with full(small_disk, system):
             if log_is_full:
-                # The write-ahead log has no room either: what PostgreSQL cannot log, it does not survive.
+                # The write-ahead log has no room either: PostgreSQL does not survive a write that it cannot log.
                 with pytest.raises(LocalStackError, match=r"No space left|closed the connection|connection to server"):
                     system.alone.psql("SELECT pg_switch_wal(), txid_current(); SELECT pg_switch_wal(), txid_current()")
+
             seen = system.log_ends()
             point.release()
             eventually(lambda: "SHARD_UNAVAILABLE" in system.logged(seen))
             eventually(lambda: system.votes(name) == set(range(SHARDS)) - {ALONE})
             assert system.prepared_on(name, [0, 2]) == {0, 2}
             assert system.state(name) == "PREPARING"
+
     eventually(lambda: system.state(name) == "DONE")
     system.expect_well(slug, 60)

@@ -1,4 +1,4 @@
-"""More events wait than there are workers for them, while their shards are prepared: nothing else waits with them."""
+"""More events wait for prepared shards than event workers exist; nothing else waits because of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENDS_WITHIN_S = 10.0
 
 @pytest.fixture
 def bridged(system: System, kafka_server: KafkaServer) -> Iterator[Settings]:
-    """The installation with a bridge, whose batches are small and many."""
+    """Settings of a bridge of the installation, with many small batches."""
     kafka_server.create_topics(
         {
             **{f"{PREFIX}{topic}": 4 for topic in TOPICS},
@@ -31,6 +31,7 @@ def bridged(system: System, kafka_server: KafkaServer) -> Iterator[Settings]:
             f"{PREFIX}segment-events": 1,
         }
     )
+
     with system.another(
         "bridge",
         ["bridge"],
@@ -56,6 +57,7 @@ def waiting_for_the_lock(system: System) -> int:
 @pytest.mark.infrastructure
 def test_events_that_wait_keep_nothing_else_waiting(system: System, slug: str, bridged: Settings) -> None:
     system.new_segment(slug, 20)
+
     with (
         redis.Redis.from_url(system.broker.url) as broker,
         system.armed("prepared-not-voted", f"hold shard={ALONE}") as point,
@@ -63,15 +65,19 @@ def test_events_that_wait_keep_nothing_else_waiting(system: System, slug: str, b
         name = system.client.start_roll_out(slug, 60)
         point.await_fired()
         eventually(lambda: system.prepared_on(name) == set(range(SHARDS)))
+
         with producer(bridged) as send:
             send(f"{PREFIX}create-user", ({"user_id": user, "attributes": {}} for user in NEWCOMERS))
+
         # Every event worker waits for a shard, batches wait for a worker, and most events for their batch.
         workers = system.settings.event_worker_processes
         eventually(lambda: waiting_for_the_lock(system) == workers and broker.llen(f"{system.prefix}events"))
-        # Reads, and what touches the catalog alone, go on as ever.
+
+        # Reads, and calls that need only the catalog, go on as usual.
         assert system.read(slug) == system.members(slug, 20)
         assert slug in system.client.list_slugs()
         released = time.monotonic()
+
     eventually(lambda: system.state(name) == "DONE", ENDS_WITHIN_S)
     assert time.monotonic() - released < ENDS_WITHIN_S
     eventually(lambda: all_there(system), 60)

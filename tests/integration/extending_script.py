@@ -1,6 +1,6 @@
-"""Applies messages of the standard input as the bridge and a worker do, and prints what became of them.
+"""Applies messages from the standard input as the bridge and a worker do, and prints the outcomes.
 
-A process of its own, so that ``test_extending`` can run it on a changed copy of the project.
+It is a process of its own, so that ``test_extending`` can run it on a changed copy of the project.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from segsvc.local import kafka
 
 
 class NoTasks:
-    """Nothing here changes a segment."""
+    """A sender for a script that changes no segment."""
 
     def dispatch(self, operation: Operation, shards: Sequence[int]) -> None:
         raise AssertionError("no operation is started")
@@ -33,8 +33,10 @@ class NoTasks:
 def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     settings = Settings(_env_file=None, **job["settings"])
+
     worker = WorkerServices(settings, sender=NoTasks())
     front = FrontServices(settings, sender=NoTasks())
+
     outcomes: list[dict[str, Any]] = []
     try:
         for topic, text in job["messages"]:
@@ -43,7 +45,8 @@ def main() -> None:
             except BadEvent as bad:
                 outcomes.append({"refused": bad.reason})
                 continue
-            # As it goes through the broker.
+
+            # The event takes the same form as through the broker.
             report = worker.ingestion.apply_batch(
                 shard_of(event.user_id, settings.shard_count), from_wire(to_wire([event]))
             )
@@ -58,6 +61,7 @@ def main() -> None:
     finally:
         front.close()
         worker.close()
+
     json.dump(
         {
             "outcomes": outcomes,

@@ -1,4 +1,4 @@
-"""Run by test_run_folder.py as a test run of its own, to be killed: starts every kind of server, says so, and waits."""
+"""A test run that test_run_folder.py starts and kills: it starts servers of each kind, reports it, and waits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from segsvc.local.redis import RedisServer
 
 def test_that_never_ends(pg_server: PostgresServer, cache_server: RedisServer) -> None:
     pg_server.create_database("one")
-    # A child in a session of its own, which no fixture knows.
+    # A child process in a session of its own, unknown to every fixture.
     subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
     Path(tempfile.mkdtemp(prefix="left-")).joinpath("file").touch()
     mount = Path(tempfile.mkdtemp(prefix="mounted-"))

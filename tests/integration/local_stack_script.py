@@ -16,8 +16,9 @@ SLEEP = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0
 
 
 def main(home: Path, command: str) -> None:
-    # A background process of a shell may have inherited SIGINT ignored.
+    # A background process of a shell may have inherited that SIGINT is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
     stack = LocalStack(
         home=home,
         processes=[ProcessSpec("serve", (sys.executable, "-c", SLEEP))],
@@ -26,9 +27,11 @@ def main(home: Path, command: str) -> None:
         migrate=[sys.executable, "-c", "import time; time.sleep(0.5)"],
         say=lambda text: print(text, flush=True),
     )
+
     if command == "up":
         stack.up()
         return
+
     with stack:
         print("inside", flush=True)
         signal.pause()

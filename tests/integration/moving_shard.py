@@ -1,4 +1,4 @@
-"""An installation of which a shard moves, and readers who ask for its users all the while."""
+"""An installation in which a shard moves, and readers that read its users during the move."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ Segments = frozenset[str]
 
 @dataclass
 class Moving(Installation):
-    """An installation whose shards may lie on two servers; its databases are made by the migrator.
+    """An installation with shards on up to two servers; the migrator makes its databases.
 
     Attributes:
-        dsns: of the shards, as the processes that start next are told.
+        dsns: DSNs of the shards, for the processes that start next.
     """
 
     dsns: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Moving(Installation):
 
     @contextmanager
     def ingestion(self) -> Iterator[Ingestion]:
-        """What applies events, on the databases as they are now."""
+        """An ingestion of events on the present databases."""
         databases, cache = Databases(self.settings, "worker", Pool(2)), make_cache(self.settings)
         try:
             yield Ingestion(PostgresUserStore(databases), cache, NoFailpoints())
@@ -101,16 +101,16 @@ def new_database(server: PostgresServer, name: str) -> str:
 
 
 class Readers:
-    """Threads that read users without a pause, many of them past the cache, and hold each answer against the truth.
+    """Threads that read users without a pause, many of them past the cache, and compare each answer with the truth.
 
     Attributes:
-        fronts: who is asked, in turn.
+        fronts: the fronts that are read, in turn.
         failures: the shard and the status of each refused read.
-        wrong: what was answered and is not true.
-        reads: answers so far, of each shard.
+        wrong: answers that are not true.
+        reads: number of reads so far, by shard.
 
     Args:
-        truth: what may be answered for a user at this moment.
+        truth: the answers that are right for a user at this moment.
     """
 
     def __init__(self, installation: Moving, front: FrontUnderTest, truth: Callable[[int], set[Segments]]) -> None:
@@ -118,11 +118,14 @@ class Readers:
         self.failures: list[tuple[int, str]] = []
         self.wrong: list[str] = []
         self.reads = [0] * SHARDS
+
         self._truth = truth
         self._cache = redis.Redis.from_url(installation.cache.url)
         self._keys = Keys(installation_of(installation.settings).tag.encode())
+
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._read, args=(number,)) for number in range(3)]
+
         for thread in self._threads:
             thread.start()
 
@@ -135,11 +138,14 @@ class Readers:
     def _read(self, number: int) -> None:
         user_id = number + 1
         while not self._stop.is_set():
-            user_id = user_id % 5000 + 7  # coprime with the shards: they come in turn
+            user_id = user_id % 5000 + 7  # coprime with the number of shards, so that the shards come in turn
+
             shard = shard_of(user_id, SHARDS)
             if number == 0:
                 self._cache.delete(self._keys.user(shard, user_id))
+
             allowed, fronts = self._truth(user_id), self.fronts
+
             try:
                 found = segments_of(fronts[self.reads[shard] % len(fronts)], user_id)
             except grpc.RpcError as error:
@@ -147,10 +153,11 @@ class Readers:
             else:
                 if found not in allowed | self._truth(user_id):
                     self.wrong.append(f"user {user_id}: {sorted(found)}, not one of {allowed}")
+
             self.reads[shard] += 1
 
     def await_reads(self, more: int = 150) -> None:
-        """Return when every shard was read so often once more."""
+        """Return when every shard was read ``more`` times again."""
         seen = list(self.reads)
         eventually(lambda: all(now >= before + more for now, before in zip(self.reads, seen, strict=True)), 20)
 

@@ -1,4 +1,4 @@
-"""What SQL says of a condition is what CEL's runtime says, for every condition and user."""
+"""SQL gives the same result as CEL's runtime, for every condition and user."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMON = {
 QUICK = settings(max_examples=60, **COMMON)
 LONG = settings(max_examples=4000, database=None, **COMMON)
 
-# Those that a rule of thumb gets wrong.
+# Conditions that a simple translation gets wrong.
 KNOWN = [
     "user.a == 9007199254740993",
     "user.a < 9007199254740993",
@@ -74,7 +74,7 @@ KNOWN = [
     "!user.a.contains('\\000') && user.b != 'x\\000'",
 ]
 
-# As deep as CEL takes them.
+# Conditions as deep as CEL accepts them.
 DEEP = [parse_condition(deepest(wrap, "user.a < user.n")) for wrap in NESTED.values()]
 
 
@@ -90,7 +90,7 @@ def connection(pg_server: PostgresServer) -> Iterator[sa.Connection]:
 def by_sql(
     connection: sa.Connection, conditions: Sequence[Condition], attributes: Sequence[str]
 ) -> list[tuple[bool, ...]]:
-    """For each user, what each condition says."""
+    """For each user, the result of each condition."""
     column = sa.column("attributes", JSONB)
     rows = sa.func.unnest(sa.literal(attributes, ARRAY(sa.Text)).cast(ARRAY(JSONB))).table_valued(
         sa.column("attributes", JSONB), with_ordinality="n"
@@ -103,7 +103,7 @@ def by_sql(
 def by_columns(
     connection: sa.Connection, conditions: Sequence[Condition], attributes: Sequence[str]
 ) -> list[tuple[bool, ...]]:
-    """The same, asked as batches of events ask."""
+    """The same results, by the query of batches of events."""
     rows = sa.func.unnest(sa.literal(attributes, ARRAY(sa.Text)).cast(ARRAY(JSONB))).table_valued(
         sa.column("attributes", JSONB), with_ordinality="n"
     )
@@ -114,8 +114,9 @@ def by_columns(
 
 
 def agree(connection: sa.Connection, conditions: Sequence[Condition], found: Sequence[dict[str, Any]]) -> int:
-    """Fail unless both say the same; how many pairs were compared."""
+    """Fail unless SQL and the runtime agree. Returns the number of compared pairs."""
     attributes = [stored(user) for user in found]
+
     for asked in (by_sql, by_columns):
         for text, answers in zip(attributes, asked(connection, conditions, attributes), strict=True):
             user = json.loads(text)
@@ -124,17 +125,18 @@ def agree(connection: sa.Connection, conditions: Sequence[Condition], found: Seq
                 [each.text for each in conditions],
                 text,
             )
+
     return len(conditions) * len(found)
 
 
 def readable(candidates: Sequence[tree.Node]) -> list[Condition]:
-    """Those that CEL's checker takes."""
+    """The candidates that CEL's checker accepts."""
     made = []
     for node in candidates:
         try:
             made.append(parse_condition(tree.render(node)))
         except ServiceError:
-            continue  # ill typed as it stands: 1 < "a"
+            continue  # its types do not fit: 1 < "a"
     return made
 
 

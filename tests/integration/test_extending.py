@@ -1,4 +1,4 @@
-"""docs/extending.md, followed step by step: its messages are applied, its changes are made to a copy of the project."""
+"""The tests follow docs/extending.md step by step: they apply its messages, and make its changes to a project copy."""
 
 from __future__ import annotations
 
@@ -42,13 +42,16 @@ def blocks_of(page: str) -> list[Block]:
         r"^## (?P<section>[^\n]+)$|^```(?P<language>\w+)(?: (?P<about>[^\n]+))?\n(?P<text>.*?)^```$",
         re.MULTILINE | re.DOTALL,
     )
+
     blocks: list[Block] = []
     section = ""
+
     for match in pattern.finditer(page):
         if match["section"]:
             section = match["section"]
         else:
             blocks.append(Block(section, match["language"], match["about"] or "", match["text"]))
+
     return blocks
 
 
@@ -58,7 +61,7 @@ def page() -> list[Block]:
 
 
 def messages(page: Sequence[Block], section: str) -> list[tuple[str, str, bool]]:
-    """(topic, message, refused) of a section, in their order."""
+    """Messages of a section in their order, as (topic, message, refused)."""
     return [
         (block.about.split()[0], block.text, block.about.endswith(" refused"))
         for block in page
@@ -72,9 +75,11 @@ def changed(text: str, diff: str) -> str:
     for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE):
         old = [line[1:] for line in hunk.splitlines() if not line.startswith("+")]
         new = [line[1:] for line in hunk.splitlines() if not line.startswith("-")]
+
         places = [at for at in range(len(lines)) if lines[at : at + len(old)] == old]
         assert len(places) == 1, f"docs/extending.md wants to change what is not there once: {old}"
         lines[places[0] : places[0] + len(old)] = new
+
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -92,12 +97,14 @@ def installation(pg_server: PostgresServer, cache_server: RedisServer) -> Iterat
 
 
 def apply(installation: Installation, sent: Sequence[tuple[str, str]], project: Path = REPOSITORY) -> dict[str, Any]:
-    """Apply messages with the code of a project; what the script says of them."""
+    """Apply messages with the code of a project. Returns the script's report."""
     settings = installation.settings.model_dump(
         mode="json", include={"catalog_dsn", "shard_dsns", "cache_url", "cluster"}
     )
+
     job = json.dumps({"settings": settings, "messages": sent})
     path = os.pathsep.join(map(str, (project, *sys.path)))
+
     run = subprocess.run(
         [sys.executable, str(SCRIPT)],
         input=job,
@@ -107,7 +114,9 @@ def apply(installation: Installation, sent: Sequence[tuple[str, str]], project: 
         timeout=60,
         check=False,
     )
+
     assert run.returncode == 0, run.stderr
+
     told: dict[str, Any] = json.loads(run.stdout)
     assert Path(told["code"]).is_relative_to(project)
     return told

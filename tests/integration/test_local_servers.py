@@ -31,15 +31,18 @@ def test_postgres_keeps_a_prepared_transaction_over_a_crash(pg_server: PostgresS
         cursor.execute("INSERT INTO t VALUES (1)")
         cursor.execute("PREPARE TRANSACTION 'kept'")
         assert cursor.statusmessage == "PREPARE TRANSACTION"
+
     pg_server.kill()
     assert not pg_server.running
     pg_server.start()
+
     connection = connect(pg_server, "crash")
     connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute("COMMIT PREPARED 'kept'")
         cursor.execute("SELECT i FROM t")
         assert cursor.fetchall() == [(1,)]
+
     connection.close()
 
 
@@ -47,9 +50,11 @@ def test_postgres_starts_again_before_anybody_has_noticed_that_it_was_killed(ser
     parent = PostgresServer(servers_folder / "zombie", mark=servers_folder, fast=True)
     parent.start()
     assert parent.pid is not None
+
     killed = psutil.Process(parent.pid)
     killed.kill()
     assert wait_until(lambda: killed.status() == psutil.STATUS_ZOMBIE, timeout_s=10)
+
     again = PostgresServer(servers_folder / "zombie", mark=servers_folder, fast=True)
     again.start()
     assert again.psql("SELECT 1") == "1\n"
@@ -90,7 +95,7 @@ def test_a_killed_broker_comes_back_with_its_messages(broker_server: RedisServer
 
 
 def consume(server: KafkaServer, topic: str, count: int) -> set[bytes]:
-    """The first ``count`` values of a topic, or as many as come within 15 s."""
+    """The first ``count`` values of a topic, or the values that come within 15 s."""
     consumer = KafkaConsumer(
         topic,
         bootstrap_servers=server.bootstrap_servers,
@@ -98,11 +103,14 @@ def consume(server: KafkaServer, topic: str, count: int) -> set[bytes]:
         consumer_timeout_ms=15_000,
         **({"api_version": (2, 0)} if server.stand_in else {}),
     )
+
     seen = set()
+
     for record in consumer:
         seen.add(record.value)
         if len(seen) == count:
             break
+
     consumer.close()
     return seen
 
@@ -111,11 +119,13 @@ def test_kafka_carries_messages(kafka_server: KafkaServer) -> None:
     kafka_server.create_topics({"local-stack-test": 2})
     older = {"api_version": (2, 0), "enable_idempotence": False} if kafka_server.stand_in else {}
     producer = KafkaProducer(bootstrap_servers=kafka_server.bootstrap_servers, **older)
+
     sent = {b"%d" % number for number in range(10)}
     for value in sent:
         producer.send("local-stack-test", key=value, value=value)
     producer.flush()
     producer.close()
+
     assert consume(kafka_server, "local-stack-test", len(sent)) == sent
 
     if isinstance(kafka_server, RealKafka):  # after a crash, at the same address
@@ -127,7 +137,7 @@ def test_kafka_carries_messages(kafka_server: KafkaServer) -> None:
 def test_kafka_takes_a_cluster_id_that_begins_with_a_hyphen(
     kafka_server: KafkaServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One in 64 does, and looks like an option."""
+    """One id in 64 does, and it looks like an option."""
     if not isinstance(kafka_server, RealKafka):
         pytest.skip("the stand-in has no storage")
     monkeypatch.setattr("segsvc.local.kafka.uuid.uuid4", lambda: UUID(bytes=b"\xf8" + bytes(15)))

@@ -1,4 +1,4 @@
-"""The native launcher: up, down, and above all that nothing is left behind, however it is interrupted."""
+"""The native launcher starts and stops the stack, and leaves nothing behind, however it is interrupted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAIT_FOR_EVER = "import signal, os; print(os.environ['SEGSVC_ENV_FILE'], flush=T
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """A stack's folder that does not exist yet, where PostgreSQL's own user can reach it; emptied for certain."""
+    """A stack's folder that does not exist yet, which PostgreSQL's own user can reach; it is always emptied."""
     folder = Path(tempfile.mkdtemp(prefix="segsvc-test-stack-"))
     folder.chmod(0o755)
     try:
@@ -43,7 +43,7 @@ def home() -> Iterator[Path]:
 
 @pytest.fixture
 def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in instead of Kafka, which takes most of the time of every start."""
+    """Use the stand-in instead of Kafka, because Kafka takes most of the time of every start."""
     monkeypatch.delenv("SEGSVC_REQUIRE_REAL_KAFKA", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
 
@@ -82,7 +82,7 @@ def query(dsn: str, statement: str) -> None:
 
 
 def run_without_java(home: Path, command: str) -> subprocess.Popen[str]:
-    """The script in a process of its own; without Java on its path, so that it starts fast, with the stand-in."""
+    """Run the script in a process of its own, without Java on its path: it starts fast, with the stand-in."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SEGSVC_")}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(home), command],
@@ -115,10 +115,11 @@ def test_up_status_restart_and_down(home: Path) -> None:
     assert stat.S_IMODE((home / "stack.env").stat().st_mode) == 0o600
     assert {part.state for part in stack.status()} == {"RUNNING"}
     assert (home / "logs" / "migrate.log").read_text().strip() == settings.catalog_dsn
+
     log = stack.supervisor.log_of("serve")
     assert wait_until(lambda: log.read_text() == f"{home / 'stack.env'}\n", timeout_s=5)
 
-    # Another command finds it, changes nothing, and reads the same settings.
+    # Another command finds the stack, changes nothing, and reads the same settings.
     pids = [part.pid for part in stack.status()]
     other = dummy_stack(home, say=said.append)
     assert other.up() == settings
@@ -158,7 +159,7 @@ def test_what_has_died_comes_back_and_nothing_else_is_touched(home: Path) -> Non
     settings = stack.up()
     before = {part.name: part.pid for part in stack.status()}
 
-    # The keeper starts a server that was killed, where it was.
+    # The keeper starts a killed server again, at the same place.
     for name in ("postgres", "cache"):
         psutil.Process(before[name]).kill()
     assert wait_until(
@@ -172,27 +173,31 @@ def test_what_has_died_comes_back_and_nothing_else_is_touched(home: Path) -> Non
 
     assert wait_until(lambda: '"cache"' in stack.supervisor.log_of("servers").read_text(), timeout_s=30)
 
-    # One that was stopped on purpose stays down, until ``up`` starts it; the others go on as they were.
+    # A server that was stopped on purpose stays down until ``up`` starts it; the remaining processes go on.
     RedisServer("broker", home / "broker", {}, mark=home).kill()
     stack.supervisor.stop_process("serve")
+
     after = dummy_stack(home, say=said.append).up()
     assert after == settings
     assert said[-1] == "the stack is up"
     assert "starting serve" in said
     assert {part.state for part in stack.status()} == {"RUNNING"}
 
-    # The supervisor is killed, and its children with nobody to look after them.
+    # The supervisor is killed, and no process watches its children.
     postgres = pids(stack, "postgres")
     orphan = stack.supervisor.pid_of("serve")
+
     supervisor = stack.supervisor.daemon.process()
     assert supervisor is not None
     supervisor.kill()
     assert wait_until(lambda: not stack.supervisor.running, timeout_s=10)
+
     assert dummy_stack(home, say=said.append).up() == settings
     assert pids(stack, "postgres") == postgres
     assert any(line.startswith("killing what an earlier run left") for line in said)
     assert orphan is not None
     assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
+
     dummy_stack(home, say=said.append).down(purge=True)
     assert find_marked(home) == []
 
@@ -204,14 +209,18 @@ def test_a_repair_that_fails_stops_nothing_and_shows_this_lifes_log_only(home: P
     stack = dummy_stack(home, f"{code}; {WAIT_FOR_EVER}")
     stack.up()
     servers = pids(stack, "postgres", "broker", "cache")
+
     stack.supervisor.stop_process("serve")
     broken.touch()
+
     with pytest.raises(LocalStackError, match="serve does not stay up") as caught:
         stack.up()
+
     assert "the reason" in str(caught.value)
     assert "the life before" not in str(caught.value)
     assert "the life before" in stack.supervisor.log_of("serve").read_text()
     assert pids(stack, "postgres", "broker", "cache") == servers
+
     stack.down(purge=True)
 
 
@@ -233,6 +242,7 @@ def test_failing_migrations_end_with_their_log(home: Path) -> None:
         jars=JARS,
         migrate=[sys.executable, "-c", "raise SystemExit('no such column')"],
     )
+
     with pytest.raises(LocalStackError, match=r"(?s)migrating failed \(exit code 1\).*no such column"):
         stack.up()
     assert find_marked(home) == []
@@ -261,10 +271,12 @@ def test_an_interrupted_up_leaves_nothing(home: Path, moment: str, number: signa
 def test_interrupts_during_the_clean_up_change_nothing(home: Path) -> None:
     process = run_without_java(home, "block")
     read_until(process, "inside")
+
     process.send_signal(signal.SIGTERM)
     read_until(process, "stopping our processes")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
+
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert find_marked(home) == []
@@ -277,10 +289,12 @@ def test_a_killed_launcher_is_cleaned_up_after(home: Path) -> None:
     process.kill()
     process.communicate()
     assert find_marked(home) != []
+
     again = run_without_java(home, "up")
     read_until(again, "the stack is up")
     assert again.wait(timeout=30) == 0
     again.communicate()
+
     LocalStack(home=home, processes=[]).down(purge=True)
     assert find_marked(home) == []
     assert not home.exists()
@@ -301,6 +315,7 @@ def test_two_launchers_do_not_meet(home: Path) -> None:
 def test_the_stand_in_says_so_loudly_and_may_be_forbidden(home: Path) -> None:
     said: list[str] = []
     server = start_kafka(home, jars=JARS, say=said.append, environ={})
+
     try:
         assert isinstance(server, StandInKafka)
         assert server.stand_in
@@ -308,6 +323,7 @@ def test_the_stand_in_says_so_loudly_and_may_be_forbidden(home: Path) -> None:
         assert server.bootstrap_servers.startswith("127.0.0.1:")
     finally:
         server.stop()
+
     with pytest.raises(
         LocalStackError, match="SEGSVC_REQUIRE_REAL_KAFKA=1, but no real Kafka can be started: Java is missing"
     ):

@@ -1,4 +1,4 @@
-"""The sum of the migrations is the declared schema, and no DSN that points elsewhere is taken for the right one."""
+"""The sum of the migrations is the declared schema, and a DSN that points to a wrong database is refused."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ CATALOGUE_QUERIES = {
         SELECT sequencename, data_type::text, start_value, increment_by, max_value, cycle FROM pg_sequences
         WHERE schemaname = 'public'""",
 }
-"""What is compared as PostgreSQL has it, because Alembic's comparison does not see all of it: predicates of indexes,
-check constraints, comments, UNLOGGED, sequences."""
+"""Queries of PostgreSQL's own catalogs, because Alembic's comparison does not see predicates of indexes, check
+constraints, comments, UNLOGGED and sequences."""
 
 
 @pytest.fixture
@@ -59,11 +59,13 @@ def new_settings(pg_server: PostgresServer, **overrides: Any) -> Settings:
     names = [f"migrate_{number}_{kind}" for kind in ("catalog", "0", "1", "2")]
     for name in names:
         pg_server.create_database(name)
+
     given: dict[str, Any] = {
         "cluster": "test",
         "catalog_dsn": pg_server.dsn(names[0]),
         "shard_dsns": tuple(pg_server.dsn(name) for name in names[1:]),
     }
+
     return Settings(_env_file=None, **given | overrides)  # type: ignore[call-arg]
 
 
@@ -110,11 +112,13 @@ def test_the_migrations_make_the_declared_schema(
 def test_the_comparison_sees_what_it_is_for(settings: Settings) -> None:
     migrate(settings)
     before = {name: rows(settings.catalog_dsn, query) for name, query in CATALOGUE_QUERIES.items()}
+
     execute(settings.catalog_dsn, "ALTER TABLE progress SET LOGGED")
     execute(settings.catalog_dsn, "COMMENT ON COLUMN segments.state IS NULL")
     execute(settings.catalog_dsn, "ALTER TABLE operations DROP CONSTRAINT ck_operations_state")
     execute(settings.catalog_dsn, "DROP INDEX uq_operations_in_flight")
     execute(settings.catalog_dsn, "ALTER SEQUENCE commit_seq INCREMENT 2")
+
     for name, query in CATALOGUE_QUERIES.items():
         assert rows(settings.catalog_dsn, query) != before[name], name
 
@@ -124,7 +128,9 @@ def test_the_comparison_sees_what_it_is_for(settings: Settings) -> None:
 
 def test_migrating_founds_an_installation_once(settings: Settings) -> None:
     steps: list[Migrated] = []
+
     migrate(settings, steps.append)
+
     assert [(step.where, step.before, step.number, step.total) for step in steps] == [
         ("the catalog", None, 1, 4),
         ("shard 0", None, 2, 4),
@@ -135,6 +141,7 @@ def test_migrating_founds_an_installation_once(settings: Settings) -> None:
     for shard, dsn in enumerate(settings.shard_dsns):
         found = rows(dsn, "SELECT one, cluster, shard, shard_count, next_slot, user_count FROM shard_state")
         assert found == [f"(True, 'test', {shard}, 3, 0, 0)"]
+
     execute(settings.shard_dsns[1], "UPDATE shard_state SET next_slot = 7")
 
     again = migrate(settings)
@@ -153,32 +160,41 @@ def test_two_migrators_at_once_are_safe(settings: Settings) -> None:
 
 def test_a_migrator_waits_for_another(settings: Settings) -> None:
     engine = sa.create_engine(settings.catalog_dsn, poolclass=sa.NullPool)
+
     with ThreadPoolExecutor(1) as pool, engine.begin() as other:
         other.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
         waiting = pool.submit(migrate, settings)
+
         waiters = sa.text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
         while other.execute(waiters).scalar_one() == 0:
             assert not waiting.done(), waiting.exception()
+
         assert is_empty(settings.catalog_dsn)
+
         other.rollback()
         waiting.result()
+
     assert verify(settings) == []
 
 
 def test_a_migration_does_not_queue_behind_a_table_in_use(settings: Settings) -> None:
     migrate(settings)
-    # As if a migration of a table in use were to come: the same code path, with the newest revision taken back.
+
+    # A stand-in for a migration of a table in use: the same code path, with the newest revision taken back.
     execute(settings.shard_dsns[1], f"DROP TABLE {', '.join(tables.shard.tables)}; DELETE FROM alembic_version")
     execute(settings.catalog_dsn, "UPDATE installation SET founded = NULL")
+
     engine = sa.create_engine(settings.shard_dsns[1], poolclass=sa.NullPool)
     with engine.begin() as user:
         user.execute(sa.text("LOCK TABLE alembic_version IN ROW EXCLUSIVE MODE"))
         user.execute(sa.text("LOCK TABLE alembic_version IN SHARE MODE"))
         with pytest.raises(MigrationError) as caught:
             migrate(settings)
+
     assert str(caught.value) == (
         "shard 1: another migrator or its traffic holds it locked; nothing was changed there; run it again"
     )
+
     migrate(settings)
     assert verify(settings) == []
 
@@ -187,7 +203,7 @@ def test_a_migration_does_not_queue_behind_a_table_in_use(settings: Settings) ->
 
 
 def refusal(settings: Settings) -> str:
-    """Why migrate refuses; verify must say the same, and changes nothing either."""
+    """Return why migrate refuses. Verify must report the same findings."""
     with pytest.raises(MigrationError) as refused:
         migrate(settings)
     with pytest.raises(StartupError) as not_started:
@@ -209,11 +225,13 @@ def test_another_clusters_databases_are_refused(pg_server: PostgresServer, setti
     other = new_settings(pg_server, cluster="other")
     migrate(settings)
     migrate(other)
+
     mixed = changed(settings, shard_dsns=(*settings.shard_dsns[:2], other.shard_dsns[2]))
     assert refusal(mixed) == (
         "shard 2: its DSN points to shard 2 of cluster 'other' with 3 shards, and this is cluster 'test'; "
         "correct SEGSVC_SHARD_DSNS or SEGSVC_CLUSTER"
     )
+
     assert refusal(changed(settings, catalog_dsn=other.catalog_dsn)) == (
         "the catalog: its DSN points to the catalog of cluster 'other' with 3 shards, and this is cluster 'test'; "
         "correct SEGSVC_CATALOG_DSN or SEGSVC_CLUSTER"
@@ -226,13 +244,16 @@ def test_a_shard_of_another_installation_of_the_same_name_is_refused(
     other = new_settings(pg_server)
     migrate(settings)
     migrate(other)
+
     [mine] = rows(settings.catalog_dsn, "SELECT CAST(id AS text) FROM installation")
     [theirs] = rows(other.shard_dsns[1], "SELECT CAST(installation AS text) FROM shard_state")
+
     first, _, third = settings.shard_dsns
     assert refusal(changed(settings, shard_dsns=(first, other.shard_dsns[1], third))) == (
         "shard 1: its DSN points to shard 1 of cluster 'test' with 3 shards, but of another installation of that name "
         f"({theirs[2:-3]}, and the catalog is of {mine[2:-3]}); correct SEGSVC_SHARD_DSNS or SEGSVC_CATALOG_DSN"
     )
+
     assert mine != theirs
 
 
@@ -246,14 +267,17 @@ def test_a_database_that_its_shard_has_left_is_refused(settings: Settings) -> No
 
 def test_a_database_closed_for_a_move_lets_processes_start_but_not_migrators(settings: Settings) -> None:
     migrate(settings)
+
     name = settings.shard_dsns[1].partition("/@/"[1:])[2].partition("?")[0]
     execute(settings.shard_dsns[1], f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+
     [finding] = verify(settings)
     assert finding.outage
     assert str(finding) == (
         f"shard 1: the database '{name}' is closed to writes, because it is being moved; "
         "end the move with `segsvc shards settle 1 --fence` and the DSN of the other database"
     )
+
     with pytest.raises(MigrationError, match="is closed to writes"):
         migrate(settings)
 
@@ -324,11 +348,14 @@ def test_a_schema_of_a_newer_release_is_refused(settings: Settings) -> None:
 
 
 def test_a_crash_before_the_last_step_is_mended_by_running_it_again(settings: Settings) -> None:
+
     migrate(settings)
     execute(settings.catalog_dsn, "UPDATE installation SET founded = NULL")
+
     with pytest.raises(StartupError) as caught:
         verify(settings)
     assert str(caught.value) == "the catalog: it was never set up; run `segsvc migrate`"
+
     migrate(settings)
     assert verify(settings) == []
 
@@ -344,19 +371,22 @@ def test_a_process_does_not_start_on_an_old_schema(settings: Settings) -> None:
 
 def test_a_process_starts_while_a_shard_is_out_of_reach(settings: Settings) -> None:
     migrate(settings)
+
     gone = settings.shard_dsns[1].replace("host=", "host=/nowhere")
     away = changed(settings, shard_dsns=(settings.shard_dsns[0], gone, settings.shard_dsns[2]))
+
     [finding] = verify(away)
     assert finding.outage
     assert finding.where == "shard 1"
     assert finding.problem.startswith("cannot be reached (")
+
     with pytest.raises(MigrationError, match="shard 1: cannot be reached"):
         migrate(away)
 
 
 def test_too_few_prepared_transactions_are_found(settings: Settings) -> None:
     migrate(settings)
-    many = changed(settings, shard_dsns=settings.shard_dsns * 11)  # 33 shards want 70, the server has 64
+    many = changed(settings, shard_dsns=settings.shard_dsns * 11)  # 33 shards need 70, the server has 64
     assert any(
         "max_prepared_transactions is 64, and 70 is the least for its shards" in finding.problem
         for finding in inspect(many)
@@ -373,11 +403,14 @@ def test_a_database_that_is_not_utf8_is_refused_with_the_mend(
 ) -> None:
     name = f"encoded_{next(_numbers)}"
     pg_server.psql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE_PROVIDER libc LOCALE 'C'")
+
     dsns = list(settings.shard_dsns)
     dsns[1] = pg_server.dsn(name)
     wrong = {"catalog_dsn": pg_server.dsn(name)} if kind == "the catalog" else {"shard_dsns": tuple(dsns)}
+
     with pytest.raises(MigrationError) as refused:
         migrate(changed(settings, **wrong))
+
     text = str(refused.value)
     assert text.startswith(f"{kind}: the encoding of the database '{name}' is {encoding}, and must be UTF8"), text
     assert "TEMPLATE template0 ENCODING 'UTF8'" in text
@@ -388,14 +421,16 @@ def test_a_database_that_is_not_utf8_is_refused_with_the_mend(
 def test_an_installation_that_was_founded_on_another_encoding_does_not_start(
     pg_server: PostgresServer, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a release that did not look."""
+    """It was founded by a release that did not check the encoding."""
     name = f"encoded_{next(_numbers)}"
     pg_server.psql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C'")
     given = changed(settings, shard_dsns=(*settings.shard_dsns[:2], pg_server.dsn(name)))
+
     with monkeypatch.context() as before:
         before.setattr(identity, "unfit", lambda _: iter(()))
         migrate(given)
         verify(given)
+
     with pytest.raises(StartupError, match=f"shard 2: the encoding of the database '{name}' is LATIN1"):
         verify(given)
     assert [finding.where for finding in inspect(given)] == ["shard 2"], "doctor says it, too"
@@ -405,6 +440,7 @@ def test_a_session_overrules_what_the_database_is_set_to(settings: Settings) -> 
     migrate(settings)
     shard = settings.shard_dsns[0]
     name = sa.make_url(shard).database
+
     for setting in (
         "client_encoding = 'LATIN1'",
         "standard_conforming_strings = off",
@@ -413,6 +449,7 @@ def test_a_session_overrules_what_the_database_is_set_to(settings: Settings) -> 
         "default_transaction_isolation = 'serializable'",
     ):
         execute(shard, f"ALTER DATABASE {name} SET {setting}")
+
     assert inspect(settings) == []
     with identity.open_databases(settings) as databases, databases[1].engine.connect() as connection:
         assert connection.execute(sa.text(r"SELECT 'ж\', 'x'")).one() == ("ж\\", "x")
@@ -428,8 +465,10 @@ def test_a_session_overrules_what_the_database_is_set_to(settings: Settings) -> 
 )
 def test_a_setting_that_breaks_a_promise_is_refused(settings: Settings, setting: str, problem: str) -> None:
     migrate(settings)
+
     name = sa.make_url(settings.catalog_dsn).database
     execute(settings.catalog_dsn, f"ALTER DATABASE {name} SET {setting}")
+
     with pytest.raises(StartupError, match=f"the catalog: {problem}") as refused:
         verify(settings)
     assert f"ALTER DATABASE {name} RESET" in str(refused.value)

@@ -17,7 +17,7 @@ from tests.run_folder import MARK, _marked, _mounts_below
 
 
 def shared_memory(folder: Path) -> set[Path]:
-    """The shared memory of the PostgreSQL of this run, as files."""
+    """The shared memory of this run's PostgreSQL server, as files."""
     found = set()
     for process in _marked(folder):
         if process.name() == "postgres":
@@ -40,7 +40,8 @@ def test_a_killed_run_leaves_nothing(tmp_path: Path, number: signal.Signals, wor
     place = Path(os.environ[MARK]).parent
     environment = {name: value for name, value in clean_environment().items() if name != MARK and "PYTEST" not in name}
     script = Path(__file__).with_name("killed_run.py")
-    # A background process of a shell may have inherited SIGINT ignored.
+
+    # A background process of a shell may have inherited that SIGINT is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run = subprocess.Popen(
         [sys.executable, "-m", "pytest", str(script), "-n", str(workers), "-p", "no:cacheprovider"],
@@ -50,6 +51,7 @@ def test_a_killed_run_leaves_nothing(tmp_path: Path, number: signal.Signals, wor
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+
     try:
         assert wait_until(lambda: said.exists() and said.read_text() != "", timeout_s=120)
         folder = Path(said.read_text())

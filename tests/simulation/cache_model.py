@@ -1,11 +1,11 @@
-"""The cache protocol as an explicit-state model: every interleaving of its steps, every loss, exhaustively.
+"""The cache protocol as an explicit-state model: it explores every interleaving of its steps and every loss.
 
-One shard, one user. A few loads and one writer at a time, each of which may stall between any two steps or die; bulk
-operations; a server that loses any key, all keys, or comes back as another run with older data. In every state the one
-question is: what would a read be answered now?
+The model has one shard and one user; a few loads and one writer at a time, each of which may stall between any two
+steps or die; bulk operations; and a server that loses any key, loses all keys, or restarts as another run with older
+data. In every state the model asks one question: what does a read answer now?
 
-Nonces are random, so two of them are the same only if one is a copy of the other: it is enough to know of each whether
-it is the one in force. The model is small enough to read in one sitting, and is explored before a rule is changed.
+Nonces are random, so two nonces are equal only if one is a copy of the other: it is enough to know of each whether it
+is the one in force. The model is small enough to read in one sitting. Explore it before you change a rule.
 
 The simulation runs the real code; after each of its steps, what the cache holds beside what is committed must be a
 ``Sight`` that the model knows.
@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 DEAD = -1
-"""Owner of a lease or bar whose process will never come back for it."""
+"""Owner of a lease or bar whose process never comes back for it."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The protocol; a weakening turns one of them off.
+    """The rules of the protocol; a weakening turns one of them off.
 
     Attributes:
         own_token: a fill needs its own lease, not just any.
@@ -33,7 +33,7 @@ class Rules:
         nonce_of_lease: the value carries the generation of its lease, not the one at the fill.
         bar: a writer that is not repeated puts a bar in before its commit.
         delete_after_commit: a writer deletes the key before it acknowledges.
-        duplicates_delete: so does an event that finds itself applied already.
+        duplicates_delete: an event that was applied already deletes the key, too.
         drop_after_commit: the generation is dropped after the bulk commit, not before.
         leases_end: leases and bars of dead processes end by themselves.
     """
@@ -64,20 +64,20 @@ Load = tuple[bool, tuple[int, int] | None] | None
 
 
 class Sight(NamedTuple):
-    """What can be seen at one moment of a user's key and of PostgreSQL, without knowing who is about to do what."""
+    """What a user's key and PostgreSQL show at one moment, without knowledge of the steps that processes do next."""
 
     generation: bool
-    """There is one, of this run of the server."""
+    """A generation exists, of this run of the server."""
     key: str
-    """What the user's key begins with; empty: it is absent."""
+    """The first character of the user's key; empty if the key is absent."""
     usable: bool
-    """It is a value with the nonce in force: a hit."""
+    """The key holds a value with the nonce in force: a hit."""
     newest: tuple[bool, bool]
-    """A usable value is of the newest bulk change; and of the user's newest version."""
+    """Whether a usable value is of the newest bulk change, and whether it is of the user's newest version."""
     promised: tuple[bool, bool]
-    """It is at least of the bulk change that was last reported done; and of the version last acknowledged."""
+    """Whether it is at least of the bulk change last reported done, and at least of the version last acknowledged."""
     pending: tuple[bool, bool]
-    """A bulk change is committed and not reported done; and so is a version."""
+    """Whether a committed bulk change is not yet reported done, and whether a committed version is not acknowledged."""
 
 
 def sight(
@@ -88,7 +88,7 @@ def sight(
     committed: tuple[int, int],
     promised: tuple[int, int],
 ) -> Sight:
-    """``value``: of a usable one, as all of these: (bulk change, version)."""
+    """Build a sight. ``value`` is that of a usable entry. Each pair is (bulk change, version)."""
     at = committed if value is None else value
     return Sight(
         generation,
@@ -110,18 +110,18 @@ class State:
     user: Key = None
     loads: tuple[Load, ...] = ()
     writer: str = "idle"
-    """idle; an event is then committed (not acknowledged), or dead (committed, and comes again); a call, which nobody
-    repeats, is begun (before its commit), then called (committed, and not answered)."""
+    """idle; or an event that is committed (not acknowledged), or dead (committed, and delivered again); or a call,
+    which is not repeated, that is begun (before its commit), then called (committed, and not answered)."""
     intact: bool = True
-    """No key was lost since the call began: then its death after the commit must be harmless."""
+    """No key was lost since the call began. If so, the caller's death after the commit must be harmless."""
     bulk: str = "idle"
-    """idle, or dropped (by the weakening, before the commit), or committed (and not done)."""
+    """idle; or dropped (by the weakening, before the commit); or committed (and not done)."""
     snapshot: Key = None
     restores: int = 0
 
     @property
     def answer(self) -> tuple[int, int] | None:
-        """What a read finds in the cache; None: a miss."""
+        """What a read finds in the cache; None means a miss."""
         if not self.generation or self.user is None or self.user[0] != "V" or not self.user[1]:
             return None
         return self.user[2], self.user[3]  # type: ignore[return-value]
@@ -147,7 +147,7 @@ def _without_nonce(key: Key) -> Key:
 
 
 def _lose_generation(state: State) -> State:
-    """Whatever carries its nonce is worth nothing from now on."""
+    """Lose the generation: every value and lease with its nonce is useless from now on."""
     return replace(
         state,
         generation=False,
@@ -168,12 +168,13 @@ def _loads(state: State, rules: Rules, n: int) -> Iterator[State]:
             state.user[0] == "V" and state.answer is None and rules.lease_replaces_stale
         )
         if replaceable:
-            # Another run's or none: a fresh nonce, which nothing carries yet.
+            # The generation is another run's or absent: a fresh nonce is drawn, and no value has it yet.
             read = None if rules.select_after_lease else (state.operation, state.version)
             yield _with_load(replace(state, generation=True, user=("L", n)), n, (True, read))
             if not rules.select_after_lease:
                 return
         return
+
     in_force, read = load
     if read is None:
         yield _with_load(state, n, (in_force, (state.operation, state.version)))
@@ -182,7 +183,8 @@ def _loads(state: State, rules: Rules, n: int) -> Iterator[State]:
         nonce = in_force if rules.nonce_of_lease else state.generation
         filled = replace(state, user=("V", nonce and state.generation, *read)) if mine else state
         yield _with_load(filled, n, None)
-    # It dies, or is never heard of again: nobody has its token.
+
+    # The load dies or never continues: no process has its token.
     forgotten = ("L", DEAD)
     yield _with_load(
         replace(
@@ -196,7 +198,7 @@ def _loads(state: State, rules: Rules, n: int) -> Iterator[State]:
 
 
 def _early_loads(state: State, rules: Rules, n: int) -> Iterator[State]:
-    """The weakening by which the shard is read before the lease is asked for."""
+    """The weakening in which the shard is read before the lease is requested."""
     if rules.select_after_lease or state.loads[n] is not None:
         return
     yield _with_load(state, n, (False, (state.operation, state.version)))
@@ -205,20 +207,20 @@ def _early_loads(state: State, rules: Rules, n: int) -> Iterator[State]:
 def _writer(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
     if state.writer == "idle" and state.version < bounds.versions:
         yield replace(state, writer="begun", intact=True, user=("B",) if rules.bar else state.user)
-        # An event, which is delivered until it is acknowledged, needs no bar.
+        # An event is delivered until it is acknowledged, so it needs no bar.
         yield replace(state, writer="committed", version=state.version + 1)
     elif state.writer == "begun":
         yield replace(state, writer="called", version=state.version + 1)
         yield replace(state, writer="idle")  # it died before its commit
     elif state.writer == "called":
         yield _acknowledged(state, rules.delete_after_commit)
-        # It dies and is not repeated. What it has committed must be seen all the same, once its bar has ended.
+        # The call dies and is not repeated. Reads must still see what it committed, once its bar has ended.
         yield replace(state, writer="idle", acknowledged=state.version if state.intact else state.acknowledged)
     elif state.writer == "committed":
         yield _acknowledged(state, rules.delete_after_commit)
         yield replace(state, writer="dead")
     elif state.writer == "dead":
-        # It comes again, and finds itself applied.
+        # The event is delivered again, and was applied already.
         yield _acknowledged(state, rules.duplicates_delete and rules.delete_after_commit)
 
 
@@ -239,14 +241,14 @@ def _bulk(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
 
 
 def _ends(state: State, rules: Rules) -> Iterator[State]:
-    """Leases and bars end by themselves; a bar not before its writer's commit, since its session ends first."""
+    """Leases and bars end by themselves. A bar does not end before its writer's commit: the session ends first."""
     held = state.user is not None and state.user[0]
     if rules.leases_end and (held == "L" or (held == "B" and state.writer != "begun")):
         yield replace(state, user=None)
 
 
 def _others(state: State) -> Iterator[State]:
-    """A miss of another user, or a refused one of this, draws a generation where there is none."""
+    """A miss of another user, or a refused miss of this user, draws a generation if none exists."""
     yield replace(state, generation=True)
 
 
@@ -262,7 +264,7 @@ def _losses(state: State, bounds: Bounds) -> Iterator[State]:
 
 
 def steps(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
-    """What may come next, as long as nothing is lost."""
+    """The possible next states, as long as nothing is lost."""
     for n in range(bounds.loads):
         if rules.select_after_lease:
             yield from _loads(state, rules, n)
@@ -273,6 +275,7 @@ def steps(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
                 yield _with_load(replace(state, generation=True, user=("L", n)), n, (True, load[1]))
             if load is not None:
                 yield from _loads(state, rules, n)
+
     yield from _writer(state, rules, bounds)
     yield from _bulk(state, rules, bounds)
     yield from _ends(state, rules)
@@ -284,8 +287,8 @@ class Verdict:
     """What a search found.
 
     Attributes:
-        trace: the shortest way to an answer that is too old; empty: there is none.
-        sights: all that can be seen.
+        trace: the shortest way to an answer that is too old; empty if no such answer exists.
+        sights: all sights that can be reached.
     """
 
     states: int
@@ -303,6 +306,7 @@ def explore(rules: Rules, bounds: Bounds | None = None) -> Verdict:
     first = _first(bounds)
     came_from: dict[State, State | None] = {first: None}
     frontier = deque([first])
+
     while frontier:
         state = frontier.popleft()
         for after in (*steps(state, rules, bounds), *_losses(state, bounds)):
@@ -312,6 +316,7 @@ def explore(rules: Rules, bounds: Bounds | None = None) -> Verdict:
             if after.stale:
                 return Verdict(len(came_from), tuple(_way_to(after, came_from)), frozenset())
             frontier.append(after)
+
     return Verdict(len(came_from), (), frozenset(state.sight for state in came_from))
 
 
@@ -323,10 +328,11 @@ def _way_to(state: State, came_from: dict[State, State | None]) -> list[State]:
 
 
 def stuck(rules: Rules, bounds: Bounds) -> State | None:
-    """A state from which the user will never be a hit again, unless a key is lost; None: there is none."""
+    """A state from which the user is never a hit again unless a key is lost; None if no such state exists."""
     came_from: dict[State, list[State]] = defaultdict(list)
     reached = {_first(bounds)}
     frontier = list(reached)
+
     while frontier:
         state = frontier.pop()
         following = list(steps(state, rules, bounds))
@@ -336,6 +342,7 @@ def stuck(rules: Rules, bounds: Bounds) -> State | None:
             if after not in reached:
                 reached.add(after)
                 frontier.append(after)
+
     hopeful = [state for state in reached if state.answer is not None]
     not_stuck = set(hopeful)
     while hopeful:
@@ -343,4 +350,5 @@ def stuck(rules: Rules, bounds: Bounds) -> State | None:
             if before not in not_stuck:
                 not_stuck.add(before)
                 hopeful.append(before)
+
     return next(iter(reached - not_stuck), None)

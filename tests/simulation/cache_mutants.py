@@ -1,4 +1,4 @@
-"""The cache protocol with one of its rules broken, each as somebody might well have written it."""
+"""Mutants of the cache protocol: each breaks one rule, as a programmer might easily do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NonceTakenAtTheFill(SimulatedClient):
 
 
 class SelectBeforeTheLeasesReply(SimulatedColdReads):
-    """Both are sent together, to spare a round trip."""
+    """Both are sent together, to save a round trip."""
 
     def _acquire(self, shard: Any, user_ids: Sequence[int]) -> Grant | None:
         try:
@@ -42,7 +42,7 @@ class SelectBeforeTheLeasesReply(SimulatedColdReads):
 
 
 class JoiningAnyLoad(SimulatedColdReads):
-    """Also one that has read the shard already."""
+    """A read also joins a load that has read the shard already."""
 
     def _enqueue(self, user_id: int, waiter: Any, places: int) -> ServiceError | None:
         for load in self._shards[0].loads:

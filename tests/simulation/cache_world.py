@@ -1,6 +1,6 @@
 """One run of the cache protocol: readers, loads, writers and bulk changes on the cache's own code, under the scheduler.
 
-Real are ``CacheReader``, ``CacheClient``, the whole of ``ColdReads`` but its threads, and ``OverrideService``.
+The real parts are ``CacheReader``, ``CacheClient``, ``ColdReads`` except its threads, and ``OverrideService``.
 PostgreSQL is a dictionary whose every statement and commit is a step; Redis is ``MemoryRedis``.
 """
 
@@ -41,19 +41,19 @@ DRAIN_STEPS = 3000
 
 @dataclass
 class Truth:
-    """What is committed, and what has been acknowledged of it."""
+    """What is committed, and which part of it has been acknowledged."""
 
     users: dict[int, int] = field(default_factory=dict)
     operation: int = 0
     acknowledged: dict[int, int] = field(default_factory=dict)
     acknowledged_operation: int = 0
     locks: dict[int, Lock] = field(default_factory=lambda: {user: Lock() for user in USERS})
-    """Of the users' rows: events and overrides of one user come one after the other."""
+    """Locks of the users' rows: events and overrides of one user run one after the other."""
 
 
 @cache
 def known_sights() -> frozenset[cache_model.Sight]:
-    """What the model says that can be seen. One load shows as much as two, and one user version as much as many."""
+    """The sights that the model can reach. One load shows as much as two, and one user version as much as many."""
     return cache_model.explore(cache_model.Rules(), cache_model.Bounds(loads=1, versions=1, operations=1)).sights
 
 
@@ -107,7 +107,7 @@ class SimulatedColdReads(ColdReads):
         self._threads = []
 
     def work(self, scheduler: Scheduler) -> None:
-        """What one of its threads does."""
+        """Load for ever, as one of the real threads does."""
         shard = self._shards[SHARD]
         while True:
             scheduler.wait(lambda: bool(shard.gathering), None, "wait for a message")
@@ -159,17 +159,19 @@ class Overrides:
         timeout_s: float | None,
     ) -> UserOverrides | None:
         truth = self._truth
+
         with self._server.transaction() as transaction:
             transaction.lock(truth.locks[user_id])
             if user_id not in truth.users:
                 transaction.end()
+
                 return None
             transaction.write(lambda: _raise_version(truth, user_id))
             before_commit()
         return UserOverrides((), 0, ())
 
     def page(self, user_id: int, after: str, limit: int, *, timeout_s: float | None) -> None:
-        """Not asked here."""
+        """Not called here."""
 
 
 def _raise_version(truth: Truth, user: int) -> None:
@@ -193,18 +195,23 @@ class CacheWorld:
     ) -> None:
         self.scheduler = Scheduler(seed, rates or FaultRates(), verbose)
         self.habits = habits or Habits()
+
         self.redis = self.habits.redis(lambda: self.scheduler.now)
         self.truth = Truth(users={user: 1 for user in USERS if user != LATE_USER})
+
         self._snapshot = dict(self.redis.values)
         self.hits = 0
         self.reads = 0
+
         random = self.scheduler.random
         self._events = [random.choice(USERS) for _ in range(random.choice((0, 1, 2, 3)))]
         self._operations = random.choice((0, 1, 2))
         self._overrides = [random.choice(USERS) for _ in range(random.choice((0, 1, 2)))]
+
         self._versions: dict[int, int] = {}
-        """By event: the version that it gave its user."""
+        """By event: the version that the event gave its user."""
         self._seen: dict[int, tuple[object, ...]] = {}
+
         self.scheduler.after_step = self._look
 
     def _server(self) -> Server:
@@ -213,7 +220,7 @@ class CacheWorld:
     # -- the cast ---------------------------------------------------------------------------------------------------
 
     def front(self) -> None:
-        """Two reading tasks and two that load, with a client of their own."""
+        """Run two tasks that read and two that load, with one client of their own."""
         client = self.habits.client(self.scheduler, self.redis)
         cold = self.habits.cold_reads(Reads(self._server(), self.truth), client)
         for n in range(2):
@@ -225,13 +232,16 @@ class CacheWorld:
         reader = CacheReader(client, 1)
         while True:
             self.scheduler.sleep(0.05)
+
             user = self.scheduler.random.choice(USERS)
             known = self.truth.acknowledged.get(user, 0)
             known_operation = self.truth.acknowledged_operation
+
             entry: Entry | None = None
             with contextlib.suppress(ServiceError):
                 reader.connect()
                 [entry] = reader.lookup([user])
+
             if entry is not None:
                 self.hits += 1
             else:
@@ -241,8 +251,10 @@ class CacheWorld:
                         raise Violation(f"user {user} was acknowledged and is not found")
                     continue
                 entry = outcome
+
             self.reads += 1
             version, operation = entry[ROW_VERSION], entry[FIRST_SEGMENT]
+
             if version < known:
                 raise Violation(f"a read saw version {version} of user {user}, {known} had been acknowledged")
             if operation < known_operation:
@@ -257,9 +269,10 @@ class CacheWorld:
         return outcomes[0]
 
     def bridge(self) -> None:
-        """Events: commit, tell the cache, acknowledge. Delivered until acknowledged."""
+        """Handle events: commit, invalidate the cache, acknowledge. An event is delivered until acknowledged."""
         client = self.habits.client(self.scheduler, self.redis)
         server = self._server()
+
         while self._events:
             user, number = self._events[0], len(self._events)
             try:
@@ -270,12 +283,13 @@ class CacheWorld:
             except UNAVAILABLE:
                 self.scheduler.sleep(0.1)
                 continue
+
             self.truth.acknowledged[user] = max(self.truth.acknowledged.get(user, 0), self._versions[number])
             if len(self._events) == number:
                 self._events.pop(0)
 
     def _apply(self, server: Server, user: int, number: int) -> bool:
-        """Whether the event had been applied before."""
+        """Apply the event. Returns whether it had been applied before."""
         with server.transaction() as transaction:
             transaction.lock(self.truth.locks[user])
             if server.ask("known?", lambda: number in self._versions):
@@ -290,9 +304,10 @@ class CacheWorld:
         return False
 
     def overrider(self) -> None:
-        """Changes of one user by a call, which nobody repeats."""
+        """Change one user's overrides by a call; a call that fails is not repeated."""
         client = self.habits.client(self.scheduler, self.redis)
         service = OverrideService(Overrides(self._server(), self.truth), client, None, self)  # type: ignore[arg-type]
+
         while self._overrides:
             user = self._overrides.pop()
             known = self.truth.users.get(user, 0)
@@ -300,13 +315,15 @@ class CacheWorld:
                 service.modify(user, OverrideChanges((), ()), None, timeout_s=30)
             except ServiceError:
                 continue
-            # At least one more than before; what events added meanwhile is theirs to acknowledge.
+
+            # At least one more than before; versions that events added meanwhile are acknowledged by the bridge.
             self.truth.acknowledged[user] = max(self.truth.acknowledged.get(user, 0), known + 1)
 
     def operator(self) -> None:
-        """Bulk changes: commit on the shard, drop the generation, report it done; recovery repeats until it is."""
+        """Make bulk changes: commit on the shard, drop the generation, report it done; repeat a failed one."""
         client = self.habits.client(self.scheduler, self.redis)
         server = self._server()
+
         while self.truth.acknowledged_operation < self._operations:
             wanted = self.truth.acknowledged_operation + 1
             try:
@@ -318,20 +335,24 @@ class CacheWorld:
             except ServiceError:
                 self.scheduler.sleep(0.1)
                 continue
+
             self.truth.acknowledged_operation = wanted
 
     def _commit_operation(self, number: int) -> None:
         self.truth.operation = max(self.truth.operation, number)
 
     def forgetful(self) -> None:
-        """The server loses keys, all of them, or itself; and time passes, so that leases end."""
+        """The server loses a key or all keys, or it restarts; and time passes, so that leases end."""
         random = self.scheduler.random
+
         while True:
             self.scheduler.sleep(0.2)
             if not self.scheduler.chance(0.3):
                 continue
+
             what = random.choice(("evict", "evict", "flush", "empty", "snapshot", "restore", "time"))
             self.scheduler.note(f"the cache: {what}")
+
             if what == "evict" and self.redis.values:
                 self.redis.evict(random.choice(sorted(self.redis.values)))
             elif what == "flush":
@@ -349,17 +370,20 @@ class CacheWorld:
         self.scheduler.pause(point)
 
     def _look(self) -> None:
-        """Whether the model knows what the cache now holds of each user beside what is committed."""
+        """Check that the model knows each user's present sight: what the cache holds, beside what is committed."""
         g, truth = self.redis.peek(KEYS.generation(SHARD)), self.truth
         nonce = nonce_of(g, self.redis.run_id)
+
         for user, version in truth.users.items():
             held = self.redis.peek(KEYS.user(SHARD, user))
             promised = (truth.acknowledged_operation, truth.acknowledged.get(user, 0))
             now = (nonce, held, truth.operation, version, promised)
             if self._seen.get(user) == now:
                 continue
+
             self._seen[user] = now
             entry = decode(held, None if nonce is None else prefix(nonce), int(self.scheduler.now * 1e6))
+
             looks = cache_model.sight(
                 generation=nonce is not None,
                 key="" if held is None else held[:1].decode(),
@@ -367,6 +391,7 @@ class CacheWorld:
                 committed=(truth.operation, version),
                 promised=promised,
             )
+
             if looks not in known_sights():
                 raise Violation(f"the model does not know what the cache holds of user {user}: {looks}")
 
@@ -378,6 +403,7 @@ class CacheWorld:
         kept = [module.log for module in modules]
         for module in modules:
             module.log = Silent()  # type: ignore[assignment]
+
         try:
             self._run()
         finally:
@@ -392,11 +418,14 @@ class CacheWorld:
             ("operator", self.operator), ("server", self.forgetful),
         ):  # fmt: skip
             scheduler.add_process(name, main)
+
         scheduler.run(STEPS)
+
         scheduler.end_faults()
         if not scheduler.run(DRAIN_STEPS, self._at_rest):
             raise Violation("it does not come to rest")
-        # Whatever was lost, reads are served, and by the cache: no key is stuck for ever.
+
+        # Whatever was lost, reads are served, and the cache serves them: no key is stuck for ever.
         scheduler.now += 61.0
         hits = self.hits
         if not scheduler.run(DRAIN_STEPS, lambda: self.hits > hits + 1):

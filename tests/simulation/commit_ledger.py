@@ -1,6 +1,6 @@
-"""The ledger in memory: the statements of ``catalog.ledger``, each a step in which the world may change.
+"""The ledger in memory: the statements of ``catalog.ledger``; each is a step in which the world may change.
 
-It stands behind ``segsvc.twophase.ports.Ledger``; the protocol above it is the real one. Methods that a mutant replaces
+It implements ``segsvc.twophase.ports.Ledger``; the protocol above it is the real one. Methods that a mutant replaces
 are small on purpose.
 """
 
@@ -59,14 +59,14 @@ class Row:
 
 @dataclass
 class Catalog:
-    """What is durable in the catalog, and what the test knows of it beside."""
+    """The durable data of the catalog, and the test's own notes about them."""
 
     rows: dict[UUID, Row] = field(default_factory=dict)
     rules: dict[int, int] = field(default_factory=dict)
-    """Live segments: the threshold of their rule."""
+    """Threshold of the rule, by live segment."""
     in_flight_index: Lock = field(default_factory=Lock)
     refused_at_commit: dict[UUID, int] = field(default_factory=dict)
-    """How many decisions of an operation meet an integrity error; a later one does not."""
+    """Number of decisions of an operation that meet an integrity error; a later decision does not."""
     refused: set[UUID] = field(default_factory=set)
     decided_after_refusal: set[UUID] = field(default_factory=set)
     refused_on_shards: set[UUID] = field(default_factory=set)
@@ -93,7 +93,7 @@ class SimulatedLedger:
         return Operation(row.id, row.seq, row.plan, row.state, EPOCH, None, None, None, None, None, votes, None, late)
 
     def _in_time(self, row: Row) -> bool:
-        """By the catalog's clock, in the statement that asks."""
+        """Whether the deadline has not passed by the catalog's clock, in the statement that asks."""
         return self._scheduler.now < row.deadline
 
     def get(self, operation_id: UUID) -> Operation | None:
@@ -155,12 +155,15 @@ class SimulatedLedger:
     def _start(self, transaction: Transaction) -> tuple[Row | None, bool]:
         if self._server.ask("in flight?", self._catalog.in_flight):
             return None, False
+
         queued = self._server.ask("whose turn?", self._whose_turn)
         if queued is None:
             return None, False
+
         transaction.lock(queued.lock, timeout_s=5)
         if queued.state is not S.QUEUED:
             return None, False
+
         exists = queued.plan.segment_id in self._catalog.rules
         valid = exists != (queued.plan.kind is OperationKind.CREATE)
         if not valid:
@@ -168,6 +171,7 @@ class SimulatedLedger:
             return queued, False
         if not self._enter(transaction):
             return None, False
+
         now = self._scheduler.now
         queued_deadline = now + DEADLINE_S
 
@@ -186,7 +190,7 @@ class SimulatedLedger:
         return queued, True
 
     def _whose_turn(self) -> Row | None:
-        """Of the segment that was served least recently, the oldest."""
+        """The oldest queued operation of the segment that was served least recently."""
         heads: dict[str, Row] = {}
         served: dict[str, float] = {}
         for row in sorted(self._catalog.rows.values(), key=lambda row: row.seq):
@@ -197,7 +201,7 @@ class SimulatedLedger:
         return min(heads.values(), key=lambda row: (served.get(row.plan.slug, row.accepted), row.seq), default=None)
 
     def _enter(self, transaction: Transaction) -> bool:
-        """The unique index over what is in flight: waits for whoever is about to enter it, and fails if it is taken."""
+        """Enter the unique index of operations in flight: wait for a transaction that enters it; fail if taken."""
         transaction.lock(self._catalog.in_flight_index, timeout_s=5)
         return not self._catalog.in_flight()
 
@@ -214,7 +218,7 @@ class SimulatedLedger:
         return claimed
 
     def _may_dispatch(self, row: Row) -> bool:
-        """In the statement that claims the dispatch."""
+        """Check the deadline, in the statement that claims the dispatch."""
         return self._in_time(row)
 
     def vote(self, operation_id: UUID, counts: ShardCounts) -> Answer:
@@ -223,18 +227,20 @@ class SimulatedLedger:
             transaction.lock(row.lock, exclusive=False, timeout_s=5)
             if row.state is not S.PREPARING:
                 return Answer.REFUSED
+
             self._server.ask("vote", lambda: None)
             if counts.shard not in row.votes:
                 if not self._may_vote(row):
                     return Answer.LATE
                 if not self._in_time(row):
                     raise Violation("a vote is cast too late")
+
             transaction.write(lambda: row.votes.setdefault(counts.shard, counts))
             self._reach("vote-not-committed")
         return Answer.TAKEN
 
     def _may_vote(self, row: Row) -> bool:
-        """In the statement that inserts the vote."""
+        """Check the deadline, in the statement that inserts the vote."""
         return self._in_time(row)
 
     def commit(self, operation_id: UUID) -> Answer:
@@ -243,15 +249,17 @@ class SimulatedLedger:
             transaction.lock(row.lock, timeout_s=5)
             if row.state is not S.PREPARING or len(row.votes) < self._shard_count:
                 return Answer.REFUSED
+
             self._scheduler.dawdle("change the segment")
             if not self._decide_in_time(transaction, row):
                 transaction.end()
                 return Answer.LATE
+
             self._reach("decision-not-committed")
         return Answer.TAKEN
 
     def _decide_in_time(self, transaction: Transaction, row: Row) -> bool:
-        """The decision's last statement."""
+        """Decide unless the deadline has passed, as the decision's last statement."""
         if not self._in_time(row):
             return False
         self._decide(transaction, row)
@@ -265,8 +273,10 @@ class SimulatedLedger:
             transaction.end()  # at the error, not at the client's ROLLBACK: the row is free before the client knows
             self._scheduler.pause("integrity error")
             raise WorkFailed(Failure("INTERNAL", "refused", {"why": "INTEGRITY"}))
+
         if not self._in_time(row):
             raise Violation(f"{row.plan.kind.name} is decided {self._scheduler.now - row.deadline:.1f} s too late")
+
         plan, rules = row.plan, self._catalog.rules
 
         def decided() -> None:

@@ -1,4 +1,4 @@
-"""The commit protocol with one of its rules broken, each as somebody might well have written it."""
+"""Mutants of the commit protocol: each breaks one rule, as a programmer might easily do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RollbackBeforeTheAbortIsRecorded(Coordinator):
 
 
 class RollbackAfterARefusedVote(Coordinator):
-    """Without reading the ledger again."""
+    """It rolls back without reading the ledger again."""
 
     def prepare_shard(self, operation_id: UUID, shard: int, on_progress: Callable[[ShardProgress], None]) -> None:
         ledger = self._ledger
@@ -73,7 +73,7 @@ class RollbackAfterARefusedVote(Coordinator):
 
 class VoteWithoutTheCommandTag(SimulatedShard):
     def _judge_tag(self, tag: str) -> None:
-        """Whatever the server answered, it raised nothing."""
+        """Accept every answer of the server that raised no error."""
 
 
 class OneInFlightByNotExists(SimulatedLedger):
@@ -94,7 +94,7 @@ class DecisionWithoutCompareAndSet(SimulatedLedger):
 
 
 class DeadlineReadBeforeTheDecision(SimulatedLedger):
-    """With the operation, as a statement of its own: whoever sleeps after it, or waits for a lock, decides too late."""
+    """It is read with the operation, in an earlier statement: a process that then sleeps or waits decides too late."""
 
     def _decide_in_time(self, transaction: Transaction, row: Row) -> bool:
         in_time = self._in_time(row)
@@ -105,7 +105,7 @@ class DeadlineReadBeforeTheDecision(SimulatedLedger):
 
 
 class DecisionWithoutTheDeadline(SimulatedLedger):
-    """Only recovery looks at it: whoever wakes with all votes in decides, however late."""
+    """Only recovery checks the deadline: a process that wakes with all votes in decides, however late."""
 
     def _decide_in_time(self, transaction: Transaction, row: Row) -> bool:
         self._decide(transaction, row)
@@ -123,7 +123,7 @@ class DispatchWithoutTheDeadline(SimulatedLedger):
 
 
 class AbortWithoutCompareAndSet(SimulatedLedger):
-    """Whoever aborts has read the state a statement ago, or was refused a decision that another one has made since."""
+    """An aborting process read the state a statement ago, or lost a decision that another process has made since."""
 
     def abort(
         self, operation_id: UUID, failure: Failure, *, from_states: Sequence[OperationState], if_late: bool = False
@@ -156,7 +156,7 @@ class LedgerReadBeforeWhatIsPrepared(Coordinator):
 
 
 class AbortedVisitedOnce(Coordinator):
-    """By the abort itself; recovery takes it for done."""
+    """Only the abort itself visits the shards; recovery treats the operation as done."""
 
     def _settle(self, participant: Participant, gid: Gid, state: OperationState | None) -> None:
         if state is OperationState.ABORTED:

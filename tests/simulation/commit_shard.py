@@ -1,6 +1,6 @@
-"""Shards in memory: the statements of ``segsvc.postgres.shard.participant``, each a step in which the world may change.
+"""Shards in memory: the statements of ``segsvc.postgres.shard.participant``, as steps in which the world may change.
 
-They stand behind ``segsvc.twophase.ports.Participant``; the protocol above them is the real one. Methods that a mutant
+They implement ``segsvc.twophase.ports.Participant``; the protocol above them is the real one. Methods that a mutant
 replaces are small on purpose.
 """
 
@@ -30,13 +30,13 @@ S = OperationState
 
 @dataclass
 class ShardData:
-    """What is durable on one shard."""
+    """The durable data of one shard."""
 
     rules: dict[int, int] = field(default_factory=dict)
     versions: dict[int, int] = field(default_factory=dict)
-    """By segment: seq of the operation that changed it last; never forgotten, for the readers' sake."""
+    """By segment: seq of the operation that changed it last; kept for ever, because the readers need it."""
     users: dict[int, set[int]] = field(default_factory=dict)
-    """Users with the segments they are in."""
+    """Segments by user."""
     fences: set[UUID] = field(default_factory=set)
     prepared: dict[str, tuple[Transaction, float]] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
@@ -50,7 +50,7 @@ def is_member(user: int, threshold: int) -> bool:
 
 
 class SimulatedShard:
-    """Implements ``twophase_ports.Participant``; takes user events as well."""
+    """Implements ``twophase_ports.Participant``, and takes user events as well."""
 
     def __init__(
         self, scheduler: Scheduler, number: int, data: ShardData, catalog: Catalog, reach: Callable[..., None]
@@ -78,7 +78,7 @@ class SimulatedShard:
         return self._server.ask("prepared?", lambda: str(gid) in self._data.prepared)
 
     def version(self, segment: int) -> int:
-        """What a reader of memberships sees."""
+        """The version that a reader of memberships sees."""
         return self._server.ask("read", lambda: self._data.versions.get(segment, 0))
 
     # -- work -------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class SimulatedShard:
             counts = self._work(transaction, operation, users())
             self._reach("worked-not-prepared")
             if self._scheduler.chance(self._scheduler.rates.lost_request):
-                transaction.end()  # the session has failed: the server rolls back, and says so without an error
+                transaction.end()  # the session has failed: the server rolls back, and reports it without an error
 
             def prepare() -> str:
                 if transaction.ended:
@@ -122,7 +122,7 @@ class SimulatedShard:
             raise shard_unavailable(self.shard)
 
     def _fence(self, transaction: Transaction, operation: Operation) -> bool:
-        """Insert the fence: waits for a twin that has one not committed yet."""
+        """Insert the fence. Waits for a twin whose fence is not committed yet."""
         transaction.lock(self._data.fence_keys.setdefault(operation.id, Lock()))
         if operation.id in self._data.fences:
             return False
@@ -193,7 +193,7 @@ class SimulatedShard:
     # -- user events ------------------------------------------------------------------------------------------------
 
     def add_user(self, user: int) -> None:
-        """Apply a create-user event: the user gets what the rules of now say. Idempotent."""
+        """Apply a create-user event: the user gets the segments by the present rules. Idempotent."""
         data = self._data
         with self._server.transaction() as transaction:
             rules = self._begin_event(transaction)

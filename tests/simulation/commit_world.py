@@ -1,4 +1,4 @@
-"""One run of the commit protocol: fronts, workers, beat, events and readers under the scheduler, then the reckoning."""
+"""One run of the commit protocol: fronts, workers, beat, events and readers under the scheduler; then a final check."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNAVAILABLE = (ServiceError, LockTimeout)
 
 
 class Silent:
-    """Logs of processes that die by the thousand are nobody's business."""
+    """Drops the logs: processes die by the thousand here, and their logs help no reader."""
 
     def __getattr__(self, _: str) -> Callable[..., None]:
         return lambda *_, **__: None
@@ -37,7 +37,7 @@ class Silent:
 
 @dataclass
 class Message:
-    """In the broker. ``shard`` None: the chord's body."""
+    """A message in the broker. With ``shard`` None it is the chord's body."""
 
     operation: Operation
     shard: int | None
@@ -59,21 +59,26 @@ class World:
     ):
         self.scheduler = Scheduler(seed, rates or FaultRates(), verbose)
         self.parts = parts or Parts()
+
         self.catalog = Catalog()
         self.shards = [ShardData() for _ in range(SHARDS)]
         self.queue: list[Message] = []
         self.nonces = [0] * SHARDS
         self.cached: dict[tuple[int, int], tuple[int, int]] = {}
-        """By shard and segment: the generation it was filled under, and the version that was read."""
+        """By shard and segment: the generation under which the entry was filled, and the version that was read."""
+
         self.reached: set[str] = set()
         self.accepted: set[UUID] = set()
         self.events_acknowledged: set[int] = set()
         self.reads = 0
+
         random = self.scheduler.random
         self._script = [self._draw_plan(n) for n in range(random.choice((1, 2, 2, 3)))]
         self._events = list(range(100, 100 + random.choice((0, 2, 4))))
+
         for shard, data in enumerate(self.shards):
             data.users = {user: set() for user in range(shard, 12, SHARDS)}
+
         self.alarms: list[str] = []
         self._strangers = 0
         self._may_lose = random.random() < 0.2
@@ -82,7 +87,7 @@ class World:
     # -- the cast ---------------------------------------------------------------------------------------------------
 
     def _draw_plan(self, number: int) -> tuple[UUID, OperationPlan]:
-        """The first operation creates a segment; the others do what comes, sensible or not."""
+        """The first operation often creates a segment; the kinds of the rest are drawn, sensible or not."""
         random = self.scheduler.random
         kinds = (OperationKind.ROLL_OUT, OperationKind.ROLL_OUT, OperationKind.DELETE, OperationKind.CREATE)
         kind = OperationKind.CREATE if number == 0 and random.random() < 0.3 else random.choice(kinds)
@@ -92,8 +97,9 @@ class World:
         return UUID(int=number + 1), plan
 
     def coordinator(self) -> Coordinator:
-        """One process's worth of the protocol."""
+        """Build the protocol as one process has it."""
         ledger = self.parts.ledger(self.scheduler, self.catalog, self._reach, SHARDS)
+
         return self.parts.coordinator(
             cluster=CLUSTER,
             ledger=ledger,  # type: ignore[arg-type]
@@ -109,9 +115,10 @@ class World:
         )
 
     def front(self) -> None:
-        """Accept the operations of the script, one after the other; a creation is carried out here."""
+        """Accept the operations of the script one after the other, and carry out creations here."""
         coordinator = self.coordinator()
         ledger = coordinator._ledger
+
         while self._script:
             operation_id, plan = self._script.pop(0)
             try:
@@ -127,21 +134,24 @@ class World:
                               coordinator.participants)  # type: ignore[misc]  # fmt: skip
                 self._finalize(coordinator, operation_id)
             except UNAVAILABLE:
-                continue  # it is accepted, or it is not; recovery knows
+                continue  # the operation is accepted or not; recovery handles both
 
     def worker(self) -> None:
         coordinator = self.coordinator()
         random = self.scheduler.random
         self._recover(coordinator)
+
         while True:
             self.scheduler.wait(lambda: bool(self.queue), None, "wait for a message")
             message = random.choice(self.queue)
-            # Acknowledged late: it is still there if this process dies, unless the broker loses it.
+
+            # Acknowledged late: the message is still there if this process dies, unless the broker loses it.
             if self.scheduler.chance(self.scheduler.rates.twin_message):
                 twin = True
             else:
                 twin = False
                 self.queue.remove(message)
+
             try:
                 if message.shard is None:
                     self._finalize(coordinator, message.operation.id)
@@ -154,7 +164,7 @@ class World:
                     self.queue.append(message)
 
     def _finalize(self, coordinator: Coordinator, operation_id: UUID) -> None:
-        """As a chord's body does; what it says is what people read in Flower."""
+        """Finalize as a chord's body does. People read its result in Flower, so the result must be true."""
         if coordinator.finalize(operation_id) and not self.catalog.rows[operation_id].state.final:
             raise Violation("a finalizer says that an operation has ended, and it has not")
 
@@ -171,7 +181,7 @@ class World:
             self.scheduler.sleep(RECOVERY_S)
 
     def _recover(self, coordinator: Coordinator) -> None:
-        with contextlib.suppress(*UNAVAILABLE):  # the next one is near
+        with contextlib.suppress(*UNAVAILABLE):  # the next recovery comes soon
             coordinator.recover()
 
     def keeper(self) -> None:
@@ -186,14 +196,17 @@ class World:
         """Send user events until each is applied."""
         while self._events:
             user = self._events[0]
+
             shard = self.parts.shard(
                 self.scheduler, user % SHARDS, self.shards[user % SHARDS], self.catalog, self._reach
             )
+
             try:
                 shard.add_user(user)
             except UNAVAILABLE:
                 self.scheduler.sleep(0.1)
                 continue
+
             self.events_acknowledged.add(user)
             if self._events and self._events[0] == user:
                 self._events.pop(0)
@@ -204,6 +217,7 @@ class World:
             self.scheduler.sleep(0.15)
             shard, segment = self.scheduler.random.randrange(SHARDS), self.scheduler.random.choice(SEGMENTS)
             known = self._newest_done(segment)
+
             nonce = self.nonces[shard]
             entry = self.cached.get((shard, segment))
             if entry is not None and entry[0] == nonce:
@@ -216,6 +230,7 @@ class World:
                     continue
                 self.scheduler.pause("fill")
                 self.cached[shard, segment] = (nonce, version)
+
             self.reads += 1
             if version < known:
                 raise Violation(f"a read saw version {version} of segment {segment}, {known} had been reported done")
@@ -246,6 +261,7 @@ class World:
                 raise broker_unavailable()
             if not self.scheduler.chance(self.scheduler.rates.lost_message):
                 self.queue.append(Message(operation, shard, chord))
+
         if self.scheduler.chance(self.scheduler.rates.early_body * 10):
             self.queue.append(Message(operation, None, chord))
 
@@ -287,6 +303,7 @@ class World:
                 f"{self.scheduler.current_name} visit {participant.shard}", lambda p=participant: run(p)
             )
         self.scheduler.wait(lambda: open_visits[0] == 0, None, "wait for visits")
+
         if errors:
             raise errors[0]
 
@@ -310,37 +327,44 @@ class World:
         scheduler.add_process("keeper", self.keeper)
         scheduler.add_process("bridge", self.bridge)
         scheduler.add_process("reader", self.reader)
+
         if scheduler.random.random() < 0.7:
             for segment in SEGMENTS:
                 self.catalog.rules[segment] = 0
                 for data in self.shards:
                     data.rules[segment] = 0
+
         for operation_id, _ in self._script:
             if scheduler.random.random() < 0.06:
                 self.catalog.refused_at_commit[operation_id] = scheduler.random.choice((1, 1, 1000))
             if scheduler.random.random() < 0.06:
                 self.catalog.refused_on_shards.add(operation_id)
+
         if scheduler.random.random() < 0.1:
             self._add_stranger()
+
         scheduler.run(FAULT_STEPS, self._drained_or_loses)
         if scheduler.chance(0.5):
             self.queue.clear()
             scheduler.note("the broker is emptied")
+
         scheduler.end_faults()
         if not scheduler.run(DRAIN_STEPS, self._drained):
             open_rows = [f"{row.plan.kind.name} {row.state.name}" for row in self.catalog.rows.values()]
             raise Violation(f"it does not come to rest: {open_rows}, {[list(data.prepared) for data in self.shards]}")
+
         self._reckon()
 
     def _add_stranger(self) -> None:
-        """A prepared transaction of our name that the ledger does not know: nobody's to judge."""
+        """Add a prepared transaction with our name that the ledger does not know: no process may end it."""
         data = self.shards[0]
         gid = str(Gid(CLUSTER, UUID(int=99), 0))
         data.prepared[gid] = (Transaction(Server(self.scheduler, "stranger", broker_unavailable)), 0.0)
         self._strangers = 1
 
     def _drained_or_loses(self) -> bool:
-        """At rest. Once in some runs a server loses a prepared transaction, as after a restore or without fsync."""
+        """Whether all is at rest. In some runs a server loses a prepared transaction once, as after a restore or
+        without fsync."""
         if self._may_lose and not self._lost and self.scheduler.chance(0.05):
             for number, data in enumerate(self.shards):
                 ours = [gid for gid in data.prepared if str(UUID(int=99)) not in gid]
@@ -362,15 +386,18 @@ class World:
         )
 
     def _reckon(self) -> None:
-        """What must be true once everything is at rest."""
+        """Check what must be true once everything is at rest."""
         if not self.accepted <= self.catalog.rows.keys():
             raise Violation("an operation that was accepted is not in the ledger")
+
         for row in self.catalog.rows.values():
             fenced = [row.id in data.fences for data in self.shards]
             if not (all(fenced) if row.state is OperationState.DONE else not any(fenced)):
                 raise Violation(f"{row.plan.kind.name} is {row.state.name}, its fences are {fenced}")
+
         if sum(len(data.prepared) for data in self.shards) != self._strangers:
             raise Violation("a prepared transaction that nobody knows was ended")
+
         for number, data in enumerate(self.shards):
             if data.rules != self.catalog.rules:
                 raise Violation(f"shard {number} has the rules {data.rules}, the catalog {self.catalog.rules}")

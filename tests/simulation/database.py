@@ -1,4 +1,4 @@
-"""As much of PostgreSQL as the commit protocol stands on: transactions, locks that wait, and lost connections."""
+"""The part of PostgreSQL that the commit protocol relies on: transactions, locks that wait, and lost connections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOCK_TIMEOUT_S = 0.4
 
 
 class Lock:
-    """Held by transactions, shared or exclusively, until they end."""
+    """A lock that transactions hold, shared or exclusively, until they end."""
 
     def __init__(self) -> None:
         self.holders: dict[Transaction, bool] = {}
@@ -27,14 +27,14 @@ class Lock:
 
 
 class Transaction:
-    """Writes appear when it commits; locks are held until then. Prepared, it outlives its session."""
+    """Its writes appear at its commit, and it holds locks until then. A prepared one outlives its session."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._locks: list[Lock] = []
         self._writes: list[Callable[[], None]] = []
         self.detached = False
-        """Somebody else ends it: it is prepared, or the server is still at its last statement."""
+        """Its session does not end it: it is prepared, or the server still executes its last statement."""
         self.ended = False
 
     def lock(self, lock: Lock, *, exclusive: bool = True, timeout_s: float = LOCK_TIMEOUT_S) -> None:
@@ -59,10 +59,10 @@ class Transaction:
 
 
 class Server:
-    """Where statements are sent.
+    """A server, to which statements are sent.
 
     Args:
-        outage: what a client gets if its connection is lost.
+        outage: makes the error that a client gets if its connection is lost.
     """
 
     def __init__(self, scheduler: Scheduler, name: str, outage: Callable[[], ServiceError]) -> None:
@@ -71,18 +71,19 @@ class Server:
         self._outage = outage
 
     def ask(self, what: str, read: Callable[[], T]) -> T:
-        """A statement that changes nothing."""
+        """Execute a statement that changes nothing."""
         self.scheduler.pause(f"{self.name} {what}")
         if self.scheduler.chance(self.scheduler.rates.lost_request):
             raise self._outage()
         return read()
 
     def order(self, what: str, effect: Callable[[], T], transaction: Transaction | None = None) -> T:
-        """A statement that changes something for good: it may be lost, or its reply, or take effect much later."""
+        """Execute a statement with a permanent effect. It or its reply may be lost, or its effect may come late."""
         scheduler, rates = self.scheduler, self.scheduler.rates
         scheduler.pause(f"{self.name} {what}")
         if scheduler.chance(rates.lost_request):
             raise self._outage()
+
         if scheduler.chance(rates.late):
             scheduler.note(f"{self.name} {what} takes its time, and its client has gone")
             if transaction is not None:
@@ -90,6 +91,7 @@ class Server:
             delay_s = scheduler.random.choice((0.05, 1.0, 7.0))
             scheduler.spawn(f"{self.name} server", lambda: (scheduler.sleep(delay_s), effect()), server=True)
             raise self._outage()
+
         result = effect()
         scheduler.pause(f"{self.name} {what} answered")
         if scheduler.chance(rates.lost_reply):
@@ -98,7 +100,7 @@ class Server:
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Commits at the end of the block, unless it is ended or prepared there."""
+        """Commit at the end of the block, unless the transaction is ended or prepared there."""
         made = Transaction(self)
         try:
             yield made

@@ -1,7 +1,7 @@
 """A Redis in memory: the commands and scripts of the cache protocol, and the ways in which a server forgets.
 
-The scripts are written anew in Python; ``tests/integration/cache/test_memory_redis.py`` holds them against the real
-ones.
+The scripts are written in Python again; ``tests/integration/cache/test_memory_redis.py`` compares them with the real
+scripts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Value = tuple[bytes, float | None]
 
 
 class MemoryRedis:
-    """One server. Times are in seconds of whatever clock ``now`` is."""
+    """One server. Times are in seconds of the clock ``now``."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -32,7 +32,7 @@ class MemoryRedis:
     # -- what a server does to its data -----------------------------------------------------------------------------
 
     def start(self, values: dict[bytes, Value]) -> None:
-        """Another run, with these data."""
+        """Start another run, with these data."""
         self._runs += 1
         self.run_id = b"%0*d" % (RUN_ID_BYTES, self._runs)
         self.values = values
@@ -41,7 +41,7 @@ class MemoryRedis:
         self.values.pop(key, None)
 
     def peek(self, key: bytes) -> bytes | None:
-        """What a key holds, without a command."""
+        """The value of a key, read without a command."""
         value, end = self.values.get(key, (None, None))
         return value if end is None or end > self._now() else None
 
@@ -87,6 +87,7 @@ class MemoryRedis:
         if g is None or len(g) != RUN_ID_BYTES + NONCE_BYTES or not g.startswith(run_id):
             g = run_id + fresh
             self._set(keys[0], g)
+
         nonce = g[RUN_ID_BYTES:]
         flags = b""
         for key in keys[1:]:
@@ -98,6 +99,7 @@ class MemoryRedis:
             else:
                 self._set(key, b"L" + token, "PX", lease_ms)
                 flags += b"1"
+
         return [nonce, flags]
 
     def _ends_soon(self, key: bytes) -> bool:
@@ -134,7 +136,7 @@ class MemoryRedis:
 
 
 class MemoryConnection:
-    """Stands in for ``segsvc.cache.connection.CacheConnection``: bound to one run of the server, broken by the next."""
+    """Replaces ``segsvc.cache.connection.CacheConnection``: bound to one run of the server, broken by the next run."""
 
     def __init__(self, scheduler: Scheduler, server: MemoryRedis) -> None:
         self._scheduler = scheduler
@@ -155,7 +157,7 @@ class MemoryConnection:
     def send(self, commands: Sequence[Command]) -> None:
         scheduler = self._scheduler
         for command in commands:
-            # Others come between two commands of one pipeline.
+            # Other tasks may run between two commands of one pipeline.
             scheduler.pause(f"cache {command[0]}")
             if not self._open or self._server.run_id != self.run_id or scheduler.chance(scheduler.rates.lost_request):
                 self._fail()

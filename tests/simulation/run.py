@@ -1,4 +1,4 @@
-"""Simulates schedules of both protocols by the hundred thousand, on all cores; then shows that it would find a fault.
+"""Simulates hundreds of thousands of schedules of both protocols on all cores; then proves that it finds faults.
 
     python -m tests.simulation.run --schedules 100000
     python -m tests.simulation.run --protocol cache --seed 4711        # one schedule, step by step
@@ -34,7 +34,7 @@ _DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 @dataclass
 class Tally:
-    """What some schedules came to."""
+    """The results of some schedules."""
 
     schedules: int = 0
     fingerprints: set[bytes] = field(default_factory=set)
@@ -49,7 +49,7 @@ class Tally:
 
 
 def simulate(protocol: str, seeds: Iterable[int], mutant: str = "", *, stop: bool = False) -> Tally:
-    """Run a schedule for each seed. ``stop``: not beyond the first that breaks a promise."""
+    """Run a schedule for each seed. ``stop``: end at the first schedule that breaks a promise."""
     tally = Tally()
     for seed in seeds:
         replaced = MUTANTS[protocol][mutant] if mutant else None
@@ -63,6 +63,7 @@ def simulate(protocol: str, seeds: Iterable[int], mutant: str = "", *, stop: boo
                 break
         tally.fingerprints.add(world.scheduler.fingerprint)
         tally.killed_at.update(world.scheduler.crashed_at)
+
     return tally
 
 
@@ -75,21 +76,25 @@ def crash_points() -> dict[str, set[str]]:
     ):
         text = (_DOCS / page).read_text(encoding="utf-8").split(heading, 1)[1].split("\n## ", 1)[0]
         found[protocol] = set(re.findall(r"^\| `([a-z-]+)` \|", text, flags=re.MULTILINE))
+
     return found
 
 
 def _report(protocol: str, tally: Tally, seconds: float) -> bool:
     points = crash_points()[protocol]
     missed = points - tally.killed_at.keys()
+
     print(
         f"{protocol}: {tally.schedules:,} schedules, {len(tally.fingerprints):,} distinct, "
         f"{sum(tally.killed_at.values()):,} tasks killed, {len(points) - len(missed)} of {len(points)} crash points, "
         f"{seconds:.0f} s"
     )
+
     for point in sorted(points):
         print(f"  killed at {point:28} {tally.killed_at[point]:8,} times")
     for seed, what in tally.failures[:10]:
         print(f"  BROKEN: {what}\n    python -m tests.simulation.run --protocol {protocol} --seed {seed}")
+
     return not tally.failures and not missed
 
 
@@ -109,11 +114,14 @@ def main() -> int:
     arguments.add_argument("--from-seed", type=int, default=0)
     arguments.add_argument("--protocol", choices=sorted(PROTOCOLS), help="only this one")
     arguments.add_argument("--seed", type=int, help="one schedule, step by step")
+
     given = arguments.parse_args()
     if given.seed is not None:
         return _show(given.protocol or "commit", given.seed)
+
     ok = True
     protocols = [given.protocol] if given.protocol else sorted(PROTOCOLS)
+
     with ProcessPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool:
         for protocol in protocols:
             started, told = time.monotonic(), time.monotonic()
@@ -126,12 +134,14 @@ def main() -> int:
                     told = time.monotonic()
                     print(f"{protocol}: {tally.schedules:,} of {last - given.from_seed:,}", flush=True)
             ok &= _report(protocol, tally, time.monotonic() - started)
+
         names = [(protocol, name) for protocol in protocols for name in MUTANTS[protocol]]
         caught = pool.map(_first_catch, *zip(*names, strict=True))
         for (protocol, name), (seed, what) in zip(names, caught, strict=True):
             ok &= seed is not None
             verdict = f"caught by seed {seed}: {what}" if seed is not None else "SURVIVED"
             print(f"mutant of {protocol}: {name}: {verdict}")
+
     return 0 if ok else 1
 
 

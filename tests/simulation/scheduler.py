@@ -1,8 +1,8 @@
-"""A world of its own: processes that stop at every step, and a seeded scheduler that says who goes on.
+"""A simulated world: processes that stop at every step, and a seeded scheduler that chooses which one goes on.
 
-Code under test runs unmodified in greenlets. Whatever it asks of the world passes through ``pause``: there the
-scheduler takes over, lets time pass, and goes on with another task; or never comes back, because the process was
-killed; or comes back much later, because it was frozen. The same seed gives the same schedule, step by step.
+Code under test runs unmodified in greenlets. Every request to the world passes through ``pause``: there the scheduler
+takes over, lets time pass, and goes on with another task. ``pause`` never returns if the process was killed, and
+returns much later if the process was frozen. The same seed gives the same schedule, step by step.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 import greenlet
 
 STEP_S = 0.02
-"""Time that a step takes, at most."""
+"""Longest time of a step."""
 IDLE = ("sleep", "wait for a message", "wait for visits")
-"""Where to be killed teaches nothing."""
+"""Points at which a kill teaches nothing."""
 
 
 class Violation(AssertionError):
-    """Something happened that the protocol promises never to let happen."""
+    """The protocol broke one of its promises."""
 
 
 @dataclass(eq=False)
 class Process:
-    """What dies and freezes as one. ``main`` is run when it starts, and again after each crash."""
+    """A unit that dies and freezes as a whole. ``main`` runs when it starts, and again after each crash."""
 
     name: str
     main: Callable[[], None]
@@ -37,7 +37,7 @@ class Process:
 
 @dataclass(eq=False)
 class Task:
-    """One thread of a process. ``process`` None: it belongs to a server, and survives its clients."""
+    """One thread of a process. With ``process`` None it belongs to a server, and survives its clients."""
 
     name: str
     process: Process | None
@@ -71,7 +71,7 @@ class Scheduler:
     steps: int = 0
     faults: bool = True
     crashed_at: dict[str, int] = field(default_factory=dict)
-    """Labels at which tasks were killed, and how often."""
+    """Number of killed tasks, by the label at which they were killed."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -81,12 +81,12 @@ class Scheduler:
         self._main = greenlet.getcurrent()
         self._trace: list[str] = []
         self.after_step: Callable[[], None] = lambda: None
-        """Looks at the world between two steps."""
+        """Checks the world between two steps."""
 
     # -- what tasks do ----------------------------------------------------------------------------------------------
 
     def pause(self, label: str) -> None:
-        """Let others go on. May never return, or much later."""
+        """Let other tasks go on. May return much later, or never."""
         task = self._mine()
         task.at = label
         self._main.switch()
@@ -96,16 +96,20 @@ class Scheduler:
         self.pause(label)
 
     def dawdle(self, label: str) -> None:
-        """A reply that sometimes takes long on its way."""
+        """Wait for a reply that sometimes takes long."""
         if self.chance(0.12):
             self.sleep(self.random.random(), label)
         else:
             self.pause(label)
 
     def wait(self, condition: Callable[[], bool], timeout_s: float | None, label: str) -> bool:
-        """Wait until the condition holds; False: it did not in time. Nobody is between the condition and the return."""
+        """Wait until the condition holds. Returns False if it did not in time.
+
+        No other task runs between the condition and the return.
+        """
         task = self._mine()
         give_up = None if timeout_s is None else self.now + timeout_s
+
         while not condition():
             if give_up is not None and self.now >= give_up:
                 return False
@@ -119,7 +123,7 @@ class Scheduler:
         return self.faults and self.random.random() < probability
 
     def spawn(self, name: str, run: Callable[[], object], *, server: bool = False) -> Task:
-        """Another task of the current process, or of a server."""
+        """Add a task of the current process, or of a server."""
         process = None if server or self.current is None else self.current.process
         return self._add(name, process, run)
 
@@ -148,11 +152,12 @@ class Scheduler:
         self._add(process.name, process, process.main)
 
     def crash(self, process: Process) -> None:
-        """SIGKILL: its tasks end where they are; what they held on servers is given back."""
+        """Kill a process: its tasks end where they are, and the servers release the locks that they held."""
         self._note(f"crash {process.name}")
         process.alive = False
         process.restart_at = self.now + self.random.random() * 2
         process.frozen_until = 0.0
+
         for task in [task for task in self.tasks if task.process is process]:
             self.tasks.remove(task)
             if task.run:
@@ -164,23 +169,27 @@ class Scheduler:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self, steps: int, until: Callable[[], bool] | None = None) -> bool:
-        """Go on for so many steps, or until the condition holds; whether it does."""
+        """Run ``steps`` steps, or until the condition holds. Returns whether it holds."""
         end = self.steps + steps
         while self.steps < end:
             if until is not None and until():
                 return True
+
             self.steps += 1
             self.now += self.random.random() * STEP_S
             self._disturb()
+
             for process in self.processes:
                 if not process.alive and process.restart_at <= self.now:
                     self._start(process)
+
             ready = [task for task in self.tasks if self._is_ready(task)]
             if ready:
                 self._go_on(self.random.choice(ready))
                 self.after_step()
             else:
                 self.now += STEP_S * 5
+
         return until is not None and until()
 
     def _disturb(self) -> None:
@@ -199,17 +208,19 @@ class Scheduler:
         if task.process is not None and task.at not in IDLE and self.chance(self.rates.crash):
             self.crash(task.process)
             return
+
         self._note(f"{task.name}: {task.at}")
         self.current = task
         try:
             task.run.switch()
         finally:
             self.current = None
+
         if task.run.dead and task in self.tasks:
             self.tasks.remove(task)
 
     def end_faults(self) -> None:
-        """From now on nothing dies, freezes or is lost, and whatever is dead comes back."""
+        """From now on nothing dies, freezes or is lost, and dead processes start again."""
         self._note("no more faults")
         self.faults = False
         for process in self.processes:
@@ -227,7 +238,7 @@ class Scheduler:
     # -- the trace --------------------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Add what the world did to the trace."""
+        """Add an event of the world to the trace."""
         self._note(text)
 
     def _note(self, text: str) -> None:
@@ -237,5 +248,5 @@ class Scheduler:
 
     @property
     def fingerprint(self) -> bytes:
-        """Equal fingerprints: the same schedule."""
+        """Equal for equal schedules."""
         return hashlib.blake2b("\n".join(self._trace).encode(), digest_size=10).digest()

@@ -1,4 +1,4 @@
-"""The model of the cache protocol: it holds, each of its rules is needed, and the simulated code does what it says."""
+"""The model of the cache protocol holds, each of its rules is needed, and the simulated code behaves as the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.simulation.cache_model import Bounds, Rules, Sight, explore, stuck
 from tests.simulation.cache_world import CacheWorld, known_sights
 
 KEEPS_IT_ALIVE = {"lease_replaces_stale", "leases_end"}
-"""Without these no answer is too old, but some user is never a hit again."""
+"""Without one of these rules no answer is too old, but a user may never be a hit again."""
 SCHEDULES = 600
 
 
@@ -52,8 +52,10 @@ def test_the_simulation_sees_all_that_the_model_knows(monkeypatch: pytest.Monkey
         return made
 
     monkeypatch.setattr(cache_model, "sight", noted)
+
     for seed in range(SCHEDULES):
         CacheWorld(seed).run()
         if seen == known:
             return
+
     assert seen == known

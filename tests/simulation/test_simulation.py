@@ -1,4 +1,4 @@
-"""Some thousand schedules of both protocols, and the proof that this would find a fault."""
+"""Some thousand schedules of both protocols, and the proof that they would find a fault."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.simulation.run import MUTANTS, PROTOCOLS, simulate
 from tests.simulation.scheduler import Violation
 
 SCHEDULES = {"commit": 1200, "cache": 800}
-# Where to look first: in the middle of a long run's seeds, that one is met soon. Any seeds would do, later.
+# The first seed for a mutant: from it on, a schedule soon catches the mutant. Any first seed works, but later.
 FIRST_SEED = {
     "rollback before the abort is recorded": 366,
     "a vote without the command tag": 150,
@@ -30,7 +30,7 @@ def test_no_schedule_breaks_a_promise(protocol: str) -> None:
 
 
 def test_a_refused_decision_may_be_made_by_another_one() -> None:
-    """Between an integrity error at the commit point and the abort for it: both outcomes are met, and are right."""
+    """It may come between an integrity error at the commit point and its abort: both outcomes occur and are right."""
     ended = set()
     for seed in range(300):
         world = World(seed)
@@ -69,6 +69,6 @@ def test_what_happens_without_faults_is_not_nothing() -> None:
 
 def test_a_violation_names_what_happened() -> None:
     world = World(1)
-    world.catalog.rules[1] = 100  # what the shards do not have
+    world.catalog.rules[1] = 100  # the shards do not have this rule
     with pytest.raises(Violation, match=r"has the rules|does not come to rest"):
         world.run()

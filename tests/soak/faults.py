@@ -1,4 +1,4 @@
-"""What happens to the stack while it is under load: one fault after the other, at random, each healed by itself."""
+"""The faults of the stack under load: one random fault after the other, and each heals by itself."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Faults:
         self._stack = stack
         self._random = random.Random(seed)
         self.fired: dict[str, int] = {}
+
         self._all: dict[str, Callable[[], bool]] = {
             "kill operations worker": lambda: self._kill("worker-operations"),
             "kill one operations process": lambda: self._kill_child("worker-operations"),
@@ -46,7 +47,7 @@ class Faults:
         }
 
     def one(self) -> str:
-        """Let one happen and end; its name."""
+        """Let one fault happen and end. Returns its name."""
         name = self._random.choice(sorted(self._all))
         if self._all[name]():
             self.fired[name] = self.fired.get(name, 0) + 1
@@ -81,8 +82,9 @@ class Faults:
         child = self._child(name)
         if child is None:
             return False
+
         child.suspend()
-        time.sleep(FROZEN_S)  # the fault itself: it lasts that long
+        time.sleep(FROZEN_S)  # the fault lasts that long
         if child.is_running():
             child.resume()
         return True
@@ -122,6 +124,7 @@ class Faults:
     def _restart_redis(self, name: str) -> bool:
         server = self._redis(name)
         server.kill()
+
         time.sleep(self._random.random() * DOWN_S)  # the outage
         server.start()
         return True

@@ -1,7 +1,7 @@
-"""Those who change the service and those who read it, each a thread that goes on whatever happens.
+"""The writers and readers of the service, each a thread that goes on through every fault.
 
-Every thing that changes has one writer, which repeats a change until it is acknowledged: so the history knows between
-which two moments it took effect.
+Each thing that changes has one writer, which repeats a change until it is acknowledged. So the history knows the two
+moments between which the change took effect.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PERMANENT = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, g
 
 @dataclass(slots=True)
 class Counts:
-    """What the report says. One writer each, so that no lock is needed."""
+    """The counts of the report. Each count has one writer, so that no lock is needed."""
 
     reads: int = 0
     reads_refused: dict[str, int] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Counts:
 
 
 class Actor(threading.Thread):
-    """Does one thing over and over until ``stop`` is set. An error that no fault explains ends the run."""
+    """Repeats one action until ``stop`` is set. An error that no fault explains ends the run."""
 
     def __init__(self, name: str, stop: threading.Event, failures: list[str]) -> None:
         super().__init__(name=name, daemon=True)
@@ -72,7 +72,7 @@ def code_of(error: grpc.RpcError) -> grpc.StatusCode:
 
 
 def until_acknowledged(call: Callable[[], object]) -> object:
-    """Repeat a call that may be repeated, through whatever outage.
+    """Repeat a call that may be repeated, through every outage.
 
     Raises:
         grpc.RpcError: a refusal that no outage explains.
@@ -103,6 +103,7 @@ class Operator(Actor):
         self._client = Client(settings.grpc_address)
         self._operations = operations_pb2_grpc.OperationsStub(grpc.insecure_channel(settings.grpc_address))
         self._catalog = sa.create_engine(settings.catalog_dsn, poolclass=sa.NullPool)
+
         self._history = history
         self._slugs = slugs
         self._kept = kept
@@ -110,7 +111,7 @@ class Operator(Actor):
         self._counts = counts
 
     def create(self, slug: str) -> None:
-        """Create a segment; nobody is in it, so the history does not change."""
+        """Create a segment. It has no members, so the history does not change."""
         segment = segments_pb2.Segment(slug=slug)
         request = segments_pb2.CreateSegmentRequest(segment=segment, request_id=str(uuid4()))
         made = until_acknowledged(lambda: self._client.segments.CreateSegment(request, timeout=CALL_S))
@@ -135,35 +136,40 @@ class Operator(Actor):
             if gone:
                 self.create(slug)
             return
+
         condition = self._random.randrange(len(CONDITIONS))
         percent = self._random.choice((0.0, 5.0, 20.0, 50.0, 80.0, 100.0))
         rule = SegmentRule(self._history.rules[slug].last.salt, round(percent * 1000), condition)
         wanted = segments_pb2.RollOutRule(percent=percent, condition=CONDITIONS[condition].text)
         roll_out = segments_pb2.RollOutSegmentRequest(slug=slug, rule=wanted, request_id=str(uuid4()))
+
         self._run(slug, rule, lambda: self._client.segments.RollOutSegment(roll_out, timeout=CALL_S))
         time.sleep(self._random.random() * 0.3)
 
     def _run(self, slug: str, rule: SegmentRule, call: Callable[[], operations_pb2.Operation]) -> bool:
-        """Whether the operation took effect; it has ended when this returns."""
+        """Run an operation to its end. Returns whether it took effect."""
         timeline = self._history.rules[slug]
         change = timeline.begin(rule, time.monotonic())
         operation = until_acknowledged(call)
         assert isinstance(operation, operations_pb2.Operation)
+
         while not operation.done:
             request = operations_pb2.GetOperationRequest(name=operation.name)
             operation = until_acknowledged(lambda: self._operations.GetOperation(request, timeout=CALL_S))  # noqa: B023
             assert isinstance(operation, operations_pb2.Operation)
             time.sleep(0.02)
+
         outcome = "aborted" if operation.HasField("error") else "done"
         if outcome == "aborted":
-            timeline.withdraw(change)  # before it ends: nobody may take it for settled
+            timeline.withdraw(change)  # before its end is set: no reader may take it for settled
+
         change.end = time.monotonic()
         self._counts.operations[outcome] = self._counts.operations.get(outcome, 0) + 1
         return outcome == "done"
 
 
 class Publisher(Actor):
-    """Sends events; a change is acknowledged when the bridge's group has committed its offset."""
+    """Sends events. A change is acknowledged when the bridge's group has committed its offset."""
 
     BATCH = 40
 
@@ -171,6 +177,7 @@ class Publisher(Actor):
         self, settings: Settings, history: History, user_ids: Sequence[int], seed: int, counts: Counts, **thread: object
     ) -> None:
         super().__init__("publisher", **thread)  # type: ignore[arg-type]
+
         options = {"api_version": (2, 0)} if settings.kafka_stand_in else {}
         servers = settings.kafka_bootstrap_servers.split(",")
         self._producer = KafkaProducer(
@@ -179,6 +186,7 @@ class Publisher(Actor):
         self._consumer = KafkaConsumer(
             bootstrap_servers=servers, group_id=settings.kafka_group, enable_auto_commit=False, **options
         )
+
         self._prefix = settings.kafka_topic_prefix
         self._history = history
         self._ids = user_ids
@@ -188,17 +196,18 @@ class Publisher(Actor):
         self._counts = counts
 
     def restrict(self, user_ids: Sequence[int]) -> None:
-        """Change only these from now on."""
+        """Change only these users from now on."""
         self._ids = user_ids
 
     def act(self) -> None:
-        """One batch of changes, each of another user, repeated at random; then wait until they are applied."""
+        """Send a batch of changes of different users, some of them twice; then wait until they are applied."""
         self.send(self._random.sample(self._ids, min(self.BATCH, len(self._ids))), leaving=0.02)
 
     def send(self, user_ids: Sequence[int], *, leaving: float = 0.0) -> None:
         changes: list[Change[int]] = []
         ends: dict[TopicPartition, int] = {}
         futures = []
+
         for user_id in user_ids:
             if user_id in self._left:
                 continue
@@ -212,18 +221,22 @@ class Publisher(Actor):
             else:
                 topic, version = "update-user", before + 1
                 event = {"user_id": user_id, "version": version, "attributes": attributes_of(user_id, version)}
+
             self._versions[user_id] = version
             timeline = self._history.users.setdefault(user_id, Timeline(ABSENT))
             changes.append(timeline.begin(version, time.monotonic()))
-            for _ in range(1 + (self._random.random() < 0.2)):  # some come twice
+            for _ in range(1 + (self._random.random() < 0.2)):  # some events are sent twice
                 value = json.dumps(event).encode()
                 futures.append(self._producer.send(self._prefix + topic, key=str(user_id).encode(), value=value))
+
         for future in futures:
             sent = future.get(timeout=60)
             partition = TopicPartition(sent.topic, sent.partition)
             ends[partition] = max(ends.get(partition, 0), sent.offset + 1)
+
         while any((self._consumer.committed(partition) or 0) < end for partition, end in ends.items()):
             time.sleep(0.02)
+
         now = time.monotonic()
         for change in changes:
             change.end = now
@@ -231,7 +244,7 @@ class Publisher(Actor):
 
 
 class Overrider(Actor):
-    """Puts single users in and out by hand."""
+    """Sets and clears overrides of single users."""
 
     def __init__(
         self,
@@ -245,6 +258,7 @@ class Overrider(Actor):
     ) -> None:
         super().__init__("overrider", **thread)  # type: ignore[arg-type]
         self._client = Client(settings.grpc_address)
+
         self._history = history
         self._ids = user_ids
         self._slugs = slugs
@@ -254,16 +268,19 @@ class Overrider(Actor):
     def act(self) -> None:
         user_id, slug = self._random.choice(self._ids), self._random.choice(self._slugs)
         into = self._random.choice((True, False, None))
+
         request = membership_pb2.ModifyUserOverridesRequest(user_id=user_id)
         if into is None:
             request.clear.append(slug)
         else:
             effect = membership_pb2.Override.INCLUDE if into else membership_pb2.Override.EXCLUDE
             request.set.add(slug=slug, effect=effect)
+
         timeline = self._history.overrides.setdefault((user_id, slug), Timeline[bool | None](None))
         change = timeline.begin(into, time.monotonic())
         until_acknowledged(lambda: self._client.memberships.ModifyUserOverrides(request, timeout=CALL_S))
         change.end = time.monotonic()
+
         self._counts.overrides += 1
         time.sleep(0.05)
 
@@ -294,6 +311,7 @@ class Reader(Actor):
         request = membership_pb2.GetUserSegmentsRequest(user_id=user_id)
         begin = time.monotonic()
         answer: frozenset[str] | None = None
+
         try:
             answer = frozenset(self._client.memberships.GetUserSegments(request, timeout=5).slugs)
         except grpc.RpcError as error:
@@ -303,6 +321,7 @@ class Reader(Actor):
                 self.counts.reads_refused[name] = self.counts.reads_refused.get(name, 0) + 1
                 time.sleep(0.01)
                 return
+
         self._log.append(Read(user_id, answer, begin, time.monotonic()))
         self.counts.reads += 1
         while len(self._log) > READS_KEPT_MAX:  # the judge is behind

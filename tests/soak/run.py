@@ -1,4 +1,4 @@
-"""The soak: load on reads, events and operations while faults fall at random; every answer judged.
+"""The soak: load of reads, events and operations while faults happen at random; every answer is judged.
 
     python -m tests.soak.run --minutes 5 --seed 1
 
@@ -34,7 +34,7 @@ REPORT = Path("build/soak.json")
 STACK = Path("build/soak-stack")
 USERS = 3000
 SLUGS = tuple(f"soak-{n}" for n in range(6))
-# Deletions would take overrides with them: the segments with overrides are not deleted, so that each has one writer.
+# A deletion removes overrides: the segments with overrides are not deleted, so that each override has one writer.
 OVERRIDDEN = ("soak-overridden",)
 READERS = 3
 OPERATION_DEADLINE_S = 10.0
@@ -45,7 +45,7 @@ FORGET_AFTER_S = 60.0
 
 
 class Judge:
-    """Compares answers with the history, once every change that could matter to them has begun."""
+    """Compares answers with the history, once every change that can affect them has begun."""
 
     def __init__(self, history: History, log: deque[Read], wrong: list[str]) -> None:
         self._history = history
@@ -56,10 +56,10 @@ class Judge:
         self._forget_at = 0.0
 
     def catch_up(self) -> None:
-        """Judge what has been read; changes that are still open may be new to it, so a verdict is never too hard.
+        """Judge the reads. An open change counts as possibly visible, so a verdict is never too strict.
 
-        A change that is withdrawn later makes an answer wrong that is let pass here: so reads wait until no operation
-        that began before their end is open.
+        A change that is withdrawn later makes an answer wrong that would pass before: so a read waits until no
+        operation that began before the read's end is open.
         """
         while self._log:
             read = self._log[0]
@@ -72,9 +72,10 @@ class Judge:
                 self.wrong_count += 1
                 if len(self._wrong) < WRONG_KEPT:
                     self._wrong.append(f"user {read.user_id} at {read.begin:.3f}: {why}")
+
         now = time.monotonic()
         if now >= self._forget_at:
-            # A read that is not in the log yet began no longer ago than a call may take, and then some.
+            # A read that is not in the log yet began less than this time ago: a call takes less time.
             self._history.forget(now - FORGET_AFTER_S)
             self._forget_at = now + FORGET_AFTER_S
 
@@ -100,7 +101,7 @@ class InDoubt(Actor):
 
 
 def soak(stack: LocalStack, minutes: float, seed: int) -> dict[str, Any]:
-    """Run the load for so many minutes; the report."""
+    """Run the load for ``minutes``. Returns the report."""
     settings = stack.settings
     slugs = (*SLUGS, *OVERRIDDEN)
     history = History({slug: Timeline(SegmentRule()) for slug in slugs})
@@ -113,6 +114,7 @@ def soak(stack: LocalStack, minutes: float, seed: int) -> dict[str, Any]:
     publisher = Publisher(settings, history, ids, seed, changed, **thread)
     publisher.send(ids)
     half = len(SLUGS) // 2
+
     groups = (SLUGS[:half], (*SLUGS[half:], *OVERRIDDEN))
     operators = [
         Operator(settings, history, group, OVERRIDDEN, seed + n, changed, **thread) for n, group in enumerate(groups)
@@ -120,15 +122,19 @@ def soak(stack: LocalStack, minutes: float, seed: int) -> dict[str, Any]:
     for operator, group in zip(operators, groups, strict=True):
         for slug in group:
             operator.create(slug)
-    # Users with overrides do not leave: a deletion would clear what the history still has.
+
+    # Users with overrides are not deleted: a deletion clears overrides that the history still has.
     overridden, ids_of_publisher = ids[:200], ids[200:]
     publisher.restrict(ids_of_publisher)
     overrider = Overrider(settings, history, overridden, OVERRIDDEN, seed, changed, **thread)
+
     readers = [Reader(settings, ids, seed + n, log, Counts(), **thread) for n in range(READERS)]
     in_doubt = InDoubt(settings, **thread)
+
     wrong: list[str] = []
     judge = Judge(history, log, wrong)
     faults = Faults(stack, seed)
+
     writers: list[Actor] = [publisher, *operators, overrider]
     watchers: list[Actor] = [*readers, in_doubt]
     for actor in (*writers, *watchers):
@@ -143,16 +149,20 @@ def soak(stack: LocalStack, minutes: float, seed: int) -> dict[str, Any]:
             time.sleep(0.05)
         print(f"{max(0, until - time.monotonic()):6.0f} s left: {faults.one()}; {judge.judged:,} reads judged, "
               f"{judge.wrong_count} wrong", flush=True)  # fmt: skip
+
     stop.set()
     drained = _join(writers, DRAIN_S) and _drained(settings)
     _join(watchers, 30.0)
     judge.catch_up()
+
     refused: dict[str, int] = {}
     for reader in readers:
         for code, count in reader.counts.reads_refused.items():
             refused[code] = refused.get(code, 0) + count
+
     differences = _check(settings)
     ok = not (failures or judge.wrong_count or differences or log) and drained
+
     return {
         "ok": ok,
         "minutes": minutes,
@@ -181,11 +191,12 @@ def _join(actors: list[Actor], timeout_s: float) -> bool:
 
 
 def _drained(settings: Settings) -> bool:
-    """Whether every operation ends and nothing stays prepared, in time and unaided."""
+    """Whether every operation ends and nothing stays prepared, in time and without help."""
     until = time.monotonic() + DRAIN_S
     catalog = sa.create_engine(settings.catalog_dsn, poolclass=sa.NullPool)
     pending = "SELECT (SELECT count(*) FROM operations WHERE state NOT IN ('DONE', 'ABORTED'))"
     prepared = "SELECT count(*) FROM pg_prepared_xacts"
+
     while time.monotonic() < until:
         with contextlib.suppress(sa.exc.OperationalError), catalog.connect() as connection:
             if not any(connection.execute(sa.text(text)).scalar_one() for text in (pending, prepared)):
@@ -201,11 +212,13 @@ def _check(settings: Settings) -> list[str]:
     with contextlib.suppress(grpc.RpcError):
         client.list_slugs()
     client.close()
+
     checking = Check(settings)
     try:
         report = checking.checker.run()
     finally:
         checking.close()
+
     return [str(difference.to_json()) for difference in report.differences]
 
 
@@ -214,6 +227,7 @@ def main() -> int:
     arguments.add_argument("--minutes", type=float, default=2.0)
     arguments.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     given = arguments.parse_args()
+
     stack = LocalStack(
         {"operation_deadline_s": OPERATION_DEADLINE_S},
         home=STACK,
@@ -221,14 +235,18 @@ def main() -> int:
         ready=is_serving,
         fast=True,
     )
-    # What an earlier run left behind to be looked at.
+
+    # An earlier run that failed left its stack for inspection.
     stack.down(purge=True)
+
     with stack:
         report = soak(stack, given.minutes, given.seed)
+
     if report["ok"]:
         stack.down(purge=True)
     else:
         print("the logs are in", stack.logs)
+
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

@@ -1,7 +1,7 @@
-"""What was true when, as far as those who changed it know; and which answers a read of that time may give.
+"""Which values were true at which time, as far as the writers know; and which answers a read at that time may give.
 
 A change is true at some moment between its begin (before it was sent) and its end (after it was acknowledged). So a
-read may see every value whose change overlaps it, and the newest one acknowledged before it began. Nothing else.
+read may see every value whose change overlaps it, and the newest value acknowledged before it began, but no other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Change(Generic[T]):
-    """``end`` infinite: not acknowledged yet."""
+    """A change; while it is not acknowledged, its ``end`` is infinite."""
 
     begin: float
     value: T
@@ -45,7 +45,7 @@ class Timeline(Generic[T]):
         return change
 
     def withdraw(self, change: Change[T]) -> None:
-        """It was aborted: it has not been true at any moment."""
+        """Remove an aborted change: it was not true at any moment."""
         with self._lock:
             self._changes.remove(change)
 
@@ -57,7 +57,7 @@ class Timeline(Generic[T]):
         return [change.value for change in changes[settled:] if change.begin <= end]
 
     def open_since(self) -> float:
-        """When the oldest change began that is not acknowledged; infinite if there is none."""
+        """Begin of the oldest change that is not acknowledged; infinite if every change is."""
         with self._lock:
             return min((change.begin for change in self._changes if math.isinf(change.end) and change.end > 0),
                        default=math.inf)  # fmt: skip
@@ -79,7 +79,7 @@ class SegmentRule:
 
 
 ABSENT = -1
-"""A user's version where there is no user."""
+"""The version of a user who does not exist."""
 
 
 @dataclass(slots=True)
@@ -92,23 +92,25 @@ class History:
 
     def forget(self, before: float) -> None:
         """Drop what no read that began at ``before`` or later can see."""
-        # Copies: the writers add to these meanwhile.
+        # Loop over copies, because the writers add to these meanwhile.
         for timelines in (self.rules, self.users, self.overrides):
             for timeline in list(timelines.values()):
                 timeline.forget(before)
 
     def wrong(self, user_id: int, answer: frozenset[str] | None, begin: float, end: float) -> str:
-        """Why an answer cannot be right; empty if it can.
+        """Return why an answer cannot be right, or '' if it can.
 
         Args:
-            answer: the slugs, None: there is no such user.
+            answer: the slugs; None means that the user was not found.
         """
         versions = self.users[user_id].possible(begin, end)
+
         if answer is None:
             return "" if ABSENT in versions else f"not found, but its versions are {versions}"
         existing = [version for version in versions if version != ABSENT]
         if not existing:
             return "found, but there is no such user"
+
         for slug, timeline in self.rules.items():
             own = self.overrides.get((user_id, slug))
             forced = own.possible(begin, end) if own else [None]
@@ -119,9 +121,11 @@ class History:
                 for rule in rules
                 for override in forced
             }
+
             if (slug in answer) not in may:
                 said = "in" if slug in answer else "not in"
                 return f"{said} {slug}; rules {rules}, versions {existing}, overrides {forced}"
+
         return ""
 
 

@@ -25,16 +25,19 @@ SHARDS = 2
 
 
 class World:
-    """The installation with its cache, and what tests do to both."""
+    """The installation with its cache, and the actions of tests on both."""
 
     def __init__(self, installation: Installation, server: RedisServer) -> None:
         self.installation = installation
         self.settings = installation.settings
         self.server = server
+
         self.client = CacheClient(server.url, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=86_400)
         self.reader = CacheReader(self.client, SHARDS)
+
         self.databases = Databases(self.settings, "test", Pool(4, self.settings.read_timeout_s))
         self.memberships = PostgresMemberships(self.databases)
+
         self.raw = redis.Redis.from_url(server.url)
         self._segments = 0
 
@@ -45,13 +48,13 @@ class World:
         self.raw.close()
 
     def add_users(self, count: int) -> list[int]:
-        """Users 1 … count."""
+        """Add the users 1 … count."""
         users = list(range(1, count + 1))
         self.installation.add_users(users)
         return users
 
     def add_segment(self, slug: str, members: Sequence[int] = ()) -> int:
-        """A segment with these members by its bits, on all shards. Returns its id; ids do not follow the slugs."""
+        """Add a segment on all shards, with these members in its bits. Returns its id; ids do not follow the slugs."""
         self._segments += 1
         segment_id = 1000 - self._segments
         for shard in range(SHARDS):
@@ -67,10 +70,12 @@ class World:
             self.installation.execute(shard, "DELETE FROM memberships WHERE segment_id = :id", id=segment_id)
             mine = [user for user in members if user % SHARDS == shard]
             slots = self.installation.execute(shard, "SELECT slot FROM users WHERE id = ANY(:ids)", ids=mine)
+
             blocks: dict[int, np.ndarray] = {}
             for row in slots:
                 slot = int(str(row.slot))
                 blocks.setdefault(slot // 1024, np.zeros(1024, dtype=bool))[slot % 1024] = True
+
             for block, flags in blocks.items():
                 self.installation.execute(
                     shard,
@@ -81,7 +86,7 @@ class World:
                 )
 
     def override(self, user_id: int, segment_id: int, effect: int, expires_in_s: float | None = None) -> None:
-        """1 includes, 2 excludes."""
+        """Add an override. Effect 1 includes, 2 excludes."""
         self.installation.execute(
             user_id % SHARDS,
             "INSERT INTO overrides (user_id, segment_id, effect, expire_time) "
@@ -103,13 +108,13 @@ class World:
             assert self.client.fill(shard, grant, [(user_id, entry)]) == 1
 
     def cached(self, *user_ids: int) -> list[Entry | None]:
-        """What the hot path would answer with; None: a miss."""
+        """The entries that the hot path answers with; None means a miss."""
         if not self.reader.connected:
             self.reader.connect()
         return self.reader.lookup(user_ids)
 
     def is_cached(self, *user_ids: int) -> bool:
-        """Whether all of these are hits."""
+        """Whether all of these users are hits."""
         return None not in self.cached(*user_ids)
 
     def cached_segments(self, user_id: int) -> tuple[int, ...] | None:
@@ -125,7 +130,7 @@ def installation(pg_server: PostgresServer) -> Iterator[Installation]:
 
 @pytest.fixture
 def world(installation: Installation, cache_server: RedisServer) -> Iterator[World]:
-    """On the session's cache, emptied."""
+    """A world on the session's cache, which is emptied first."""
     made = World(installation, cache_server)
     made.raw.flushall()
     made.raw.config_set("maxmemory-policy", "volatile-lru")
@@ -135,7 +140,7 @@ def world(installation: Installation, cache_server: RedisServer) -> Iterator[Wor
 
 @pytest.fixture
 def own_cache(tmp_path: Path) -> Iterator[RedisServer]:
-    """A cache of the test's own, to be killed, paused and restarted."""
+    """The test's own cache, which it may kill, pause and restart."""
     server = RedisServer("cache", tmp_path / "cache", {**CACHE_CONFIG, "maxmemory": "64mb"})
     server.start()
     yield server
@@ -153,7 +158,7 @@ def own_world(installation: Installation, own_cache: RedisServer) -> Iterator[Wo
 
 @pytest.fixture(params=LANES)
 def start(request: pytest.FixtureRequest) -> Iterator[Start]:
-    """Starts a lane for a world, with other settings if wanted."""
+    """A function that starts a lane for a world, with changed settings if given."""
     started: list[Lane] = []
 
     def begin(world: World, **settings: object) -> Lane:

@@ -1,4 +1,4 @@
-"""The hot lane behind each of its two ways in, as a test's client sees it."""
+"""The hot lane behind each of its two entries, as a test's client sees it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class RefusedError(Exception):
         self.reason = ""
         self.fields: list[str] = []
         self.retry_s: float | None = None
+
         for detail in status.details:
             info, request, retry = ErrorInfo(), BadRequest(), RetryInfo()
             if detail.Unpack(info):
@@ -46,7 +47,7 @@ class RefusedError(Exception):
 
 
 class Answer(Protocol):
-    """What a call that was sent comes to."""
+    """The outcome of a call that was sent."""
 
     def result(self, timeout: float) -> bytes: ...
 
@@ -55,12 +56,12 @@ class Answer(Protocol):
 
 class Send(Protocol):
     def __call__(self, method: str, payload: bytes, timeout_s: float) -> Answer:
-        """Without waiting."""
+        """Send the call, and do not wait for its answer."""
 
 
 class Ask(Protocol):
     def __call__(self, method: str, payload: bytes, timeout_s: float | None) -> bytes:
-        """The answer's bytes. Raises RefusedError."""
+        """Make the call. Returns the answer's bytes. Raises RefusedError."""
 
 
 @dataclass
@@ -102,12 +103,13 @@ def _make_lane(settings: Settings, *, front: object) -> tuple[HotLane, HotReads]
         slugs=reads.slugs,
         shard_count=settings.shard_count,
     )
+
     lane.start()
     return lane, reads
 
 
 def native_lane(settings: Settings) -> Lane:
-    """Calls come through NativeGrpcFront from a grpc client."""
+    """A lane whose calls come through NativeGrpcFront from a grpc client."""
     front = native_front("127.0.0.1:0", reuse_port=False)
     lane, reads = _make_lane(settings, front=front)
     front.start()
@@ -120,7 +122,7 @@ def native_lane(settings: Settings) -> Lane:
             )
         except grpc.RpcError as error:
             metadata = dict(error.trailing_metadata() or ())
-            if DETAILS_KEY not in metadata:  # the client's own deadline, or the front's
+            if DETAILS_KEY not in metadata:  # the client's own deadline or the front's has passed
                 raise RefusedError(Status(code=error.code().value[0], message=error.details())) from error
             status = Status.FromString(metadata[DETAILS_KEY])
             said = metadata[REQUEST_ID_KEY], error.code().value[0], error.details()
@@ -138,7 +140,7 @@ def native_lane(settings: Settings) -> Lane:
 
 
 def queued_lane(settings: Settings) -> Lane:
-    """Calls come by ``submit``, as from grpcio's servicers."""
+    """A lane whose calls come by ``submit``, as from grpcio's servicers."""
     lane, reads = _make_lane(settings, front=None)
 
     def ask(method: str, payload: bytes, timeout_s: float | None) -> bytes:
@@ -161,9 +163,9 @@ def queued_lane(settings: Settings) -> Lane:
 LANES = {"native": native_lane, "queued": queued_lane}
 
 Start = Callable[..., Lane]
-"""Starts a lane for a world, with other settings if wanted."""
+"""Starts a lane for a world, with changed settings if given."""
 
 
 def reads(source: str) -> float:
-    """Reads of this process so far, by where their answer came from."""
+    """Number of reads of this process so far whose answer came from ``source``."""
     return REGISTRY.get_sample_value("segsvc_reads_total", {"source": source}) or 0.0

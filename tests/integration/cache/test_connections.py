@@ -1,4 +1,4 @@
-"""Connections to the cache: bound to one run of one server, closed by any error; and keys that stay on one node."""
+"""Connections to the cache are bound to one run of one server and closed by any error; keys stay on one node."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def test_run_id_is_asked_before_anything_else(world: World) -> None:
             if event["client_port"] == str(own):
                 commands.append(event["command"])
         connection.close()
+
     assert next(command for command in commands if not command.startswith("AUTH")) == "INFO"
 
 
@@ -52,7 +53,7 @@ def test_connection_is_never_renewed_in_place(world: World) -> None:
 
 
 def test_error_reply_closes_the_connection(world: World) -> None:
-    """Replies that are still to come would be read as another command's."""
+    """Otherwise later replies would be read as replies to another command."""
     connection = world.client.connect()
     with pytest.raises(redis.ResponseError, match="unknown command"):
         connection.run_all([("NONSENSE",), ("GET", "x")])
@@ -78,6 +79,7 @@ def test_server_that_is_down_and_back(own_world: World) -> None:
     client, server = own_world.client, own_world.server
     client.acquire(SHARD, [USER])
     server.kill()
+
     steps = [
         lambda: client.acquire(SHARD, [USER]),
         lambda: client.bar(SHARD, USER),
@@ -88,6 +90,7 @@ def test_server_that_is_down_and_back(own_world: World) -> None:
         with pytest.raises(ServiceError) as error:
             step()
         assert error.value.reason is Reason.CACHE_UNAVAILABLE
+
     server.start()
 
     def back() -> bool:
@@ -104,8 +107,10 @@ def test_server_that_hangs_costs_one_caller_its_timeout_and_the_others_nothing(o
     client = own_world.client
     client.acquire(SHARD, [USER])
     own_world.server.pause()
+
     with pytest.raises(ServiceError):
         client.acquire(SHARD, [USER])
+
     begun = time.monotonic()
     refused = 0
     while time.monotonic() - begun < 0.08:
@@ -113,6 +118,7 @@ def test_server_that_hangs_costs_one_caller_its_timeout_and_the_others_nothing(o
             client.acquire(SHARD, [USER])
         refused += 1
     assert refused >= 5
+
     own_world.server.resume()
 
     def back() -> bool:
@@ -142,12 +148,15 @@ def cluster_client(tmp_path: Path) -> Iterator[CacheClient]:
     """A server that refuses commands over several hash slots, as every node of a Redis Cluster does."""
     server = RedisServer("cluster", tmp_path / "cluster", {**CACHE_CONFIG, "cluster-enabled": "yes"})
     server.start()
+
     with redis.Redis.from_url(server.url) as raw:
         raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         eventually(lambda: b"cluster_state:ok" in raw.execute_command("CLUSTER", "INFO"))
         with pytest.raises(redis.ResponseError, match="same slot"):
             raw.execute_command("MGET", G, KEYS.generation(1))
+
     client = CacheClient(server.url, find_keys=lambda: KEYS, timeout_s=1.0, ttl_s=60)
+
     yield client
     client.close()
     server.purge()
@@ -155,17 +164,22 @@ def cluster_client(tmp_path: Path) -> Iterator[CacheClient]:
 
 def test_every_step_stays_within_one_shards_hash_slot(cluster_client: CacheClient) -> None:
     notes = WarmNotes(cluster_client)
+
     for shard in (0, 1):
         users = list(range(shard + 2, 1000, 2))
+
         token = cluster_client.bar(shard, users[0])
         grant = cluster_client.acquire(shard, users)
         assert cluster_client.fill(shard, grant, [(user, ENTRY) for user in users[5:]]) == len(users) - 5
         cluster_client.release(shard, grant, users[:5])
         cluster_client.drop_entries(shard, users, token)
+
         notes.add_reads(shard, {1: 8, 2: 9})
         notes.fade(shard)
         assert notes.hottest(shard) == [2, 1]
+
         notes.note_sweep(shard, Sweep(grant.nonce, 7, 8))
         assert notes.last_sweep(shard) == Sweep(grant.nonce, 7, 8)
         assert notes.present(shard, [users, users[:1]]) == [0, 0]
+
     cluster_client.drop_generations([0, 1])

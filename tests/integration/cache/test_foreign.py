@@ -1,4 +1,4 @@
-"""What somebody else wrote into the cache's server: values of another installation, and values that are none."""
+"""Foreign data in the cache's server: values of another installation, and values that are no values of ours."""
 
 from __future__ import annotations
 
@@ -117,11 +117,14 @@ def test_two_installations_do_not_see_each_other(world: World, other: CacheClien
     theirs = CacheReader(other, 2)
     theirs.connect()
     world.reader.connect()
+
     assert fill(world.client) == 1
     assert theirs.lookup([USER]) == [None]
     assert fill(other) == 1
+
     world.client.drop_generations([SHARD])
     world.client.bar(SHARD, USER)
+
     assert world.reader.lookup([USER]) == [None]
     assert theirs.lookup([USER]) == [ENTRY]
     assert WarmNotes(other).hottest(SHARD) == []
@@ -141,9 +144,11 @@ def test_without_a_name_there_is_no_cache(world: World) -> None:
     for step in (lambda: client.acquire(SHARD, [USER]), lambda: client.bar(SHARD, USER), reader.connect):
         with pytest.raises(ServiceError, match="CACHE_UNAVAILABLE"):
             step()
+
     known = True
     assert fill(client) == 1
     reader.connect()
     assert reader.lookup([USER]) == [ENTRY]
+
     reader.close()
     client.close()

@@ -1,4 +1,4 @@
-"""The hot lane on a real cache and real shards, by both ways in: the same answers and the same refusals."""
+"""The hot lane on a real cache and real shards, by both entries: the same answers and the same refusals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_unknown_user_is_refused_and_leaves_nothing_in_the_cache(world: World, l
 
 
 def test_user_created_after_a_read_is_found(world: World, lane: Lane) -> None:
-    """Without any step at the cache."""
+    """No step at the cache is necessary for it."""
     with pytest.raises(RefusedError):
         lane.segments(22)
     world.installation.execute(0, "INSERT INTO users (id, slot, attributes, version) VALUES (22, 500, '{}', 0)")
@@ -71,7 +71,7 @@ def test_largest_user_id(world: World, lane: Lane) -> None:
 
 
 def test_segment_created_since_is_named(world: World, lane: Lane) -> None:
-    """An entry may hold ids that this front has not met: filled by another front, or by the warmer."""
+    """An entry may hold ids that are new to this front: another front or the warmer filled it."""
     lane.segments(4)
     world.add_segment("newest", [7])
     world.fill(7)
@@ -84,6 +84,7 @@ def test_segment_created_since_is_named(world: World, lane: Lane) -> None:
 def test_batch_answers_each_in_the_order_asked(world: World, lane: Lane) -> None:
     lane.segments(4)
     asked = [5, NO_SUCH_USER, 4, 0, 5, -3, 6]
+
     results = lane.batch(asked).results
     assert len(results) == len(asked)
     assert [list(r.user_segments.slugs) if r.HasField("user_segments") else r.error.code for r in results] == [
@@ -95,7 +96,9 @@ def test_batch_answers_each_in_the_order_asked(world: World, lane: Lane) -> None
         code_pb2.INVALID_ARGUMENT,
         [],
     ]
+
     assert [r.user_segments.user_id for r in results if r.HasField("user_segments")] == [5, 4, 5, 6]
+
     errors = [RefusedError(r.error) for r in results if r.HasField("error")]
     assert [(e.reason, e.fields) for e in errors] == [
         ("USER_NOT_FOUND", []),
@@ -125,7 +128,7 @@ def test_large_batches_side_by_side(world: World, start: Start) -> None:
 
 
 def test_single_reads_among_batches(world: World, start: Start) -> None:
-    """While batches keep coming, calls for one user have their turn, and each call gets its own answer."""
+    """While batches keep coming, calls for one user get their turns, and each call gets its own answer."""
     users = world.add_users(400)
     world.add_segment("thirds", [user for user in users if user % 3 == 0])
     world.fill(*users)
@@ -234,13 +237,14 @@ def test_override_ends_without_any_write(world: World, lane: Lane) -> None:
     eventually(lambda: world.is_cached(4))
 
 
-# -- what the lane tells --------------------------------------------------------------------------------------------
+# -- what the lane reports ------------------------------------------------------------------------------------------
 
 
 def test_reads_are_counted_for_the_warmer(world: World, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_api.hot.lane, "COUNTS_EVERY_S", 0.2)
     users = world.add_users(2 * 1100)
     lane = start(world)
+
     for _ in range(3):
         lane.segments(users[1])  # shard 0, block 0
     lane.batch([users[2099], users[2098], NO_SUCH_USER])  # block 1 of shards 0 and 1
@@ -265,6 +269,7 @@ def native(world: World) -> Iterator[grpc.Channel]:
 def test_request_id_is_made_if_there_is_none_fit_for_logs(native: grpc.Channel, given: str | None) -> None:
     metadata = [] if given is None else [(REQUEST_ID_KEY, given)]
     made = set()
+
     for user_id in (4, 4, 4, NO_SUCH_USER):
         request = pb.GetUserSegmentsRequest(user_id=user_id).SerializeToString()
         try:
@@ -272,6 +277,7 @@ def test_request_id_is_made_if_there_is_none_fit_for_logs(native: grpc.Channel, 
             made.add(dict(call.initial_metadata())[REQUEST_ID_KEY])
         except grpc.RpcError as error:
             made.add(dict(error.trailing_metadata())[REQUEST_ID_KEY])
+
     assert len(made) == 4
     assert all(len(request_id) == 32 for request_id in made)
 
@@ -279,13 +285,16 @@ def test_request_id_is_made_if_there_is_none_fit_for_logs(native: grpc.Channel, 
 def test_close_answers_what_waits(world: World) -> None:
     world.add_users(4)
     lane = LANES["queued"](world.settings.model_copy(update={"cache_url": world.server.url}))
+
     with world.databases.shards[0].begin() as blocker:
         blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         payload = pb.GetUserSegmentsRequest(user_id=4).SerializeToString()
         future = lane.lane.submit(GET_USER_SEGMENTS, payload, "a test", None)
         eventually(lambda: lane.reads.cold.waiting == 1)
+
         closing = threading.Thread(target=lane.close)
         closing.start()
         time.sleep(0.1)
+
     closing.join(10)
     assert pb.UserSegments.FromString(future.result(0)).user_id == 4

@@ -1,4 +1,4 @@
-"""The hot lane while the cache or a shard is down, hangs, or has more to do than it can: right answers, in time."""
+"""The hot lane answers rightly and in time while the cache or a shard is down, hangs or is overloaded."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ def hits(lane: Lane, user_id: int) -> bool:
 def test_cache_goes_down_and_comes_back(own_world: World, own_lane: Lane) -> None:
     eventually(lambda: hits(own_lane, 4))
     own_world.server.kill()
+
     before = reads("bypass")
     for _ in range(5):
         assert own_lane.segments(4, timeout_s=2) == ["beta"]
     assert own_lane.batch([5, 6], timeout_s=2).results[0].user_segments.slugs == ["beta"]
     assert reads("bypass") - before == 7
+
     own_world.server.start()
     eventually(lambda: hits(own_lane, 4), within_s=3)
 
@@ -47,31 +49,36 @@ def test_cache_goes_down_and_comes_back(own_world: World, own_lane: Lane) -> Non
 def test_cache_hangs_and_goes_on(own_world: World, own_lane: Lane) -> None:
     eventually(lambda: hits(own_lane, 4))
     own_world.server.pause()
+
     begun = time.monotonic()
     assert own_lane.segments(4) == ["beta"]
     assert time.monotonic() - begun < 2.5, "its timeout, once for the lane and once for the load"
+
     begun = time.monotonic()
     calls = 0
     while time.monotonic() - begun < 1.0:
         assert own_lane.segments(4) == ["beta"]
         calls += 1
     assert calls > 10, "calls must not wait for a cache that is known to be down"
+
     own_world.server.resume()
     eventually(lambda: hits(own_lane, 4), within_s=3)
 
 
 def test_a_cache_that_hangs_is_what_a_refusal_names(own_world: World, start: Start) -> None:
-    """The shard was not even asked: nothing may be said of it."""
+    """The shard was not queried, so the refusal must not name it."""
     own_world.add_users(4)
     lane = start(own_world, cache_timeout_s=1.0)
     eventually(lambda: hits(lane, 4))
     own_world.server.pause()
+
     try:
-        # The lane waits for the cache once, and then the load does.
+        # The lane waits for the cache once, and then the load waits for it.
         with pytest.raises(RefusedError) as refused:
             lane.segments(4, timeout_s=1.7)
     finally:
         own_world.server.resume()
+
     error = refused.value
     assert (error.code, error.reason) == (code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
     assert "the cache" in error.message
@@ -102,7 +109,7 @@ def test_cache_restarted_with_older_data_is_not_believed(own_world: World, own_l
 
 
 class Shard0:
-    """The first shard's database, to be closed and opened."""
+    """The first shard's database: closed as long as the block lasts."""
 
     def __init__(self, server: PostgresServer) -> None:
         self._engine = sa.create_engine(server.dsn("postgres"), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
@@ -122,6 +129,7 @@ class Shard0:
 def test_shard_goes_down_and_comes_back(world: World, lane: Lane, pg_server: PostgresServer) -> None:
     lane.segments(4)
     eventually(lambda: world.is_cached(4))
+
     with Shard0(pg_server):
         for _ in range(3):
             begun = time.monotonic()
@@ -161,21 +169,25 @@ def test_more_reads_than_may_wait_are_refused(world: World, start: Start) -> Non
     world.add_users(100)
     lane = start(world, cold_reads_max=10, cold_read_threads=1)
     assert lane.segments(99) == []
+
     with world.databases.shards[0].begin() as blocker:
         blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         threads = [threading.Thread(target=lambda: lane.batch(range(2, 22, 2), timeout_s=20))]
         threads[0].start()
-        # A batch leaves places for those who ask for one user.
+
+        # A batch leaves places for calls for one user.
         eventually(lambda: lane.reads.cold.waiting == int(BATCH_SHARE * 10))
         for user_id in (22, 24, 26):
             threads.append(threading.Thread(target=lane.segments, args=(user_id, 20)))
             threads[-1].start()
         eventually(lambda: lane.reads.cold.waiting == 10)
+
         with pytest.raises(RefusedError) as refused:
             lane.segments(40)
         assert (refused.value.code, refused.value.reason) == (code_pb2.RESOURCE_EXHAUSTED, "OVERLOADED")
         assert refused.value.retry_s
         assert lane.segments(41) == [], "the other shard has its own bound"
+
     for thread in threads:
         thread.join(20)
     eventually(lambda: lane.reads.cold.waiting == 0)
@@ -186,6 +198,7 @@ def test_deadline_of_a_call_that_waits_for_a_shard(world: World, lane: Lane) -> 
     with world.databases.shards[0].begin() as blocker:
         blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
         begun = time.monotonic()
+
         with pytest.raises(RefusedError) as refused:
             lane.segments(4, timeout_s=0.3)
         assert refused.value.code == code_pb2.DEADLINE_EXCEEDED

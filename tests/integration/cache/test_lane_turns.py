@@ -21,7 +21,7 @@ BATCHES = 40
 
 
 def test_single_read_waits_for_one_turn_of_batches_and_not_for_all(world: World) -> None:
-    """It comes while the first batch is answered, when all batches have been taken; and is answered before most."""
+    """It comes while the first batch is answered and all batches are taken, and is answered before most of them."""
     users = world.add_users(10)
     world.fill(*users)
     lane = queued_lane(world.settings.model_copy(update={"cache_url": world.server.url}))
@@ -33,7 +33,7 @@ def test_single_read_waits_for_one_turn_of_batches_and_not_for_all(world: World)
     def submit(method: str, payload: bytes, name: str) -> None:
         answer = lane.lane.submit(method, payload, name, None)
         answers.append(answer)
-        # Called on the lane's thread, before it does anything else.
+        # The callback runs on the lane's thread, before the thread does anything else.
         answer.add_done_callback(lambda _: ended.append(name))
 
     try:
@@ -47,7 +47,7 @@ def test_single_read_waits_for_one_turn_of_batches_and_not_for_all(world: World)
         lane.close()
     batches = [name for name in ended if name != "single"]
     assert batches == [f"batch {number}" for number in range(BATCHES)]
-    # At most the turn that was under way, and one more if its first batch was taken alone; a turn is of some thousand
+    # At most the turn that was under way, and one more if its first batch was taken alone; a turn has some thousand
     # users.
     assert ended.index("single") <= 6
 
@@ -57,14 +57,16 @@ def test_batches_that_wait_for_their_turn_are_answered_when_the_lane_closes(worl
     world.fill(*users)
     lane = queued_lane(world.settings.model_copy(update={"cache_url": world.server.url}))
     batch = pb.BatchGetUserSegmentsRequest(user_ids=users * (BATCH_USERS_MAX // len(users))).SerializeToString()
+
     answers = [lane.lane.submit(BATCH_GET_USER_SEGMENTS, batch, "a test", None) for _ in range(BATCHES)]
+
     lane.close()
     for answer in answers:
         assert len(pb.BatchGetUserSegmentsResponse.FromString(answer.result(0)).results) == BATCH_USERS_MAX
 
 
 def asked(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Users that the lane asks the cache for from now on, in batches."""
+    """Users that the lane looks up in the cache from now on, in batches."""
     users: list[int] = []
     lookups = lane.reads.entries.lookups
 
@@ -80,12 +82,13 @@ def asked(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_batches_that_nobody_waits_for_are_not_computed(
     world: World, start: Start, monkeypatch: pytest.MonkeyPatch, leaving: str
 ) -> None:
-    """Their clients leave, or their time ends, while the lane is busy with the first one."""
+    """Their clients leave, or their deadlines pass, while the lane is busy with the first call."""
     users = world.add_users(10)
     world.fill(*users)
     lane = start(world)
     lane.segments(users[0])
     computed = asked(lane, monkeypatch)
+
     held: list[Sequence[int]] = []
     go_on, lookup = threading.Event(), lane.reads.entries.lookup
 
@@ -102,32 +105,38 @@ def test_batches_that_nobody_waits_for_are_not_computed(
     single = pb.GetUserSegmentsRequest(user_id=users[0]).SerializeToString()
     blocker = lane.send(GET_USER_SEGMENTS, single, 20)
     eventually(lambda: held)
+
     left_s = 0.3 if leaving == "too late" else 20
     left = [lane.send(BATCH_GET_USER_SEGMENTS, batch_of(users[1]), left_s) for _ in range(20)]
     stays = lane.send(BATCH_GET_USER_SEGMENTS, batch_of(users[2]), 20)
-    time.sleep(0.2)  # the front has them all
+
+    time.sleep(0.2)  # the front has all calls
     if leaving == "cancelled":
         for call in left:
             call.cancel()
-    time.sleep(0.4)  # the time of those that are too late is over
+    time.sleep(0.4)  # the deadlines of the late calls have passed
+
     go_on.set()
     assert blocker.result(20)
     assert len(pb.BatchGetUserSegmentsResponse.FromString(stays.result(20)).results) == 100
+
     assert set(computed) == {users[0], users[2]}
 
 
 def test_batches_that_would_be_late_are_refused_at_once(world: World) -> None:
-    """Once it is known how long they take: the rest is answered in time."""
+    """Once the lane knows how long batches take; the remaining batches are answered in time."""
     users = world.add_users(10)
     world.fill(*users)
     lane = queued_lane(world.settings.model_copy(update={"cache_url": world.server.url}))
     batch = pb.BatchGetUserSegmentsRequest(user_ids=users * (BATCH_USERS_MAX // len(users))).SerializeToString()
+
     try:
         lane.lane.submit(BATCH_GET_USER_SEGMENTS, batch, "a test", None).result(20)
         begun = time.monotonic()
         for _ in range(20):
             lane.lane.submit(BATCH_GET_USER_SEGMENTS, batch, "a test", None).result(20)
         each_s = (time.monotonic() - begun) / 20
+
         left_s = 50 * each_s
         answers = [
             lane.lane.submit(BATCH_GET_USER_SEGMENTS, batch, "a test", time.monotonic() + left_s) for _ in range(400)
@@ -135,6 +144,7 @@ def test_batches_that_would_be_late_are_refused_at_once(world: World) -> None:
         ended = [_how(answer) for answer in answers]
     finally:
         lane.close()
+
     assert ended.count("answered") >= 5
     assert ended.count("OVERLOADED") >= 200
     eventually(lambda: all(answer.done() for answer in answers))

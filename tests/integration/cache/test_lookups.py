@@ -1,4 +1,4 @@
-"""Looking many users up in pieces: one answer for each user, and no reply left behind for the next lookup."""
+"""Lookups of many users in pieces give one answer for each user, and leave no reply for the next lookup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ USERS = 40
 
 @pytest.fixture
 def filled(world: World) -> list[int]:
-    """Users, every third of whom is cached."""
+    """Users; every third user is cached."""
     users = world.add_users(USERS)
     world.add_segment("all", users)
     world.fill(*users[::3])
@@ -52,7 +52,7 @@ def test_a_piece_asked_for_after_a_change_shows_it(world: World, filled: list[in
         world.client.drop_generations(range(SHARDS))
         after = list(pieces)
     assert any(before)
-    # Two commands were on their way already, and the next one has gone before the first piece was handed over.
+    # Two commands were already on their way, and the next command was sent before the first piece was returned.
     assert [any(piece) for piece in after[2:]] == [False] * (USERS // 4 - 3)
 
 
@@ -62,9 +62,12 @@ def test_server_that_dies_between_pieces(installation: Installation, own_cache: 
     world.reader.connect()
     pieces = world.reader.lookups(users, 1)
     next(pieces)
+
     own_cache.kill()
+
     with pytest.raises(ServiceError) as refused:
         list(pieces)
     assert refused.value.reason is Reason.CACHE_UNAVAILABLE
     assert not world.reader.connected
+
     world.close()

@@ -1,4 +1,4 @@
-"""The simulation's Redis answers as the real one does: random sequences of everything the cache protocol sends."""
+"""The simulation's Redis answers as the real Redis does, to random sequences of all commands of the cache protocol."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def value(nonce: bytes, valid_until_us: int, *, segments: int = 1, cut: int = 0)
 
 
 def command(draw: random.Random, run_id: bytes) -> tuple[bytes | str | int, ...]:
-    """One of what ``CacheClient`` and ``CacheReader`` send, with arguments that meet each other."""
+    """One of the commands of ``CacheClient`` and ``CacheReader``, with arguments that often coincide."""
     keys = draw.sample(KEYS, draw.randint(1, 3))
     token, nonce = draw.choice(TOKENS), draw.choice(NONCES)
+
     stored = [
         value(
             draw.choice(NONCES),
@@ -40,8 +41,10 @@ def command(draw: random.Random, run_id: bytes) -> tuple[bytes | str | int, ...]
         )
         for _ in keys
     ]
+
     run = draw.choice((run_id, run_id, b"x" * 40))
     acquire = (run, nonce, token, b"10000", b"%d" % NOW_US, FORMAT)
+
     return draw.choice(
         (
             ("EVALSHA", scripts.ACQUIRE.sha, 1 + len(keys), NAMES.generation(SHARD), *keys, *acquire),
@@ -64,7 +67,7 @@ def test_both_answer_alike(world: World, seed: int) -> None:
         for _ in range(400):
             sent = command(draw, connection.run_id)
             answers = connection.run(*sent), memory.execute(sent)
-            if sent[0] != "SET":  # its status is looked at by nobody
+            if sent[0] != "SET":  # no caller reads its status
                 assert answers[0] == answers[1], sent
             everything = ("MGET", NAMES.generation(SHARD), *KEYS)
             assert connection.run(*everything) == memory.execute(everything), sent

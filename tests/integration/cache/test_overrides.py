@@ -1,4 +1,4 @@
-"""A change of one user's overrides that is cut off at each of its points: made or not, and never seen half."""
+"""A change of one user's overrides that is cut off at each of its points is made or not, and never half visible."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXCLUDE_ALPHA = OverrideChanges((WantedOverride("alpha", Effect.EXCLUDE, None),)
 
 
 class FailsAt:
-    """Crash points of which one fails, once."""
+    """Crash points, one of which fails once."""
 
     def __init__(self, point: str = "") -> None:
         self.point = point
@@ -57,7 +57,7 @@ def on_the_shard(world: World) -> set[int]:
 
 @pytest.fixture
 def alpha(world: World) -> int:
-    """A segment whose rule has the user in, with the user's entry in the cache."""
+    """A segment of which the user is a member by the rule, with the user's entry in the cache."""
     world.add_users(6)
     made = world.add_segment("alpha", [USER])
     world.fill(USER)
@@ -69,16 +69,18 @@ def alpha(world: World) -> int:
 def test_cut_off_before_the_commit_nothing_has_changed(world: World, alpha: int, point: str) -> None:
     with pytest.raises(FailpointError):
         service(world, FailsAt(point)).modify(USER, EXCLUDE_ALPHA, REQUEST)
+
     assert on_the_shard(world) == {alpha}
     if point == "override-not-blocked":
         assert world.cached_segments(USER) == (alpha,)
         return
-    # The bar is the crashed call's: reads of the user go to the shard until it ends by itself.
+    # The crashed call left its bar: reads of the user go to the shard until the bar ends by itself.
     assert world.cached_segments(USER) is None
     assert not world.client.acquire(SHARD, [USER]).user_ids
     left_ms = world.raw.pttl(KEYS.user(SHARD, USER))
     assert 0 < left_ms <= scripts.BAR_MS
-    # It is in nobody's way.
+
+    # The bar does not hinder another call.
     assert list(service(world, FailsAt()).modify(USER, EXCLUDE_ALPHA, REQUEST).slugs) == []
     assert world.client.acquire(SHARD, [USER]).user_ids == {USER}
 
@@ -86,13 +88,17 @@ def test_cut_off_before_the_commit_nothing_has_changed(world: World, alpha: int,
 def test_cut_off_after_the_commit_no_old_entry_is_left_and_a_repetition_ends_it(world: World, alpha: int) -> None:
     with pytest.raises(FailpointError):
         service(world, FailsAt("override-committed")).modify(USER, EXCLUDE_ALPHA, REQUEST)
+
     assert on_the_shard(world) == set()
     assert world.cached_segments(USER) is None, "the bar keeps the old entry away"
+
     crash = FailsAt()
     repeated = service(world, crash).modify(USER, EXCLUDE_ALPHA, REQUEST)
     assert list(repeated.slugs) == []
     assert [own.slug for own in repeated.overrides] == ["alpha"]
-    # It had its answer already, and changed nothing: no bar. The crashed call's bar ends by itself.
+
+    # The request was applied already, so the repetition changed nothing and set no bar. The crashed call's bar ends by
+    # itself.
     assert crash.reached == ["override-committed"]
     assert on_the_shard(world) == set()
 
@@ -104,7 +110,9 @@ def test_a_reader_between_bar_and_commit_fills_nothing(world: World, alpha: int)
     slow = world.client.acquire(SHARD, [USER])
     assert slow.user_ids == {USER}
     (old,) = world.memberships.load(SHARD, [USER])
+
     service(world, FailsAt()).modify(USER, EXCLUDE_ALPHA, None)
+
     entry = (old.valid_until_us, old.row_version, old.read_time_us, old.block, *sorted(old.segment_ids))
     assert world.client.fill(SHARD, slow, [(USER, entry)]) == 0
     assert world.cached_segments(USER) is None
@@ -136,7 +144,9 @@ def test_an_override_that_ends_while_its_user_is_waited_for_is_not_answered(worl
         USER, OverrideChanges((WantedOverride("beta", Effect.INCLUDE, soon),), ()), REQUEST
     )
     assert on_the_shard(world) == {alpha, beta}
+
     waits = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
     with ThreadPoolExecutor(1) as thread, world.databases.shards[SHARD].begin() as operation:
         lock_exclusive(operation)
         answer = thread.submit(service(world, FailsAt()).modify, USER, EXCLUDE_ALPHA, None)
@@ -144,19 +154,23 @@ def test_an_override_that_ends_while_its_user_is_waited_for_is_not_answered(worl
         eventually(lambda: on_the_shard(world) == {alpha})
         operation.rollback()
         changed = answer.result(10)
+
     assert list(changed.slugs) == []
     assert [own.slug for own in changed.overrides] == ["alpha"]
 
 
 def test_an_override_may_end_with_the_last_second_there_is(world: World, alpha: int) -> None:
-    """Also where the server's own time zone is already in the year 10000 then."""
+    """So it may where this second is in the year 10000 by the server's own time zone."""
     last = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
     [[database]] = world.installation.execute(SHARD, "SELECT quote_ident(current_database())")
     world.installation.execute(SHARD, f"ALTER DATABASE {database} SET timezone = 'Asia/Tokyo'")
+
     databases = Databases(world.settings, "test", Pool(1))
+
     try:
         store = PostgresOverrideStore(databases)
         ours = OverrideService(store, world.client, SegmentService(PostgresSegmentCatalog(world.databases)), FailsAt())
+
         wanted = WantedOverride("alpha", Effect.EXCLUDE, last)
         changed = ours.modify(USER, OverrideChanges((wanted,), ()), None)
         assert [own.expire_time for own in changed.overrides] == [last]
@@ -164,6 +178,7 @@ def test_an_override_may_end_with_the_last_second_there_is(world: World, alpha: 
     finally:
         databases.close()
         world.installation.execute(SHARD, f"ALTER DATABASE {database} RESET timezone")
+
     assert on_the_shard(world) == set()
 
 

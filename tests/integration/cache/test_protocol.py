@@ -1,4 +1,4 @@
-"""Every step of the cache protocol on a real server: what makes a hit, who may fill, and what takes an entry away."""
+"""Every step of the cache protocol on a real server: what makes a hit, which load may fill, and what drops an entry."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _other_format(value: bytes) -> bytes:
 
 @pytest.mark.parametrize("spoil", [lambda v: v[:-1], lambda v: v[:30], _other_format, lambda v: b"V", lambda v: b"x"])
 def test_value_that_is_no_hit_can_be_replaced(filled: World, spoil: object) -> None:
-    """It would stay a miss until it expires otherwise."""
+    """Otherwise it stays a miss until it expires."""
     value = filled.raw.get(KEY)
     filled.raw.set(KEY, spoil(value), ex=60)  # type: ignore[operator]
     assert filled.cached(USER) == [None]
@@ -102,8 +102,10 @@ def test_many_users_in_one_call(world: World) -> None:
 
 
 def test_bulk_change_between_the_calls_of_one_acquire(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was granted under the old generation could only be filled as a miss; it must not get the new nonce, and its
-    lease is given back at once."""
+    """A lease of the old generation can only be filled as a miss.
+
+    The grant must not have it under the new nonce, and the lease is given back at once.
+    """
     monkeypatch.setattr(segsvc.cache.client, "KEYS_PER_CALL", 1)
     run_all = CacheConnection.run_all
 
@@ -117,6 +119,7 @@ def test_bulk_change_between_the_calls_of_one_acquire(world: World, monkeypatch:
     with monkeypatch.context() as patched:
         patched.setattr(CacheConnection, "run_all", interrupted)
         grant = world.client.acquire(SHARD, [2, 4, 6])
+
     assert grant.user_ids == {4, 6}
     assert grant.busy == 1
     assert world.raw.get(G).endswith(grant.nonce)
@@ -149,10 +152,13 @@ def test_value_carries_the_nonce_of_its_lease(world: World) -> None:
 def test_entries_live_a_day_with_jitter_and_end_with_an_override(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     users = list(range(2, 202, 2))
     monkeypatch.setattr(segsvc.cache.client, "KEYS_PER_CALL", 1)  # users of one call end together
+
     grant = world.client.acquire(SHARD, users)
     world.client.fill(SHARD, grant, [(user, ENTRY) for user in users[1:]])
+
     read_time_us = world.client._now_us()
     world.client.fill(SHARD, grant, [(users[0], (read_time_us + 5_000_000, 1, read_time_us, 0))])
+
     lives = [world.raw.ttl(KEYS.user(SHARD, user)) for user in users[1:]]
     assert min(lives) >= 0.89 * 86_400
     assert max(lives) <= 86_400
@@ -229,10 +235,13 @@ def test_drop_works_without_memory_to_spare(own_world: World) -> None:
 def test_dropped_generation_makes_every_entry_of_the_shard_a_miss(filled: World) -> None:
     other = filled.client.acquire(1, [1])
     filled.client.fill(1, other, [(1, ENTRY)])
+
     filled.client.drop_generations([SHARD])
     assert filled.cached(USER, 1) == [None, ENTRY]
+
     filled.client.acquire(SHARD, [10])
     assert filled.cached(USER) == [None], "a new generation does not bring the old one's entries back"
+
     filled.client.drop_generations([SHARD, 1])
     filled.client.drop_generations([SHARD, 1])
     assert filled.cached(USER, 1) == [None, None]
@@ -246,7 +255,7 @@ def test_lost_keys_are_misses_never_empty_lists(filled: World) -> None:
 
 
 def test_generation_of_another_run_is_none(filled: World) -> None:
-    """A server that came back with older data would have it."""
+    """A server that restarted with older data has such a generation."""
     generation = filled.raw.get(G)
     filled.raw.set(G, b"f" * 40 + generation[40:])
     assert filled.cached(USER) == [None]
@@ -265,16 +274,18 @@ def test_odd_generation_is_none(filled: World, generation: bytes) -> None:
 
 
 def test_restarted_server_with_old_data_has_no_hits(own_world: World) -> None:
-    """As if persistence were on, or a replica took over."""
+    """The same happens with persistence, or when a replica takes over."""
     raw = own_world.raw
     grant = own_world.client.acquire(SHARD, [USER])
     own_world.client.fill(SHARD, grant, [(USER, ENTRY)])
     assert own_world.cached(USER) == [ENTRY]
     before = raw.dump(KEY), raw.dump(G)
+
     own_world.server.restart()
     eventually(raw.ping)
     raw.restore(KEY, 0, before[0])
     raw.restore(G, 0, before[1])
+
     with pytest.raises(ServiceError):
         own_world.cached(USER)  # the old connection is gone for good
     assert own_world.cached(USER) == [None]

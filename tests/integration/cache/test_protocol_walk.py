@@ -1,8 +1,8 @@
-"""Random walks of readers, writers and bulk changes over a real server that loses keys at will.
+"""Random walks of readers, writers and bulk changes over a real server that loses keys at random.
 
-PostgreSQL is a dictionary here; everything else is the real thing. After every step, what a read would now be answered
-with must be at least as new as everything acknowledged. The walk is worth something only if it finds the holes that
-the protocol closes: so it is made on weakened protocols too, and must fail on each.
+PostgreSQL is a dictionary here; everything else is real. After every step, the answer of a read must be at least as new
+as everything acknowledged. The walk is useful only if it finds the holes that the protocol closes: so it is also made
+on weakened protocols, and must fail on each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEEDS = range(4)
 
 
 class StaleHitError(AssertionError):
-    """A read would get what is older than something acknowledged."""
+    """A read gets a value that is older than an acknowledged one."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Write:
 
 @dataclass
 class Walk:
-    """One walk. A protocol is a client and a few habits; the habits are what weakenings change."""
+    """One walk. A protocol is a client and a few habits; weakenings change the client or the habits."""
 
     world: World
     client: CacheClient
@@ -74,6 +74,7 @@ class Walk:
             (5, self.go_on_with_operation),
             (2, self.lose_a_key),
         ]
+
         weights = [weight for weight, _ in moves]
         for _ in range(steps):
             self.rng.choices(moves, weights)[0][1]()
@@ -97,6 +98,7 @@ class Walk:
                 self.early_reads.append((user, self.now(user)))
                 return
             user, read = self.early_reads.pop(0)
+
         grant = self.client.acquire(SHARD, [user])
         if grant.user_ids and len(self.loads) < 4:
             self.loads.append(Load(user, grant, read))
@@ -104,10 +106,12 @@ class Walk:
     def go_on_with_load(self) -> None:
         if not self.loads:
             return
+
         load = self.rng.choice(self.loads)
         if load.read is None:
             load.read = self.now(load.user)
             return
+
         version, operations = load.read
         entry: Entry = (NEVER_US, version, 1, 0, operations)
         self.client.fill(SHARD, load.grant, [(load.user, entry)])
@@ -125,7 +129,9 @@ class Walk:
     def go_on_with_write(self) -> None:
         if not self.writes:
             return
+
         write = self.rng.choice(self.writes)
+
         if write.committed is None:
             if self.rng.random() < 0.15:
                 self.writes.remove(write)  # a crash before the commit
@@ -134,7 +140,7 @@ class Walk:
             write.committed = self.versions[write.user]
         elif not write.visible:
             if self.rng.random() < 0.2:
-                write.token = None  # a crash: somebody else goes on, without the token
+                write.token = None  # a crash: another process goes on, without the token
                 return
             if not self.skip_drop:
                 self.client.drop_entries(SHARD, [write.user], write.token)
@@ -176,7 +182,7 @@ def test_no_read_is_older_than_what_was_acknowledged(world: World, seed: int) ->
 
 
 class AnyLease(CacheClient):
-    """Fills as soon as there is a lease, whoever's."""
+    """Fills as soon as a lease exists, whichever process holds it."""
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         with self.connection() as connection:
@@ -188,7 +194,7 @@ class AnyLease(CacheClient):
 
 
 class NoLease(CacheClient):
-    """Fills whatever is there."""
+    """Fills without a check of the key."""
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         with self.connection() as connection:
@@ -198,7 +204,7 @@ class NoLease(CacheClient):
 
 
 class NonceAtFill(CacheClient):
-    """Takes the generation when it fills, not when it acquired."""
+    """Takes the generation at the fill, not at the acquisition."""
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         return super().fill(shard, Grant(self.acquire(shard, [999_998]).nonce, grant.token, grant.user_ids), rows)

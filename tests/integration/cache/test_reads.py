@@ -1,4 +1,4 @@
-"""What one statement says of users and blocks: bits, overrides laid over, expiry, all of one moment."""
+"""What one statement reads of users and blocks: bits, overrides laid over them and expiry, all of one moment."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def test_many_users_of_several_blocks(world: World) -> None:
     users = world.add_users(2 * 2100)
     even = world.add_segment("even-thirds", [u for u in users if u % 6 == 0])
     last = world.add_segment("last", [users[-2]])
+
     asked = [2, 6, 2048, 2050, 4198, 4199 - 1, 999_998]
     rows = {row.user_id: row for row in world.memberships.load(0, asked)}
+
     assert set(rows) == {2, 6, 2048, 2050, 4198}
     assert rows[2].segment_ids == ()
     assert rows[6].segment_ids == (even,)
@@ -107,12 +109,15 @@ def test_block_is_what_its_users_are(world: World) -> None:
     world.override(2, other, INCLUDE, 100)
     world.override(4, kept, EXCLUDE)
     world.override(6, kept, EXCLUDE, -1)
+
     with world.memberships.warm_session(0) as session:
         assert session is not None
         listed = session.users_of([0, 1, 7])
         read = {block.block: block for block in session.read([1, 0, 7])}
+
     assert set(listed) == set(read) == {0, 1}
     assert listed[0] + listed[1] == [u for u in users if u % 2 == 0]
+
     for number, block in read.items():
         there = np.flatnonzero(block.user_ids)
         assert block.user_ids[there].tolist() == listed[number]
@@ -124,6 +129,7 @@ def test_block_is_what_its_users_are(world: World) -> None:
             if bit not in overridden:
                 member = {int(s) for row, s in enumerate(block.segment_ids) if flags[row, bit]}
                 assert member == set(rows[int(block.user_ids[bit])].segment_ids)
+
     overrides = sorted(map(tuple, read[0].overrides.tolist()))
     assert [override[:3] for override in overrides] == [(0, other, 1), (1, kept, 0)]
     assert 95e6 < overrides[0][3] - read[0].read_time_us <= 100e6
@@ -153,6 +159,7 @@ def test_warmer_that_died_keeps_nobody_out(world: World) -> None:
 
     with pytest.raises(ServiceError):
         run_into_a_restart()
+
     with world.memberships.warm_session(0) as again:
         assert again is not None
 
@@ -169,16 +176,20 @@ def test_shard_out_of_reach_is_said_so(world: World) -> None:
 
 
 def test_plan_made_on_empty_tables_looks_up_by_key(world: World) -> None:
-    """Reads plan once a connection. Made while the shard had no users, the plan must still be right with many."""
+    """Reads are planned once a connection. A plan made while the shard had no users must still be right with many."""
     databases = Databases(world.settings, "test", Pool(1, by_key=True))
     memberships = PostgresMemberships(databases)
     assert memberships.load(0, [2]) == []
+
     world.add_users(5000)
     segment_id = world.add_segment("even", [2])
+
     (row,) = memberships.load(0, [2], timeout_s=1.0)
     assert row.segment_ids == (segment_id,)
+
     with databases.shard_connection(0) as connection:
         plan = connection.exec_driver_sql("EXPLAIN EXECUTE segsvc_users (ARRAY[2])").scalars().all()
     databases.close()
+
     assert "pk_users" in " ".join(plan)
     assert "Seq Scan" not in " ".join(plan)

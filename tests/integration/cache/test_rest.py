@@ -1,4 +1,4 @@
-"""The warmer's client leaves the server time for others, from however many threads it fills."""
+"""The warmer's client leaves the server time for other clients, whatever the number of its threads."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def test_a_client_that_rests_never_has_the_server_for_itself(cache_server: Redis
         filled = sum(threads.map(fill, (0, 1)))
         took_s = time.monotonic() - begun
         busy_s = raw.info("commandstats")["cmdstat_evalsha"]["usec"] / 1e6
+
     client.close()
     assert filled >= 2 * USERS - 2
     assert took_s >= (1 + REST) * busy_s

@@ -1,4 +1,4 @@
-"""The cache's server set up otherwise than the protocol needs it is named at startup."""
+"""A cache's server with settings that the protocol does not permit is named at startup."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def test_each_wrong_setting_is_named(own_cache: RedisServer, setting: str, value
     with redis.Redis.from_url(own_cache.url) as client:
         client.config_set(setting, value)
     assert findings(own_cache) == [finding]
-    own_cache.kill()  # an orderly stop would write the file first
+    own_cache.kill()  # an orderly stop writes the file first
 
 
 @pytest.fixture
 def replica(own_cache: RedisServer, tmp_path: Path) -> Iterator[RedisServer]:
     password = own_cache.url.split(":")[2].split("@")[0]
+
     server = RedisServer(
         "replica",
         tmp_path / "replica",
@@ -49,6 +50,7 @@ def replica(own_cache: RedisServer, tmp_path: Path) -> Iterator[RedisServer]:
             "repl-diskless-sync-delay": "0",
         },
     )
+
     server.start()
     yield server
     server.purge()
@@ -73,5 +75,5 @@ def test_server_out_of_reach_is_a_finding(own_cache: RedisServer) -> None:
     own_cache.kill()
     (finding,) = findings(own_cache)
     assert finding.startswith("the cache's server cannot be reached (")
-    # A connection that the kernel had taken before the kill is reset instead.
+    # A connection that the kernel had accepted before the kill is reset instead.
     assert "refused" in finding or "reset" in finding

@@ -1,4 +1,4 @@
-"""The warmer on a real cache and real shards: what it fills, in which order, and when it rests."""
+"""The warmer on a real cache and real shards: the entries that it fills, their order, and when it rests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def test_entries_are_what_a_miss_would_fill(world: World, watched: Watched) -> N
     world.override(2, second, 2)
     world.override(6, second, 1, -1)
     world.installation.execute(0, "UPDATE users SET row_version = id")
+
     report = watched.warmer().warm_shard(SHARD)
     mine = [user for user in users if user % 2 == 0]
     assert (report.entries, report.blocks, report.stopped_by_budget) == (1500, 2, False)
+
     slugs = {first: "first", second: "second"}
     rows = {row.user_id: row for row in world.memberships.load(SHARD, mine)}
     for user, entry in zip(mine, world.cached(*mine), strict=True):
@@ -39,9 +41,11 @@ def test_entries_are_what_a_miss_would_fill(world: World, watched: Watched) -> N
 def test_users_who_are_not_there_are_not_filled(world: World, watched: Watched) -> None:
     world.add_users(20)
     world.installation.execute(0, "DELETE FROM users WHERE id = 4")
+
     directory = bytearray(world.installation.execute(0, "SELECT user_ids FROM directory")[0][0])  # type: ignore[call-overload]
     directory[8:16] = bytes(8)
     world.installation.execute(0, "UPDATE directory SET user_ids = :ids", ids=bytes(directory))
+
     assert watched.warmer().warm_shard(SHARD).entries == 9
     assert world.raw.get(KEYS.user(SHARD, 4)) is None
 
@@ -66,7 +70,7 @@ def test_user_deleted_while_the_block_is_warmed_leaves_no_lease(
 
 
 def test_user_changed_while_the_block_is_warmed_is_not_filled(world: World, watched: Watched) -> None:
-    """The change takes the lease away: what was read before it must not become a hit."""
+    """The change takes the lease away: a value that was read before it must not become a hit."""
     world.add_users(20)
     segment = world.add_segment("beta", [4])
 
@@ -93,8 +97,10 @@ def test_bulk_change_while_warming_ends_the_run_and_the_next_does_all_again(worl
             world.client.drop_generations([SHARD])
 
     watched.before_fill = change
+
     warmer = watched.warmer()
     assert warmer.warm_shard(SHARD).blocks < 4
+
     report = warmer.warm_shard(SHARD)
     assert (report.blocks, report.entries) == (3, 3000)
     assert world.cached_segments(4) == ()
@@ -105,7 +111,7 @@ def test_bulk_change_while_warming_ends_the_run_and_the_next_does_all_again(worl
 def test_sweep_that_found_many_users_busy_is_made_again(world: World, watched: Watched) -> None:
     world.add_users(2 * BLOCK_USERS)
     users = users_of_block(0)
-    held = world.client.acquire(SHARD, users[:512])  # somebody's loads, about to be given up
+    held = world.client.acquire(SHARD, users[:512])  # loads that are going to be given up
     assert watched.warmer().warm_shard(SHARD).entries == 512
     world.client.release(SHARD, held, users[:512])
     assert watched.warmer().warm_shard(SHARD).entries == 512
@@ -177,6 +183,7 @@ def test_new_users_are_warmed_before_anybody_reads_them(world: World, watched: W
     warmer = watched.warmer()
     warmer.warm_shard(SHARD)
     watched.filled.clear()
+
     directory = bytearray(
         bytes(world.installation.execute(0, "SELECT user_ids FROM directory WHERE block = 1")[0][0])  # type: ignore[call-overload]
     )
@@ -184,6 +191,7 @@ def test_new_users_are_warmed_before_anybody_reads_them(world: World, watched: W
     world.installation.execute(0, "UPDATE directory SET user_ids = :ids WHERE block = 1", ids=bytes(directory))
     world.installation.execute(0, "INSERT INTO users (id, slot, attributes, version) VALUES (90000, 1500, '{}', 0)")
     world.installation.execute(0, "UPDATE shard_state SET next_slot = 1501")
+
     report = warmer.warm_shard(SHARD)
     assert (report.entries, watched.filled) == (1, [1])
     assert is_warm(world, [90_000])
@@ -214,16 +222,20 @@ def test_lost_entries_come_back_within_a_minute(world: World, watched: Watched) 
     world.add_users(2 * 3000)
     warmer = watched.warmer()
     warmer.warm_shard(SHARD)
+
     watched.filled.clear()
     watched.asked = 0
     world.client.drop_entries(SHARD, [4, 8])
+
     watched.now_s += 59
     assert warmer.warm_shard(SHARD).blocks == 0
     watched.now_s += 1
+
     report = warmer.warm_shard(SHARD)
     assert (report.blocks, report.entries, watched.filled) == (3, 2, [0]), "only what is missing is read"
     assert watched.asked == BLOCK_USERS, "blocks that have all their keys are not even asked for"
     assert is_warm(world, [4, 8])
+
     watched.now_s += 30
     assert warmer.warm_shard(SHARD).blocks == 0
 

@@ -1,4 +1,4 @@
-"""The warmer within its memory, and when the cache or a shard is lost under it."""
+"""The warmer within its memory, and while it loses the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_budget_of_nothing_warms_nothing(world: World, watched: Watched) -> None
 
 @pytest.fixture
 def full(world: World, watched: Watched) -> tuple[Watched, Warmer]:
-    """Five blocks, of which two found room: the most read ones."""
+    """Five blocks, of which the two most read ones found room."""
     world.add_users(2 * 5 * BLOCK_USERS)
     watched.notes.add_reads(SHARD, {1: 100, 2: 50})
     room = watched.notes.memory().used_bytes + 1
@@ -33,10 +33,12 @@ def full(world: World, watched: Watched) -> tuple[Watched, Warmer]:
             world.raw.set("ballast", b"x" * 1_000_000)
 
     watched.after_ask = take_the_rest
+
     warmer = watched.warmer(budget_bytes=room + 900_000)
     report = warmer.warm_shard(SHARD)
     assert report.stopped_by_budget
     assert watched.filled == [1, 2]
+
     watched.after_ask = lambda: None
     watched.filled.clear()
     return watched, warmer
@@ -52,7 +54,7 @@ def test_nothing_is_added_beyond_the_budget(world: World, full: tuple[Watched, W
 
 
 def test_entries_within_the_budget_are_renewed_after_a_bulk_change(world: World, full: tuple[Watched, Warmer]) -> None:
-    """They take no more memory than their forerunners; otherwise a full cache would be cold after each change."""
+    """They take no more memory than the old entries; otherwise a full cache would be cold after each change."""
     watched, warmer = full
     world.client.drop_generations([SHARD])
     report = warmer.warm_shard(SHARD)

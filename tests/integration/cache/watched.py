@@ -1,4 +1,4 @@
-"""The warmer under watch: what it asks of the cache, what it fills, and a clock that the test moves."""
+"""A watched warmer: its requests to the cache, the blocks that it fills, and a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK_USERS = 1024
 
 
 class Watched:
-    """The world's cache and shards, with notes of what is asked and filled; and a clock."""
+    """The world's cache and shards, with notes of the requests and fills, and with a clock."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -54,7 +54,7 @@ class Watched:
 
 
 def users_of_block(block: int) -> list[int]:
-    """With two shards and users 1, 2, 3 …: those of shard 0."""
+    """Users of a block of shard 0, with two shards and users 1, 2, 3 …."""
     return [2 * (slot + 1) for slot in range(block * BLOCK_USERS, (block + 1) * BLOCK_USERS)]
 
 

@@ -1,4 +1,4 @@
-"""Running the checker, and faults that more than one test file makes."""
+"""Runs the checker, and makes the faults that more than one test file needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ABSENT = "00000000-0000-4000-8000-000000000000"
 
 
 def run(service: Check, settings: Settings, *, cache: bool = True) -> Report:
-    """The check as ``segsvc check`` runs it, but less patient with the cache."""
+    """Run the check as ``segsvc check`` does, but with less patience for the cache."""
     checker = Checker(
         service.reads,
         service.reader if cache else None,
@@ -35,7 +35,7 @@ def texts(report: Report) -> list[str]:
 
 
 def ageless(text: str) -> str:
-    """Without the age of a prepared transaction, which depends on how busy the machine is."""
+    """The text without the age of a prepared transaction, which depends on the machine's load."""
     return re.sub(r"is prepared for \d+ s", "is prepared", text)
 
 

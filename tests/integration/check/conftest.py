@@ -1,4 +1,4 @@
-"""A small installation, sound and cached, written anew for each test."""
+"""A small installation without faults, written again for each test."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from tests.integration.check.world import SHARDS, World
 
 @pytest.fixture(scope="module")
 def check_settings(pg_server: PostgresServer, cache_server: RedisServer) -> Settings:
-    """Two migrated shards and a catalog, and the cache."""
+    """Settings of two migrated shards, a catalog and the cache."""
     names = ["check_catalog", *(f"check_{shard}" for shard in range(SHARDS))]
     for name in names:
         pg_server.create_database(name)
+
     settings = Settings(
         _env_file=None,  # type: ignore[call-arg]
         cluster="check",
@@ -30,6 +31,7 @@ def check_settings(pg_server: PostgresServer, cache_server: RedisServer) -> Sett
         shard_dsns=tuple(pg_server.dsn(name) for name in names[1:]),
         cache_url=cache_server.url,
     )
+
     migrate(settings)
     return settings
 
@@ -45,7 +47,7 @@ def cache(check_settings: Settings) -> Iterator[CacheClient]:
 
 @pytest.fixture
 def world(check_settings: Settings) -> World:
-    """Sound, with a history; not yet in the cache."""
+    """An installation without faults, with past operations; nothing is in the cache yet."""
     made = World(check_settings)
     for segment in made.segments:
         made.add_operation(OperationKind.CREATE, segment, OperationState.DONE)

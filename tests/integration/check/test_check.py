@@ -1,4 +1,4 @@
-"""The checker names every single fault exactly, and finds nothing in a sound installation."""
+"""The checker names each single fault exactly, and finds nothing in a sound installation."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def test_a_sound_installation_has_no_difference(
     world.fill(cache)
     seen: list[tuple[int, int, int]] = []
     report = service.checker.run(lambda *step: seen.append(step))
+
     assert texts(report) == []
     assert report.total == 0
     assert report.users == 2997
@@ -62,12 +63,14 @@ def a_bit_after_the_frozen_roll_out(world: World) -> list[str]:
 
 
 def _flipped(world: World, slug: str, user: int) -> list[str]:
-    """Flip a bit on shard 0; what must be said of it."""
+    """Flip a bit on shard 0. Returns the expected differences."""
     segment = next(segment for segment in world.segments if segment.slug == slug)
     slot = world.slots(0)[user]
     member = int(world.by_rule(segment, 0, user, slot))
+
     flip(world, 0, segment.id, user)
     counted = sum(world.by_rule(segment, 0, each, at) for each, at in world.slots(0).items())
+
     where = f"shard 0, segment {slug} ({segment.id})"
     return [
         (
@@ -183,7 +186,7 @@ def an_override_of_a_deleted_user(world: World) -> list[str]:
 
 
 def a_user_on_the_wrong_shard(world: World) -> list[str]:
-    # In the slot of a deleted user, with the bits that the rules give: only the place is wrong.
+    # The user is in the slot of a deleted user, with the bits by the rules: only the shard is wrong.
     world.on_shard(0, "INSERT INTO users (id, slot, attributes, version) VALUES (5001, 4, '{}', 0)")
     world.on_shard(0, "UPDATE shard_state SET user_count = user_count + 1")
     world.on_shard(
@@ -192,6 +195,7 @@ def a_user_on_the_wrong_shard(world: World) -> list[str]:
         "WHERE block = 0",
     )
     world.on_shard(0, f"""UPDATE users SET attributes = '{{"age": {age(5001)}}}' WHERE id = 5001""")
+
     for segment in world.segments:
         if world.by_rule(segment, 0, 5001, 4):
             world.on_shard(
@@ -200,6 +204,7 @@ def a_user_on_the_wrong_shard(world: World) -> list[str]:
                 id=segment.id,
             )
             world.on_shard(0, "UPDATE segments SET rule_count = rule_count + 1 WHERE id = :id", id=segment.id)
+
     return ["shard 0, user 5001: is here, the shard is 5001 mod 2 = 1"]
 
 
@@ -293,5 +298,5 @@ def test_a_million_differences_are_counted_and_a_hundred_kept(
     world.on_shard(0, "UPDATE memberships SET bits = decode(repeat('00', 128), 'hex') WHERE segment_id = 8")
     report = run(service, check_settings, cache=False)
     assert len(report.differences) == 100
-    # Each bit, two rows of zeros, and the counter.
+    # A difference for each bit, for two rows of zeros, and for the counter.
     assert report.total == len(world.slots(0)) + 2 + 1

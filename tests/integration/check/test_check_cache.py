@@ -20,6 +20,7 @@ def test_a_stale_entry_is_named(world: World, cache: CacheClient, service: Check
     wrong = tuple(segment for segment in right if segment != 8)
     cache.drop_entries(0, [42])
     world.fill_users(cache, {42: wrong})
+
     report = run(service, check_settings)
     assert texts(report) == [
         f"shard 0, cache entry of user 42: it lists segments {list(wrong)}, the shard says {list(right)}"
@@ -74,9 +75,11 @@ def test_a_change_between_commit_and_acknowledgement_is_waited_for(
 
     thread = threading.Thread(target=acknowledge)
     thread.start()
+
     checker = Checker(service.reads, Reader(), cluster="check", shard_count=2, fence_ttl_s=3600, settle_s=30)
     report = checker.run()
     thread.join()
+
     assert texts(report) == []
     assert report.duration_s < 20
 
@@ -85,7 +88,7 @@ def test_an_entry_newer_than_the_snapshot_is_no_difference(
     world: World, cache: CacheClient, service: Check, check_settings: Settings
 ) -> None:
     class Reader:
-        """Changes user 42 after the shard's snapshot was taken, before its entry is looked at."""
+        """Changes user 42 after the shard's snapshot, before the checker reads the user's entry."""
 
         changed = False
 

@@ -1,4 +1,4 @@
-"""``segsvc check`` as its user runs it."""
+"""``segsvc check``, as a user runs it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def command(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[
         "SEGSVC_SHARD_DSNS": " ".join(settings.shard_dsns),
         "SEGSVC_CACHE_URL": settings.cache_url,
     }
+
     return subprocess.run(
         [sys.executable, "-m", "segsvc", "check", *arguments],
         env=environment, capture_output=True, text=True, check=False, timeout=60,
@@ -45,16 +46,19 @@ def test_the_command_ends_with_0_on_a_sound_installation(
 def test_the_command_names_each_of_four_faults_and_ends_with_1(
     world: World, cache: CacheClient, check_settings: Settings
 ) -> None:
-    """One bit, one id of the directory, one counter, one cache entry."""
+    """The faults are one bit, one id of the directory, one counter and one cache entry."""
     world.fill(cache)
     cache.drop_entries(1, [43])
     world.fill_users(cache, {43: ()})
+
     flip(world, 1, 8, 2001)
     world.on_shard(1, "UPDATE segments SET rule_count = rule_count - 1 WHERE id = 8")
     an_id_of_the_directory(world)
     the_counter_of_the_users(world)
+
     done = command(check_settings)
     assert done.returncode == 1
+
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("4 differences in 2,997 users")
     assert set(lines[:-1]) == {
@@ -71,6 +75,7 @@ def test_the_command_says_what_cannot_be_reached(world: World, check_settings: S
     assert done.returncode == 1
     assert done.stderr.startswith("CACHE_UNAVAILABLE: ")
     assert command(gone, "--without-cache").returncode == 0
+
     gone = check_settings.model_copy(update={"shard_dsns": (check_settings.shard_dsns[0], "postgresql+psycopg2:///no")})
     done = command(gone)
     assert (done.returncode, done.stderr) == (1, "SHARD_UNAVAILABLE: shard 1 cannot be reached now\n")

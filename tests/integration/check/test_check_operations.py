@@ -1,4 +1,4 @@
-"""The checker while operations are in flight, and what it says of prepared transactions."""
+"""The checker while operations are in flight, and its differences about prepared transactions."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ from tests.integration.check.world import World
 def test_an_operation_half_committed_is_no_difference(
     world: World, cache: CacheClient, service: Check, check_settings: Settings
 ) -> None:
-    """Committed in the ledger and on shard 0, not yet on shard 1, and no cache dropped yet."""
+    """The operation is committed in the ledger and on shard 0, not yet on shard 1, and no cache is dropped yet."""
     world.fill(cache)
     checkout = world.segments[0]
     new_rule = Rule(60_000)
     operation = world.add_operation(
         OperationKind.ROLL_OUT, checkout, OperationState.COMMITTED, rule=new_rule, fenced_on=[0], age_s=1
     )
+
     old = World(check_settings)
     old.segments = [replace(segment) for segment in world.segments]
     old.operations, old.fences = world.operations, world.fences
+
     checkout.rule = new_rule
     world.write()
     old._write_shard(1)
+
     report = run(service, check_settings)
     assert texts(report) == []
     assert report.entries == 2997
 
-    # Once it is said to be done, all three are.
+    # Once the ledger has it as DONE, all three are differences.
     world.on_catalog("UPDATE operations SET state = 'DONE', end_time = now() WHERE id = :id", id=operation)
     counts = run(service, check_settings).counts
     assert {kind.value for kind in counts} == {"segment", "fence", "cache"}
@@ -85,8 +88,10 @@ def test_a_prepared_transaction_without_a_reason_is_named(
     world.write()
     gid = str(Gid("check", operation, 1))
     prepare(world, gid)
+
     try:
-        assert texts(run(service, check_settings, cache=False)) == []  # not for long enough
+        assert texts(run(service, check_settings, cache=False)) == []  # not prepared for long enough
+
         monkeypatch.setattr("segsvc.services.check.ledger.IN_DOUBT_MAX_S", 0.0)
         found = texts(run(service, check_settings, cache=False))
         wanted = [f"shard 1, prepared transaction {gid}: it is prepared, {expected}"] if expected else []

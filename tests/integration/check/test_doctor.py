@@ -1,4 +1,4 @@
-"""What ``segsvc doctor`` says of the databases and the cache."""
+"""What ``segsvc doctor`` reports about the databases and the cache."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_nothing_is_said_of_what_is_well(world: World, check_settings: Settings)
 
 @pytest.fixture(autouse=True)
 def _cache_of_nobody_else(check_settings: Settings) -> None:
-    """The server is that of the whole session; whoever has keys in it is named."""
+    """The whole session shares the server, and the doctor names every installation that has keys in it."""
     with redis.Redis.from_url(check_settings.cache_url) as raw:
         raw.flushall()
 
 
 PAST = 1000.0
-"""Seconds ago: long past any deadline."""
+"""An age in seconds, long past any deadline."""
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,13 @@ def test_a_transaction_in_doubt_is_explained(
     operation = begun(world, state, age_s=age_s, voted=voted)
     gid = str(Gid("check", operation, 1))
     prepare(world, gid)
+
     try:
         item = doubt.in_doubt(check_settings)[0]
         said = f"shard 1: {gid} is prepared: operation {operation} (ROLL_OUT beta, {state.name}); {why}"
         assert ageless(item.text).startswith(said)
         assert item.remedy == ""
+
         monkeypatch.setattr(doubt, "IN_DOUBT_MAX_S", 0.0)
         item = doubt.in_doubt(check_settings)[0]
         assert bool(item.remedy) == item.text.endswith(", which is overdue") == overdue
@@ -118,12 +120,13 @@ def begun(
     voted: Sequence[int] = (),
     fenced_on: Sequence[int] | None = None,
 ) -> UUID:
-    """An operation in this state, and nothing else in the ledger."""
+    """Write a ledger that holds only one operation, in this state. Returns the operation's id."""
     segment = world.segments[1]
     operation = world.add_operation(
         OperationKind.ROLL_OUT, segment, state, rule=segment.rule, age_s=age_s, fenced_on=fenced_on
     )
     world.write()
+
     for shard in voted:
         world.on_catalog(
             "INSERT INTO votes (operation_id, shard, matched, added, removed, members) "
@@ -131,6 +134,7 @@ def begun(
             id=operation,
             shard=shard,
         )
+
     if state is OperationState.ABORTED:
         failure = Failure("OPERATION_ABORTED", "cancelled", {"why": "CANCELLED"})
         world.on_catalog(
@@ -138,6 +142,7 @@ def begun(
             id=operation,
             failure=json.dumps(failure.to_json()),
         )
+
     return operation
 
 
@@ -154,8 +159,10 @@ def test_an_operation_is_explained_when_nothing_is_prepared_any_more(world: Worl
     assert (
         "it is decided, but not known to be committed on shard 1; recovery commits it there, which is overdue" in said()
     )
+
     world.on_shard(1, "INSERT INTO applied_operations (operation_id, kind) VALUES (:id, 2)", id=operation)
     assert "all shards have committed; recovery drops the outdated cache entries" in said()
+
     world.on_catalog("UPDATE operations SET shards_committed_time = now()")
     assert (
         "all shards have committed, but the cache cannot be invalidated; it is done when the cache can be reached"
@@ -194,12 +201,14 @@ def test_what_cannot_be_asked_hides_nothing_else(world: World, check_settings: S
     gid = str(Gid("check", operation, 1))
     prepare(world, gid)
     nowhere = "postgresql+psycopg2:///x?host=/nowhere"
+
     try:
         shard_away = check_settings.model_copy(update={"shard_dsns": (nowhere, check_settings.shard_dsns[1])})
         silent, prepared, open_operation = doubt.in_doubt(shard_away)
         assert silent.text == "shard 0: its prepared transactions cannot be read"
         for item in (prepared, open_operation):
             assert "it waits for the vote of shard 0 (out of reach); recovery sends what is missing again" in item.text
+
         [item] = doubt.in_doubt(check_settings.model_copy(update={"catalog_dsn": nowhere}))
         assert "the catalog, which alone decides, cannot be read; it stays until the catalog is back" in item.text
         assert item.text.startswith(f"shard 1: {gid} is prepared for")
@@ -214,10 +223,12 @@ def test_a_database_that_is_not_a_shard_hides_nothing_else(
     wrong = check_settings.model_copy(update={"shard_dsns": (check_settings.catalog_dsn, check_settings.shard_dsns[1])})
     gid = str(Gid("check", ABSENT, 1))
     prepare(world, gid)
+
     try:
         silent, prepared = doubt.in_doubt(wrong)
         assert silent.text == "shard 0: its prepared transactions cannot be read"
         assert prepared.text.startswith(f"shard 1: {gid} is prepared for")
+
         monkeypatch.setattr(doctor, "settings_of_process", lambda: wrong)
         looked_at = {
             "databases": storage.databases,
@@ -225,10 +236,12 @@ def test_a_database_that_is_not_a_shard_hides_nothing_else(
             "cache": storage.cache,
         }
         monkeypatch.setattr(doctor, "_checks", lambda: looked_at)
+
         with pytest.raises(typer.Exit) as ended:
             doctor.doctor(json_output=True)
     finally:
         finish(world, gid)
+
     assert ended.value.exit_code == 1
     found = {result["name"]: result["findings"] for result in json.loads(capsys.readouterr().out)}
     assert found["databases"][1]["text"].startswith("shard 0: its DSN points to the catalog of cluster 'check'")
@@ -241,23 +254,28 @@ def test_a_database_that_is_not_a_shard_hides_nothing_else(
 def test_a_role_that_may_read_nothing_is_found(world: World, check_settings: Settings) -> None:
     with world.catalog.begin() as connection:
         connection.exec_driver_sql("CREATE ROLE nobody_here LOGIN")
+
     dsn = re.sub(r"//[^@/]*@?", "//nobody_here@", check_settings.catalog_dsn, count=1)
+
     try:
         [item] = storage.databases(check_settings.model_copy(update={"catalog_dsn": dsn}))
     finally:
         with world.catalog.begin() as connection:
             connection.exec_driver_sql("DROP ROLE nobody_here")
+
     assert item.text == "the catalog: cannot be read (permission denied for table alembic_version)"
     assert item.remedy == "correct SEGSVC_CATALOG_DSN, or its role's rights"
 
 
 def test_many_servers_out_of_reach_are_waited_for_together(check_settings: Settings) -> None:
-    """A server that accepts and never answers, for each of sixteen shards."""
+    """All sixteen shards are on a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=128) as silent:
         dsn = f"postgresql+psycopg2://x@127.0.0.1:{silent.getsockname()[1]}/x"
         away = check_settings.model_copy(update={"shard_dsns": (dsn,) * 16, "connect_timeout_s": 2})
+
         started = time.monotonic()
         items = storage.databases(away)
+
         *unreachable, founded = items
         assert [item.text.split(" (")[0] for item in unreachable] == [
             f"shard {shard}: cannot be reached" for shard in range(16)
@@ -268,18 +286,22 @@ def test_many_servers_out_of_reach_are_waited_for_together(check_settings: Setti
 
 
 def test_commits_that_nobody_publishes_are_found(world: World, check_settings: Settings) -> None:
-    settings = check_settings.model_copy(update={"kafka_stand_in": True})  # nobody is asked about groups
+    settings = check_settings.model_copy(update={"kafka_stand_in": True})  # Kafka's groups are not queried
+
     with world.catalog.begin() as connection:
         connection.exec_driver_sql("UPDATE audit SET published = true")
     assert running.bridge(settings) == []
+
     with world.catalog.begin() as connection:
         connection.exec_driver_sql(
             "INSERT INTO audit (seq, time, action, segment_id, slug, details)"
             " SELECT 900 + n, now() - n * interval '50 seconds', 'created', 1, 'x', '{}' FROM generate_series(1, 2) n"
         )
+
     [item] = running.bridge(settings)
     assert item.text == "2 commits are not yet on segment-events, the oldest for 100 s"
     assert "segsvc bridge" in item.remedy
+
     with world.catalog.begin() as connection:
         connection.exec_driver_sql("DELETE FROM audit WHERE seq > 900")
 
@@ -303,9 +325,11 @@ def test_recovery_that_does_not_look_is_found(world: World, check_settings: Sett
     [item] = storage.recovery(check_settings)
     assert item.text == "recovery has never run"
     assert "segsvc beat" in item.remedy
+
     age("5 minutes")
     [item] = storage.recovery(check_settings)
     assert item.text.startswith("the last complete recovery run was 30")
+
     databases = Databases(check_settings, "test")
     try:
         PostgresMaintainedCatalog(databases).note_recovery()

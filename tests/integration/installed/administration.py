@@ -1,9 +1,9 @@
-"""Run by test_installed.py in an environment without pytest: runs commands of segsvc one after the other.
+"""Runs commands of segsvc one after the other; test_installed.py runs it in an environment without pytest.
 
     python administration.py '[["segments", "list"], …]'
 
-Each is run as from a shell, in this one process, because starting one takes longer than all of them. Their outputs
-follow each other, after each a line ``exit CODE``.
+Each command runs as from a shell, but in this one process, because the start of a process takes longer than all
+commands. A line that ends with ``exit CODE`` follows the output of each command.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Run by test_installed.py in an environment without pytest: imports every module of ours, those of the local stack and
-of the migrations' scripts apart. Says nothing if all goes well."""
+"""Imports all our modules; test_installed.py runs it in an environment without pytest.
+
+It leaves out the modules of the local stack and the scripts of the migrations. It prints nothing if all succeed.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What others install works with what it brings: the image's lock alone, and the built wheel alone.
+"""The image works with its lock alone, and the built wheel works with its own requirements alone.
 
-A developer's environment has much more, so an import of something that nobody declares is not noticed there. Every
-command is started with nothing to connect to, and must get as far as saying so.
+A developer's environment has many more packages, so an undeclared import is not noticed there. Every command is started
+without servers to connect to, and must run until it reports that.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tests.local_servers import REPOSITORY
 
 TIMEOUT_S = 120.0
 
-# What each says when nothing answers.
+# The message of each command when no server answers.
 REFUSED = "(?i)refused|cannot be reached"
 NEEDS_EXTRA = r"the local stack needs packages .*confluent-kafka.*psutil.*pip install 'segsvc\[local\]'"
 END = {"migrate": REFUSED, "check": REFUSED, "doctor": REFUSED, "demo --running": REFUSED}
-# These run until they are told to stop.
+# These commands run until they are stopped.
 RUN = {
     "serve": "listening",
     "worker --queue operations": "(?i)cannot connect to redis.*refused",
@@ -40,21 +40,21 @@ RUN = {
     "bridge": "(?i)refused",
     "flower": "(?i)failed to capture events.*refused",
 }
-# These need no process of their own.
+# These commands need no process of their own.
 LOCAL_STACK = ("up", "down", "status", "demo")
 SAMPLES = {
     "slug": "a", "slugs": "a", "user_id": "1", "percent": "10", "name": "operations/create-1", "letter_id": "1-1",
     "shard": "0", "to": "postgresql+psycopg2://u@127.0.0.1:1/x", "fence": "postgresql+psycopg2://u@127.0.0.1:1/x",
 }  # fmt: skip
-"""A value for each argument or option that a command demands."""
+"""A value for each argument or option that a command requires."""
 ONE_OF = {"segments edit": ["--name", "x"]}
-"""What a command demands one of; those that take all of something get --all."""
+"""Options of which a command requires one; commands with an option --all get it."""
 
 MISHAP = re.compile(r"Traceback|ImportError|ModuleNotFoundError|No module named")
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command below this one that has no commands itself."""
+    """Every command below this command that has no commands itself."""
     if hasattr(command, "commands"):
         for name, below in command.commands.items():
             yield from leaves(below, (*path, name))
@@ -63,8 +63,9 @@ def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def administration() -> list[list[str]]:
-    """The commands in groups, each with a value for whatever it demands."""
+    """The commands in groups, each with a value for everything that it requires."""
     made = []
+
     for path, command in leaves(get_command(app)):
         if len(path) > 1:
             words = [*path, *ONE_OF.get(" ".join(path), [])]
@@ -76,15 +77,18 @@ def administration() -> list[list[str]]:
                     words += [option] if option.startswith("--") else []
                     words.append(SAMPLES[parameter.name])
             made.append(words)
+
     return made
 
 
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Settings that lead to servers of which none answers."""
+    """Settings with addresses at which no server answers."""
     folder = tmp_path_factory.mktemp("nothing")
+
     # Nothing listens on port 1, and nothing is given that port.
     nowhere = "127.0.0.1:1"
+
     return {
         "SEGSVC_CLUSTER": "nowhere",
         "SEGSVC_CATALOG_DSN": f"postgresql+psycopg2://u@{nowhere}/catalog",
@@ -104,24 +108,27 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -> Environment:
-    """What docker/Dockerfile makes: the packages of its lock, and the folders that it copies."""
+    """The contents of docker/Dockerfile's image: the packages of its lock, and the folders that it copies."""
     folder = tmp_path_factory.mktemp("image")
     lock = REPOSITORY / "docker" / "requirements.lock"
     python = make_environment(folder / "venv", "--no-deps", "--require-hashes", "--requirement", str(lock))
+
     dockerfile = (REPOSITORY / "docker" / "Dockerfile").read_text()
     known = copy_of_what_git_knows(folder / "checkout")
     copied = re.findall(r"^COPY (?!--)(\S+) (\S+)$", dockerfile, re.MULTILINE)
+
     for source, target in copied:
         if not target.startswith("/"):
             (folder / "app" / target).parent.mkdir(parents=True, exist_ok=True)
             (known / source).rename(folder / "app" / target)
+
     [path] = re.findall(r"PYTHONPATH=(\S+)", dockerfile)
     return Environment(python, folder / "app", {**variables, "PYTHONPATH": path.replace("/app", str(folder / "app"))})
 
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A source distribution, and the wheel that is made of it."""
+    """A source distribution, and the wheel that is built from it."""
     source = copy_of_what_git_knows(tmp_path_factory.mktemp("source"))
     return build(tmp_path_factory.mktemp("distributions"), source)
 
@@ -130,7 +137,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 def installed(
     tmp_path_factory: pytest.TempPathFactory, distributions: tuple[Path, Path], variables: dict[str, str]
 ) -> Environment:
-    """The wheel with the packages that it asks for, in the versions that the lock has."""
+    """The wheel with the packages that it requires, in the versions of the lock."""
     folder = tmp_path_factory.mktemp("installed")
     constraint = REPOSITORY / "docker" / "requirements.lock"
     python = make_environment(folder / "venv", "--constraint", str(constraint), str(distributions[1]))
@@ -138,7 +145,7 @@ def installed(
 
 
 def outcome(environment: Environment, command: str, ports: Sequence[int], folder: Path) -> str:
-    """Run a command until it has said what is expected, or has ended; what is wrong, empty if nothing is."""
+    """Run a command until it prints the expected message or ends. Returns the error, or '' if there is none."""
     place = folder / re.sub(r"\W+", "-", command)
     place.mkdir()
     output = place / "output"
@@ -155,6 +162,7 @@ def outcome(environment: Environment, command: str, ports: Sequence[int], folder
 
     pattern = END.get(command) or RUN[command]
     ends = command in END
+
     try:
         wait_until(
             lambda: process.poll() is not None or (not ends and re.search(pattern, said()) is not None),
@@ -165,6 +173,7 @@ def outcome(environment: Environment, command: str, ports: Sequence[int], folder
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
     as_expected = (code in (0, 1)) if ends else code is None
     if as_expected and re.search(pattern, said()) and not MISHAP.search(said()):
         return ""
@@ -172,9 +181,9 @@ def outcome(environment: Environment, command: str, ports: Sequence[int], folder
 
 
 def outcomes(environment: Environment, commands: Iterable[str], folder: Path) -> str:
-    """What is wrong with any of these commands, run side by side: most of them wait for one refusal after the other."""
+    """The errors of these commands, which run side by side, because most wait for one refusal after the other."""
     commands = list(commands)
-    # Drawn at once: a port that one command has not bound yet would be given to another one, too.
+    # All ports are drawn at once: otherwise a port that a command has not bound yet could be given to another command.
     ports = free_ports(2 * len(commands))
     pairs = list(zip(ports[::2], ports[1::2], strict=True))
     with ThreadPoolExecutor(8) as threads:
@@ -182,13 +191,13 @@ def outcomes(environment: Environment, commands: Iterable[str], folder: Path) ->
 
 
 def packages(environment: Environment) -> set[str]:
-    """Names of the packages that are installed there."""
+    """Names of the packages that are installed in the environment."""
     found = next(environment.python.parent.parent.glob("lib/*/site-packages")).glob("*.dist-info")
     return {folder.name.partition("-")[0].lower() for folder in found}
 
 
 def import_everything(environment: Environment, folder: Path) -> None:
-    """Import every module of ours that is not of the local stack. It also leaves compiled what the commands need."""
+    """Import all our modules except the local stack's. This also compiles the modules that the commands need."""
     script = Path(__file__).with_name("every_import.py")
     process = environment.start(str(script), output=folder / "imports")
     code = process.wait(timeout=TIMEOUT_S)
@@ -203,7 +212,7 @@ def test_every_command_is_started_here() -> None:
 def test_the_image_runs_what_it_is_for(image: Environment, tmp_path: Path) -> None:
     import_everything(image, tmp_path)
     assert outcomes(image, ("demo --running", *RUN), tmp_path) == ""
-    # Nothing of them answers, so nothing is well.
+    # No server answers, so every health check fails.
     checks = [image.start("docker/health.py", what, output=tmp_path / what) for what in ("front", "1")]
     assert [check.wait(timeout=TIMEOUT_S) for check in checks] == [1] * len(checks)
     for what in ("front", "1"):
@@ -211,7 +220,7 @@ def test_the_image_runs_what_it_is_for(image: Environment, tmp_path: Path) -> No
 
 
 def test_the_image_has_what_the_wheel_brings(installed: Environment, image: Environment) -> None:
-    # The lock has a few more: for a Python that is older than this one.
+    # The lock has a few more packages, which only an older Python needs.
     assert packages(installed) - packages(image) == {"segsvc"}
 
 
@@ -225,7 +234,7 @@ def test_the_wheel_runs_every_command(installed: Environment, tmp_path: Path) ->
         output=output,
         SEGSVC_GRPC_ADDRESS="127.0.0.1:1",
     )
-    # Of those that the image runs, too, as many as show that what the wheel itself holds is whole.
+    # Of the commands that the image runs as well, these are enough to show that the wheel is complete.
     assert outcomes(installed, (*END, "serve", "worker --queue operations"), tmp_path) == ""
 
     assert grouped.wait(timeout=TIMEOUT_S) == 0
@@ -241,11 +250,13 @@ def test_the_wheel_runs_every_command(installed: Environment, tmp_path: Path) ->
 def test_the_distributions_hold_all_that_is_needed_at_run_time(distributions: tuple[Path, Path]) -> None:
     sdist, wheel = distributions
     files = set(zipfile.ZipFile(wheel).namelist())
+
     for root in ("segsvc", "tasks", "grpc_api", "migrations"):
         for path in (REPOSITORY / root).rglob("*"):
             name = path.relative_to(REPOSITORY).as_posix().removeprefix("grpc_api/generated/")
             if path.is_file() and path.suffix not in (".pyc", ".pyi"):
                 assert name in files, name
+
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive}
     assert names >= {

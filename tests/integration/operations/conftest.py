@@ -1,4 +1,4 @@
-"""The commit protocol on real PostgreSQL, its messages delivered by the test itself."""
+"""The commit protocol on real PostgreSQL; the test itself delivers the messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Messages:
         self.sent.append((operation, list(shards)))
 
     def check(self) -> None:
-        """The broker is there."""
+        """The broker is always reachable."""
 
 
 class Generations:
@@ -55,19 +55,22 @@ class Generations:
 
 
 class Rig:
-    """One process's worth of the protocol, and hands to move it."""
+    """The protocol as one process has it, with methods to drive it."""
 
     def __init__(self, installation: Installation, databases: Databases) -> None:
         self.installation = installation
         self.messages = Messages()
         self.cache = Generations()
         self.databases = databases
+
         self.parts = OperationParts(installation.settings, self.databases, self.cache, self.messages)
         self.ledger = self.parts.ledger
         self.coordinator = self.parts.coordinator
         self.watcher = OperationEndWatcher(self.ledger)
+
         self._creation_fan_out = ThreadFanOut(installation.shard_count)
         shards = range(installation.shard_count)
+
         self.operations = OperationService(store=self.ledger, watcher=self.watcher, shards=shards)
         self.acceptance = Acceptance(
             store=self.ledger,
@@ -93,7 +96,8 @@ class Rig:
         self.coordinator.prepare_shard(operation.id, shard, _ignore)
 
     def deliver(self) -> None:
-        """Run every message that was sent, in order; a failure that a failpoint asked for loses the rest of it."""
+        """Run every sent message in order. A failpoint's failure loses the rest of its message and ends this."""
+
         while self.messages.sent:
             operation, shards = self.messages.sent.pop(0)
             try:
@@ -116,27 +120,30 @@ class Rig:
         return self.operations.get(operation.id).state
 
     def create(self, slug: str = "checkout") -> int:
-        """A new segment; its id."""
+        """Create a segment. Returns its id."""
         return self.creations.create_segment(slug, SegmentText(), request=None, deadline_s=10).id
 
     def expected(self, slug: str, threshold: int) -> set[int]:
-        """Who the published hash says is in."""
+        """Members by the published hash."""
         segment = self.ledger.segment(slug)
         assert segment is not None
         return {user for user in USERS if bucket(user, segment.salt) < threshold}
 
     def check_invariants(self) -> None:
-        """Fences on all shards iff COMMITTED or DONE, else on none; nothing prepared."""
+        """An operation has fences on all shards if COMMITTED or DONE, else on none; nothing is prepared."""
         shards = range(self.installation.shard_count)
         fences = [
             {row.operation_id for row in self.installation.execute(s, "SELECT operation_id FROM applied_operations")}
             for s in shards
         ]
+
         operations = self.installation.execute(None, "SELECT id, state FROM operations")
         for row in operations:
             fenced = [row.id in on_shard for on_shard in fences]
             assert all(fenced) if row.state in ("COMMITTED", "DONE") else not any(fenced), (row, fenced)
+
         assert [self.installation.prepared(shard) for shard in shards] == [[]] * len(shards)
+
         segments = self.installation.execute(None, "SELECT id, rule_threshold FROM segments WHERE state <> 0")
         for shard in shards:
             copies = self.installation.execute(shard, "SELECT id, rule_threshold FROM segments")
@@ -173,11 +180,11 @@ def arm(failpoint_dir: Path) -> Callable[[str, str], None]:
 
 @pytest.fixture(scope="module")
 def installation_with_users(pg_server: PostgresServer) -> Iterator[Installation]:
-    """The users of all tests of a module: no operation changes them."""
+    """An installation with the users of all tests of a module: no operation changes them."""
     with new_installation(
         pg_server,
         shards=SHARDS,
-        # Recovery of a test need not wait for quiet, so that its steps are the test's.
+        # Recovery need not wait for quiet, so that the test controls its steps.
         redispatch_quiet_s=0.001,
         operation_deadline_s=30,
         lock_timeout_s=0.3,
@@ -197,9 +204,10 @@ def databases(installation_with_users: Installation) -> Iterator[Databases]:
 
 @pytest.fixture
 def installation(installation_with_users: Installation, failpoint_dir: Path) -> Iterator[Installation]:
-    """An installation with users and nothing else, whose failpoints are the test's."""
+    """An installation with users and nothing else, and with the test's own failpoints."""
     settings = installation_with_users.settings.model_copy(update={"failpoint_dir": failpoint_dir})
     yield replace(installation_with_users, settings=settings)
+
     left = installation_with_users.roll_back_prepared()
     installation_with_users.forget_operations()
     assert not left, f"left prepared: {left}"

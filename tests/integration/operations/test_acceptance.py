@@ -1,4 +1,4 @@
-"""Operations as their callers have them: accepted once, refused for a reason, created in their turn, followed."""
+"""Operations as their callers see them: accepted once, refused for a reason, started in their turn, followed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ def test_what_changed_while_it_queued_is_found_at_the_start(rig: Rig) -> None:
     rig.create()
     segment = rig.ledger.segment("checkout")
     assert segment is not None
+
     first = rig.acceptance.roll_out("checkout", Rule(1000), etag=segment.etag, request=None)
     stale = rig.acceptance.roll_out("checkout", Rule(2000), etag=segment.etag, request=None)
     deletion = rig.acceptance.delete("checkout", etag="", request=None)
     orphan = roll_out(rig, 3000)
+
     rig.deliver()
     assert [rig.state(op) for op in (first, deletion)] == [OperationState.DONE] * 2
+
     failures = [rig.operations.get(op.id).failure for op in (stale, orphan)]
     assert [failure and failure.reason for failure in failures] == ["ETAG_MISMATCH", "SEGMENT_NOT_FOUND"]
     rig.check_invariants()
@@ -37,9 +40,11 @@ def test_a_request_id_makes_one_operation(rig: Rig) -> None:
     request = RequestKey("RollOutSegment", uuid4(), b"a" * 32)
     first = rig.acceptance.roll_out("checkout", Rule(1000), etag="", request=request)
     rig.deliver()
+
     again = rig.acceptance.roll_out("checkout", Rule(1000), etag="", request=request)
     assert again.id == first.id
     assert again.state is OperationState.DONE
+
     with pytest.raises(ServiceError) as caught:
         rig.acceptance.roll_out(
             "checkout", Rule(2000), etag="", request=RequestKey("RollOutSegment", request.request_id, b"b" * 32)
@@ -62,12 +67,15 @@ def test_a_creation_whose_turn_does_not_come_leaves_nothing(rig: Rig) -> None:
     rig.create("other")
     blocker = roll_out(rig, 1000, "other")
     request = RequestKey("CreateSegment", uuid4(), b"a" * 32)
+
     with pytest.raises(ServiceError) as caught:
         rig.creations.create_segment("late", SegmentText(), request=request, deadline_s=0.1)
     assert caught.value.reason is Reason.OPERATION_QUEUE_BUSY
+
     rig.deliver()
     assert rig.state(blocker) is OperationState.DONE
-    # Only successes are kept: the same request works now.
+
+    # Only successes are stored: the same request succeeds now.
     created = rig.creations.create_segment("late", SegmentText(), request=request, deadline_s=10)
     assert created.slug == "late"
     rig.check_invariants()
@@ -78,12 +86,14 @@ def test_existing_slugs_and_the_limit_are_refused(rig: Rig, monkeypatch: pytest.
     with pytest.raises(ServiceError) as caught:
         rig.create()
     assert caught.value.reason is Reason.SEGMENT_EXISTS
+
     monkeypatch.setattr("segsvc.services.creations.SEGMENTS_MAX", 2)
     monkeypatch.setattr("segsvc.postgres.catalog.ledger.SEGMENTS_MAX", 2)
     with ThreadPoolExecutor(4) as pool:
         creations = [pool.submit(rig.create, f"s{i}") for i in range(4)]
         while wait(creations, timeout=0.01).not_done:
-            rig.deliver()  # who finds that another's turn has come sends a chord for it
+            rig.deliver()  # a creation that starts another creation sends a chord for it
+
     outcomes = [creation.exception() for creation in creations]
     assert outcomes.count(None) == 1
     assert {e.reason for e in outcomes if isinstance(e, ServiceError)} == {Reason.TOO_MANY_SEGMENTS}
@@ -92,15 +102,17 @@ def test_existing_slugs_and_the_limit_are_refused(rig: Rig, monkeypatch: pytest.
 
 def test_a_creation_that_every_shard_refuses_is_aborted_and_says_so(rig: Rig) -> None:
     for shard in range(SHARDS):
-        # A copy that should not be there, under every id that can be drawn next.
+        # A stray copy, under every id that can be drawn next.
         rig.installation.execute(
             shard, "INSERT INTO segments (id, slug, salt) SELECT n, 'stray', 0 FROM generate_series(1, 100) n"
         )
+
     with pytest.raises(ServiceError) as caught:
         rig.create()
     assert (caught.value.reason, caught.value.metadata["why"]) == (Reason.INTERNAL, "SHARD_REFUSED")
     assert "stray" not in caught.value.message
     assert rig.ledger.segment("checkout") is None
+
     for shard in range(SHARDS):
         rig.installation.execute(shard, "DELETE FROM segments")
     rig.create()

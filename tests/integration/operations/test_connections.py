@@ -1,4 +1,4 @@
-"""Idle connections of a pool, when their server has ended them; and what errors say."""
+"""Idle connections of a pool that their server has ended; the end of transactions; and the text of errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_an_error_says_of_a_statement_holds_no_values(rig: Rig) -> None:
 
 def test_a_connection_that_the_server_has_ended_is_replaced_before_its_use(rig: Rig) -> None:
     ended = backend(rig.databases)
-    assert backend(rig.databases) == ended  # one that lives is used again
+    assert backend(rig.databases) == ended  # a live connection is used again
     rig.installation.execute(None, "SELECT pg_terminate_backend(:pid)", pid=ended)
     eventually(lambda: not rig.installation.execute(None, "SELECT pid FROM pg_stat_activity WHERE pid = :p", p=ended))
     assert backend(rig.databases) != ended
@@ -44,13 +44,13 @@ def test_a_connection_that_the_server_has_ended_is_replaced_before_its_use(rig: 
 # -- the end of a transaction --------------------------------------------------------------------------------------
 
 SHORT_S = 0.4
-"""Unlike any bound of a session."""
+"""A bound that differs from every bound of a session."""
 
 WAYS = ("catalog_tx", "shard_tx", "shard_snapshot")
 
 
 def bounded(databases: Databases, way: str) -> AbstractContextManager[sa.Connection]:
-    """A transaction of each kind whose statements are bounded by a caller's deadline."""
+    """A transaction of this kind, with statements bounded by a caller's deadline."""
     if way == "catalog_tx":
         return databases.catalog_tx(timeout_s=SHORT_S)
     return getattr(databases, way)(0, timeout_s=SHORT_S)  # type: ignore[no-any-return]
@@ -63,7 +63,7 @@ def bound_of(driver: Any) -> str:
 
 
 class OwnError(Exception):
-    """A caller's, which rolls back."""
+    """A caller's error, which causes a rollback."""
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -77,12 +77,13 @@ def test_a_callers_bound_does_not_cover_the_end_of_a_transaction(rig: Rig, way: 
         at_the_end.append(bound_of(connection.connection.driver_connection))
 
     def note_return(driver: Any, _: object, state: Any) -> None:
-        if not state.transaction_was_reset:  # a snapshot is ended by its return to the pool
+        if not state.transaction_was_reset:  # the return to the pool ends a snapshot
             at_the_end.append(bound_of(driver))
 
     hooks = (("commit", note), ("rollback", note), ("reset", note_return))
     for name, hook in hooks:
         sa.event.listen(engine, name, hook)
+
     try:
         with suppress(OwnError), bounded(rig.databases, way) as connection:
             driver = connection.connection.driver_connection
@@ -92,6 +93,7 @@ def test_a_callers_bound_does_not_cover_the_end_of_a_transaction(rig: Rig, way: 
     finally:
         for name, hook in hooks:
             sa.event.remove(engine, name, hook)
+
     usual = f"{int(rig.installation.settings.statement_timeout_s)}s"
     assert at_the_end[:1] == [usual]
 
@@ -108,14 +110,16 @@ def test_a_statement_that_outlasts_its_bound_leaves_no_trace(rig: Rig, way: str)
     with pytest.raises(ServiceError) as refused:
         outlast()
     assert refused.value.reason is Reason.DEADLINE_EXCEEDED
+
     with bounded(rig.databases, way) as connection:
         assert connection.exec_driver_sql(BACKEND).scalar_one() == pids[0]
 
 
 @pytest.mark.parametrize("role", ["operations", "reads"])
 def test_a_connection_that_is_still_in_a_transaction_is_not_used_again(rig: Rig, role: str) -> None:
-    """The driver holds the transaction for ended, the server does not: so a COMMIT that was cancelled leaves it."""
+    """The driver treats the transaction as ended, but the server does not: a cancelled COMMIT has this effect."""
     databases = Databases(rig.installation.settings, role, Pool(1, by_key=role == "reads"))
+
     try:
         with databases.shard_connection(0) as connection:
             driver: Any = connection.connection.driver_connection
@@ -127,9 +131,11 @@ def test_a_connection_that_is_still_in_a_transaction_is_not_used_again(rig: Rig,
                 with pytest.raises(psycopg2.Error):
                     cursor.execute("SELECT 1 / 0")
             driver.autocommit = before
+
         for _ in range(2):
             with databases.shard_connection(0) as connection:
                 assert connection.exec_driver_sql(BACKEND).scalar_one() != poisoned
+
         eventually(
             lambda: not rig.installation.execute(0, "SELECT pid FROM pg_stat_activity WHERE pid = :pid", pid=poisoned)
         )
@@ -138,7 +144,7 @@ def test_a_connection_that_is_still_in_a_transaction_is_not_used_again(rig: Rig,
 
 
 def test_what_may_have_been_prepared_is_prepared_again(rig: Rig) -> None:
-    """A message that is cut short after its PREPARE leaves the statement there, and nobody knows."""
+    """A message that is cut off after its PREPARE leaves the statement prepared, and the process does not know it."""
     databases = Databases(rig.installation.settings, "reads", Pool(1, by_key=True))
     reads = PostgresMemberships(databases)
     try:
@@ -152,8 +158,9 @@ def test_what_may_have_been_prepared_is_prepared_again(rig: Rig) -> None:
 
 @pytest.mark.parametrize("outage", ["ended", "in-use"])
 def test_a_lost_connection_gives_its_place_back(rig: Rig, outage: str) -> None:
-    """Also one whose isolation level is set back at its return, which is a statement."""
+    """So does a connection whose isolation level is reset at its return, which needs a statement."""
     databases = Databases(rig.installation.settings, "test", Pool(1))
+
     try:
         for way in (databases.catalog_autocommit, databases.catalog_tx):
             with suppress(ServiceError), way() as connection:

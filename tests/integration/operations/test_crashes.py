@@ -1,4 +1,4 @@
-"""Every point of the protocol, failed at for every kind of operation: recovery ends it, on all shards or on none."""
+"""A failure at every point of the protocol, for every kind of operation: recovery ends it on all shards or on none."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES = [
     (point, kind)
     for point in COMMITTED_AT_LAST
     for kind in ("create", "roll_out", "delete")
-    # The RPC that creates a segment carries it out itself: there is no moment between its start and a dispatch.
+    # The RPC that creates a segment carries the creation out itself: it has no moment between its start and a dispatch.
     if (point, kind) != ("started-not-dispatched", "create")
 ]
 
@@ -58,7 +58,9 @@ def test_a_crash_before_the_end_delays_it(rig: Rig, arm: Callable[[str, str], No
         segment_id = rig.create()
         rig.acceptance.roll_out(slug, Rule(20_000), etag="", request=None)
         rig.deliver()
+
     arm(point, "fail shard=1" if point in BY_SHARD else "fail")
+
     try:
         if kind == "create":
             rig.creations.create_segment(slug, SegmentText(), request=None, deadline_s=10)
@@ -70,14 +72,17 @@ def test_a_crash_before_the_end_delays_it(rig: Rig, arm: Callable[[str, str], No
     except FailpointError:
         pass
     else:
-        # Whoever delivers messages swallows the failure, as a dying worker does.
+        # The delivery of messages hides the failure, as a dying worker does.
         assert rig.installation.settings.failpoint_dir is not None
         assert (rig.installation.settings.failpoint_dir / f"{point}.fired").exists()
+
     arm(point, "")
     rig.settle()
+
     [newest, *_] = rig.installation.execute(None, "SELECT state FROM operations ORDER BY seq DESC")
     assert newest.state == OperationState.DONE.name
     rig.check_invariants()
+
     if kind == "roll_out":
         assert rig.installation.members(segment_id) == rig.expected(slug, 60_000)
     elif kind == "delete":
@@ -85,6 +90,7 @@ def test_a_crash_before_the_end_delays_it(rig: Rig, arm: Callable[[str, str], No
         assert rig.ledger.segment(slug) is None
     else:
         assert rig.ledger.segment(slug) is not None
+
     # A second operation succeeds.
     rig.create("second")
     rig.acceptance.roll_out("second", Rule(10_000), etag="", request=None)
@@ -98,6 +104,7 @@ def test_a_crash_while_aborting_leaves_nothing_prepared(rig: Rig, arm: Callable[
     operation = rig.acceptance.roll_out("checkout", Rule(60_000), etag="", request=None)
     rig.messages.sent.clear()
     rig.prepare(operation, 0)
+
     if point == "vote-refused":
         arm("prepared-not-voted", "fail")
         with pytest.raises(FailpointError):
@@ -112,9 +119,11 @@ def test_a_crash_while_aborting_leaves_nothing_prepared(rig: Rig, arm: Callable[
         with pytest.raises(FailpointError):
             rig.acceptance.cancel(operation.id)
         arm(point, "")
+
     rig.settle()
     state = rig.state(operation)
     assert state is (OperationState.DONE if point == "before-abort" else OperationState.ABORTED)
+
     expected = rig.expected("checkout", 60_000) if state is OperationState.DONE else set()
     assert rig.installation.members(segment_id) == expected
     rig.check_invariants()

@@ -1,4 +1,4 @@
-"""The deadline is compared where something is decided: who sleeps through it commits nothing, whoever that is."""
+"""The deadline is checked at each decision: a process that sleeps past it commits nothing."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ def test_a_decider_that_wakes_after_the_deadline_aborts(rig: Rig, started: Opera
 def test_a_decision_that_waits_beyond_the_deadline_is_not_made(
     rig: Rig, started: Operation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for the lock of another change of a segment; it has the operation's row meanwhile."""
+    """It may wait for the lock of another change of the segment, and holds the operation's row meanwhile."""
     for shard in range(SHARDS):
         rig.prepare(started, shard)
+
     record = audit_trail.record
 
     def record_late(*args: Any, **kwargs: Any) -> int:
@@ -61,9 +62,11 @@ def test_a_decision_that_waits_beyond_the_deadline_is_not_made(
         return record(*args, **kwargs)
 
     monkeypatch.setattr(audit_trail, "record", record_late)
+
     rig.installation.execute(
         None, "UPDATE operations SET deadline = clock_timestamp() + interval '200 ms' WHERE id = :id", id=started.id
     )
+
     assert rig.ledger.commit(started.id) is Answer.LATE
     rig.coordinator.abort_late_ones()
     assert_aborted_late(rig, started)
@@ -75,9 +78,11 @@ def test_a_late_vote_is_refused_and_aborts(rig: Rig, started: Operation, arm: Ca
     voter = threading.Thread(target=lambda: rig.prepare(started, 1))
     voter.start()
     eventually(lambda: rig.installation.prepared(1))
+
     pass_deadline(rig, started)
     assert rig.ledger.vote(started.id, ShardCounts(2)) is Answer.LATE
     assert rig.ledger.vote(started.id, ShardCounts(0)) is Answer.TAKEN, "it has voted already"
+
     arm("prepared-not-voted", "")
     voter.join()
     assert_aborted_late(rig, started, missing=",".join(map(str, range(1, SHARDS))))
@@ -110,6 +115,7 @@ def test_without_any_worker_a_front_keeps_deadlines_and_the_queue_goes_on(rig: R
     rig.prepare(started, 0)
     ended = rig.operations.watch_end(started.id)
     keeper = DeadlineKeeper(rig.coordinator, interval_s=0.02)
+
     try:
         pass_deadline(rig, started)
         assert ended.result(20).state is OperationState.ABORTED
@@ -119,6 +125,7 @@ def test_without_any_worker_a_front_keeps_deadlines_and_the_queue_goes_on(rig: R
         eventually(lambda: rig.state(last) is OperationState.PREPARING)
     finally:
         keeper.close()
+
     assert_aborted_late(rig, following, missing=",".join(map(str, range(SHARDS))))
     rig.settle()
     assert rig.state(last) is OperationState.DONE

@@ -1,4 +1,4 @@
-"""Who waits for an operation hears of its end when it is told, not when it happens to look."""
+"""A waiter learns of an operation's end by the notification, not by its next poll."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ def test_the_end_is_told(rig: Rig, end: OperationState) -> None:
     rig.create()
     operation = roll_out(rig, 30_000)
     future = rig.watcher.watch(operation.id)
-    # It has looked, found nothing, and waits: so only what is told can wake it in time.
+
+    # The watcher has polled, found nothing, and waits: so only the notification can wake it in time.
     eventually(lambda: rig.installation.execute(None, LOOKED)[0].n == 1)
     assert not future.done()
+
     if end is OperationState.DONE:
         rig.deliver()
     else:
         rig.coordinator.abort(operation.id, Failure(Reason.OPERATION_ABORTED.text, "a test", {}))
+
     assert future.result(timeout=3).state is end
 
 
@@ -38,7 +41,7 @@ def test_a_connection_that_listened_goes_back_as_it_was(rig: Rig) -> None:
     with rig.ledger.listening():
         pass
     rig.create()
-    # Told to a connection in the pool, it would lie there unread, and the connection would be taken for a dead one.
+    # A pooled connection would not read the notification, and the pool would treat the connection as dead.
     with rig.databases.catalog_autocommit() as connection:
         listening = connection.exec_driver_sql("SELECT pg_listening_channels()").all()
     assert listening == []

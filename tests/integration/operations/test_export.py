@@ -1,4 +1,4 @@
-"""Members read batch by batch, while what makes them members changes."""
+"""Members are read batch by batch, while the causes of their membership change."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def exported(rig: Rig, slug: str = "checkout") -> list[int]:
 
 
 def test_who_is_a_member_all_the_time_is_exported(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In by hand at first, then by the rule as well, then by the rule alone."""
+    """The user is a member by an override at first, then by the rule as well, then by the rule alone."""
     segment_id = rig.create()
     roll_out(rig, 10_000)
     rig.settle()
+
     in_by_rule = rig.expected("checkout", 10_000)
     by_hand = next(user for user in USERS if user % SHARDS == 0 and user not in in_by_rule)
     rig.installation.execute(
@@ -44,6 +45,7 @@ def test_who_is_a_member_all_the_time_is_exported(rig: Rig, monkeypatch: pytest.
         user=by_hand,
         segment=segment_id,
     )
+
     select_overrides = reading.select_overrides
     changed = False
 
@@ -57,6 +59,7 @@ def test_who_is_a_member_all_the_time_is_exported(rig: Rig, monkeypatch: pytest.
         return select_overrides(connection, segment, after, end)
 
     monkeypatch.setattr(reading, "select_overrides", change_before)
+
     members = exported(rig)
     assert changed
     assert by_hand in members
@@ -67,13 +70,16 @@ def test_a_segment_that_is_deleted_between_two_batches(rig: Rig, monkeypatch: py
     rig.create()
     roll_out(rig, 100_000)
     rig.settle()
+
     own = service(rig)
     step = own.next(own.start("checkout"))
     assert step is not None
     batch, cursor = step
     assert len(batch.user_ids) == 500
+
     rig.acceptance.delete("checkout", etag="", request=None)
     rig.settle()
+
     with pytest.raises(ServiceError) as refused:
         own.next(cursor)
     assert refused.value.reason is Reason.SEGMENT_NOT_FOUND

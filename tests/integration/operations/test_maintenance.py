@@ -1,4 +1,4 @@
-"""Upkeep beside operations: members counted for lists, and what is old forgotten, by nobody waited for."""
+"""Upkeep beside operations counts members for lists and deletes old rows, and no process waits for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def upkeep(rig: Rig, databases: Databases | None = None) -> MaintenanceService:
 
 
 def stored(rig: Rig, slug: str = "checkout") -> tuple[int, datetime | None]:
-    """The count that lists show, and its time."""
+    """The member count that lists show, and its time."""
     segment = rig.ledger.segment(slug)
     assert segment is not None
     return segment.member_count, segment.member_count_time
@@ -59,17 +59,22 @@ def test_members_are_counted_again(rig: Rig) -> None:
     segment_id = rig.create()
     roll_out(rig, 40_000)
     rig.settle()
+
     members = sorted(rig.expected("checkout", 40_000))
     others = sorted(set(USERS) - set(members))
+
     for user_id in others[:5]:
         override(rig, user_id, segment_id, 1, None)
     for user_id in members[:3]:
         override(rig, user_id, segment_id, 2, "1 hour")
     override(rig, members[3], segment_id, 2, "-1 second")
-    override(rig, members[4], segment_id, 1, None)  # in anyway
+    override(rig, members[4], segment_id, 1, None)  # a member by the rule as well
+
     _, before = stored(rig)
     upkeep(rig).run()
+
     count, time = stored(rig)
+
     assert count == len(members) + 5 - 3
     assert before is not None
     assert time is not None
@@ -84,11 +89,13 @@ def test_a_count_from_before_the_shards_commit_does_not_replace_the_operations(
     roll_out(rig, 10_000)
     rig.settle()
     upkeep(rig).run()
-    arm("decided", "fail")  # committed, and on no shard yet
+
+    arm("decided", "fail")  # decided, and not committed on any shard yet
     operation = roll_out(rig, threshold)
     rig.deliver()
     assert rig.state(operation) is OperationState.COMMITTED
     upkeep(rig).run()
+
     expected = len(rig.expected("checkout", threshold))
     assert stored(rig)[0] == expected
     arm("decided", "")
@@ -103,14 +110,17 @@ def test_a_count_that_an_operation_has_overtaken_is_dropped(rig: Rig, arm: Calla
     arm("decided", "fail")
     operation = roll_out(rig, 30_000)
     rig.deliver()
+
     catalog = PostgresMaintainedCatalog(rig.databases)
     shards = PostgresMaintainedShards(rig.databases)
     began = catalog.now()  # after the decision
     counts = [shards.member_counts(shard)[segment_id] for shard in range(SHARDS)]
     assert counts == [0] * SHARDS
+
     arm("decided", "")
     rig.settle()
     assert rig.state(operation) is OperationState.DONE
+
     catalog.put_member_counts({segment_id: sum(counts)}, began)
     assert stored(rig)[0] == len(rig.expected("checkout", 30_000))
 
@@ -140,7 +150,7 @@ _OLD_AND_NEW = {
     "UNION ALL SELECT 900, 7, 1, NULL",
 }
 _LEFT = {"deleted_users": 47, "user_requests": 23, "applied_operations": 71, "overrides": 90}
-"""Younger than two days, a day, three days; and all but those that ended more than an hour ago."""
+"""Rows younger than two days, a day and three days; and all overrides that did not end more than an hour ago."""
 
 
 @pytest.fixture
@@ -173,16 +183,19 @@ def test_what_is_old_is_forgotten_and_nothing_else(
 
 
 def test_the_fence_of_an_operation_that_does_not_end_stays(rig: Rig, arm: Callable[[str, str], None]) -> None:
-    """Without it the operation would look as if a shard had lost it, and be done again."""
+    """Without the fence the shard would seem to have lost the operation, and the work would be done again."""
     rig.create()
     arm("committed-not-invalidated", "fail")
     operation = roll_out(rig, 30_000)
     rig.deliver()
+
     for shard in range(SHARDS):
         rig.installation.execute(shard, "UPDATE applied_operations SET apply_time = apply_time - interval '9 days'")
+
     upkeep(rig).run()
     fences = [rig.installation.execute(shard, "SELECT operation_id FROM applied_operations") for shard in range(SHARDS)]
     assert [[row.operation_id for row in rows] for rows in fences] == [[operation.id]] * SHARDS
+
     arm("committed-not-invalidated", "")
     rig.settle()
     assert rig.state(operation) is OperationState.DONE
@@ -202,10 +215,10 @@ def test_requests_are_forgotten_and_their_operations_stay(rig: Rig) -> None:
 
 
 def test_a_row_that_somebody_has_locked_is_forgotten_the_next_time(old_rows: Rig) -> None:
-    with old_rows.databases.shards[0].begin() as deleting:  # as an operation does that is prepared there
+    with old_rows.databases.shards[0].begin() as deleting:  # as a prepared operation locks it
         held = len(deleting.execute(sa.text("SELECT FROM overrides WHERE user_id > 115 FOR UPDATE")).all())
         upkeep(old_rows).run()
-        assert left(old_rows, 0) == _LEFT | {"overrides": 90 + held - 1}  # 900 was never to go
+        assert left(old_rows, 0) == _LEFT | {"overrides": 90 + held - 1}  # user 900's override has no end
         assert [left(old_rows, shard) for shard in (1, 2)] == [_LEFT] * 2
     upkeep(old_rows).run()
     assert left(old_rows, 0) == _LEFT
@@ -215,10 +228,12 @@ def test_a_shard_that_is_away_or_locked_keeps_no_other_from_being_looked_after(o
     settings = old_rows.installation.settings
     dsns = [settings.shard_dsns[0], settings.shard_dsns[1] + "_is_not_there", settings.shard_dsns[2]]
     databases = Databases(settings.model_copy(update={"shard_dsns": tuple(dsns)}), "test", Pool(1))
+
     try:
         with old_rows.databases.shards[0].begin() as migrating:
             migrating.exec_driver_sql("LOCK TABLE deleted_users IN ACCESS EXCLUSIVE MODE")
             upkeep(old_rows, databases).run()
     finally:
         databases.close()
+
     assert left(old_rows, 2) == _LEFT

@@ -1,4 +1,4 @@
-"""What is counted and measured of operations."""
+"""The counters and measurements of operations."""
 
 from __future__ import annotations
 
@@ -25,19 +25,24 @@ def ended() -> dict[tuple[str, str], float]:
 def test_each_operation_that_ends_is_counted_once(rig: Rig) -> None:
     before = ended()
     rig.create()
+
     segment = rig.ledger.segment("checkout")
     assert segment is not None
+
     done = rig.acceptance.roll_out("checkout", Rule(1000), etag=segment.etag, request=None)
     rig.acceptance.roll_out("checkout", Rule(2000), etag=segment.etag, request=None)  # aborted when its turn comes
     rig.deliver()
+
     cancelled = roll_out(rig, 3000)
     rig.prepare(cancelled, 0)
     for _ in range(2):
         rig.acceptance.cancel(cancelled.id)
         rig.coordinator.finalize(done.id)
         rig.coordinator.recover()
+
     rig.acceptance.delete("checkout", etag="", request=None)
     rig.deliver()
+
     counted = {label: count - before.get(label, 0) for label, count in ended().items()}
     assert {label: count for label, count in counted.items() if count} == {
         ("CREATE", "DONE"): 1,
@@ -59,6 +64,7 @@ def test_the_age_of_what_is_in_doubt_is_measured_on_each_shard(rig: Rig, monkeyp
     operation = roll_out(rig, 10_000)
     rig.prepare(operation, 1)
     [age] = [prepared.age_s for prepared in rig.coordinator.participants[1].prepared()]
+
     rig.messages.sent.clear()
     rig.coordinator.recover()
     measured = ages("PREPARING")
@@ -68,13 +74,15 @@ def test_the_age_of_what_is_in_doubt_is_measured_on_each_shard(rig: Rig, monkeyp
     assert (not_ended("PREPARING") or 0) > 0
     assert not_ended("COMMITTED") == 0
     assert ages("COMMITTED") == [0, 0, 0]
-    # Without the catalog, of whose operations it is cannot be said; how old it is, can.
+
+    # Without the catalog, the operation's state is unknown; the age of the transaction is still known.
     with monkeypatch.context() as without:
         without.setattr(rig.ledger, "states", _out_of_reach)
         with pytest.raises(ServiceError):
             rig.coordinator.recover()
     assert (ages("PREPARING")[1], ages("UNREAD")[0]) == (0, 0)
     assert (ages("UNREAD")[1] or 0) > measured[1]
+
     rig.settle()
     rig.coordinator.recover()
     assert [ages(state) for state in IN_DOUBT_STATES] == [[0, 0, 0]] * len(IN_DOUBT_STATES)

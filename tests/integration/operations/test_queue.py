@@ -1,4 +1,4 @@
-"""The queue of operations: bounded, fair to the segments, and what takes the place of what waits."""
+"""The queue of operations: it is bounded and fair to the segments, and a rollout may replace waiting ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ S = OperationState
 
 @pytest.fixture
 def limits(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> QueueLimits:
-    """Five may wait, three of one segment."""
+    """Five operations may wait, and three of one segment."""
     limits = QueueLimits(5, 3)
     monkeypatch.setattr(rig.ledger, "_queue", limits)
     return limits
@@ -44,6 +44,7 @@ def test_a_flood_of_one_segment_is_refused_and_the_others_are_not(rig: Rig, limi
     rig.create("other")
     in_flight, *waiting = [roll_out(rig, 1000 + n) for n in range(1 + limits.per_segment)]
     assert rig.state(in_flight) is S.PREPARING
+
     with pytest.raises(ServiceError) as refused:
         roll_out(rig, 5000)
     assert refused.value.reason is Reason.OVERLOADED
@@ -51,7 +52,9 @@ def test_a_flood_of_one_segment_is_refused_and_the_others_are_not(rig: Rig, limi
     assert refused.value.retry_after_s
     with pytest.raises(ServiceError):
         rig.acceptance.delete("checkout", etag="", request=None)
+
     others = [roll_out(rig, 1000, "other") for _ in range(2)]
+
     with pytest.raises(ServiceError) as full:
         roll_out(rig, 1000, "other")
     assert full.value.reason is Reason.OVERLOADED
@@ -59,6 +62,7 @@ def test_a_flood_of_one_segment_is_refused_and_the_others_are_not(rig: Rig, limi
     with pytest.raises(ServiceError) as creation:
         rig.create("third")
     assert creation.value.reason is Reason.OVERLOADED
+
     rig.settle()
     assert {rig.state(one) for one in (in_flight, *waiting, *others)} == {S.DONE}
     rig.check_invariants()
@@ -78,6 +82,7 @@ def test_fronts_that_accept_at_once_do_not_pass_the_bound_together(rig: Rig, lim
 
     with ThreadPoolExecutor(16) as fronts:
         refusals = list(fronts.map(accept, range(48)))
+
     assert set(refusals) == {None, Reason.OVERLOADED}
     assert refusals.count(None) == queued(rig) == limits.all
     rig.settle()
@@ -107,16 +112,18 @@ def test_segments_take_turns(rig: Rig) -> None:
 
 
 def test_new_segments_take_turns_with_a_flood(rig: Rig) -> None:
-    """Though they were never served, and a creation's caller runs it by itself."""
+    """New segments were never served, and a creation's caller runs it by itself; both take turns all the same."""
     rig.create()
     flood = [roll_out(rig, 1000 + n) for n in range(4)]
+
     with ThreadPoolExecutor(1) as caller:
         created = caller.submit(rig.create, "new")
         eventually(lambda: queued(rig) == len(flood))
         while not created.done():
             rig.settle()
+
     [creation] = rig.operations.list(OperationFilter(slug="new"), page_size=9, before_seq=None)
-    # The second one's turn is older than the creation: it had waited when the creation came.
+    # The turn of the second rollout is older than the creation: the rollout was waiting when the creation came.
     assert started_in_order(rig, [creation, *flood]) == [flood[0], flood[1], creation, flood[2], flood[3]]
 
 
@@ -125,9 +132,12 @@ def test_a_rollout_takes_the_place_of_those_that_wait_only_if_it_asks_for_it(rig
     rig.create("other")
     in_flight, *waiting = [roll_out(rig, 10_000 * n) for n in range(1, 2 + limits.per_segment)]
     other = roll_out(rig, 10_000, "other")
+
     ends = [rig.operations.watch_end(one.id) for one in waiting]
+
     key = RequestKey("/RollOut", uuid4(), b"content")
     newest = replace(rig, 70_000, key)
+
     for one, end in zip(waiting, ends, strict=True):
         ended = end.result(10)
         assert ended.id == one.id
@@ -135,10 +145,13 @@ def test_a_rollout_takes_the_place_of_those_that_wait_only_if_it_asks_for_it(rig
         assert ended.failure is not None
         assert ended.failure.reason == "OPERATION_ABORTED"
         assert ended.failure.metadata == {"why": "REPLACED", "operation": newest.name}
+
     assert rig.state(in_flight) is S.PREPARING
     assert replace(rig, 70_000, key).id == newest.id, "a repetition replaces nothing, itself least of all"
+
     later = roll_out(rig, 80_000)
     assert rig.state(newest) is S.QUEUED, "one that does not ask waits behind it"
+
     rig.settle()
     assert [rig.state(one) for one in (in_flight, other, newest, later)] == [S.DONE] * 4
     assert rig.installation.members(segment_id) == rig.expected("checkout", 80_000)
@@ -164,8 +177,10 @@ def test_a_full_queue_refuses_before_anything_is_replaced(rig: Rig, limits: Queu
     roll_out(rig, 1000)
     for slug in ("a", "a", "a", "b", "b"):
         roll_out(rig, 1000, slug)
+
     with pytest.raises(ServiceError) as refused:
         replace(rig, 2000)
     assert refused.value.reason is Reason.OVERLOADED
     assert queued(rig) == limits.all
+
     rig.settle()

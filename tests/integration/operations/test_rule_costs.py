@@ -1,4 +1,4 @@
-"""What rules cost is measured before they are accepted, and bounded: each alone, and all together."""
+"""The cost of a rule is measured before it is accepted; each rule's cost is bounded, and so is the cost of all."""
 
 from __future__ import annotations
 
@@ -83,18 +83,22 @@ def test_what_would_slow_everybody_down_is_refused(rig: Rig, condition: str) -> 
 def test_all_rules_together_are_bounded_when_an_operation_starts(rig: Rig) -> None:
     for slug in ("one", "two", "three"):
         rig.create(slug)
+
     first = rolled_out(rig, "one", USUAL)
     assert first.plan.cost is not None
-    # As if the first cost nearly all that there is.
+
+    # Let the first rule cost nearly the whole limit.
     almost = ConditionCost(1, rig.installation.settings.conditions_cost_max_us, 0, frozenset())
     with rig.databases.catalog_tx() as connection:
         connection.execute(
             sa.update(tables.segments).where(tables.segments.c.slug == "one").values(rule_cost=almost.to_json())
         )
+
     refusal = refused(rig, "two", LISTED)
     assert float(refusal.metadata["cost_us"]) > float(refusal.metadata["limit_us"]) == 100
     assert "SEGSVC_CONDITIONS_COST_MAX_US" in refusal.message
-    # A rule without a condition costs nothing, what is in force nothing more, a FROZEN rule nothing afterwards.
+
+    # A rule without a condition costs nothing, a rule in force no more than before, a FROZEN rule nothing afterwards.
     for slug, condition, policy in (
         ("two", "", Policy.LIVE),
         ("three", LISTED, Policy.FROZEN),
@@ -109,6 +113,7 @@ def test_a_rollout_accepted_beside_another_is_judged_again_when_its_turn_comes(r
     rig.create("one")
     rig.create("two")
     first, second = accept(rig, "one", USUAL), accept(rig, "two", LISTED)
+
     with rig.databases.catalog_tx() as connection:
         dear = ConditionCost(1, rig.installation.settings.conditions_cost_max_us, 0, frozenset()).to_json()
         connection.execute(
@@ -116,8 +121,10 @@ def test_a_rollout_accepted_beside_another_is_judged_again_when_its_turn_comes(r
             .where(tables.operations.c.id == first.id)
             .values(plan=first.plan.to_json() | {"cost": dear})
         )
+
     rig.settle()
     assert rig.state(first) is OperationState.DONE
+
     ended = rig.operations.get(second.id)
     assert ended.state is OperationState.ABORTED
     assert ended.failure is not None
@@ -128,18 +135,23 @@ def test_a_rollout_accepted_beside_another_is_judged_again_when_its_turn_comes(r
 def test_rules_of_a_release_that_did_not_measure_are_measured_by_upkeep(rig: Rig) -> None:
     rig.create()
     rolled_out(rig, "checkout", USUAL)
+
     with rig.databases.catalog_tx() as connection:
         connection.execute(sa.update(tables.segments).values(rule_cost=None, rule_condition=PAIRS))
+
     before = rig.ledger.segment("checkout")
     upkeep(rig).run()
+
     cost = stored(rig, "checkout")
     assert cost is not None
     assert cost.alone_us > rig.installation.settings.condition_cost_max_us
+
     after = rig.ledger.segment("checkout")
     assert before is not None
     assert after is not None
     assert before.etag == after.etag
-    # It is dearer than any new rule may be, and can be rolled out to others and taken back all the same.
+
+    # The rule costs more than any new rule may, and can still be rolled out with another percentage and taken back.
     assert rolled_out(rig, "checkout", PAIRS).state is OperationState.DONE
     assert rolled_out(rig, "checkout", "").state is OperationState.DONE
     assert stored(rig, "checkout") is None

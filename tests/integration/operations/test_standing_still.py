@@ -1,4 +1,4 @@
-"""Processes that stand still with a lock in their hands: who needs it is told to come again, and it is taken away."""
+"""Processes stop while they hold a lock: callers that need it must retry, and the lock is taken away."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.eventually import eventually
 from tests.integration.operations.conftest import Rig, roll_out
 
 VOTING = "SELECT state FROM operations WHERE id = :id FOR SHARE"
-"""What a vote begins with."""
+"""The first statement of a vote."""
 
 
 def expire(rig: Rig, operation: Operation) -> None:
@@ -28,6 +28,7 @@ def test_recovery_comes_again_for_an_operation_whose_row_is_held(rig: Rig) -> No
     operation = roll_out(rig, 10_000)
     rig.messages.sent.clear()
     expire(rig, operation)
+
     engine = sa.create_engine(rig.installation.settings.catalog_dsn, poolclass=sa.NullPool)
     with engine.begin() as voter:
         voter.execute(sa.text(VOTING), {"id": operation.id})
@@ -35,6 +36,7 @@ def test_recovery_comes_again_for_an_operation_whose_row_is_held(rig: Rig) -> No
             rig.coordinator.recover()
         assert caught.value.reason is Reason.OVERLOADED
         assert rig.state(operation) is OperationState.PREPARING
+
     rig.coordinator.recover()
     assert rig.state(operation) is OperationState.ABORTED
 

@@ -1,4 +1,4 @@
-"""A worker accepts operations with its own parts: no front, no watcher of ends, no threads of creations."""
+"""A worker accepts operations with its own parts: without a front, a watcher of ends or threads for creations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def worker(
 
 
 def run_tasks(worker: WorkerServices, messages: Messages) -> None:
-    """Do what the tasks of the sent chords do."""
+    """Do the work of the sent chords' tasks."""
     while messages.sent:
         operation, shards = messages.sent.pop(0)
         for shard in shards:
