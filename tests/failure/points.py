@@ -100,7 +100,6 @@ def prepare_rolled_back(scene: Scene) -> None:
 
 @point("prepared", "the shard is prepared, its vote is not cast", on_shard=True)
 def prepared(scene: Scene) -> None:
-
     stop = scene.failpoint("prepared-not-voted", f"shard={scene.shard}")
     scene.call()
     _others_voted(scene, stop)
@@ -144,7 +143,6 @@ def vote_refused(scene: Scene) -> None:
     late = scene.caught(first)
 
     stop = scene.failpoint("vote-refused", f"shard={scene.shard}")
-
     with scene.frozen(late):
         first.let_go()
         scene.until(lambda: scene.state() == "COMMITTED", "a twin votes, and it is decided")

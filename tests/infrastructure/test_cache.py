@@ -69,7 +69,6 @@ def test_the_cache_is_emptied_between_a_read_and_its_fill(system: System, slug: 
                 eventually(lambda: (raw.get(system.keys.user(shard, user)) or b"").startswith(b"L"))
                 eventually(lambda: reads_that(system, shard, "wait_event_type = 'Lock'") == 1)
                 reader = system.frozen("serve")
-
                 reader.__enter__()
 
             # The reader has the lease, and the old list is in its socket.

@@ -348,7 +348,6 @@ def test_a_schema_of_a_newer_release_is_refused(settings: Settings) -> None:
 
 
 def test_a_crash_before_the_last_step_is_mended_by_running_it_again(settings: Settings) -> None:
-
     migrate(settings)
     execute(settings.catalog_dsn, "UPDATE installation SET founded = NULL")
 

@@ -90,6 +90,7 @@ def sight(
 ) -> Sight:
     """Build a sight. ``value`` is that of a usable entry. Each pair is (bulk change, version)."""
     at = committed if value is None else value
+
     return Sight(
         generation,
         key,

@@ -320,7 +320,7 @@ class CacheWorld:
             self.truth.acknowledged[user] = max(self.truth.acknowledged.get(user, 0), known + 1)
 
     def operator(self) -> None:
-        """Make bulk changes: commit on the shard, drop the generation, report it done; repeat a failed one."""
+        """Make bulk changes: commit on the shard, drop the generation, report it done. Failures are repeated."""
         client = self.habits.client(self.scheduler, self.redis)
         server = self._server()
 

@@ -87,7 +87,7 @@ class World:
     # -- the cast ---------------------------------------------------------------------------------------------------
 
     def _draw_plan(self, number: int) -> tuple[UUID, OperationPlan]:
-        """The first operation often creates a segment; the kinds of the rest are drawn, sensible or not."""
+        """The first operation is more likely to create a segment; the kinds of the rest are drawn, sensible or not."""
         random = self.scheduler.random
         kinds = (OperationKind.ROLL_OUT, OperationKind.ROLL_OUT, OperationKind.DELETE, OperationKind.CREATE)
         kind = OperationKind.CREATE if number == 0 and random.random() < 0.3 else random.choice(kinds)
@@ -281,10 +281,10 @@ class World:
         self.alarms.append(what)
 
     def in_doubt(self, shard: int, oldest_s: Mapping[str, float]) -> None:
-        """Nobody watches."""
+        """No metric is kept here."""
 
     def not_ended(self, oldest_s: Mapping[OperationState, float]) -> None:
-        """Nobody watches."""
+        """No metric is kept here."""
 
     def _fan_out(self, visit: Callable[[Participant], None], participants: Sequence[Participant]) -> None:
         errors: list[Exception] = []

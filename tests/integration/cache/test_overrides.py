@@ -133,7 +133,7 @@ def test_without_the_cache_nothing_changes(own_world: World) -> None:
             return not service(own_world, FailsAt()).modify(USER, EXCLUDE_ALPHA, REQUEST).slugs
         return False
 
-    eventually(changes)  # the client looks for the server again a few times a second
+    eventually(changes)  # the client tries the server again a few times a second
     assert on_the_shard(own_world) == set()
 
 

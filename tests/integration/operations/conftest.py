@@ -96,7 +96,7 @@ class Rig:
         self.coordinator.prepare_shard(operation.id, shard, _ignore)
 
     def deliver(self) -> None:
-        """Run every sent message in order. A failpoint's failure loses the rest of its message and ends this."""
+        """Run the sent messages in order. A failpoint's failure loses the rest of its message and ends the run."""
 
         while self.messages.sent:
             operation, shards = self.messages.sent.pop(0)
