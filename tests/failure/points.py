@@ -477,11 +477,13 @@ def late_after_done(scene: Scene) -> None:
 @point("recovery-twice", "two recoveries have looked; this shard is decided and not committed", on_shard=True)
 def recovery_twice(scene: Scene) -> None:
     gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
+
+    # Each recovery is held from its next look on. One that came later would go on to this shard's COMMIT PREPARED, wait
+    # at the gate, and never look again. The ledger, by which they act, they read when they are let go.
+    looked = scene.failpoint("recovery-looked")
     scene.call()
     finalizer = scene.caught(gate)
     scene.until(lambda: all(map(scene.fenced, scene.others)), "the others have committed")
-
-    looked = scene.failpoint("recovery-looked", "found=1")
     scene.caught(looked, count=2)
 
     os.kill(finalizer, signal.SIGKILL)
