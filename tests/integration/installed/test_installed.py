@@ -97,7 +97,8 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "SEGSVC_BROKER_URL": f"redis://{nowhere}/0",
         "SEGSVC_KAFKA_BOOTSTRAP_SERVERS": nowhere,
         "SEGSVC_FLOWER_PASSWORD": "x",
-        # Another stack on this machine may have its usual port.
+        # Another stack on this machine may have the usual ports.
+        "SEGSVC_GRPC_ADDRESS": nowhere,
         "SEGSVC_METRICS_ADDRESS": "",
         "SEGSVC_STACK_DIR": str(folder / "stack"),
         "SEGSVC_FAILPOINT_DIR": str(folder),
