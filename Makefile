@@ -79,7 +79,7 @@ bench-check: $(VENV) ## The same; fails if a goal is missed
 	@$(BIN)/python -m benchmarks.run --check $(ONLY) $(ARGS)
 
 ##@ Check and generate
-.PHONY: sure fmt fmt-check lint types imports proto proto-check client-protos lock
+.PHONY: sure fmt fmt-check lint types imports proto proto-check client-protos lock sbom audit
 sure: fmt-check lint types imports proto-check test ## All checks and tests; must pass before a commit
 
 fmt: $(VENV) ## Format the code, and fix what ruff can fix
@@ -110,6 +110,12 @@ client-protos: $(VENV) ## Write build/client-protos, from which a client in any 
 lock: $(VENV) ## Make both lock files from setup.cfg (UPGRADE=1: with the newest versions that it allows)
 	@$(BIN)/uv pip compile $(LOCK) --all-extras --output-file requirements.lock setup.cfg
 	@$(BIN)/uv pip compile $(LOCK) --constraint requirements.lock --output-file docker/requirements.lock setup.cfg
+
+sbom: $(VENV) ## Write build/sbom.json (CycloneDX: what the image is made of) and docs/licences.md
+	@$(BIN)/python tools/sbom.py
+
+audit: $(VENV) ## Look the image's packages up in a database of known vulnerabilities; fails if it cannot be reached
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement docker/requirements.lock $(ARGS)
 
 LOCK = --no-config --quiet --python-version 3.11 --python-platform linux --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate $(if $(UPGRADE),--upgrade) --custom-compile-command "make lock"
