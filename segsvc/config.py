@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -81,6 +82,21 @@ class Settings(BaseSettings):
     )
     kafka_group: str = Field("segsvc", description="Consumer group of the bridge.")
     kafka_topic_prefix: str = Field("", description="Prefix of the names of all topics, for shared brokers.")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="How brokers are spoken to: SSL encrypts, SASL authenticates by name and password."
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "SCRAM-SHA-512", description="How the password is shown to a broker; only with a SASL protocol."
+    )
+    kafka_username: str = Field("", description="User name at the brokers; only with a SASL protocol.")
+    kafka_password: str = Field("", description="Password at the brokers; only with a SASL protocol.")
+    kafka_tls_ca: Path | None = Field(
+        None, description="PEM of the authorities that brokers' certificates are from; absent: the system's."
+    )
+    kafka_tls_cert: Path | None = Field(
+        None, description="PEM certificate chain of this client, if the brokers ask for one."
+    )
+    kafka_tls_key: Path | None = Field(None, description="PEM private key of this client, without a password.")
 
     # -- the front --------------------------------------------------------------------------------------------------
     grpc_address: str = Field("127.0.0.1:50051", description="host:port the gRPC front listens on.")
@@ -287,7 +303,7 @@ class Settings(BaseSettings):
 
     @field_validator(
         "client_tls", "client_tls_ca", "client_tls_cert", "client_tls_key", "grpc_tls_cert", "grpc_tls_key",
-        "failpoint_dir", "flower_db", mode="before",
+        "kafka_tls_ca", "kafka_tls_cert", "kafka_tls_key", "failpoint_dir", "flower_db", mode="before",
     )  # fmt: skip
     @classmethod
     def _absent(cls, value: Any) -> Any:
@@ -304,6 +320,29 @@ class Settings(BaseSettings):
             raise ValueError("SEGSVC_CLIENT_TLS_CERT and SEGSVC_CLIENT_TLS_KEY are set together or not at all")
         return self
 
+    @model_validator(mode="after")
+    def _kafka_security(self) -> Self:
+        sasl = self.kafka_security_protocol.startswith("SASL_")
+        if sasl and not (self.kafka_username and self.kafka_password):
+            raise ValueError(
+                f"SEGSVC_KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol} needs SEGSVC_KAFKA_USERNAME and "
+                "SEGSVC_KAFKA_PASSWORD"
+            )
+        if not sasl and (self.kafka_username or self.kafka_password):
+            # Otherwise the connection would be open, although somebody meant it to be closed.
+            raise ValueError("SEGSVC_KAFKA_USERNAME and SEGSVC_KAFKA_PASSWORD need a SASL protocol")
+
+        tls_files = (self.kafka_tls_ca, self.kafka_tls_cert, self.kafka_tls_key)
+        if any(tls_files) and not self.kafka_security_protocol.endswith("SSL"):
+            raise ValueError("SEGSVC_KAFKA_TLS_… need SEGSVC_KAFKA_SECURITY_PROTOCOL=SSL or SASL_SSL")
+        if (self.kafka_tls_cert is None) != (self.kafka_tls_key is None):
+            raise ValueError("SEGSVC_KAFKA_TLS_CERT and SEGSVC_KAFKA_TLS_KEY are set together or not at all")
+        return self
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What a traceback or a debugger shows of the settings: nothing secret."""
+        yield from self.masked().items()
+
     @property
     def shard_count(self) -> int:
         return len(self.shard_dsns)
@@ -312,7 +351,7 @@ class Settings(BaseSettings):
         """All settings and BESIDE_THE_SETTINGS, as JSON values by the names of their variables; passwords hidden."""
         shown: dict[str, Any] = {}
         for name, value in self.model_dump(mode="json").items():
-            if name == "flower_password":
+            if name.endswith("_password"):
                 masked: Any = "***" if value else ""
             elif isinstance(value, str):
                 masked = mask(value)

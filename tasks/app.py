@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
 from celery.signals import (
@@ -65,9 +66,20 @@ class _Prefix:
     __str__ = __call__
 
 
+def _verified(url: str) -> str:
+    """The broker's URL as Celery wants it: with TLS, it has to say that the server's certificate is verified.
+
+    A URL that says otherwise by itself is left as it is.
+    """
+    if not url.startswith("rediss://") or "ssl_cert_reqs" in parse_qs(urlsplit(url).query):
+        return url
+    return f"{url}{'&' if urlsplit(url).query else '?'}ssl_cert_reqs=required"
+
+
 def celery_config(settings: Settings) -> dict[str, Any]:
     """Celery's configuration, made from the settings."""
     prefix = _Prefix(settings)
+    broker_url = _verified(settings.broker_url)
     redis_options = {
         # Looked up when a channel opens: a process may start while no database can be reached yet.
         "global_keyprefix": prefix,
@@ -82,8 +94,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "retry_on_timeout": False,
     }
     return {
-        "broker_url": settings.broker_url,
-        "result_backend": f"tasks.results:UnsubscribedRedisBackend+{settings.broker_url}",
+        "broker_url": broker_url,
+        "result_backend": f"tasks.results:UnsubscribedRedisBackend+{broker_url}",
         "broker_connection_retry_on_startup": True,
         "broker_transport_options": redis_options,
         "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}, "global_keyprefix": prefix},

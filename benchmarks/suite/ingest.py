@@ -25,6 +25,7 @@ from segsvc.demo.client import Client
 from segsvc.demo.people import event, people
 from segsvc.domain.events import CREATE_TOPIC
 from segsvc.domain.sharding import shard_of
+from segsvc.kafka_options import connection_options
 from segsvc.local.kafka import create_topics
 from segsvc.local.processes import wait_until
 from segsvc.local.stack import LocalStack
@@ -131,7 +132,7 @@ class Rows:
                 connection.exec_driver_sql(rows.INDEXES)
                 connection.exec_driver_sql("INSERT INTO peer.segments SELECT id, slug FROM segments ORDER BY id")
 
-        create_topics(stack.settings.kafka_bootstrap_servers, {ROWS_TOPIC: PARTITIONS})
+        create_topics(connection_options(stack.settings), {ROWS_TOPIC: PARTITIONS})
         self._consumers = [self._start(world, stack, number) for number in range(ROW_CONSUMERS)]
 
         self.pids = {

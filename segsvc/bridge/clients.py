@@ -13,6 +13,7 @@ from kafka.errors import InvalidRecordError, KafkaError, MessageSizeTooLargeErro
 from segsvc.bridge.fetcher import make_safe
 from segsvc.bridge.waiting import Sparse
 from segsvc.config import Settings
+from segsvc.kafka_options import connection_options
 from segsvc.log import get_logger
 
 log = get_logger(__name__)
@@ -27,7 +28,7 @@ REQUEST_BYTES_MAX: Final = 64 * 1024 * 1024
 
 def _common(settings: Settings) -> dict[str, Any]:
     return {
-        "bootstrap_servers": settings.kafka_bootstrap_servers.split(","),
+        **connection_options(settings),
         "bootstrap_timeout_ms": 5_000,
         "request_timeout_ms": 10_000,
         # The client reconnects soon after an outage: the default delay grows to half a minute.
@@ -36,8 +37,6 @@ def _common(settings: Settings) -> dict[str, Any]:
         "metadata_max_age_ms": 10_000,
         "allow_auto_create_topics": settings.kafka_stand_in,
         "metrics_enabled": False,
-        # The stand-in cannot report its API versions.
-        "api_version": (2, 0) if settings.kafka_stand_in else None,
     }
 
 

@@ -17,6 +17,7 @@ from segsvc.demo.people import BOUNDARY_USER, event, people, user_ids
 from segsvc.demo.screen import Screen, StepFailed, as_percent
 from segsvc.demo.targeting import Targeting, holds
 from segsvc.demo.waiting import wait_for
+from segsvc.kafka_options import connection_options
 
 SEGMENTS = (
     ("checkout-v2", "The new checkout"),
@@ -48,11 +49,10 @@ class Story:
         self._client = Client(settings.grpc_address)
         self._inside = Inside(settings)
         self._producer = KafkaProducer(
-            bootstrap_servers=settings.kafka_bootstrap_servers.split(","),
+            **connection_options(settings),
             linger_ms=20,
             batch_size=256 << 10,
-            # The in-memory stand-in knows neither newer requests nor idempotent producers.
-            api_version=(2, 0) if settings.kafka_stand_in else None,
+            # The in-memory stand-in knows no idempotent producers.
             enable_idempotence=not settings.kafka_stand_in,
         )
 

@@ -24,13 +24,15 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
+from segsvc.config import Settings, load_settings
 from segsvc.domain import events
+from segsvc.kafka_options import connection_options
 from segsvc.local.kafka_jars import KAFKA_ARTIFACT, fetch_jars
 from segsvc.local.processes import MARKER, Daemon, LocalStackError, free_ports, log_size, start, tail, wait_patiently
 
@@ -139,7 +141,7 @@ def start_kafka(
     """
     if servers := environ.get("SEGSVC_KAFKA_BOOTSTRAP_SERVERS"):
         say(f"Kafka: using your brokers at {servers}")
-        return UserKafka(servers)
+        return UserKafka(load_settings(kafka_bootstrap_servers=servers))
 
     missing = why_no_real_kafka()
     if missing is None:
@@ -173,9 +175,10 @@ class UserKafka:
 
     stand_in = False
 
-    def __init__(self, bootstrap_servers: str) -> None:
-        self.bootstrap_servers = bootstrap_servers
-        self.description = f"Kafka at {bootstrap_servers} (SEGSVC_KAFKA_BOOTSTRAP_SERVERS)"
+    def __init__(self, settings: Settings) -> None:
+        self.bootstrap_servers = settings.kafka_bootstrap_servers
+        self.description = f"Kafka at {self.bootstrap_servers} (SEGSVC_KAFKA_BOOTSTRAP_SERVERS)"
+        self._options = connection_options(settings)
 
     @property
     def running(self) -> bool:
@@ -186,7 +189,7 @@ class UserKafka:
 
     def create_topics(self, topics: Mapping[str, int]) -> None:
         """Create the topics that are absent, each with its number of partitions."""
-        create_topics(self.bootstrap_servers, topics)
+        create_topics(self._options, topics)
 
 
 class RealKafka:
@@ -195,13 +198,20 @@ class RealKafka:
     stand_in = False
 
     def __init__(
-        self, folder: Path, jars: Path, *, ports: tuple[int, int] | None = None, mark: Path | None = None
+        self,
+        folder: Path,
+        jars: Path,
+        *,
+        ports: tuple[int, int] | None = None,
+        mark: Path | None = None,
+        config: str = "",
     ) -> None:
-        """``ports``: of the broker and of its controller; by default, free ones."""
+        """``ports``: of the broker and of its controller; by default, free ones. ``config``: lines after its own."""
         self.folder = folder.resolve()
         self.bootstrap_servers = f"127.0.0.1:{ports[0]}" if ports else ""
         self.description = f"Kafka {KAFKA_ARTIFACT[2]} (a broker of our own)"
         self.log = self.folder / "kafka.log"
+        self._config = config
         self._classpath = f"{jars.resolve()}/*"
         self._daemon = Daemon("kafka", self.folder, log=self.log, mark=mark)
         self._mark = (mark or folder).resolve()
@@ -263,12 +273,14 @@ class RealKafka:
 
     def create_topics(self, topics: Mapping[str, int]) -> None:
         """Create the topics that are absent, each with its number of partitions."""
-        create_topics(self.bootstrap_servers, topics)
+        create_topics({"bootstrap_servers": self.bootstrap_servers}, topics)
 
     def _write_config(self, name: str, data: Path) -> Path:
         assert self.ports is not None
         config = self.folder / name
-        config.write_text(_BROKER.format(port=self.ports[0], controller_port=self.ports[1], data=data))
+        # Of two lines with the same name, the last one holds.
+        own = _BROKER.format(port=self.ports[0], controller_port=self.ports[1], data=data)
+        config.write_text(own + self._config.format(port=self.ports[0], controller_port=self.ports[1]))
         return config
 
     def _java(self, *arguments: str) -> list[str]:
@@ -345,14 +357,18 @@ class StandInKafka:
         """Do nothing: the mock broker makes a topic (of four partitions) when a client first asks for it."""
 
 
-def create_topics(bootstrap_servers: str, topics: Mapping[str, int]) -> None:
+def create_topics(connection: Mapping[str, Any], topics: Mapping[str, int]) -> None:
     """Create the topics that are absent, each with its number of partitions and the brokers' default replication.
+
+    Args:
+        connection: options of a client, as ``kafka_options.connection_options`` makes them.
+        topics: name -> number of partitions.
 
     Raises:
         LocalStackError: the brokers refused or could not be reached.
     """
     try:
-        admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers)
+        admin = KafkaAdminClient(**connection)
         try:
             absent = set(topics) - set(admin.list_topics())
             for name in sorted(absent):
@@ -363,7 +379,9 @@ def create_topics(bootstrap_servers: str, topics: Mapping[str, int]) -> None:
         finally:
             admin.close()
     except KafkaError as error:
-        raise LocalStackError(f"the topics could not be created on {bootstrap_servers}: {error}") from error
+        raise LocalStackError(
+            f"the topics could not be created on {connection['bootstrap_servers']}: {error}"
+        ) from error
 
 
 def _new_topic(name: str, partitions: int) -> NewTopic:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from segsvc.cli.front_tls import reachable
 from segsvc.config import Settings, mask
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.events import SEGMENT_EVENTS_TOPIC, TOPICS
+from segsvc.kafka_options import connection_options
 from tasks.app import app
 from tasks.broker import InstallationUnknown
 from tasks.dispatcher import CeleryDispatcher
@@ -103,15 +105,13 @@ def kafka(settings: Settings) -> Sequence[Item]:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         consumer = KafkaConsumer(
-            bootstrap_servers=settings.kafka_bootstrap_servers.split(","),
+            **connection_options(settings),
             enable_auto_commit=False,
             request_timeout_ms=5_000,
             bootstrap_timeout_ms=5_000,
-            api_version=(2, 0) if settings.kafka_stand_in else None,
         )
     except (KafkaError, OSError) as error:
-        text = f"no broker of {settings.kafka_bootstrap_servers} can be reached ({type(error).__name__})"
-        return [Item(text, "start Kafka or correct SEGSVC_KAFKA_BOOTSTRAP_SERVERS")]
+        return [_no_broker(settings, error)]
 
     try:
         return [*_topics(consumer, settings), *events.items(settings, lambda: _members(settings))]
@@ -119,6 +119,25 @@ def kafka(settings: Settings) -> Sequence[Item]:
         return [Item(f"the brokers closed the connection ({type(error).__name__})", "read the brokers' logs")]
     finally:
         consumer.close(autocommit=False)
+
+
+def _no_broker(settings: Settings, error: Exception) -> Item:
+    where = f"{settings.kafka_bootstrap_servers} ({type(error).__name__})"
+    if not any(map(_listens, settings.kafka_bootstrap_servers.split(","))):
+        return Item(f"no broker of {where} can be reached", "start Kafka or correct SEGSVC_KAFKA_BOOTSTRAP_SERVERS")
+
+    # The client does not say which of these it was; the broker's log does.
+    remedy = "correct SEGSVC_KAFKA_SECURITY_PROTOCOL, user name, password or certificates, or read the broker's log"
+    return Item(f"a broker of {where} listens, but no connection comes about", remedy)
+
+
+def _listens(broker: str) -> bool:
+    host, _, port = broker.strip().rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _topics(consumer: KafkaConsumer, settings: Settings) -> Sequence[Item]:
@@ -165,7 +184,7 @@ def _members(settings: Settings) -> int | None:
         return None
     try:
         admin = KafkaAdminClient(
-            bootstrap_servers=settings.kafka_bootstrap_servers.split(","),
+            **connection_options(settings),
             request_timeout_ms=5_000,
             bootstrap_timeout_ms=5_000,
         )
