@@ -7,7 +7,7 @@ from typing import Protocol
 
 from segsvc.cache.client import CacheClient
 from segsvc.cache.keys import Keys
-from segsvc.cache.reader import CacheReader
+from segsvc.cache.readers import make_reader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.config import Settings
 from segsvc.domain.condition_cost import CostLimits
@@ -106,13 +106,14 @@ processor like every process that computes, and each read that misses meanwhile 
 
 
 def make_cache(settings: Settings, *, timeout_s: float | None = None, rest: float = 0.0) -> CacheClient:
-    """The cache. ``timeout_s`` None: as the settings bound an exchange."""
+    """The cache, on all its servers. ``timeout_s`` None: as the settings bound an exchange."""
     return CacheClient(
-        settings.cache_url,
+        settings.cache_url_by_shard or settings.cache_url,
         find_keys=lambda: Keys(installation_of(settings).tag.encode()),
         timeout_s=timeout_s or settings.cache_timeout_s,
         ttl_s=settings.cache_ttl_s,
         rest=rest,
+        also=settings.cache_url_also_by_shard,
     )
 
 
@@ -251,7 +252,7 @@ class HotReads:
         self._cache = make_cache(settings)
 
         memberships = PostgresMemberships(self._databases)
-        self.entries = CacheReader(self._cache, settings.shard_count)
+        self.entries = make_reader(self._cache, settings.shard_count, partial=True)
         self.counts = WarmNotes(self._cache)
         self.slugs = SlugMap(memberships.slugs, encode)
         self.cold = ColdReads(
@@ -370,7 +371,7 @@ class Inspection:
         self._databases = Databases(settings, "inspection", Pool(1))
         self._reads = PostgresCheckReads(self._databases)
         self._cache = make_cache(settings)
-        self._reader = CacheReader(self._cache, settings.shard_count)
+        self._reader = make_reader(self._cache, settings.shard_count, partial=False)
 
     def user_count(self) -> int:
         """Users on all shards. Raises SHARD_UNAVAILABLE."""
@@ -431,7 +432,7 @@ class Check:
     def __init__(self, settings: Settings, *, with_cache: bool = True) -> None:
         self._databases = Databases(settings, "check", Pool(1))
         self._cache = make_cache(settings)
-        self.reader = CacheReader(self._cache, settings.shard_count)
+        self.reader = make_reader(self._cache, settings.shard_count, partial=False)
         if with_cache:
             self.reader.connect()
         self.reads = PostgresCheckReads(self._databases)

@@ -20,6 +20,8 @@ from dotenv import dotenv_values
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from segsvc.domain.cache_layout import split_urls, url_of, urls_by_shard
+
 DEFAULT_ENV_FILE = Path("build/stack/stack.env")
 
 BESIDE_THE_SETTINGS: Final = {
@@ -74,7 +76,19 @@ class Settings(BaseSettings):
     shard_dsns: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Shard databases in order, separated by spaces; their number can never change."
     )
-    cache_url: str = Field("redis://localhost:6380/0", description="Redis for membership entries, and nothing else.")
+    cache_url: str = Field(
+        "redis://localhost:6380/0",
+        description="Redis for membership entries, and nothing else; not used if SEGSVC_CACHE_URLS is set.",
+    )
+    cache_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Several such servers, separated by spaces or commas: used in turn, or each as shards=URL (0-3=…).",
+    )
+    cache_urls_also: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Servers that hold shards before or after a change of SEGSVC_CACHE_URLS, written as there: changes "
+        "reach them too. Empty: no change is under way.",
+    )
     broker_url: str = Field("redis://localhost:6379/0", description="Redis for Celery: messages and results.")
     kafka_bootstrap_servers: str = Field("localhost:9092", description="Comma-separated host:port of Kafka brokers.")
     kafka_stand_in: bool = Field(
@@ -250,6 +264,11 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return tuple(value.split()) if isinstance(value, str) else value
 
+    @field_validator("cache_urls", "cache_urls_also", mode="before")
+    @classmethod
+    def _split_urls(cls, value: Any) -> Any:
+        return split_urls(value) if isinstance(value, str) else value
+
     @field_validator("cluster")
     @classmethod
     def _cluster_name(cls, value: str) -> str:
@@ -268,15 +287,19 @@ class Settings(BaseSettings):
                 raise ValueError("the port of a DSN must be a number")
         return value
 
-    @field_validator("cache_url", "broker_url")
+    @field_validator("cache_url", "broker_url", "cache_urls", "cache_urls_also")
     @classmethod
-    def _redis_url(cls, value: str) -> str:
-        if not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("a URL of Redis must start with redis://, rediss:// or unix://")
-        try:
-            urlsplit(value).port  # noqa: B018  # read for its check
-        except ValueError:
-            raise ValueError("the port of a URL must be a number from 0 to 65535") from None
+    def _redis_url(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for url in (value,) if isinstance(value, str) else map(url_of, value):
+            if not url.startswith(("redis://", "rediss://", "unix://")):
+                raise ValueError("a URL of Redis must start with redis://, rediss:// or unix://")
+            try:
+                parts = urlsplit(url)
+                parts.port  # noqa: B018  # read for its check
+            except ValueError:
+                raise ValueError("the port of a URL must be a number from 0 to 65535") from None
+            if "," in (parts.hostname or ""):
+                raise ValueError("a host contains no comma: each of several URLs begins with its redis://")
         return value
 
     @field_validator("grpc_address")
@@ -309,6 +332,16 @@ class Settings(BaseSettings):
     def _absent(cls, value: Any) -> Any:
         """Where a file or a choice may be absent, an empty variable is absent: an empty path would be a folder."""
         return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _cache_servers(self) -> Self:
+        for name, parts in (("SEGSVC_CACHE_URLS", self.cache_urls), ("SEGSVC_CACHE_URLS_ALSO", self.cache_urls_also)):
+            if parts and self.shard_dsns:
+                try:
+                    urls_by_shard(parts, self.shard_count)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        return self
 
     @model_validator(mode="after")
     def _tls(self) -> Self:
@@ -346,6 +379,23 @@ class Settings(BaseSettings):
     @property
     def shard_count(self) -> int:
         return len(self.shard_dsns)
+
+    @property
+    def cache_url_by_shard(self) -> tuple[str, ...]:
+        """URL of the cache server that holds each shard's entries."""
+        return urls_by_shard(self.cache_urls or (self.cache_url,), self.shard_count) if self.shard_dsns else ()
+
+    @property
+    def cache_url_also_by_shard(self) -> tuple[str, ...]:
+        """URL of the server that changes of each shard must reach besides; empty: there is none."""
+        parts = self.cache_urls_also if self.shard_dsns else ()
+        return urls_by_shard(parts, self.shard_count) if parts else ()
+
+    @property
+    def all_cache_urls(self) -> tuple[str, ...]:
+        """Every cache server once, in the order in which the settings name them."""
+        parts = (*(self.cache_urls or (self.cache_url,)), *self.cache_urls_also)
+        return tuple(dict.fromkeys(map(url_of, parts)))
 
     def masked(self) -> dict[str, Any]:
         """All settings and BESIDE_THE_SETTINGS, as JSON values by the names of their variables; passwords hidden."""

@@ -34,6 +34,14 @@ cold_reads_waiting = Gauge(
     "segsvc_cold_reads_waiting", "Users that wait for a cold read, by shard.", ["shard"], multiprocess_mode="livesum"
 )
 
+cache_connected = Gauge(
+    "segsvc_cache_connected",
+    "Whether the hot lane reads from this cache server: 1 or 0; of several processes, the one that is worst off.",
+    ["server"],
+    multiprocess_mode="livemin",
+)
+"""server: host:port."""
+
 # -- RPCs (front) ---------------------------------------------------------------------------------------------------
 rpcs = Counter("segsvc_rpcs_total", "Finished calls.", ["method", "code"])
 rpc_seconds = Histogram("segsvc_rpc_seconds", "Duration of calls.", ["method"], buckets=RPC_BOUNDS_S)
@@ -142,11 +150,11 @@ for _what in ("unreadable", "foreign", "unknown", "failed"):
 warmed = Counter("segsvc_warmed_entries_total", "Cache entries written by the warmer.", ["shard"])
 cache_memory_bytes = Gauge(
     "segsvc_cache_memory_bytes",
-    "Memory of the cache's server, as of the warmer's last run.",
-    ["what"],
+    "Memory of a cache server, as of the warmer's last run on one of its shards.",
+    ["server", "what"],
     multiprocess_mode="mostrecent",
 )
-"""what: used; limit (the smaller of the warmer's budget and most of the server's maxmemory)."""
+"""server: host:port. what: used; limit (the smaller of the warmer's budget and most of the server's maxmemory)."""
 
 # -- which process serves what --------------------------------------------------------------------------------------
 ROLES = ("front", "operations", "events", "warming", "beat", "bridge")
@@ -154,6 +162,7 @@ SERVED_BY: dict[str, tuple[str, ...]] = {
     "segsvc_reads": ("front",),
     "segsvc_cold_read_seconds": ("front",),
     "segsvc_cold_reads_waiting": ("front",),
+    "segsvc_cache_connected": ("front",),
     "segsvc_rpcs": ("front",),
     "segsvc_rpc_seconds": ("front",),
     "segsvc_operations_finished": ("front", "operations", "beat"),

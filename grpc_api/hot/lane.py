@@ -69,13 +69,19 @@ class Entries(Protocol):
     """The part of the cache that a hit needs."""
 
     @property
-    def connected(self) -> bool: ...
+    def connected(self) -> bool:
+        """Whether a lookup can find something."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every server of the cache is connected."""
 
     def connect(self) -> None:
-        """Raises CACHE_UNAVAILABLE."""
+        """Connect to each server that is not connected. Raises CACHE_UNAVAILABLE: one of them is out of reach."""
 
     def lookup(self, user_ids: Sequence[int]) -> list[Entry | None]:
-        """The users' entries in the cache, in their order. Raises CACHE_UNAVAILABLE; ``connected`` is then False."""
+        """The users' entries in the cache, in their order; None: a miss, and every user of a server that is out of
+        reach while another one is not. Raises CACHE_UNAVAILABLE; ``connected`` is then False."""
 
     def lookups(self, user_ids: Sequence[int], users_per_command: int) -> Generator[list[Entry | None]]:
         """As ``lookup``, in pieces. The caller closes the generator if it does not read it to its end."""
@@ -346,7 +352,7 @@ class HotLane:
 
     def _connect(self) -> None:
         """Connect unless connected. Not on the lane's own thread, which would wait for a server that is hung."""
-        if self._entries.connected:
+        if self._entries.complete:
             return
         try:
             self._entries.connect()
@@ -363,11 +369,14 @@ class HotLane:
             block, shard = divmod(number, self._shard_count)
             by_shard.setdefault(shard, {})[block] = count
 
-        try:
-            for shard, counts in by_shard.items():
+        lost = 0
+        for shard, counts in by_shard.items():
+            try:
                 self._counts.add_reads(shard, counts)
-        except ServiceError:
-            log.info("read_counts_lost", blocks=len(reads))  # only a hint for the warmer
+            except ServiceError:
+                lost += len(counts)  # only a hint for the warmer; other shards may be on other servers
+        if lost:
+            log.info("read_counts_lost", blocks=lost)
 
 
 def _gone(call: Call) -> bool:

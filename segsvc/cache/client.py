@@ -1,4 +1,4 @@
-"""The cache as the rest of the service uses it: the protocol's steps, on a small pool of connections.
+"""The cache as the rest of the service uses it: the protocol's steps, each on the server that holds the shard.
 
 Any error of the server or of a connection becomes ``CACHE_UNAVAILABLE``. The caller then does not know whether the
 step took effect, and is safe either way: reads go on without the cache, changes are not acknowledged.
@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import random
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import repeat
 from typing import Any, Final, TypeVar
-
-from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from segsvc.cache import entry as entries
 from segsvc.cache import scripts
 from segsvc.cache.connection import CacheConnection, Command
 from segsvc.cache.keys import Keys
+from segsvc.cache.server import CacheServer, Connect
 from segsvc.domain.errors import ServiceError, cache_unavailable
 from segsvc.domain.membership import NEVER_US, READ_TIME, VALID_UNTIL, Entry, EntryColumns, Grant
-from segsvc.log import get_logger
-
-log = get_logger(__name__)
 
 KEYS_PER_CALL: Final = 128
 """Most keys that one script call touches: while a call runs, the server answers no reads; here for about 0.5 ms."""
@@ -46,43 +40,51 @@ class CacheClient:
     """The steps of the cache protocol. Safe for any number of threads. Create it after the last fork of a process.
 
     Args:
-        url: of the cache's server.
+        url: of the cache's server; several URLs: of each shard's server, by shard.
         find_keys: returns the names of this installation's keys. It is called again until it has returned them; while
             it raises a ServiceError, the cache counts as unreachable.
         timeout_s: longest time for connecting, and for each wait for the server.
         ttl_s: life of an entry.
         now_us: the wall clock, microseconds since 1970.
-        rest: for a client that leases and fills many users while other clients wait for reads: how long it leaves the
+        rest: for a client that leases and fills many users while other clients wait for reads: how long it leaves a
             server alone after each call, as a multiple of the time that the call took. 0: no pauses, all calls are
             sent together.
+        also: URLs of servers that changes must reach besides, by shard; empty: there are none.
+        connect: opens a connection.
     """
 
     RETRY_S = 0.1
-    """Time between a failure and the next attempt; until then every step fails at once."""
-    _IDLE_MAX = 16
+    """Time between a server's failure and the next attempt; until then every step at that server fails at once."""
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         find_keys: Callable[[], Keys],
         timeout_s: float,
         ttl_s: int,
         now_us: Clock = _now_us,
         rest: float = 0.0,
+        also: Sequence[str] = (),
+        connect: Connect = CacheConnection,
     ) -> None:
-        self._url = url
         self._find_keys = find_keys
         self._keys: Keys | None = None
-        self._timeout_s = timeout_s
         self._ttl_ms = ttl_s * 1000
         self._now_us = now_us
         self._rest = rest
-        self._turn = threading.Lock()
-        self._lock = threading.Lock()
-        self._idle: list[CacheConnection] = []
-        self._down = False
-        self._retry_at = 0.0
+
+        by_shard = () if isinstance(url, str) else url
+        urls = [url] if isinstance(url, str) else by_shard
+        made = {
+            each: CacheServer(each, timeout_s=timeout_s, retry_s=self.RETRY_S, connect=connect)
+            for each in dict.fromkeys([*urls, *also])
+        }
+        self._all = tuple(made.values())
+        self._servers = tuple(made[each] for each in dict.fromkeys(urls))
+        # Empty: one server holds every shard.
+        self._by_shard = [made[each] for each in by_shard]
+        self._also_by_shard = [made[each] for each in also]
 
     @property
     def keys(self) -> Keys:
@@ -103,8 +105,9 @@ class CacheClient:
             ServiceError: CACHE_UNAVAILABLE.
         """
         token = _token()
-        with self.connection() as connection:
-            connection.run("SET", self.keys.user(shard, user_id), b"B" + token, "PX", scripts.BAR_MS)
+        for server in self._holders(shard):
+            with server.connection() as connection:
+                connection.run("SET", self.keys.user(shard, user_id), b"B" + token, "PX", scripts.BAR_MS)
         return token
 
     def drop_entries(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None:
@@ -122,8 +125,8 @@ class CacheClient:
             _call(scripts.DROP_ENTRIES, self.keys.users(shard, chunk), [own])
             for chunk in _chunks(user_ids, KEYS_PER_CALL)
         ]
-        if calls:
-            with self.connection() as connection:
+        for server in self._holders(shard) if calls else ():
+            with server.connection() as connection:
                 connection.run_all(calls)
 
     @property
@@ -138,13 +141,26 @@ class CacheClient:
     def drop_generations(self, shards: Sequence[int]) -> None:
         """After the COMMIT of a bulk change, before it is reported done: make every entry of these shards a miss.
 
-        It can be repeated, and does no harm when it is late: the next miss creates a new nonce.
+        It can be repeated, and does no harm when it is late: the next miss creates a new nonce. A server that is out of
+        reach keeps no other server's shards from being dropped.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE: some shards may still have hits.
         """
-        with self.connection() as connection:
-            connection.run_all([("DEL", self.keys.generation(shard)) for shard in shards])
+        on_server: dict[CacheServer, list[int]] = {}
+        for shard in shards:
+            for server in self._holders(shard):
+                on_server.setdefault(server, []).append(shard)
+
+        first_error: ServiceError | None = None
+        for server, held in on_server.items():
+            try:
+                with server.connection() as connection:
+                    connection.run_all([("DEL", self.keys.generation(shard)) for shard in held])
+            except ServiceError as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
 
     # -- loads ------------------------------------------------------------------------------------------------------
 
@@ -159,11 +175,12 @@ class CacheClient:
         token = _token()
         lease_ms, now_us = scripts.LEASE_MS, self._now_us()
 
-        with self.connection() as connection:
+        with self.connection(shard) as connection:
             args = [token, b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT]
             g = self.keys.generation(shard)
             chunks = _chunks(user_ids, KEYS_PER_CALL)
             replies = self._in_turn(
+                shard,
                 connection,
                 [
                     # Each call offers its own new nonce: if the generation is dropped between two calls, the second
@@ -227,7 +244,7 @@ class CacheClient:
             for chunk in _chunks(user_ids, KEYS_PER_CALL)
         ]
         if calls:
-            with self.connection() as connection:
+            with self.connection(shard) as connection:
                 connection.run_all(calls)
 
     def _fill(self, shard: int, grant: Grant, users: Sequence[tuple[int, bytes, int, int]]) -> int:
@@ -248,103 +265,51 @@ class CacheClient:
 
         if not calls:
             return 0
-        with self.connection() as connection:
-            return sum(self._in_turn(connection, calls))
+        with self.connection(shard) as connection:
+            return sum(self._in_turn(shard, connection, calls))
 
-    def _in_turn(self, connection: CacheConnection, calls: Sequence[Command]) -> list[Any]:
-        """Replies to the calls of one step, with the pauses that leave the server to other clients."""
+    def _in_turn(self, shard: int, connection: CacheConnection, calls: Sequence[Command]) -> list[Any]:
+        """Replies to the calls of one step, with the pauses that leave the shard's server to other clients."""
         if not self._rest:
             return connection.run_all(calls)
 
         replies = []
+        turn = self.server_of(shard).turn
         for call in calls:
             # The lock is held during the pause: the pause is for other clients, so no thread of this one may use it.
-            with self._turn:
+            with turn:
                 begun = time.monotonic()
                 replies.append(connection.run(*call))
                 time.sleep(self._rest * (time.monotonic() - begun))
         return replies
 
-    # -- connections ------------------------------------------------------------------------------------------------
+    # -- servers ----------------------------------------------------------------------------------------------------
 
-    def connect(self) -> CacheConnection:
-        """A new connection that belongs to the caller. Raises CACHE_UNAVAILABLE."""
-        try:
-            return CacheConnection(self._url, self._timeout_s)
-        except (RedisError, OSError) as error:
-            raise cache_unavailable() from error
+    @property
+    def servers(self) -> Sequence[CacheServer]:
+        """Every server that holds shards, once, in the order of the first shard that each holds."""
+        return self._servers
+
+    def server_of(self, shard: int) -> CacheServer:
+        """The server that holds a shard's keys."""
+        return self._by_shard[shard] if self._by_shard else self._servers[0]
+
+    def connection(self, shard: int) -> AbstractContextManager[CacheConnection]:
+        """A connection to the shard's server, for one thread and one exchange. Errors inside become
+        CACHE_UNAVAILABLE."""
+        return self.server_of(shard).connection()
 
     def close(self) -> None:
         """Close the idle connections; a connection in use is closed when it is given back."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        for server in self._all:
+            server.close()
 
-    @contextmanager
-    def connection(self) -> Iterator[CacheConnection]:
-        """A connection of the pool, for one thread and one exchange. Errors inside become CACHE_UNAVAILABLE."""
-        connection = self._take()
-
-        try:
-            yield connection
-        except (RedisError, OSError) as error:
-            # The idle connections probably lead to the same dead server, so close them all instead of trying each.
-            connection.close()
-            self.close()
-            if isinstance(error, RedisTimeoutError | TimeoutError):
-                self._mark_down()  # it hangs: the next caller must not wait for it as well
-            raise cache_unavailable() from error
-        except BaseException:
-            connection.close()
-            raise
-
-        with self._lock:
-            if len(self._idle) < self._IDLE_MAX:
-                self._idle.append(connection)
-                return
-        connection.close()
-
-    def _take(self) -> CacheConnection:
-        while True:
-            with self._lock:
-                connection = self._idle.pop() if self._idle else None
-            if connection is None:
-                return self._connect_again()
-            if connection.idle_and_alive():
-                return connection
-            # Nothing was sent on it yet, so using another connection loses nothing and repeats nothing.
-            connection.close()
-
-    def _connect_again(self) -> CacheConnection:
-        """Connect. While the server is down only one caller at a time tries; all other callers fail at once.
-
-        With a server that does not answer, each attempt takes the whole timeout; reads must not wait one after another.
-        """
-        with self._lock:
-            if self._down:
-                now = time.monotonic()
-                if now < self._retry_at:
-                    raise cache_unavailable()
-                self._retry_at = now + self._timeout_s + self.RETRY_S
-
-        try:
-            connection = self.connect()
-        except ServiceError:
-            self._mark_down()
-            raise
-
-        with self._lock:
-            if self._down:
-                log.info("cache_back")
-            self._down = False
-        return connection
-
-    def _mark_down(self) -> None:
-        with self._lock:
-            if not self._down:
-                log.warning("cache_down")
-            self._down, self._retry_at = True, time.monotonic() + self.RETRY_S
+    def _holders(self, shard: int) -> Sequence[CacheServer]:
+        """The servers in which a change of this shard must be dropped: the shard's own, and while the servers are being
+        changed the one that another process may still read, or read already."""
+        own = self.server_of(shard)
+        also = self._also_by_shard[shard] if self._also_by_shard else own
+        return (own,) if also is own else (own, also)
 
 
 def _token() -> bytes:

@@ -1,4 +1,4 @@
-"""Reads many users' entries in one round trip: the part of the cache that the hot lane uses."""
+"""Reads many users' entries in one round trip to their server: the part of the cache that the hot lane uses."""
 
 from __future__ import annotations
 
@@ -9,33 +9,54 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
+from segsvc import metrics
 from segsvc.cache import entry as entries
 from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import CacheConnection
+from segsvc.cache.server import CacheServer
 from segsvc.domain.errors import cache_unavailable
 from segsvc.domain.membership import Entry
 
-_COMMANDS_AHEAD: Final = 2
+COMMANDS_AHEAD: Final = 2
 """One command that the server works on, and one whose reply is on its way."""
 
 
 class CacheReader:
-    """The connection of one reading thread. That thread calls ``lookup``; any other thread calls ``connect``.
+    """The connection of one reading thread to one server. That thread calls ``lookup``; any other thread calls
+    ``connect``.
 
     The two are separate so that the reading thread never waits for a server that is down: it checks ``connected`` and
     goes on without the cache, while another thread tries to connect.
+
+    Args:
+        server: one of the client's servers, which is asked only for users of the shards that it holds; None: the client
+            has one server.
     """
 
-    def __init__(self, client: CacheClient, shard_count: int) -> None:
+    def __init__(self, client: CacheClient, shard_count: int, server: CacheServer | None = None) -> None:
         self._client = client
         self._shard_count = shard_count
-        # Beginnings of the users' keys, and the generations' keys, by shard; set when it is connected.
+        self._server = server or client.servers[0]
+        self._shards = [shard for shard in range(shard_count) if client.server_of(shard) is self._server]
+        self._gauge = metrics.cache_connected.labels(self._server.name)
+        # Beginnings of the users' keys, by shard, and the generations' keys of the server's shards; set when it is
+        # connected.
         self._prefixes: list[bytes] = []
         self._generations: list[bytes] = []
         self._connection: CacheConnection | None = None
 
     @property
+    def name(self) -> str:
+        """The server's, for people."""
+        return self._server.name
+
+    @property
     def connected(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing left to connect to."""
         return self._connection is not None
 
     def connect(self) -> None:
@@ -43,9 +64,10 @@ class CacheReader:
         if self._connection is None:
             keys = self._client.keys
             self._prefixes = [keys.user_prefix(shard) for shard in range(self._shard_count)]
-            self._generations = [keys.generation(shard) for shard in range(self._shard_count)]
+            self._generations = [keys.generation(shard) for shard in self._shards]
             # Set last: the reading thread checks it.
-            self._connection = self._client.connect()
+            self._connection = self._server.connect()
+            self._gauge.set(1)
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -73,40 +95,76 @@ class CacheReader:
         Raises:
             ServiceError: CACHE_UNAVAILABLE, at any piece; ``connected`` is then False.
         """
-        connection = self._connection
-        if connection is None:
-            raise cache_unavailable()
         pieces = [user_ids[first : first + users_per_command] for first in range(0, len(user_ids), users_per_command)]
         received = 0
 
+        connection = self.ask(pieces[:COMMANDS_AHEAD])
         try:
-            connection.send([self._command(piece) for piece in pieces[:_COMMANDS_AHEAD]])
             for number, piece in enumerate(pieces):
-                values = connection.receive()
+                values = self.receive(connection)
                 received += 1
-                if number + _COMMANDS_AHEAD < len(pieces):
-                    connection.send([self._command(pieces[number + _COMMANDS_AHEAD])])
-                yield self._entries(piece, values, connection.run_id)
-        except (RedisError, OSError) as error:
-            self._connection = None
-            raise cache_unavailable() from error
+                if number + COMMANDS_AHEAD < len(pieces):
+                    self.ask([pieces[number + COMMANDS_AHEAD]], connection)
+                yield self.entries(piece, values, connection)
         finally:
             if received < len(pieces):
                 # Replies are still to come, which the next lookup would take for its own.
-                connection.close()
-                self._connection = None
+                self.lose(connection)
+
+    # -- the parts of a lookup ----------------------------------------------------------------------------------------
+
+    def ask(self, pieces: Sequence[Sequence[int]], connection: CacheConnection | None = None) -> CacheConnection:
+        """Send a command for each of these pieces of users. Returns the connection that the replies come by.
+
+        Args:
+            connection: what an earlier call has returned; None: the one that there is now.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE; ``connected`` is then False.
+        """
+        connection = connection or self._connection
+        if connection is None:
+            raise cache_unavailable()
+        try:
+            connection.send([self._command(piece) for piece in pieces])
+        except (RedisError, OSError) as error:
+            self.lose(connection)
+            raise cache_unavailable() from error
+        return connection
+
+    def receive(self, connection: CacheConnection) -> Sequence[bytes | None]:
+        """The next reply: values for ``entries``. Raises as ``ask``."""
+        try:
+            values: Sequence[bytes | None] = connection.receive()
+        except (RedisError, OSError) as error:
+            self.lose(connection)
+            raise cache_unavailable() from error
+        return values
+
+    def lose(self, connection: CacheConnection) -> None:
+        """Close a connection whose replies are of no use, so that the next ``connect`` opens another one."""
+        connection.close()
+        if self._connection is connection:
+            self._connection = None
+            self._gauge.set(0)
+
+    def entries(
+        self, user_ids: Sequence[int], values: Sequence[bytes | None], connection: CacheConnection
+    ) -> list[Entry | None]:
+        """What a piece's reply says of its users, in their order; None: a miss."""
+        shards = self._shard_count
+        usable: list[bytes | None] = [None] * shards
+        for shard, value in zip(self._shards, values, strict=False):
+            nonce = entries.nonce_of(value, connection.run_id)
+            if nonce is not None:
+                usable[shard] = entries.prefix(nonce)
+
+        now_us = time.time_ns() // 1000
+        of_users = values[len(self._shards) :]
+        return entries.decode_all(of_users, [usable[user_id % shards] for user_id in user_ids], now_us)
 
     def _command(self, user_ids: Sequence[int]) -> list[bytes | str | int | float]:
-        # There is one server, so one command reads all shards. A Redis Cluster would need one command for each shard,
-        # still with the shard's generation in it.
+        # One command reads all shards of its server. A Redis Cluster would need one command for each shard, still with
+        # the shard's generation in it.
         shards, prefixes = self._shard_count, self._prefixes
         return ["MGET", *self._generations, *[prefixes[user_id % shards] + b"%d" % user_id for user_id in user_ids]]
-
-    def _entries(self, user_ids: Sequence[int], values: Sequence[bytes | None], run_id: bytes) -> list[Entry | None]:
-        shards = self._shard_count
-        usable = [
-            entries.prefix(nonce) if (nonce := entries.nonce_of(value, run_id)) is not None else None
-            for value in values[:shards]
-        ]
-        now_us = time.time_ns() // 1000
-        return entries.decode_all(values[shards:], [usable[user_id % shards] for user_id in user_ids], now_us)

@@ -30,6 +30,7 @@ def cache_findings(url: str, *, timeout_s: float) -> list[str]:
     try:
         return [
             *_version(connection.info),
+            *_mode(connection.info),
             *_eviction(connection.info),
             *_copies(connection),
             *_persistence(connection),
@@ -38,6 +39,16 @@ def cache_findings(url: str, *, timeout_s: float) -> list[str]:
         return ["the cache's server broke off the check"]
     finally:
         connection.close()
+
+
+def run_id_of(url: str, *, timeout_s: float) -> str | None:
+    """What tells one run of one server from every other; None: the server cannot be reached."""
+    try:
+        connection = CacheConnection(url, timeout_s)
+    except (RedisError, OSError):
+        return None
+    connection.close()
+    return connection.run_id.decode()
 
 
 def other_tags(url: str, *, timeout_s: float) -> set[str]:
@@ -65,6 +76,13 @@ def _version(info: dict[str, str]) -> list[str]:
     if tuple(int(part) for part in text.split(".")[:2] if part.isdigit()) >= OLDEST_VERSION:
         return []
     return [f"the cache's server is version {text}; it must be at least {'.'.join(map(str, OLDEST_VERSION))}"]
+
+
+def _mode(info: dict[str, str]) -> list[str]:
+    if info.get("cluster_enabled", "0") == "0" and info.get("redis_mode") != "cluster":
+        return []
+    # A node refuses a command with keys of two shards, and every key whose hash slot another node holds.
+    return ["the cache's server is a node of a Redis Cluster; several servers are named with SEGSVC_CACHE_URLS instead"]
 
 
 def _eviction(info: dict[str, str]) -> list[str]:

@@ -37,22 +37,23 @@ class WarmNotes:
         most_read = sorted(reads, key=reads.__getitem__, reverse=True)[:BLOCKS_PER_REPORT]
         key = self._client.keys.hot(shard)
         commands: list[Command] = [("ZINCRBY", key, reads[block], block) for block in most_read]
-        self._counted(key, [*commands, ("EXPIRE", key, HOT_TTL_S)])
+        self._counted(shard, key, [*commands, ("EXPIRE", key, HOT_TTL_S)])
 
     def hottest(self, shard: int) -> list[int]:
         """Blocks with reads, most read first. Members that are no block numbers are foreign, and are removed."""
         key = self._client.keys.hot(shard)
-        [members] = self._counted(key, [("ZREVRANGE", key, 0, -1)])
+        [members] = self._counted(shard, key, [("ZREVRANGE", key, 0, -1)])
         foreign = [member for member in members if not _BLOCK.fullmatch(member)]
         if foreign:
             log.warning("foreign_members_removed", key=key.decode(), members=len(foreign))
-            self._counted(key, [("ZREM", key, *foreign)])
+            self._counted(shard, key, [("ZREM", key, *foreign)])
         return [int(member) for member in members if _BLOCK.fullmatch(member)]
 
     def fade(self, shard: int) -> None:
         """Halve the counts, so that recent reads weigh more; remove blocks whose count is below one."""
         key = self._client.keys.hot(shard)
         self._counted(
+            shard,
             key,
             [
                 ("ZUNIONSTORE", key, 1, key, "WEIGHTS", "0.5"),
@@ -63,10 +64,10 @@ class WarmNotes:
             ],
         )
 
-    def _counted(self, key: bytes, commands: Sequence[Command]) -> list[Any]:
+    def _counted(self, shard: int, key: bytes, commands: Sequence[Command]) -> list[Any]:
         """Replies to commands on a sorted set of counts. If the key holds a foreign value of another type, that value
         is removed first, and the commands see an empty set."""
-        with self._client.connection() as connection:
+        with self._client.connection(shard) as connection:
             [kind] = connection.run_all([("TYPE", key)])
             if kind not in (b"none", b"zset"):
                 log.warning("foreign_value_removed", key=key.decode(), type=kind.decode())
@@ -78,7 +79,7 @@ class WarmNotes:
     def last_sweep(self, shard: int) -> Sweep | None:
         """The last complete sweep, if the shard still has the generation under which it was made; else None."""
         keys = self._client.keys
-        with self._client.connection() as connection:
+        with self._client.connection(shard) as connection:
             generation, note = connection.run("MGET", keys.generation(shard), keys.warm(shard))
             nonce = nonce_of(generation, connection.run_id)
         if nonce is None or note is None or note[:NONCE_BYTES] != nonce:
@@ -89,20 +90,22 @@ class WarmNotes:
     def note_sweep(self, shard: int, sweep: Sweep) -> None:
         """Remember that everything below ``next_slot`` was warmed under this nonce."""
         note = sweep.nonce + b"%d %d" % (sweep.next_slot, sweep.ended_s)
-        with self._client.connection() as connection:
+        with self._client.connection(shard) as connection:
             connection.run("SET", self._client.keys.warm(shard), note, "EX", NOTE_TTL_S)
 
     def present(self, shard: int, groups: Sequence[Sequence[int]]) -> list[int]:
         """For each group of users, how many have a key, whatever it holds."""
         commands: list[Command] = [("EXISTS", *self._client.keys.users(shard, group)) for group in groups]
-        with self._client.connection() as connection:
+        with self._client.connection(shard) as connection:
             return connection.run_all(commands)
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    def memory(self) -> CacheMemory:
-        """The memory that the server uses, and its limit."""
-        with self._client.connection() as connection:
+    def memory(self, shard: int) -> CacheMemory:
+        """The memory that the shard's server uses, and its limit."""
+        with self._client.connection(shard) as connection:
             reply: Any = connection.run("INFO", "memory")
         info = parse_info(reply)
-        return CacheMemory(int(info["used_memory"]), int(info.get("maxmemory", 0)) or None)
+        return CacheMemory(
+            self._client.server_of(shard).name, int(info["used_memory"]), int(info.get("maxmemory", 0)) or None
+        )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from segsvc.cache.server import server_name
 from segsvc.cache.server_check import cache_findings
 from segsvc.cli import streams
 from segsvc.cli.base import Refusal, log_complaints
@@ -55,8 +56,9 @@ def start_process(settings: Settings) -> None:
         log.warning("starts_without", where=finding.where, problem=finding.problem)
 
     # Only logged: a badly configured cache causes misses, never wrong answers.
-    for sentence in cache_findings(settings.cache_url, timeout_s=settings.cache_timeout_s):
-        log.warning("cache_finding", finding=sentence)
+    for url in settings.all_cache_urls:
+        for sentence in cache_findings(url, timeout_s=settings.cache_timeout_s):
+            log.warning("cache_finding", server=server_name(url), finding=sentence)
 
 
 def verified(settings: Settings) -> Sequence[Finding]:

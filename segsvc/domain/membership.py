@@ -124,7 +124,8 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class CacheMemory:
-    """Memory of the cache's server. ``max_bytes`` None: the server has no limit of its own."""
+    """Memory of one cache server. ``max_bytes`` None: the server has no limit of its own."""
 
+    server: str
     used_bytes: int
     max_bytes: int | None

@@ -267,6 +267,9 @@ class LocalStack:
             "shard_dsns": tuple(postgres.dsn(shard) for shard in shards),
             "broker_url": servers.redis("broker").url,
             "cache_url": servers.redis("cache").url,
+            # Servers that the environment names are no part of this stack.
+            "cache_urls": (),
+            "cache_urls_also": (),
             "kafka_bootstrap_servers": kafka.bootstrap_servers,
             "kafka_stand_in": kafka.stand_in,
             "stack_dir": self.home,

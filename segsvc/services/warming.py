@@ -89,7 +89,7 @@ class Notes(Protocol):
 
     def present(self, shard: int, groups: Sequence[Sequence[int]]) -> Sequence[int]: ...
 
-    def memory(self) -> CacheMemory: ...
+    def memory(self, shard: int) -> CacheMemory: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class Warmer:
     """Warms shards, one run at a time for each shard.
 
     Args:
-        budget_bytes: no entries are added while the cache's server uses more memory; 0: nothing is warmed.
+        budget_bytes: no entries are added while the shard's cache server uses more memory; 0: nothing is warmed.
         now_s: the wall clock, seconds since 1970.
     """
 
@@ -258,19 +258,19 @@ class Warmer:
         if gone:
             self._cache.release(run.shard, grant, list(gone))  # deleted since their block was listed
 
-    def _is_full(self) -> bool:
-        """Whether the cache uses as much memory as warming may fill."""
-        memory = self._notes.memory()
+    def _is_full(self, shard: int) -> bool:
+        """Whether the shard's cache server uses as much memory as warming may fill."""
+        memory = self._notes.memory(shard)
         limit = self._budget_bytes
         if memory.max_bytes is not None:
             limit = min(limit, int(memory.max_bytes * MAXMEMORY_SHARE))
-        metrics.cache_memory_bytes.labels("used").set(memory.used_bytes)
-        metrics.cache_memory_bytes.labels("limit").set(limit)
+        metrics.cache_memory_bytes.labels(memory.server, "used").set(memory.used_bytes)
+        metrics.cache_memory_bytes.labels(memory.server, "limit").set(limit)
         return memory.used_bytes > limit
 
     def _worth_warming(self, run: _Run, users: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
         """The blocks without those that have all their keys already, and those for which there is no memory."""
-        full = self._is_full()
+        full = self._is_full(run.shard)
         if not full and not run.sweeping_again:
             return dict(users)
 

@@ -100,6 +100,8 @@ class Coordinator:
         self._fan_out = fan_out
         self._observer = observer
         self._crash = crash_points
+        self._dropped: tuple[UUID, set[int]] | None = None
+        """The operation that was published last, and the shards whose generation this process has dropped for it."""
 
     def gid(self, operation_id: UUID, shard: int) -> Gid:
         return Gid(self._cluster, operation_id, shard)
@@ -251,7 +253,7 @@ class Coordinator:
         self.start_next()
 
     def _publish(self, operation: Operation) -> None:
-        """Drop the caches' generations; if the cache cannot be reached, wait until its old entries have expired.
+        """Drop the caches' generations; if a cache server cannot be reached, wait until its old entries have expired.
 
         Every shard has committed. An old entry in the cache was filled under a lease that was given before the last
         COMMIT PREPARED: under a later lease the shard is read after it, and gives the new bits. Such a lease expires by
@@ -265,16 +267,41 @@ class Coordinator:
         if operation.plan.kind is OperationKind.CREATE:
             return  # A new segment has no members: it makes no user's list outdated.
 
-        try:
-            self._invalidation.drop_generations(range(len(self.participants)))
-        except ServiceError as error:
-            if error.reason is not Reason.CACHE_UNAVAILABLE:
-                raise
+        left, error = self._drop(operation)
+        if error is None:
+            return
+        waited_s = self._ledger.all_shards_committed(operation.id)
+        if waited_s <= self._invalidation.entries_gone_after_s:
+            raise error
+        log.warning("finished_without_the_cache", operation=str(operation.id), shards=left, waited_s=round(waited_s))
 
-            waited_s = self._ledger.all_shards_committed(operation.id)
-            if waited_s <= self._invalidation.entries_gone_after_s:
-                raise
-            log.warning("finished_without_the_cache", operation=str(operation.id), waited_s=round(waited_s))
+    def _drop(self, operation: Operation) -> tuple[Sequence[int], ServiceError | None]:
+        """Drop the generation of each shard, once. Returns the shards whose cache server is out of reach, and its
+        error.
+
+        Recovery comes here every two seconds as long as one server is out of reach. The shards of the other servers
+        must not go cold each time: this process remembers which are dropped. One operation is in flight at a time; what
+        is remembered of the one before is of no use. A process that remembers nothing drops once more.
+        """
+        if self._dropped is None or self._dropped[0] != operation.id:
+            self._dropped = (operation.id, set())
+        dropped = self._dropped[1]
+
+        left: list[int] = []
+        first_error: ServiceError | None = None
+        for participant in self.participants:
+            if participant.shard in dropped:
+                continue
+            try:
+                self._invalidation.drop_generations([participant.shard])
+            except ServiceError as error:
+                if error.reason is not Reason.CACHE_UNAVAILABLE:
+                    raise
+                left.append(participant.shard)
+                first_error = first_error or error
+            else:
+                dropped.add(participant.shard)
+        return left, first_error
 
     def _commit_shard(self, operation: Operation, participant: Participant) -> None:
         """Make a COMMITTED operation's work visible on one shard."""

@@ -20,7 +20,7 @@ class FillByAnyLease(MemoryRedis):
 
 class NonceTakenAtTheFill(SimulatedClient):
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
-        with self.connection() as connection:
+        with self.connection(shard) as connection:
             g = connection.run("GET", self.keys.generation(shard))
         return super().fill(shard, replace(grant, nonce=g[RUN_ID_BYTES:] if g else grant.nonce), rows)
 

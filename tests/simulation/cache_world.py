@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import segsvc.cache.client
 import segsvc.services.cold_reads
@@ -72,12 +72,8 @@ class SimulatedClient(CacheClient):
             timeout_s=0.0,
             ttl_s=86_400,
             now_us=lambda: int(scheduler.now * 1e6),
+            connect=lambda _url, _timeout_s: MemoryConnection(scheduler, server),  # type: ignore[arg-type, return-value]
         )
-        self._scheduler = scheduler
-        self._server = server
-
-    def connect(self) -> Any:
-        return MemoryConnection(self._scheduler, self._server)
 
 
 class AnySlug:

@@ -113,6 +113,20 @@ def test_recovery_that_is_not_there_is_told(promtool: str, tmp_path: Path) -> No
     assert len(fires(promtool, tmp_path, "SegsvcRecoveryStopped", NOBODY, "10m")) == 1
 
 
+def test_one_full_or_lost_cache_server_of_several_is_told_by_name(promtool: str, tmp_path: Path) -> None:
+    memory = [
+        series(f'segsvc_cache_memory_bytes{{server="{server}",what="{what}"}}', f"{value}x200")
+        for server, what, value in (("a", "limit", 200), ("a", "used", 150), ("b", "limit", 100), ("b", "used", 110))
+    ]
+    assert [labels["server"] for labels in fires(promtool, tmp_path, "SegsvcCacheFull", memory, "40m")] == ["b"]
+
+    connected = [
+        series(f'segsvc_cache_connected{{server="{server}",instance="{front}"}}', values)
+        for server, front, values in (("a", "x", "1x60"), ("b", "x", "1x60"), ("a", "y", "1x60"), ("b", "y", "1x4 0x60"))
+    ]
+    assert [labels["server"] for labels in fires(promtool, tmp_path, "SegsvcCacheServerLost", connected, "10m")] == ["b"]
+
+
 def test_a_full_cache_is_told(promtool: str, tmp_path: Path) -> None:
     limit = series('segsvc_cache_memory_bytes{what="limit"}', "100x200")
     for used, told in ((90, 0), (110, 1)):

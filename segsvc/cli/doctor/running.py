@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 
 from segsvc.bootstrap import Check, installation_of
 from segsvc.bridge.dead_letters import SUFFIX
-from segsvc.cache.connection import CacheConnection
+from segsvc.cache.server_check import run_id_of
 from segsvc.cli.base import Refusal
 from segsvc.cli.doctor import events
 from segsvc.cli.doctor.items import Item
@@ -68,7 +68,8 @@ def broker(settings: Settings) -> Sequence[Item]:
     if not info.get("aof_enabled"):
         text = "appendonly is off: a restart forgets every message; recovery sends operations again, later"
         found.append(Item(text, "set appendonly yes"))
-    if info.get("run_id") == _cache_run_id(settings):
+    # A cache that cannot be reached is reported by its own check.
+    if info.get("run_id") in {run_id_of(url, timeout_s=settings.cache_timeout_s) for url in settings.all_cache_urls}:
         found.append(Item("it is the same server as the cache", "give the cache a server of its own"))
     others = sorted(owners - {installation_of(settings).name})
     return [*found, *(Item(f"the installation {name} uses this server too", SHARED) for name in others)]
@@ -84,19 +85,6 @@ def _owners(client: Any) -> set[str]:
         if not cursor:
             break
     return found
-
-
-def _cache_run_id(settings: Settings) -> str | None:
-    """The cache's run id; None: the cache cannot be reached, which its own check reports."""
-    try:
-        connection = CacheConnection(settings.cache_url, settings.cache_timeout_s)
-    except Exception as error:  # noqa: BLE001  # whatever it is, the cache's own check reports it
-        del error
-        return None
-    try:
-        return connection.run_id.decode()
-    finally:
-        connection.close()
 
 
 def kafka(settings: Settings) -> Sequence[Item]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from segsvc.bootstrap import Check, installation_of
-from segsvc.cache.server_check import cache_findings, other_tags
+from segsvc.cache.server import server_name
+from segsvc.cache.server_check import cache_findings, other_tags, run_id_of
 from segsvc.cli.doctor.items import Item
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
@@ -18,6 +19,7 @@ SKEW_MAX: Final = 0.2
 RECOVERY_AGE_MAX_S: Final = 30.0
 """Recovery runs every few seconds."""
 SHARED: Final = "give each installation a server of its own: they share its memory and its outages"
+_CACHE_REMEDY: Final = "see SEGSVC_CACHE_URL, SEGSVC_CACHE_URLS and the server's configuration"
 _SKEW_USERS_MIN: Final = 1000
 """With fewer users per shard, such a difference may be chance."""
 
@@ -74,16 +76,42 @@ def skew_items(counts: Sequence[int]) -> Sequence[Item]:
 
 
 def cache(settings: Settings) -> Sequence[Item]:
-    """The cache's server, its settings, and other installations that use it."""
-    found = cache_findings(settings.cache_url, timeout_s=settings.cache_timeout_s)
-    if found:
-        return [Item(sentence, "see SEGSVC_CACHE_URL and the server's configuration") for sentence in found]
+    """The cache's servers, their settings, and other installations that use them."""
+    found: list[Item] = []
+    reached: list[str] = []
+    for url in settings.all_cache_urls:
+        sentences = cache_findings(url, timeout_s=settings.cache_timeout_s)
+        where = f"{server_name(url)}: " if len(settings.all_cache_urls) > 1 else ""
+        found += [Item(where + sentence, _CACHE_REMEDY) for sentence in sentences]
+        if not sentences:
+            reached.append(url)
+    found += _same_servers(settings)
+    if not reached:
+        return found
+
     try:
         own = installation_of(settings).tag
     except ServiceError as error:
-        return [Item(str(error), "see the databases above")]
-    others = other_tags(settings.cache_url, timeout_s=settings.cache_timeout_s) - {own}
+        return [*found, Item(str(error), "see the databases above")]
+    others = set[str]().union(*(other_tags(url, timeout_s=settings.cache_timeout_s) for url in reached)) - {own}
     return [
-        Item(f"another installation uses this server too: its keys begin with {{{tag}:", SHARED)
-        for tag in sorted(others)
+        *found,
+        *(
+            Item(f"another installation uses this server too: its keys begin with {{{tag}:", SHARED)
+            for tag in sorted(others)
+        ),
+    ]
+
+
+def _same_servers(settings: Settings) -> Sequence[Item]:
+    """URLs that lead to one server: it holds more shards than it was meant to."""
+    names: dict[str, list[str]] = {}
+    for url in settings.all_cache_urls if len(settings.all_cache_urls) > 1 else ():
+        run_id = run_id_of(url, timeout_s=settings.cache_timeout_s)
+        if run_id is not None:
+            names.setdefault(run_id, []).append(server_name(url))
+    return [
+        Item(f"{' and '.join(same)} are one server", "give each URL of SEGSVC_CACHE_URLS a server of its own")
+        for same in names.values()
+        if len(same) > 1
     ]

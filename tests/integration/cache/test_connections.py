@@ -29,7 +29,7 @@ G = KEYS.generation(SHARD)
 
 def test_run_id_is_asked_before_anything_else(world: World) -> None:
     with world.raw.monitor() as monitor:
-        connection = world.client.connect()
+        connection = world.client.servers[0].connect()
         connection.run("GET", "x")
         own = connection._transport._sock.getsockname()[1]
         commands = []
@@ -43,7 +43,7 @@ def test_run_id_is_asked_before_anything_else(world: World) -> None:
 
 
 def test_connection_is_never_renewed_in_place(world: World) -> None:
-    connection = world.client.connect()
+    connection = world.client.servers[0].connect()
     world.raw.client_kill_filter(_type="normal", skipme=True)
     with pytest.raises((redis.RedisError, OSError)):
         connection.run("GET", "x")
@@ -54,7 +54,7 @@ def test_connection_is_never_renewed_in_place(world: World) -> None:
 
 def test_error_reply_closes_the_connection(world: World) -> None:
     """Otherwise later replies would be read as replies to another command."""
-    connection = world.client.connect()
+    connection = world.client.servers[0].connect()
     with pytest.raises(redis.ResponseError, match="unknown command"):
         connection.run_all([("NONSENSE",), ("GET", "x")])
     assert not connection.open

@@ -63,7 +63,7 @@ def command(draw: random.Random, run_id: bytes) -> tuple[bytes | str | int, ...]
 def test_both_answer_alike(world: World, seed: int) -> None:
     draw = random.Random(seed)
     memory = MemoryRedis(lambda: 0.0)
-    with world.client.connection() as connection:
+    with world.client.connection(SHARD) as connection:
         for _ in range(400):
             sent = command(draw, connection.run_id)
             answers = connection.run(*sent), memory.execute(sent)

@@ -185,7 +185,7 @@ class AnyLease(CacheClient):
     """Fills as soon as a lease exists, whichever process holds it."""
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
-        with self.connection() as connection:
+        with self.connection(shard) as connection:
             for key in KEYS.users(shard, [user for user, _ in rows]):
                 held: bytes | None = connection.run("GET", key)
                 if held and held.startswith(b"L"):
@@ -197,7 +197,7 @@ class NoLease(CacheClient):
     """Fills without a check of the key."""
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
-        with self.connection() as connection:
+        with self.connection(shard) as connection:
             for key in KEYS.users(shard, [user for user, _ in rows]):
                 connection.run("SET", key, b"L" + grant.token, "PX", scripts.LEASE_MS)
         return super().fill(shard, grant, rows)

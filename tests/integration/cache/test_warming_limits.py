@@ -26,7 +26,7 @@ def full(world: World, watched: Watched) -> tuple[Watched, Warmer]:
     """Five blocks, of which the two most read ones found room."""
     world.add_users(2 * 5 * BLOCK_USERS)
     watched.notes.add_reads(SHARD, {1: 100, 2: 50})
-    room = watched.notes.memory().used_bytes + 1
+    room = watched.notes.memory(SHARD).used_bytes + 1
 
     def take_the_rest() -> None:
         if watched.asked == 2 * BLOCK_USERS:
@@ -67,12 +67,12 @@ def test_servers_own_limit_is_kept_clear_of(own_world: World, monkeypatch: pytes
     monkeypatch.setattr(segsvc.services.warming, "BLOCKS_AT_ONCE", 1)
     own_world.add_users(2 * 3 * BLOCK_USERS)
     watched = Watched(own_world)
-    used = watched.notes.memory().used_bytes
+    used = watched.notes.memory(SHARD).used_bytes
     own_world.raw.config_set("maxmemory", int(used / 0.95))
     report = watched.warmer().warm_shard(SHARD)
     assert (report.entries, report.stopped_by_budget) == (0, True)
     own_world.raw.config_set("maxmemory", 0)
-    assert watched.notes.memory().max_bytes is None
+    assert watched.notes.memory(SHARD).max_bytes is None
 
 
 # -- outages --------------------------------------------------------------------------------------------------------

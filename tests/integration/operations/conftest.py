@@ -45,13 +45,15 @@ class Generations:
     entries_gone_after_s = 3600.0
 
     def __init__(self) -> None:
-        self.dropped: list[list[int]] = []
+        self.dropped: list[int] = []
         self.error: Exception | None = None
+        self.down = frozenset(range(SHARDS))
+        """Shards whose server raises the error."""
 
     def drop_generations(self, shards: Sequence[int]) -> None:
-        if self.error is not None:
+        if self.error is not None and not self.down.isdisjoint(shards):
             raise self.error
-        self.dropped.append(list(shards))
+        self.dropped += shards
 
 
 class Rig:

@@ -25,7 +25,31 @@ def test_the_cache_is_dropped_before_done_and_done_waits_for_it(rig: Rig) -> Non
     rig.cache.error = None
     rig.settle()
     assert rig.state(operation) is OperationState.DONE
-    assert rig.cache.dropped == [list(range(SHARDS))]
+    assert rig.cache.dropped == list(range(SHARDS))
+
+
+def test_one_cache_server_that_is_away_keeps_no_other_shards_entries_cold(rig: Rig) -> None:
+    """Recovery comes again and again: each time it drops only what is not dropped yet."""
+    rig.create()
+    rig.cache.dropped.clear()
+    operation = roll_out(rig, 10_000)
+    rig.cache.error, rig.cache.down = cache_unavailable(), frozenset({0})
+
+    for attempt in (rig.deliver, rig.coordinator.recover, rig.coordinator.recover):
+        with pytest.raises(ServiceError):
+            attempt()
+        assert rig.state(operation) is OperationState.COMMITTED
+        assert rig.cache.dropped == list(range(1, SHARDS))
+
+    rig.cache.error = None
+    rig.settle()
+    assert rig.state(operation) is OperationState.DONE
+    assert sorted(rig.cache.dropped) == list(range(SHARDS))
+
+    rig.cache.dropped.clear()
+    roll_out(rig, 20_000)
+    rig.settle()
+    assert rig.cache.dropped == list(range(SHARDS))
 
 
 def test_a_creation_changes_no_list_and_needs_no_cache(rig: Rig) -> None:
