@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Final, TypeVar
 
-import segsvc.cache.client
+import segsvc.cache.server
 import segsvc.services.cold_reads
 from segsvc.cache.client import CacheClient
 from segsvc.cache.entry import decode, nonce_of, prefix
@@ -395,7 +395,7 @@ class CacheWorld:
 
     def run(self) -> None:
         """Raises Violation."""
-        modules = (segsvc.cache.client, segsvc.services.cold_reads)
+        modules = (segsvc.cache.server, segsvc.services.cold_reads)
         kept = [module.log for module in modules]
         for module in modules:
             module.log = Silent()  # type: ignore[assignment]
