@@ -199,6 +199,8 @@ class WorkerServices:
             request_id_ttl_s=settings.request_id_ttl_s,
             tombstone_ttl_s=settings.tombstone_ttl_s,
             fence_ttl_s=settings.fence_ttl_s,
+            entries_gone_after_s=self.cache.entries_gone_after_s,
+            operation_deadline_s=settings.operation_deadline_s,
         )
 
     def close(self) -> None:

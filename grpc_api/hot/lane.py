@@ -38,9 +38,9 @@ from grpc_api.hot.batches import WaitingBatches
 from grpc_api.hot.calls import Call, Calls, NativeCalls, QueuedCalls, Streams
 from segsvc import metrics
 from segsvc.domain.errors import ServiceError, internal_error
-from segsvc.domain.membership import BLOCK, Entry
+from segsvc.domain.membership import SLOT, Entry
 from segsvc.domain.pace import overloaded
-from segsvc.domain.sharding import shard_of
+from segsvc.domain.sharding import BLOCK_SLOTS, shard_of
 from segsvc.log import get_logger
 from segsvc.services.cold_reads import Answer, ColdReads, Outcome
 from segsvc.services.slug_map import SlugMap
@@ -232,7 +232,13 @@ class HotLane:
 
         shards = self._shard_count
         read = zip(user_ids, entries, answers, strict=True)
-        self._count([entry[BLOCK] * shards + user_id % shards for user_id, entry, answer in read if entry and answer])
+        self._count(
+            [
+                entry[SLOT] // BLOCK_SLOTS * shards + user_id % shards
+                for user_id, entry, answer in read
+                if entry and answer
+            ]
+        )
 
     def _read_each(self, calls: Sequence[Call]) -> tuple[list[Call], list[int]]:
         """The calls with valid requests, and their users. Calls with invalid requests are refused."""
@@ -296,7 +302,7 @@ class HotLane:
             places = [place for place in range(len(entries)) if place not in left_out]
             user_ids, entries = [user_ids[place] for place in places], [entries[place] for place in places]
         read = zip(user_ids, entries, strict=True)
-        self._count([entry[BLOCK] * shards + user_id % shards for user_id, entry in read if entry])
+        self._count([entry[SLOT] // BLOCK_SLOTS * shards + user_id % shards for user_id, entry in read if entry])
 
     def _lookup(self, user_ids: Sequence[int]) -> Sequence[Entry | None]:
         if self._entries.connected:
@@ -332,8 +338,9 @@ class HotLane:
         def count(user_id: int, outcome: Outcome) -> None:
             answer(user_id, outcome)
             if not isinstance(outcome, ServiceError):
+                block, shard = outcome[SLOT] // BLOCK_SLOTS, shard_of(user_id, self._shard_count)
                 with self._reads_lock:
-                    self._reads[outcome[BLOCK] * self._shard_count + shard_of(user_id, self._shard_count)] += 1
+                    self._reads[block * self._shard_count + shard] += 1
 
         return count
 

@@ -3,12 +3,13 @@
     offset  bytes
          0      1  "V"
          1     10  nonce of the shard's generation under which it was filled
-        11      1  format: 1
+        11      1  format: 2
         12      8  valid_until_us    signed, little-endian, as all that follow
         20      8  row_version
         28      8  read_time_us
-        36      4  block             unsigned
-        40   4 × n segment ids       unsigned, in the order of their slugs
+        36      4  epoch             unsigned
+        40      4  slot              unsigned
+        44   4 × n segment ids       unsigned, in the order of their slugs
 
 A read compares the first 12 bytes at once: value, generation and format must all be right, or it is a miss. A new
 format gets a new number; entries of the old format are then misses, and are filled again.
@@ -22,13 +23,13 @@ from typing import Final
 
 import numpy as np
 
-from segsvc.domain.membership import VALID_UNTIL, Entry, EntryColumns
+from segsvc.domain.membership import FIRST_SEGMENT, VALID_UNTIL, Entry, EntryColumns
 
 NONCE_BYTES: Final = 10
 RUN_ID_BYTES: Final = 40
-FORMAT: Final = b"\x01"
+FORMAT: Final = b"\x02"
 PREFIX_BYTES: Final = 1 + NONCE_BYTES + 1
-HEADER_BYTES: Final = 40
+HEADER_BYTES: Final = 44
 _WORDS: Final = HEADER_BYTES // 4
 
 
@@ -37,7 +38,7 @@ class _Layouts(dict[int, struct.Struct | None]):
 
     def __missing__(self, length: int) -> struct.Struct | None:
         count, odd = divmod(length - HEADER_BYTES, 4)
-        layout = struct.Struct(f"<qqqI{count}I") if count >= 0 and not odd else None
+        layout = struct.Struct(f"<qqqII{count}I") if count >= 0 and not odd else None
         self[length] = layout
         return layout
 
@@ -58,10 +59,14 @@ def nonce_of(generation: bytes | None, run_id: bytes) -> bytes | None:
 
 
 def encode(nonce: bytes, entry: Entry) -> bytes:
-    """The value of an entry under a generation. Raises struct.error for a segment id or block above 2**32 - 1."""
-    layout = _layouts[HEADER_BYTES + 4 * (len(entry) - 4)]
+    """The value of an entry under a generation.
+
+    Raises:
+        struct.error: a segment id, the epoch or the slot is above 2**32 - 1.
+    """
+    layout = _layouts[HEADER_BYTES + 4 * (len(entry) - FIRST_SEGMENT)]
     if layout is None:
-        raise ValueError("an entry has at least its four fixed fields")
+        raise ValueError("an entry has at least its five fixed fields")
     return prefix(nonce) + layout.pack(*entry)
 
 
@@ -108,14 +113,16 @@ def encode_columns(nonce: bytes, columns: EntryColumns) -> Sequence[bytes]:
             ("valid_until_us", "<i8"),
             ("row_version", "<i8"),
             ("read_time_us", "<i8"),
-            ("block", "<u4"),
+            ("epoch", "<u4"),
+            ("slot", "<u4"),
         ],
     )
     header["prefix"] = prefix(nonce)
     header["valid_until_us"] = columns.valid_until_us
     header["row_version"] = columns.row_versions
     header["read_time_us"] = columns.read_time_us
-    header["block"] = columns.blocks
+    header["epoch"] = columns.epoch
+    header["slot"] = columns.slots
 
     words = np.empty(int(lengths.sum()), dtype="<u4")
     in_header = np.zeros(words.size, dtype=np.bool_)

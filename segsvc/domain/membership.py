@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Entry = tuple[int, ...]
-"""One user's memberships: ``(valid_until_us, row_version, read_time_us, block, *segment_ids)``.
+"""One user's memberships: ``(valid_until_us, row_version, read_time_us, epoch, slot, *segment_ids)``.
 
 A plain tuple, because the hot path creates one for every call. Times are microseconds since 1970 by the shard's clock.
 The segment ids are in the order of their slugs, so an answer needs no sorting.
@@ -20,8 +20,10 @@ VALID_UNTIL: Final = 0
 ROW_VERSION: Final = 1
 READ_TIME: Final = 2
 """When the shard was read: the entry includes at least every change that was acknowledged before this time."""
-BLOCK: Final = 3
-FIRST_SEGMENT: Final = 4
+EPOCH: Final = 3
+"""The shard's epoch in the snapshot that the bits are from: how many operations had changed lists there by then."""
+SLOT: Final = 4
+FIRST_SEGMENT: Final = 5
 
 NEVER_US: Final = 2**63 - 1
 
@@ -34,14 +36,16 @@ class LoadedUser:
         segment_ids: segments the user is in, unordered.
         valid_until_us: earliest expiry of an override of this user; NEVER_US: none expires.
         read_time_us: the shard's clock when the statement began.
+        epoch: the shard's, of the same snapshot as everything else.
     """
 
     user_id: int
-    block: int
+    slot: int
     row_version: int
     read_time_us: int
     valid_until_us: int
     segment_ids: tuple[int, ...]
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +71,21 @@ class EntryColumns:
 
     Attributes:
         user_ids: int64, one per user.
-        blocks: uint32, one per user.
+        slots: uint32, one per user.
         row_versions: int64, one per user.
         valid_until_us: int64, one per user.
         read_time_us: the same for all of them.
+        epoch: the same for all of them.
         counts: int64, number of segments of each user.
         segment_ids: uint32, the users' lists one after another, each in the order of the slugs.
     """
 
     user_ids: npt.NDArray[np.int64]
-    blocks: npt.NDArray[np.uint32]
+    slots: npt.NDArray[np.uint32]
     row_versions: npt.NDArray[np.int64]
     valid_until_us: npt.NDArray[np.int64]
     read_time_us: int
+    epoch: int
     counts: npt.NDArray[np.int64]
     segment_ids: npt.NDArray[np.uint32]
 
@@ -96,6 +102,7 @@ class UserBlock:
         overrides: int64, shape (overrides, 4): bit in the block, segment id, 1 for in or 0 for out, valid_until_us.
             Only overrides that have not expired.
         read_time_us: the shard's clock when the statement began.
+        epoch: the shard's, of the same snapshot as everything else.
     """
 
     block: int
@@ -105,6 +112,7 @@ class UserBlock:
     packed: npt.NDArray[np.uint8]
     overrides: npt.NDArray[np.int64]
     read_time_us: int
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,11 @@ class OperationKind(IntEnum):
     DELETE = 2
     CREATE = 3
 
+    @property
+    def changes_lists(self) -> bool:
+        """Whether it may change the lists of users who are there already. If so, it begins an epoch of each shard."""
+        return self is not OperationKind.CREATE
+
 
 class OperationState(IntEnum):
     """Numbers as in the protos."""

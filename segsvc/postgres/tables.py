@@ -333,4 +333,51 @@ applied_operations = sa.Table(
     sa.Column("operation_id", UUID(as_uuid=True), primary_key=True),
     sa.Column("kind", sa.SmallInteger, nullable=False),
     sa.Column("apply_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+    sa.Column("epoch", sa.BigInteger, unique=True, comment="that it began; null: a creation, or older than epochs"),
 )
+
+shard_epoch = sa.Table(
+    "shard_epoch",
+    shard,
+    # At most one row; none: epoch 0. Only operations write it. It is no column of shard_state, because every creation
+    # writes that row, and each read of a user would have to step over its dead versions.
+    sa.Column("one", sa.Boolean, primary_key=True, server_default=sa.true()),
+    sa.Column("epoch", sa.BigInteger, nullable=False, comment="committed operations that may have changed lists"),
+    sa.CheckConstraint("one", name="one"),
+)
+
+changed_slots = sa.Table(
+    "changed_slots",
+    shard,
+    # One row for each transaction that changed or deleted users. The key needs no sequence, so a copy of the shard goes
+    # on where the shard was.
+    sa.Column("epoch", sa.BigInteger, primary_key=True, autoincrement=False, comment="the shard's at that time"),
+    sa.Column("xid", sa.BigInteger, primary_key=True, autoincrement=False, comment="of the transaction"),
+    sa.Column("slots", BYTEA, nullable=False, comment="big-endian int32 each; a slot may occur twice"),
+    sa.Column("note_time", _TIME, nullable=False, server_default=sa.func.clock_timestamp()),
+)
+# The database itself notes who changed. So no statement can forget it, not even one of an older release whose processes
+# still run while the installation is upgraded.
+_NOTING = (
+    """
+CREATE OR REPLACE FUNCTION note_changed_slots() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO changed_slots (epoch, xid, slots)
+    SELECT coalesce((SELECT epoch FROM shard_epoch), 0), CAST(CAST(pg_current_xact_id() AS text) AS bigint),
+           string_agg(int4send(CAST(changed.slot AS int4)), CAST('' AS bytea))
+    FROM changed HAVING count(*) > 0
+    ON CONFLICT (epoch, xid) DO UPDATE SET slots = changed_slots.slots || excluded.slots;
+    RETURN NULL;
+END $$
+""",
+    """
+CREATE TRIGGER note_updated AFTER UPDATE ON users
+REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION note_changed_slots()
+""",
+    """
+CREATE TRIGGER note_deleted AFTER DELETE ON users
+REFERENCING OLD TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION note_changed_slots()
+""",
+)
+for _statement in _NOTING:
+    sa.event.listen(shard, "after_create", sa.DDL(_statement))  # type: ignore[no-untyped-call]

@@ -279,7 +279,7 @@ class ColdReads:
         self._mark_up(shard)
 
         entries = {
-            row.user_id: (row.valid_until_us, row.row_version, row.read_time_us, row.block, *segment_ids)
+            row.user_id: (row.valid_until_us, row.row_version, row.read_time_us, row.epoch, row.slot, *segment_ids)
             for row, segment_ids in rows
         }
         for user_id in user_ids:

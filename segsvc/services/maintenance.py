@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from math import ceil
 from typing import Protocol
 
 from segsvc.domain.condition_cost import ConditionCost
@@ -16,6 +17,9 @@ log = get_logger(__name__)
 CONDITIONS_AT_ONCE = 20
 """The most conditions that one round measures: the round has other work too."""
 
+CHANGE_MAX_S = 600
+"""Several times what a change of users can take from the moment that it is noted to its COMMIT."""
+
 
 class MaintainedShards(Protocol):
     """Both raise SHARD_UNAVAILABLE, LockTimeout (a migration holds a table)."""
@@ -23,8 +27,11 @@ class MaintainedShards(Protocol):
     def member_counts(self, shard: int) -> Mapping[int, int]:
         """Members of each segment on this shard by segment id, overrides included."""
 
-    def forget(self, shard: int, *, request_ttl_s: int, tombstone_ttl_s: int, fence_ttl_s: int) -> None:
-        """Delete tombstones, fences, overrides and answers kept for request ids whose time is over."""
+    def forget(
+        self, shard: int, *, request_ttl_s: int, tombstone_ttl_s: int, fence_ttl_s: int, note_ttl_s: int
+    ) -> None:
+        """Delete tombstones, fences, overrides and answers kept for request ids whose time is over; and notes of who
+        changed that are older than this, or that no operation can ask for any more."""
 
 
 class MaintainedCatalog(Protocol):
@@ -53,6 +60,12 @@ class Costs(Protocol):
 
 
 class MaintenanceService:
+    """Upkeep of one installation.
+
+    Args:
+        entries_gone_after_s: how long the cache can hold an entry that was read before a change.
+    """
+
     def __init__(
         self,
         *,
@@ -63,6 +76,8 @@ class MaintenanceService:
         request_id_ttl_s: int,
         tombstone_ttl_s: int,
         fence_ttl_s: int,
+        entries_gone_after_s: float,
+        operation_deadline_s: float,
     ) -> None:
         self._catalog = catalog
         self._shards = shards
@@ -71,6 +86,10 @@ class MaintenanceService:
         self._request_id_ttl_s = request_id_ttl_s
         self._tombstone_ttl_s = tombstone_ttl_s
         self._fence_ttl_s = fence_ttl_s
+        # Who changed is asked for by two readers. A patch of the cache needs it as long as an entry can live that is
+        # older than the change. A rollout needs what was noted since it evaluated its condition; it can be decided
+        # only before its deadline.
+        self._note_ttl_s = ceil(max(entries_gone_after_s, operation_deadline_s)) + CHANGE_MAX_S
 
     def run(self) -> None:
         """Do one round of upkeep. A step that fails is left to the next round, and does not stop the other steps."""
@@ -108,4 +127,5 @@ class MaintenanceService:
             request_ttl_s=self._request_id_ttl_s,
             tombstone_ttl_s=self._tombstone_ttl_s,
             fence_ttl_s=self._fence_ttl_s,
+            note_ttl_s=self._note_ttl_s,
         )

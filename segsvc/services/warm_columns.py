@@ -34,6 +34,7 @@ def entry_columns(
     flags, valid_until_us = _flags(blocks, by_slug)
 
     user_ids = np.concatenate([block.user_ids for block in blocks])
+    slots = np.array([block.block for block in blocks])[:, None] * BLOCK_SLOTS + np.arange(BLOCK_SLOTS)
     wanted = np.flatnonzero((user_ids > 0) & np.isin(user_ids, granted))
     by_user = flags.reshape(user_ids.size, by_slug.size)[wanted]
     # Row by row, so a user's segments come together, in the order of the slugs.
@@ -41,10 +42,11 @@ def entry_columns(
 
     return EntryColumns(
         user_ids=user_ids[wanted],
-        blocks=np.repeat(np.array([block.block for block in blocks], dtype=np.uint32), BLOCK_SLOTS)[wanted],
+        slots=slots.ravel()[wanted].astype(np.uint32),
         row_versions=np.concatenate([block.row_versions for block in blocks])[wanted],
         valid_until_us=valid_until_us[wanted],
         read_time_us=blocks[0].read_time_us,
+        epoch=blocks[0].epoch,
         counts=np.count_nonzero(by_user, axis=1),
         segment_ids=by_slug[columns].astype(np.uint32),
     )

@@ -43,9 +43,12 @@ CATALOGUE_QUERIES = {
     "sequences": """
         SELECT sequencename, data_type::text, start_value, increment_by, max_value, cycle FROM pg_sequences
         WHERE schemaname = 'public'""",
+    "triggers": "SELECT tgrelid::regclass::text, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal",
+    "functions": """
+        SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prokind = 'f'""",
 }
 """Queries of PostgreSQL's own catalogs, because Alembic's comparison does not see predicates of indexes, check
-constraints, comments, UNLOGGED and sequences."""
+constraints, comments, UNLOGGED, sequences, triggers and functions."""
 
 
 @pytest.fixture
@@ -118,6 +121,9 @@ def test_the_comparison_sees_what_it_is_for(settings: Settings) -> None:
     execute(settings.catalog_dsn, "ALTER TABLE operations DROP CONSTRAINT ck_operations_state")
     execute(settings.catalog_dsn, "DROP INDEX uq_operations_in_flight")
     execute(settings.catalog_dsn, "ALTER SEQUENCE commit_seq INCREMENT 2")
+    function = "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+    execute(settings.catalog_dsn, function)
+    execute(settings.catalog_dsn, "CREATE TRIGGER t AFTER DELETE ON audit EXECUTE FUNCTION nothing()")
 
     for name, query in CATALOGUE_QUERIES.items():
         assert rows(settings.catalog_dsn, query) != before[name], name
@@ -197,6 +203,36 @@ def test_a_migration_does_not_queue_behind_a_table_in_use(settings: Settings) ->
 
     migrate(settings)
     assert verify(settings) == []
+
+
+def test_a_shard_of_the_release_before_epochs_goes_on_while_its_processes_still_run(settings: Settings) -> None:
+    migrate(settings)
+    shard = settings.shard_dsns[0]
+    back_to_s0001 = (
+        "DROP TABLE changed_slots, shard_epoch; ALTER TABLE applied_operations DROP COLUMN epoch; "
+        "DROP FUNCTION note_changed_slots CASCADE; UPDATE alembic_version SET version_num = 's0001'"
+    )
+    execute(shard, back_to_s0001)
+    add_fence = "INSERT INTO applied_operations (operation_id, kind) VALUES (gen_random_uuid(), 1)"
+    execute(shard, add_fence)
+    execute(shard, "INSERT INTO users (id, slot, attributes, version) VALUES (3, 0, '{}', 0), (6, 1, '{}', 0)")
+
+    steps = migrate(settings)
+
+    assert [step.before for step in steps[1:]] == ["s0001", head("shard"), head("shard")]
+
+    # What processes of the release before do: they know neither epochs nor notes.
+    execute(shard, add_fence)
+    execute(shard, "UPDATE users SET row_version = row_version + 1 WHERE id = 6")
+    execute(shard, "DELETE FROM users WHERE id = 3")
+    execute(shard, "UPDATE users SET row_version = row_version + 1 WHERE id = 99")
+
+    assert rows(shard, "SELECT epoch FROM applied_operations") == ["(None,)", "(None,)"]
+    assert rows(shard, "SELECT epoch, encode(slots, 'hex') FROM changed_slots") == [
+        "(0, '00000000')",
+        "(0, '00000001')",
+    ]
+    assert inspect(settings) == []
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

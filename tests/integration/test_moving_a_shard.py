@@ -177,6 +177,7 @@ def test_the_copy_has_everything(installation: Moving, second_server: PostgresSe
     installation.execute(MOVED, "INSERT INTO overrides (user_id, segment_id, effect) VALUES (1000, 1, 1)")
     installation.execute(MOVED, "INSERT INTO segments (id, slug, salt) VALUES (1, 'one', -5)")
     installation.execute(MOVED, "INSERT INTO applied_operations (operation_id, kind) VALUES (gen_random_uuid(), 1)")
+    installation.execute(MOVED, "INSERT INTO shard_epoch (epoch) VALUES (7)")
     installation.execute(
         MOVED, "INSERT INTO memberships (block, segment_id, bits) VALUES (0, 1, decode(repeat('01ff', 64), 'hex'))"
     )

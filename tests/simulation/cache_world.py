@@ -126,7 +126,7 @@ class Reads:
         def select() -> list[LoadedUser]:
             truth = self._truth
             return [
-                LoadedUser(user, 0, truth.users[user], 0, NEVER_US, (truth.operation,))
+                LoadedUser(user, 0, truth.users[user], 0, NEVER_US, (truth.operation,), truth.operation)
                 for user in user_ids
                 if user in truth.users
             ]

@@ -14,26 +14,28 @@ from segsvc.domain.membership import NEVER_US, Entry, EntryColumns
 NOW_US = 1_800_000_000_000_000
 NONCE = bytes(range(10))
 PREFIX = entries.prefix(NONCE)
-ENTRY: Entry = (NEVER_US, 7, NOW_US - 5, 3, 12, 4, 2**32 - 1)
+ENTRY: Entry = (NEVER_US, 7, NOW_US - 5, 2, 3, 12, 4, 2**32 - 1)
 
 int64s = st.integers(-(2**63), 2**63 - 1)
 uint32s = st.integers(0, 2**32 - 1)
 
 
-@given(st.binary(min_size=10, max_size=10), int64s, int64s, uint32s, st.lists(uint32s, max_size=50))
-def test_what_is_encoded_is_decoded(nonce: bytes, version: int, time: int, block: int, ids: list[int]) -> None:
-    entry: Entry = (NEVER_US, version, time, block, *ids)
+@given(st.binary(min_size=10, max_size=10), int64s, int64s, uint32s, uint32s, st.lists(uint32s, max_size=50))
+def test_what_is_encoded_is_decoded(
+    nonce: bytes, version: int, time: int, epoch: int, slot: int, ids: list[int]
+) -> None:
+    entry: Entry = (NEVER_US, version, time, epoch, slot, *ids)
     assert entries.decode(entries.encode(nonce, entry), entries.prefix(nonce), NOW_US) == entry
 
 
 def test_layout_is_the_documented_one() -> None:
-    value = entries.encode(NONCE, (5, 6, 7, 8, 9, 10))
+    value = entries.encode(NONCE, (5, 6, 7, 8, 9, 10, 11))
     assert value == (
         b"V"
         + NONCE
-        + b"\x01"
+        + b"\x02"
         + b"".join(n.to_bytes(8, "little") for n in (5, 6, 7))
-        + b"".join(n.to_bytes(4, "little") for n in (8, 9, 10))
+        + b"".join(n.to_bytes(4, "little") for n in (8, 9, 10, 11))
     )
     assert len(value) == entries.HEADER_BYTES + 2 * 4
 
@@ -47,9 +49,9 @@ def test_layout_is_the_documented_one() -> None:
         pytest.param(b"Btoken", id="bar"),
         pytest.param(entries.encode(NONCE, ENTRY).replace(b"V", b"W", 1), id="other kind"),
         pytest.param(entries.encode(b"x" * 10, ENTRY), id="other generation"),
-        pytest.param(PREFIX[:-1] + b"\x02" + entries.encode(NONCE, ENTRY)[12:], id="other format"),
+        pytest.param(PREFIX[:-1] + b"\x01" + entries.encode(NONCE, ENTRY)[12:], id="other format"),
         pytest.param(entries.encode(NONCE, ENTRY)[:-1], id="cut inside an id"),
-        pytest.param(entries.encode(NONCE, ENTRY)[:39], id="cut inside the header"),
+        pytest.param(entries.encode(NONCE, ENTRY)[:43], id="cut inside the header"),
         pytest.param(entries.encode(NONCE, (NOW_US, *ENTRY[1:])), id="expires now"),
         pytest.param(entries.encode(NONCE, (NOW_US - 1, *ENTRY[1:])), id="has expired"),
     ],
@@ -68,7 +70,7 @@ def test_without_a_generation_nothing_is_a_hit() -> None:
 
 
 def test_user_in_no_segment_is_a_hit_not_a_miss() -> None:
-    assert entries.decode(entries.encode(NONCE, ENTRY[:4]), PREFIX, NOW_US) == ENTRY[:4]
+    assert entries.decode(entries.encode(NONCE, ENTRY[:5]), PREFIX, NOW_US) == ENTRY[:5]
 
 
 @pytest.mark.parametrize("segment_id", [2**32, -1])
@@ -103,14 +105,15 @@ def test_columns_encode_as_one_by_one(users: list[tuple[int, int, int, int, list
         user_ids=np.array([u[0] for u in users], dtype=np.int64),
         row_versions=np.array([u[1] for u in users], dtype=np.int64),
         valid_until_us=np.array([u[2] for u in users], dtype=np.int64),
-        blocks=np.array([u[3] for u in users], dtype=np.uint32),
+        slots=np.array([u[3] for u in users], dtype=np.uint32),
         read_time_us=NOW_US,
+        epoch=17,
         counts=np.array([len(u[4]) for u in users], dtype=np.int64),
         segment_ids=np.array([i for u in users for i in u[4]], dtype=np.uint32),
     )
 
     assert list(entries.encode_columns(NONCE, columns)) == [
-        entries.encode(NONCE, (until, version, NOW_US, block, *ids)) for _, version, until, block, ids in users
+        entries.encode(NONCE, (until, version, NOW_US, 17, slot, *ids)) for _, version, until, slot, ids in users
     ]
 
 

@@ -21,7 +21,7 @@ slug_lists = st.lists(st.text(min_size=1, max_size=300), max_size=30)
 @given(ids, times_us, slug_lists)
 def test_answer_is_the_message(user_id: int, time_us: int, slugs: list[str]) -> None:
     encoded = {number: wire.encode_slug(slug) for number, slug in enumerate(slugs)}
-    entry = (NEVER_US, 1, time_us, 5, *range(len(slugs)))
+    entry = (NEVER_US, 1, time_us, 3, 5, *range(len(slugs)))
     message = pb.UserSegments(user_id=user_id, slugs=slugs)
     message.read_time.FromMicroseconds(time_us)
     expected = message.SerializeToString(deterministic=True)
@@ -77,13 +77,13 @@ def test_many_bytes_are_not_read_together(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_times_are_remembered_within_bounds() -> None:
     for time_us in range(70_000):
-        wire.encode_user_segments(b"", (NEVER_US, 1, time_us, 5), {})
+        wire.encode_user_segments(b"", (NEVER_US, 1, time_us, 3, 5), {})
     assert len(wire._times) <= 65_536
 
 
 def test_unknown_segment_is_no_answer() -> None:
     with pytest.raises(KeyError):
-        wire.encode_user_segments(b"", (NEVER_US, 1, 0, 5, 77), {})
+        wire.encode_user_segments(b"", (NEVER_US, 1, 0, 3, 5, 77), {})
 
 
 @given(ids, slug_lists)
@@ -154,7 +154,7 @@ def test_batch_of_a_thousand_with_repetitions_is_read() -> None:
 def test_many_results_are_those_one_by_one(users: list[tuple[int, int, list[str]]]) -> None:
     slugs = sorted({slug for _, _, names in users for slug in names})
     encoded = {n: wire.encode_slug(slug) for n, slug in enumerate(slugs)}
-    entries = [(NEVER_US, 1, time_us, 5, *map(slugs.index, names)) for _, time_us, names in users]
+    entries = [(NEVER_US, 1, time_us, 3, 5, *map(slugs.index, names)) for _, time_us, names in users]
     user_ids = [user_id for user_id, _, _ in users]
     one_by_one = [
         wire.encode_result(wire.encode_user_segments(wire.encode_user_id(user_id), entry, encoded))
@@ -164,7 +164,7 @@ def test_many_results_are_those_one_by_one(users: list[tuple[int, int, list[str]
 
 
 def test_results_without_an_entry_or_a_slug_are_left_open() -> None:
-    known = (NEVER_US, 1, 0, 5, 1)
+    known = (NEVER_US, 1, 0, 3, 5, 1)
     results = wire.encode_results([7, 8, 9], [None, known, (*known, 2)], {1: wire.encode_slug("a")})
     assert results[0] is None
     assert results[1] is not None

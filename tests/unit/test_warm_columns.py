@@ -52,6 +52,7 @@ def make_block(rng: random.Random, number: int) -> tuple[UserBlock, dict[int, Fa
         packed=np.packbits(flags, axis=1, bitorder="little").reshape(-1, 128),
         overrides=np.array(overrides, dtype=np.int64).reshape(-1, 4),
         read_time_us=10**15,
+        epoch=6,
     )
     return block, users
 
@@ -81,7 +82,11 @@ def test_columns_are_what_the_bits_say(seed: int) -> None:
         assert columns.row_versions[index] == version
         until = [override[3] for override in overrides if override[1] not in without_slug]
         assert columns.valid_until_us[index] == min(until, default=NEVER_US)
-        assert columns.blocks[index] == (user - 1) // 10_000
+        [[block, bit]] = [
+            [block.block, bit] for block, _ in made for bit in np.flatnonzero(block.user_ids == user).tolist()
+        ]
+        assert columns.slots[index] == block * 1024 + bit
+    assert columns.epoch == 6
 
 
 def test_users_without_any_segment_are_entries_too() -> None:
@@ -93,6 +98,7 @@ def test_users_without_any_segment_are_entries_too() -> None:
         packed=np.zeros((0, 128), dtype=np.uint8),
         overrides=np.zeros((0, 4), dtype=np.int64),
         read_time_us=1,
+        epoch=6,
     )
 
     columns = entry_columns([block], np.array([5]), set(), SlugMap(lambda _: {}))

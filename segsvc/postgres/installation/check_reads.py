@@ -29,6 +29,7 @@ from segsvc.postgres import segment_rows, tables
 from segsvc.postgres.conditions.statements import slots_where
 from segsvc.postgres.copying import copy_rows
 from segsvc.postgres.engine import Databases, translated
+from segsvc.postgres.shard.epochs import current_epoch
 from segsvc.postgres.shard.participant import select_prepared
 
 
@@ -267,6 +268,12 @@ class PostgresShardSnapshot:
     def fences(self) -> frozenset[UUID]:
         """Operations whose work is committed here."""
         return frozenset(self._connection.execute(sa.select(tables.applied_operations.c.operation_id)).scalars())
+
+    def epochs(self) -> tuple[int, int | None]:
+        """The shard's epoch, and the newest that a fence has begun; None: no fence has begun one."""
+        newest = sa.select(sa.func.max(tables.applied_operations.c.epoch)).scalar_subquery()
+        row = self._connection.execute(sa.select(current_epoch().label("epoch"), newest.label("newest"))).one()
+        return row.epoch, row.newest
 
     def prepared(self) -> Sequence[PreparedTransaction]:
         """Prepared transactions of this database, as they are now."""

@@ -1,8 +1,9 @@
 """Memberships as readers need them: single users for a miss, whole blocks for the warmer.
 
-Each function is one statement, hence one snapshot (READ COMMITTED): bits, row_version and overrides of one moment. An
-override that has not expired by the shard's clock takes precedence over the rule's bit. ``statement_timestamp()`` is
-the time of an answer: the snapshot is not older than it, so it has everything that was acknowledged before.
+Each function is one statement, hence one snapshot (READ COMMITTED): bits, row_version, overrides and the shard's epoch
+of one moment. An override that has not expired by the shard's clock takes precedence over the rule's bit.
+``statement_timestamp()`` is the time of an answer: the snapshot is not older than it, so it has everything that was
+acknowledged before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, bound_ms
 from segsvc.postgres.locks import WARM_LOCK
+from segsvc.postgres.shard.epochs import current_epoch
 from segsvc.postgres.shard.override_expiry import holds_now
 
 T = TypeVar("T")
@@ -42,6 +44,7 @@ def _microseconds(time: sa.ColumnElement[Any]) -> sa.ColumnElement[int]:
 
 
 _READ_TIME = _microseconds(sa.func.statement_timestamp()).label("read_time_us")
+_EPOCH = current_epoch().label("epoch")
 _USER_IDS: sa.ColumnElement[Any] = sa.literal_column("$1", ARRAY(sa.BigInteger))
 _BLOCKS = sa.bindparam("blocks", type_=ARRAY(sa.BigInteger))
 
@@ -80,9 +83,10 @@ def _users_statement() -> sa.Select[Any]:
     return (
         sa.select(
             _users.id,
-            block.label("block"),
+            _users.slot,
             _users.row_version,
             _READ_TIME,
+            _EPOCH,
             by_rule.label("by_rule"),
             overridden.c.included,
             overridden.c.excluded,
@@ -126,6 +130,7 @@ def _blocks_statement() -> sa.Select[Any]:
             _directory.block,
             _directory.user_ids,
             _READ_TIME,
+            _EPOCH,
             versions.label("versions"),
             overrides.label("overrides"),
             by_rule.c.ids,
@@ -175,13 +180,14 @@ def select_users(
     return [
         LoadedUser(
             user_id,
-            block,
+            slot,
             row_version,
             read_time_us,
             NEVER_US if valid_until_us is None else valid_until_us,
             _with_overrides(_unpacked_int64s(by_rule).tolist(), included, excluded),
+            epoch,
         )
-        for user_id, block, row_version, read_time_us, by_rule, included, excluded, valid_until_us in rows
+        for user_id, slot, row_version, read_time_us, epoch, by_rule, included, excluded, valid_until_us in rows
     ]
 
 
@@ -230,6 +236,7 @@ def _user_block(row: Any) -> UserBlock:
         packed=np.frombuffer(row.bits or b"", dtype=np.uint8).reshape(-1, BLOCK_BYTES),
         overrides=_unpacked_int64s(row.overrides).reshape(-1, 4),
         read_time_us=row.read_time_us,
+        epoch=row.epoch,
     )
 
 

@@ -12,7 +12,6 @@ from uuid import UUID
 import psycopg2
 import sqlalchemy as sa
 from sqlalchemy import exc
-from sqlalchemy.dialects.postgresql import insert
 
 from segsvc.domain.errors import LockTimeout, Reason, shard_unavailable
 from segsvc.domain.operation import Failure, Gid, Operation, PreparedTransaction, ShardCounts
@@ -20,6 +19,7 @@ from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, sqlstate
+from segsvc.postgres.shard.epochs import insert_fence
 from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction, lock_exclusive
 from segsvc.twophase.ports import Finish, ProgressHook, WorkFailed
 
@@ -36,7 +36,6 @@ statement that exceeds a limit of the server."""
 _HAS_FENCE: Final = sa.select(
     sa.exists().where(tables.applied_operations.c.operation_id == sa.bindparam("operation_id"))
 )
-_INSERT_FENCE: Final = insert(tables.applied_operations).on_conflict_do_nothing()
 _IS_PREPARED: Final = sa.text(
     "SELECT EXISTS (SELECT FROM pg_prepared_xacts WHERE database = current_database() AND gid = :gid)"
 )
@@ -80,7 +79,7 @@ class PostgresParticipant:
         with self._databases.shard_connection(self.shard) as connection:
             lock_exclusive(connection)
             self._crash.reach("locked-not-prepared", **where)
-            if not _insert_fence(connection, operation):
+            if not insert_fence(connection, operation):
                 return None  # a twin's fence is there; leaving the block rolls back
 
             counts = self._do(connection, operation, on_progress)
@@ -146,7 +145,7 @@ class PostgresParticipant:
         try:
             with self._databases.shard_tx(self.shard) as connection:
                 lock_exclusive(connection)
-                if _insert_fence(connection, operation):
+                if insert_fence(connection, operation):
                     self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, True)
         except LockTimeout as error:
             raise shard_unavailable(self.shard) from error
@@ -172,15 +171,6 @@ def select_prepared(connection: sa.Connection) -> list[PreparedTransaction]:
 
 def _has_fence(connection: sa.Connection, operation_id: UUID) -> bool:
     return bool(connection.execute(_HAS_FENCE, {"operation_id": operation_id}).scalar_one())
-
-
-def _insert_fence(connection: sa.Connection, operation: Operation) -> bool:
-    """Whether this transaction is the one that applies the operation here.
-
-    If the fence of a twin is not committed yet, this waits for the twin to end (at most ``lock_timeout``).
-    """
-    result = connection.execute(_INSERT_FENCE, {"operation_id": operation.id, "kind": operation.plan.kind})
-    return bool(result.rowcount)
 
 
 def _utility(connection: sa.Connection, command: str, gid: Gid) -> str:

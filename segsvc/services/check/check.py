@@ -32,6 +32,9 @@ class CheckedShard(ShardSnapshot, Protocol):
 
     def fences(self) -> frozenset[UUID]: ...
 
+    def epochs(self) -> tuple[int, int | None]:
+        """The shard's epoch, and the newest that a fence has begun; None: no fence has begun one."""
+
     def prepared(self) -> Sequence[PreparedTransaction]:
         """Prepared transactions now; they are not part of the snapshot."""
 
@@ -59,6 +62,7 @@ class _ShardFacts:
 
     segments: Sequence[ShardSegment]
     fences: frozenset[UUID]
+    epochs: tuple[int, int | None]
     prepared: Sequence[PreparedTransaction]
 
 
@@ -107,6 +111,7 @@ class Checker:
         for shard, fact in enumerate(facts):
             ledger.check_segments(shard, fact.segments)
             ledger.check_fences(shard, fact.fences)
+            ledger.check_epoch(shard, *fact.epochs)
             ledger.check_prepared(shard, fact.prepared)
 
         report.segments = len({segment.id for fact in facts for segment in fact.segments})
@@ -128,7 +133,7 @@ class Checker:
                 for page in _pages_of_deleted(snapshot):
                     cache.compare_deleted(page)
 
-            facts = _ShardFacts(check.segments, snapshot.fences(), snapshot.prepared())
+            facts = _ShardFacts(check.segments, snapshot.fences(), snapshot.epochs(), snapshot.prepared())
 
         if cache is not None:
             cache.settle()

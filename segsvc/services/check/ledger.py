@@ -151,6 +151,12 @@ class LedgerCheck:
             if entry.id not in fences:
                 self._report.add(Kind.FENCE, shard, entry.title, "its fence is missing", "every shard has it once done")
 
+    def check_epoch(self, shard: int, epoch: int, newest_fence: int | None) -> None:
+        """The shard is in the epoch that its newest fence has begun. If all fences of epochs are so old that they were
+        forgotten, there is nothing to compare."""
+        if newest_fence is not None and newest_fence != epoch:
+            self._report.add(Kind.EPOCH, shard, "epoch", f"is {epoch}", f"the newest fence has begun {newest_fence}")
+
     def check_prepared(self, shard: int, prepared: Iterable[PreparedTransaction]) -> None:
         """Report prepared transactions that recovery should have ended, or never will."""
         for transaction in prepared:

@@ -26,6 +26,7 @@ class Kind(Enum):
     TOMBSTONE = "tombstone"
     WRONG_SHARD = "wrong_shard"
     FENCE = "fence"
+    EPOCH = "epoch"
     PREPARED = "prepared"
     CACHE = "cache"
 

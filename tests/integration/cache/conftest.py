@@ -104,7 +104,14 @@ class World:
             grant = self.client.acquire(shard, [user_id])
             assert grant.user_ids == {user_id}
             (row,) = self.memberships.load(shard, [user_id])
-            entry = (row.valid_until_us, row.row_version, row.read_time_us, row.block, *sorted(row.segment_ids))
+            entry = (
+                row.valid_until_us,
+                row.row_version,
+                row.read_time_us,
+                row.epoch,
+                row.slot,
+                *sorted(row.segment_ids),
+            )
             assert self.client.fill(shard, grant, [(user_id, entry)]) == 1
 
     def cached(self, *user_ids: int) -> list[Entry | None]:

@@ -20,7 +20,7 @@ from tests.integration.cache.conftest import World
 
 USER = 4
 SHARD = 0
-ENTRY: Entry = (NEVER_US, 1, 2, 0, 7, 8)
+ENTRY: Entry = (NEVER_US, 1, 2, 0, 0, 7, 8)
 G = KEYS.generation(SHARD)
 
 

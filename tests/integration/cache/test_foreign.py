@@ -18,7 +18,7 @@ from tests.integration.cache.conftest import World
 
 SHARD = 0
 USER = 4
-ENTRY = (NEVER_US, 1, 1, 0, 7)
+ENTRY = (NEVER_US, 1, 1, 0, 0, 7)
 OTHER = Keys(b"0ther000")
 
 Write = Callable[[redis.Redis, bytes], object]

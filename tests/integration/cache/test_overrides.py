@@ -113,7 +113,7 @@ def test_a_reader_between_bar_and_commit_fills_nothing(world: World, alpha: int)
 
     service(world, FailsAt()).modify(USER, EXCLUDE_ALPHA, None)
 
-    entry = (old.valid_until_us, old.row_version, old.read_time_us, old.block, *sorted(old.segment_ids))
+    entry = (old.valid_until_us, old.row_version, old.read_time_us, old.epoch, old.slot, *sorted(old.segment_ids))
     assert world.client.fill(SHARD, slow, [(USER, entry)]) == 0
     assert world.cached_segments(USER) is None
 

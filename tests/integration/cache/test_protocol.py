@@ -17,7 +17,7 @@ from tests.integration.cache.conftest import World
 
 USER = 4
 SHARD = 0
-ENTRY: Entry = (NEVER_US, 1, 2, 0, 7, 8)
+ENTRY: Entry = (NEVER_US, 1, 2, 0, 0, 7, 8)
 KEY = KEYS.user(SHARD, USER)
 G = KEYS.generation(SHARD)
 
@@ -84,7 +84,7 @@ def test_value_that_is_no_hit_can_be_replaced(filled: World, spoil: object) -> N
 def test_value_whose_override_has_expired_can_be_replaced(world: World) -> None:
     grant = world.client.acquire(SHARD, [USER])
     now_us = world.client._now_us()
-    world.client.fill(SHARD, grant, [(USER, (now_us + 300_000, 1, now_us - 10_000_000, 0))])
+    world.client.fill(SHARD, grant, [(USER, (now_us + 300_000, 1, now_us - 10_000_000, 0, 0))])
     assert world.cached(USER) != [None]
     assert world.client.acquire(SHARD, [USER]).user_ids == frozenset()
     eventually(lambda: world.cached(USER) == [None])
@@ -157,7 +157,7 @@ def test_entries_live_a_day_with_jitter_and_end_with_an_override(world: World, m
     world.client.fill(SHARD, grant, [(user, ENTRY) for user in users[1:]])
 
     read_time_us = world.client._now_us()
-    world.client.fill(SHARD, grant, [(users[0], (read_time_us + 5_000_000, 1, read_time_us, 0))])
+    world.client.fill(SHARD, grant, [(users[0], (read_time_us + 5_000_000, 1, read_time_us, 0, 0))])
 
     lives = [world.raw.ttl(KEYS.user(SHARD, user)) for user in users[1:]]
     assert min(lives) >= 0.89 * 86_400

@@ -113,7 +113,7 @@ class Walk:
             return
 
         version, operations = load.read
-        entry: Entry = (NEVER_US, version, 1, 0, operations)
+        entry: Entry = (NEVER_US, version, 1, 0, 0, operations)
         self.client.fill(SHARD, load.grant, [(load.user, entry)])
         self.loads.remove(load)
 

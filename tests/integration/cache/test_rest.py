@@ -14,7 +14,7 @@ from tests.installation import KEYS
 
 REST = 3.0
 USERS = 5_000
-ENTRY: Entry = (NEVER_US, 1, 2, 0, *range(50))
+ENTRY: Entry = (NEVER_US, 1, 2, 0, 0, *range(50))
 
 
 def test_a_client_that_rests_never_has_the_server_for_itself(cache_server: RedisServer) -> None:

@@ -36,7 +36,7 @@ class Watched:
 
     def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int:
         self.before_fill()
-        self.filled += list(dict.fromkeys(columns.blocks.tolist()))
+        self.filled += list(dict.fromkeys((columns.slots // 1024).tolist()))
         return self.world.client.fill_columns(shard, grant, columns)
 
     def release(self, shard: int, grant: Grant, user_ids: Sequence[int]) -> None:

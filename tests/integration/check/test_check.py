@@ -235,6 +235,19 @@ def a_fence_of_nothing(world: World) -> list[str]:
     return [f"shard 0, operation {ABSENT}: its fence is there, the ledger does not know it"]
 
 
+def an_epoch_behind_its_fences(world: World) -> list[str]:
+    done = next(item for item in world.operations if item["state"] == "DONE" and item["slug"] == "beta")
+    world.on_shard(1, "UPDATE applied_operations SET epoch = 4 WHERE operation_id = :id", id=done["id"])
+    world.on_shard(1, "INSERT INTO shard_epoch (epoch) VALUES (3)")
+    return ["shard 1, epoch: is 3, the newest fence has begun 4"]
+
+
+def an_epoch_that_is_lost(world: World) -> list[str]:
+    done = next(item for item in world.operations if item["state"] == "DONE" and item["slug"] == "beta")
+    world.on_shard(0, "UPDATE applied_operations SET epoch = 1 WHERE operation_id = :id", id=done["id"])
+    return ["shard 0, epoch: is 0, the newest fence has begun 1"]
+
+
 def a_segment_missing_on_a_shard(world: World) -> list[str]:
     world.on_shard(1, "DELETE FROM overrides WHERE segment_id = 9")
     world.on_shard(1, "DELETE FROM segments WHERE id = 9")
@@ -277,7 +290,8 @@ FAULTS: list[Callable[[World], list[str]]] = [
     a_deleted_user_in_the_directory, a_short_directory_row, the_counter_of_a_segment, the_counter_of_the_users,
     a_slot_never_given_out, a_tombstone_of_a_living_user, an_override_of_a_deleted_user,
     a_user_on_the_wrong_shard, a_tombstone_on_the_wrong_shard, a_missing_fence, a_fence_of_an_aborted_operation,
-    a_fence_of_nothing, a_segment_missing_on_a_shard, a_segment_missing_in_the_catalog, another_rule_on_a_shard,
+    a_fence_of_nothing, an_epoch_behind_its_fences, an_epoch_that_is_lost, a_segment_missing_on_a_shard,
+    a_segment_missing_in_the_catalog, another_rule_on_a_shard,
     another_slug_on_a_shard, a_slug_reserved_by_nobody, a_deletion_by_nobody,
 ]  # fmt: skip
 

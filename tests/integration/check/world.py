@@ -193,7 +193,8 @@ class World:
         with self.shards[shard].begin() as connection:
             connection.execute(
                 sa.text(
-                    "TRUNCATE users, directory, memberships, segments, overrides, deleted_users, applied_operations"
+                    "TRUNCATE users, directory, memberships, segments, overrides, deleted_users, applied_operations, "
+                    "shard_epoch, changed_slots"
                 )
             )
             connection.execute(
@@ -257,7 +258,7 @@ class World:
         for shard, users in itertools.groupby(
             sorted(lists, key=lambda user: user % SHARDS), lambda user: user % SHARDS
         ):
-            rows = [(user, (NEVER_US, 0, 1, 0, *lists[user])) for user in users]
+            rows = [(user, (NEVER_US, 0, 1, 0, 0, *lists[user])) for user in users]
             grant = cache.acquire(shard, [user for user, _ in rows])
             assert len(grant.user_ids) == len(rows)
             assert cache.fill(shard, grant, rows) == len(rows)

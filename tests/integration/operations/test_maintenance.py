@@ -30,6 +30,8 @@ def upkeep(rig: Rig, databases: Databases | None = None) -> MaintenanceService:
         request_id_ttl_s=DAY_S,
         tombstone_ttl_s=2 * DAY_S,
         fence_ttl_s=3 * DAY_S,
+        entries_gone_after_s=DAY_S,
+        operation_deadline_s=30,
     )
 
 

@@ -42,7 +42,7 @@ class FakeWorld:
             assert self.hold[shard].wait(WAIT_S)
         if shard in self.failures:
             raise self.failures[shard]
-        return [LoadedUser(u, 9, version, 123, NEVER_US, (2, 1)) for u in user_ids if u in self.users]
+        return [LoadedUser(u, 9, version, 123, NEVER_US, (2, 1), epoch=3) for u in user_ids if u in self.users]
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         self.steps.append(("fill", shard, tuple(user_id for user_id, _ in rows)))

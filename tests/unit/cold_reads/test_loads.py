@@ -24,7 +24,7 @@ def test_steps_come_in_the_order_of_the_protocol(
     make().submit([5], None, answers)
     eventually(lambda: bool(world.named("fill")))
     assert [step[0] for step in world.steps] == ["acquire", "load", "fill"]
-    assert answers.all == [(5, (NEVER_US, 0, 123, 9, 1, 2))]
+    assert answers.all == [(5, (NEVER_US, 0, 123, 3, 9, 1, 2))]
 
 
 def test_refused_users_are_answered_and_not_filled(
@@ -90,8 +90,8 @@ def test_nobody_joins_a_load_whose_statement_has_been_sent(
     cold.submit([5], None, late)
     world.hold[1].set()
 
-    assert early.wait(1) == [(5, (NEVER_US, 0, 123, 9, 1, 2))]
-    assert late.wait(1) == [(5, (NEVER_US, 7, 123, 9, 1, 2))]
+    assert early.wait(1) == [(5, (NEVER_US, 0, 123, 3, 9, 1, 2))]
+    assert late.wait(1) == [(5, (NEVER_US, 7, 123, 3, 9, 1, 2))]
 
 
 def test_load_is_bounded(make: Callable[..., ColdReads], world: FakeWorld, answers: Answers) -> None:
@@ -127,4 +127,4 @@ def test_more_than_the_bound_is_refused_with_a_delay(
     answers.wait(3)
     eventually(lambda: not cold.waiting)
     cold.submit([9], None, refused)
-    assert refused.wait(2)[1][1] == (NEVER_US, 0, 123, 9, 1, 2)
+    assert refused.wait(2)[1][1] == (NEVER_US, 0, 123, 3, 9, 1, 2)

@@ -116,7 +116,7 @@ def test_deadline_bounds_the_statement_and_ends_the_wait(
     assert waiting.reasons() == [Reason.DEADLINE_EXCEEDED]
 
     world.hold[1].set()
-    assert patient.wait(1)[0][1] == (NEVER_US, 0, 123, 9, 1, 2)
+    assert patient.wait(1)[0][1] == (NEVER_US, 0, 123, 3, 9, 1, 2)
     assert world.named("load")[1][3] is None, "one caller without a deadline: the session's bound"
 
 
