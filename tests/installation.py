@@ -16,6 +16,7 @@ from segsvc.cache.keys import Keys
 from segsvc.config import Settings
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.postgres import tables
+from segsvc.postgres.installation.roles import grant, roles_of
 
 INSTALLATION_ID: Final = UUID("7e57ca5e-0000-4000-8000-000000000000")
 """The id of every installation made here: databases are used again, and a process asks only once whose they are."""
@@ -23,6 +24,9 @@ KEYS: Final = Keys(INSTALLATION_ID.hex[:8].encode())
 """The keys of its cache."""
 
 _DATABASE_NAMES = "test_catalog", "test_shard{}"
+
+SERVICES: Final = "test_services"
+"""The login of the services under test: it may do what docs/operations.md allows, and nothing else."""
 
 
 class DatabaseServer(Protocol):
@@ -113,9 +117,14 @@ class Installation:
     def shard_count(self) -> int:
         return self.settings.shard_count
 
+    def dsn(self, shard: int | None) -> str:
+        """For the tests' own statements, as a superuser. ``shard`` None: the catalog."""
+        dsn = self.settings.catalog_dsn if shard is None else self.settings.shard_dsns[shard]
+        return sa.make_url(dsn).set(username="postgres").render_as_string(hide_password=False)
+
     def execute(self, shard: int | None, statement: str, **parameters: object) -> Sequence[sa.Row[tuple[object, ...]]]:
         """Run one statement in a transaction of its own. ``shard`` None: on the catalog."""
-        with _engine(self.settings.catalog_dsn if shard is None else self.settings.shard_dsns[shard]).connect() as own:
+        with _engine(self.dsn(shard)).connect() as own:
             result = own.execute(sa.text(statement), parameters)
             return result.all() if result.returns_rows else []
 
@@ -126,7 +135,7 @@ class Installation:
 
     def forget_operations(self) -> None:
         """Delete all operations and segments, with all that they made; the users stay, as in a new installation."""
-        dsns = [self.settings.catalog_dsn, *self.settings.shard_dsns]
+        dsns = [self.dsn(None), *map(self.dsn, range(self.shard_count))]
         for dsn, metadata in zip(dsns, [tables.catalog, *[tables.shard] * self.shard_count], strict=True):
             # Not TRUNCATE: it makes new files for every table and index, which takes longer than a few rows.
             names = _OF_OPERATIONS["catalog" if metadata is tables.catalog else "shard"]
@@ -149,10 +158,10 @@ class Installation:
     def roll_back_prepared(self) -> list[str]:
         """Roll back every prepared transaction of the shards. Returns their gids."""
         left: list[str] = []
-        for shard, dsn in enumerate(self.settings.shard_dsns):
+        for shard in range(self.shard_count):
             for gid in self.prepared(shard):
                 left.append(gid)
-                with _engine(dsn).connect() as connection:
+                with _engine(self.dsn(shard)).connect() as connection:
                     connection.exec_driver_sql("ROLLBACK PREPARED %s", (gid,))
         return left
 
@@ -198,6 +207,23 @@ class Installation:
         return found
 
 
+def _as_services(dsn: str) -> str:
+    return sa.make_url(dsn).set(username=SERVICES).render_as_string(hide_password=False)
+
+
+def _allow_services(server: DatabaseServer, names: Sequence[str], settings: Settings) -> None:
+    """Give the services' login its rights in these databases."""
+    roles = roles_of(settings)
+    for name in names:
+        engine = _engine(server.dsn(name)).execution_options(isolation_level="READ COMMITTED")
+        with engine.begin() as connection:
+            assert grant(connection, name, roles) is None
+            connection.exec_driver_sql(
+                f"DO $$ BEGIN CREATE ROLE {SERVICES} LOGIN; EXCEPTION WHEN duplicate_object THEN END $$;"
+                f"GRANT {roles.change} TO {SERVICES}"
+            )
+
+
 @contextmanager
 def new_installation(server: DatabaseServer, *, shards: int = 4, **overrides: object) -> Iterator[Installation]:
     """An empty installation; one at a time.
@@ -212,11 +238,12 @@ def new_installation(server: DatabaseServer, *, shards: int = 4, **overrides: ob
 
     settings = Settings(
         _env_file=None,
-        catalog_dsn=server.dsn(names[0]),
-        shard_dsns=tuple(server.dsn(name) for name in names[1:]),
+        catalog_dsn=_as_services(server.dsn(names[0])),
+        shard_dsns=tuple(_as_services(server.dsn(name)) for name in names[1:]),
         **overrides,  # type: ignore[arg-type]
     )
     _found(server, names, settings.cluster)
+    _allow_services(server, names, settings)
 
     installation = Installation(settings, server)
     left: list[str] = []

@@ -68,7 +68,12 @@ def status(json_output: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def migrate(json_output: Json = False) -> None:
+def migrate(
+    roles: Annotated[
+        bool, typer.Option("--roles", help="Also make the roles that change and read data, and give them their rights.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
     """Bring the catalog and every shard to the newest schema; set up a new installation."""
     from segsvc.postgres.installation.migrate import Migrated, MigrationError  # noqa: PLC0415
     from segsvc.postgres.installation.migrate import migrate as run  # noqa: PLC0415
@@ -80,7 +85,7 @@ def migrate(json_output: Json = False) -> None:
             shown_bar.to(step.number, step.total, f"migrated {step.where}")
 
         try:
-            done = run(settings, show_progress)
+            done = run(settings, show_progress, roles=roles)
         except MigrationError as error:
             raise Refusal(str(error)) from error
     if json_output:
@@ -128,7 +133,7 @@ def add_to(app: typer.Typer) -> None:
         (up, "segsvc up"),
         (down, "segsvc down --purge"),
         (status, "segsvc status"),
-        (migrate, "segsvc migrate"),
+        (migrate, "segsvc migrate --roles"),
         (config, "segsvc config --json"),
     ):
         app.command(epilog=f"Example: {example}", rich_help_panel=PANEL)(command)

@@ -28,6 +28,7 @@ from segsvc.postgres import tables
 from segsvc.postgres.engine import translated
 from segsvc.postgres.installation import identity
 from segsvc.postgres.installation.identity import Database, Finding, FindingsError, Kind, Seen, StartupError
+from segsvc.postgres.installation.roles import grant, roles_of
 from segsvc.postgres.locks import MIGRATION_LOCK
 
 _WAIT_S: Final = 60
@@ -86,7 +87,9 @@ def head(kind: Kind) -> str:
     return revision
 
 
-def migrate(settings: Settings, progress: Callable[[Migrated], None] | None = None) -> list[Migrated]:
+def migrate(
+    settings: Settings, progress: Callable[[Migrated], None] | None = None, *, roles: bool = False
+) -> list[Migrated]:
     """Migrate the catalog, then every shard, and found the installation if it is new.
 
     Each database is migrated in one transaction, so a crash leaves it either unchanged or done. Idempotent; two
@@ -94,6 +97,7 @@ def migrate(settings: Settings, progress: Callable[[Migrated], None] | None = No
 
     Args:
         progress: called with each database when it is done.
+        roles: also make the installation's group roles, and give them their rights (``roles``).
 
     Raises:
         MigrationError: a database is out of reach or not the one it should be, and nothing was changed at all; or
@@ -111,6 +115,8 @@ def migrate(settings: Settings, progress: Callable[[Migrated], None] | None = No
                     installation = _name_installation(connection, settings, database)
                 else:
                     _found_shard(connection, settings, database, installation)
+                if roles and (refused := grant(connection, database.name, roles_of(settings))):
+                    raise MigrationError([refused])
             done.append(Migrated(database.name, before, after, number, len(databases)))
             if progress is not None:
                 progress(done[-1])
