@@ -1,7 +1,7 @@
 """Rights in the databases: one role changes data, another one only reads it; tables belong to the migrating role.
 
 Both are group roles without a login. The services' login is a member of the first, an analyst's of the second:
-``CREATE ROLE segsvc LOGIN PASSWORD '…' IN ROLE segsvc_local_change``. All processes use one login, because only the
+``CREATE ROLE segsvc LOGIN PASSWORD '…' IN ROLE local_segsvc_change``. All processes use one login, because only the
 login that prepared a transaction can end it.
 """
 
@@ -41,7 +41,7 @@ class Roles:
 def roles_of(settings: Settings) -> Roles:
     """A server may have several installations, so the names carry the cluster's."""
     name = settings.cluster.replace("-", "_")
-    return Roles(f"segsvc_{name}_change", f"segsvc_{name}_read")
+    return Roles(f"{name}_segsvc_change", f"{name}_segsvc_read")
 
 
 def grant(connection: sa.Connection, where: str, roles: Roles) -> Finding | None:
