@@ -123,6 +123,7 @@ class BlockingCalls:
         try:
             future = self._pool.submit(contextvars.copy_context().run, self._begin, current(), work)
         except BaseException:
+            # No future gives the place back: the pool is closed, or no thread could be started.
             self._leave(None)
             raise
         # Also called if the future is cancelled before its work begins.

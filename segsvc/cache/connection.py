@@ -63,6 +63,7 @@ class CacheConnection:
                 raise OSError(f"the cache's server has a run_id of {len(self.run_id)} bytes, not {RUN_ID_BYTES}")
             self.run_all([("SCRIPT", "LOAD", script.source) for script in scripts.ALL])
         except BaseException:
+            # Nobody gets this connection, so nobody else would close its socket.
             self.close()
             raise
 

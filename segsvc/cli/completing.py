@@ -37,8 +37,7 @@ def _ask_front(question: Callable[[Front], list[Answer]]) -> list[Answer]:
     try:
         with connected(load_settings()) as front:
             return question(front)
-    except Exception as error:  # noqa: BLE001  # the command itself reports it, when it is run
-        del error
+    except Exception:  # noqa: BLE001  # the command itself reports it, when it is run
         return []
 
 

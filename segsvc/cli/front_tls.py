@@ -139,6 +139,7 @@ def _handshake(settings: Settings, *, verify: bool) -> ssl.SSLSocket:
     try:
         return _context(settings, verify=verify).wrap_socket(plain, server_hostname=settings.client_tls_name or host)
     except BaseException:
+        # Nobody gets this socket, so nobody else would close it.
         plain.close()
         raise
 
