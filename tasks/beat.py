@@ -26,7 +26,7 @@ class PulsingScheduler(Scheduler):
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """Send the tasks that are due. Returns the seconds until the next call."""
         left_s: float = super().tick(*args, **kwargs)
-        _pulse.turned()
+        _pulse.went_round()
         return left_s
 
 

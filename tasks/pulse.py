@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-TURN_MAX_S: Final = 20.0
-"""A loop that has not turned for this long stands still: each turn takes a second or two, and the timeouts of its
-servers bound how long a turn can block."""
+ROUND_MAX_S: Final = 20.0
+"""A loop that has made no round for this long stands still: each round takes a second or two, and the timeouts of its
+servers bound how long a round can block."""
 ANSWER_MAX_S: Final = 20.0
 """The broker answers a consumer that waits for messages every second, with a message or without."""
 
@@ -22,7 +22,7 @@ class Pulse:
     """What a process did last. Safe for any number of threads: each value is written by one thread.
 
     Args:
-        turn_max_s: a loop that has not turned for this long stands still; None: ``TURN_MAX_S``.
+        round_max_s: a loop that has made no round for this long stands still; None: ``ROUND_MAX_S``.
         ended_max_s: how long a worker whose processes are all busy may go without ending a task.
         takes_messages: whether the process takes messages from the broker.
         clock: seconds, monotonic.
@@ -31,33 +31,33 @@ class Pulse:
     def __init__(
         self,
         *,
-        turn_max_s: float | None = None,
+        round_max_s: float | None = None,
         ended_max_s: float = 0.0,
         takes_messages: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._turn_max_s = turn_max_s
+        self._round_max_s = round_max_s
         self._ended_max_s = ended_max_s
         self._takes_messages = takes_messages
         self._lock = threading.Lock()
         self._waits_for: str | None = "it is starting"
-        self._turned_at = self._answered_at = self._ended_at = clock()
+        self._round_at = self._answered_at = self._ended_at = clock()
         self._has_room = True
-        self.has_turned = False
+        self.has_gone_round = False
 
     def begins(self) -> None:
         """The loop runs from now on."""
         with self._lock:
             self._waits_for = None
-            self._turned_at = self._answered_at = self._ended_at = self._clock()
+            self._round_at = self._answered_at = self._ended_at = self._clock()
 
     def waits(self, what: str) -> None:
         """The loop does not run, for a reason that is known: ``the broker cannot be reached``."""
         self._waits_for = what
 
-    def turned(self, *, has_room: bool = True) -> None:
-        """The loop has turned once more.
+    def went_round(self, *, has_room: bool = True) -> None:
+        """The loop has made one more round.
 
         Args:
             has_room: whether it takes messages now; a worker whose processes are all busy does not.
@@ -69,8 +69,8 @@ class Pulse:
         if has_room:
             self._ended_at = now
         self._has_room = has_room
-        self._turned_at = now
-        self.has_turned = True
+        self._round_at = now
+        self.has_gone_round = True
 
     def answered(self) -> None:
         """The broker has answered the consumer, with a message or without."""
@@ -82,8 +82,8 @@ class Pulse:
 
     @property
     def stands_still(self) -> bool:
-        """Whether the loop should run and does not turn."""
-        return self._waits_for is None and self._clock() - self._turned_at > (self._turn_max_s or TURN_MAX_S)
+        """Whether the loop should run and makes no rounds."""
+        return self._waits_for is None and self._clock() - self._round_at > (self._round_max_s or ROUND_MAX_S)
 
     def complaint(self) -> str | None:
         """What is wrong, in words; None: the process does its work."""
@@ -92,7 +92,7 @@ class Pulse:
 
         now = self._clock()
         if self.stands_still:
-            return f"its loop has stood still for {now - self._turned_at:.0f} s"
+            return f"its loop has stood still for {now - self._round_at:.0f} s"
         if not self._takes_messages:
             return None
 

@@ -33,7 +33,7 @@ class Recovery(threading.Thread):
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher) -> None:
         super().__init__(name="recovery", daemon=True)
-        self.pulse = Pulse(turn_max_s=RUN_MAX_S)
+        self.pulse = Pulse(round_max_s=RUN_MAX_S)
         self._settings = settings
         self._dispatcher = dispatcher
         self._stop_event = threading.Event()
@@ -43,9 +43,9 @@ class Recovery(threading.Thread):
         services = RecoveryServices(self._settings, dispatcher=self._dispatcher)
         self.pulse.begins()
         try:
-            while not self._stop_event.wait(self._settings.recovery_interval_s if self.pulse.has_turned else 0.0):
+            while not self._stop_event.wait(self._settings.recovery_interval_s if self.pulse.has_gone_round else 0.0):
                 self._look(services)
-                self.pulse.turned()
+                self.pulse.went_round()
         finally:
             self.pulse.waits("recovery has ended")
             services.close()

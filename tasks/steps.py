@@ -14,7 +14,7 @@ from tasks import watchdog
 from tasks.broker import pulse, refused
 
 HEALTH_COMMAND: Final = "segsvc_health"
-_TURN_EVERY_S: Final = 1.0
+_ROUND_EVERY_S: Final = 1.0
 
 
 def _children() -> Iterable[int]:
@@ -23,18 +23,18 @@ def _children() -> Iterable[int]:
 
 
 class PulseStep(bootsteps.StartStopStep):
-    """Notes that the consumer's loop turns, as long as it is connected."""
+    """Notes each round of the consumer's loop, as long as it is connected."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The loop begins. Celery removes all timers, this one too, when the connection is lost."""
         pulse.begins()
-        hub.timer.call_repeatedly(_TURN_EVERY_S, self._turn, (consumer,))
+        hub.timer.call_repeatedly(_ROUND_EVERY_S, self._note_round, (consumer,))
 
     @staticmethod
-    def _turn(consumer: Any) -> None:
-        pulse.turned(has_room=consumer.task_consumer.channel.qos.can_consume())
+    def _note_round(consumer: Any) -> None:
+        pulse.went_round(has_room=consumer.task_consumer.channel.qos.can_consume())
 
     def start(self, parent: Any) -> None:
         """Connected; the loop is next."""

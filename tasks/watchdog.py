@@ -64,7 +64,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Thread body."""
         # Both times are counted in this thread's checks, not by the clock: when the process was stopped as a whole or
-        # the machine slept, this thread did not check either, and the loop can turn before the next check.
+        # the machine slept, this thread did not check either, and the loop can make a round before the next check.
         still_s = ending_s = 0.0
         while still_s < self._still_max_s and ending_s < self._end_within_s:
             time.sleep(self._look_every_s)

@@ -23,7 +23,7 @@ class WaitingBatches:
         self._bytes = 0
         self._pace = Pace()  # of one byte
         self._waited_since = 0.0
-        """Since when the waiting batches wait, at least: the end of the last turn; 0: none waited then."""
+        """Since when the waiting batches wait, at least: the end of the last round; 0: none waited then."""
 
     def __bool__(self) -> bool:
         return bool(self._calls)
@@ -58,14 +58,14 @@ class WaitingBatches:
         return None
 
     def took(self, served: int, begun: float) -> None:
-        """Note the end of a turn.
+        """Note the end of a round of the lane.
 
-        If batches waited since the turn before, the work between the two turns counts as well: the batches had to
+        If batches waited since the round before, the work between the two rounds counts as well: the batches had to
         wait for both.
 
         Args:
-            served: bytes of all requests in this turn.
-            begun: when the turn began.
+            served: bytes of all requests in this round.
+            begun: when the round began.
         """
         now = time.monotonic()
         if served:

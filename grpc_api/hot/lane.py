@@ -52,7 +52,7 @@ CALLS_MAX: Final = 256
 USERS_PER_LOOKUP: Final = 256
 """Most users in one command to the cache. A call with 1000 users is split: the cache's server, which runs one command
 at a time, is then never busy for long, and works on one piece while the lane encodes the piece before."""
-USERS_PER_TURN: Final = 2048
+USERS_PER_ROUND: Final = 2048
 """Most users of batches that are served before the lane takes new calls. Single reads that arrive meanwhile wait for
 these users, a hundredth of a second, and not for all waiting batches."""
 COUNTS_EVERY_S: Final = 5.0
@@ -192,7 +192,7 @@ class HotLane:
                     self._serve_singles(serving)
 
                 serving = []
-                self._serve_turn(batches, serving)
+                self._serve_round(batches, serving)
             except Exception:
                 # The lane must not end. Calls that are answered already drop this second answer.
                 log.exception("lane_failed", request_ids=[call.request_id for call in serving])
@@ -252,8 +252,8 @@ class HotLane:
                 call.fail(error)
         return read, user_ids
 
-    def _serve_turn(self, waiting: WaitingBatches, serving: list[Call]) -> None:
-        """Serve the first of the waiting batches, as many as one turn allows; those with invalid requests are refused.
+    def _serve_round(self, waiting: WaitingBatches, serving: list[Call]) -> None:
+        """Serve the first of the waiting batches, as many as one round allows; those with invalid requests are refused.
 
         Each batch is added to ``serving`` before any work is done for it, so that the caller can refuse it after a
         failure.
@@ -262,7 +262,7 @@ class HotLane:
         batches: list[Batch] = []
         users = 0
 
-        while users < USERS_PER_TURN and len(serving) < CALLS_MAX and (call := waiting.pop()) is not None:
+        while users < USERS_PER_ROUND and len(serving) < CALLS_MAX and (call := waiting.pop()) is not None:
             serving.append(call)
             try:
                 batch = Batch(call, self._slugs)
@@ -355,6 +355,7 @@ class HotLane:
                     next_counts = time.monotonic() + COUNTS_EVERY_S
                     self._send_counts()
             except Exception:
+                # Without this thread the lane would never connect again. The next round tries the same.
                 log.exception("lane_housekeeping_failed")
 
     def _connect(self) -> None:

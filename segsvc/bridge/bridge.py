@@ -408,7 +408,7 @@ class Bridge:
         pulse.begins()
 
         while not stop.is_set():
-            pulse.turned()
+            pulse.went_round()
             dead_letters = DeadLetters(self._settings)
             watch.dead_letter_waits = dead_letters.waits
             consumer: BridgeConsumer | None = None
@@ -418,7 +418,7 @@ class Bridge:
                 self._waits.ends("Kafka")
                 while not stop.is_set():
                     consumer.step()
-                    pulse.turned()
+                    pulse.went_round()
                     backoff.succeeded()
                 consumer.leave()
             except (KafkaError, OSError) as error:
