@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import sqlalchemy as sa
@@ -14,12 +12,10 @@ from segsvc.cli.doctor import running
 from segsvc.domain.events import TOPICS
 from segsvc.local.kafka import KafkaServer, RealKafka
 from segsvc.local.processes import wait_until
-from segsvc.postgres import tables
+from tests.integration.events.bench import Bench, new_topics
 from tests.integration.events.conftest import MakeShards, Shards
 from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
 from tests.integration.events.shard_view import view
-
-_numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -27,52 +23,17 @@ def two_shards(make_shards: MakeShards) -> Shards:
     return make_shards(2)
 
 
-@dataclass
-class Bench:
-    shards: Shards
-    topics: Topics
-    batches: InProcessBatches
-
-    def bridge(self) -> RunningBridge:
-        return RunningBridge(self.topics.settings, self.batches)
-
-    def users(self) -> int:
-        total = 0
-        for shard in range(2):
-            with self.shards.databases.shard_tx(shard) as connection:
-                total += connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one()
-        return total
-
-    def wait_for_users(self, count: int, timeout_s: float = 30) -> None:
-        assert wait_until(lambda: self.users() == count, timeout_s=timeout_s), f"{self.users()} users, not {count}"
-
-    def wait_for_commit(self, lag: int = 0) -> None:
-        assert wait_until(lambda: self.topics.lag() == lag, timeout_s=30), f"lag {self.topics.lag()}, not {lag}"
-
-    def check(self) -> None:
-        for shard in range(2):
-            view(self.shards.databases, shard)
+def check(bench: Bench) -> None:
+    """Compare every bit of both shards with what the rules say of their users."""
+    for shard in range(2):
+        view(bench.shards.databases, shard)
 
 
 @pytest.fixture
 def bench(kafka_server: KafkaServer, two_shards: Shards) -> Iterator[Bench]:
-    two_shards.reset()
-    two_shards.add_segment(1, 30_000)
-
-    prefix = f"bridge-{next(_numbers)}."
-    settings = two_shards.settings.model_copy(
-        update={
-            "kafka_bootstrap_servers": kafka_server.bootstrap_servers,
-            "kafka_stand_in": kafka_server.stand_in,
-            "kafka_topic_prefix": prefix,
-            "kafka_group": f"{prefix}group",
-            "event_batch_max": 100,
-        }
-    )
-
-    topics = Topics(kafka_server, settings)
-    yield Bench(two_shards, topics, InProcessBatches(two_shards.ingestion))
-    topics.close()
+    with new_topics(kafka_server, two_shards, event_batch_max=100) as topics:
+        two_shards.add_segment(1, 30_000)
+        yield Bench(two_shards, topics, InProcessBatches(two_shards.ingestion))
 
 
 def test_events_become_users_and_offsets_follow(bench: Bench) -> None:
@@ -86,10 +47,10 @@ def test_events_become_users_and_offsets_follow(bench: Bench) -> None:
         )
         bench.topics.send("delete-user", [{"user_id": n} for n in range(500, 600)])
         bench.wait_for_users(900)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
 
     assert view(bench.shards.databases, 1).users[7].attributes == {"plan": "pro"}
-    bench.check()
+    check(bench)
 
     # A group that was away begins at the offset where it stopped.
     sent = len(bench.batches.sent)
@@ -97,7 +58,7 @@ def test_events_become_users_and_offsets_follow(bench: Bench) -> None:
     with bench.bridge():
         bench.topics.create([2001])
         bench.wait_for_users(901)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
     assert len(bench.batches.sent) == sent + 1
 
 
@@ -117,7 +78,7 @@ def test_unreadable_events_are_dead_letters_with_their_bytes(bench: Bench) -> No
 
     with bench.bridge():
         bench.wait_for_users(2)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
 
     letters = sorted(
         bench.topics.read("create-user.dlq", len(bad)), key=lambda letter: dict(letter.headers)["segsvc-offset"]
@@ -125,7 +86,7 @@ def test_unreadable_events_are_dead_letters_with_their_bytes(bench: Bench) -> No
     assert [(letter.value, letter.key) for letter in letters] == bad
 
     first = dict(letters[0].headers)
-    assert first["segsvc-topic"] == f"{bench.topics.settings.kafka_topic_prefix}create-user".encode()
+    assert first["segsvc-topic"] == bench.topic.encode()
     assert first["segsvc-partition"] == b"1"
     assert first["segsvc-offset"] == b"0"
     assert first["segsvc-reason"] == b"event: is not JSON: Expecting value at character 0"
@@ -140,7 +101,7 @@ def test_a_dead_letter_topic_that_is_missing_holds_back_offsets_and_nothing_else
     if bench.topics.server.stand_in:
         pytest.skip("the stand-in makes topics by itself")
 
-    prefix = f"{bench.topics.settings.kafka_topic_prefix}without."
+    prefix = f"{bench.prefix}without."
     settings = bench.topics.settings.model_copy(update={"kafka_topic_prefix": prefix, "kafka_group": prefix})
     topics = Topics(bench.topics.server, settings, dead_letters=False)
 
@@ -176,7 +137,7 @@ def test_the_largest_event_that_its_topic_takes_becomes_a_dead_letter(bench: Ben
 
     with bench.bridge():
         bench.wait_for_users(1)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
     assert bench.topics.read("create-user.dlq", 1)[0].value == largest
 
 
@@ -184,7 +145,7 @@ def test_a_sender_whose_messages_are_not_taken_in_time_gives_them_up(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender = Sender(bench.topics.settings)
-    topic = f"{bench.topics.settings.kafka_topic_prefix}create-user"
+    topic = bench.topic
     assert sender.send(topic, [(b"1", b"first", [])]) == [True]
 
     monkeypatch.setattr("segsvc.bridge.clients.SEND_TIMEOUT_S", 0.0)
@@ -214,16 +175,16 @@ def test_a_dead_letter_too_large_for_its_topic_holds_back_nothing_else(
 
     with bench.bridge():
         bench.wait_for_users(1)
-        bench.wait_for_commit(lag=2)  # the large event, and the event after it
+        bench.wait_for_lag(lag=2)  # the large event, and the event after it
 
         # Events beside it and after it, in its topic and in another topic.
         bench.topics.send_raw("create-user", b"small", b"2", partition=2)
         bench.topics.send_raw("update-user", b"small", b"2", partition=2)
-        bench.wait_for_commit(lag=2)
+        bench.wait_for_lag(lag=2)
         assert [letter.value for letter in bench.topics.read("create-user.dlq", 3)] == [b"small"] * 3
 
         bench.topics.allow("create-user.dlq", 60_000)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
 
     assert [letter.value for letter in bench.topics.read("create-user.dlq", 4)] == [*[b"small"] * 3, large]
 
@@ -236,7 +197,7 @@ def test_an_event_that_the_database_refuses_is_a_dead_letter(bench: Bench) -> No
         bench.topics.create(range(1, 51))
         with bench.bridge():
             bench.wait_for_users(49)
-            bench.wait_for_commit()
+            bench.wait_for_lag()
     finally:
         with bench.shards.databases.shard_tx(1) as connection:
             connection.execute(sa.text("ALTER TABLE users DROP CONSTRAINT poison"))
@@ -259,16 +220,16 @@ def test_a_shard_that_is_down_holds_up_only_itself(bench: Bench) -> None:
 
         bench.batches.fault = lambda topic, shard: None
         bench.wait_for_users(549)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
 
-    bench.check()
+    check(bench)
 
 
 def test_creations_go_on_while_the_cache_is_down(bench: Bench) -> None:
     bench.topics.create(range(1, 101))
     with bench.bridge():
         bench.wait_for_users(100)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
 
         bench.shards.cache.down = True
         bench.topics.send("delete-user", [{"user_id": n} for n in range(1, 11)])
@@ -276,10 +237,10 @@ def test_creations_go_on_while_the_cache_is_down(bench: Bench) -> None:
 
         bench.topics.create(range(101, 201))
         bench.wait_for_users(190)
-        bench.wait_for_commit(lag=10)
+        bench.wait_for_lag(lag=10)
 
         bench.shards.cache.down = False
-        bench.wait_for_commit()
+        bench.wait_for_lag()
 
     assert bench.shards.cache.dropped_ids() == set(range(1, 11))
 
@@ -292,7 +253,7 @@ def test_a_task_broker_that_is_down_loses_nothing(bench: Bench) -> None:
         assert bench.topics.lag() == 400
         bench.batches.broker_down = False
         bench.wait_for_users(400)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
 
 
 def test_bridges_come_and_go(bench: Bench) -> None:
@@ -306,13 +267,13 @@ def test_bridges_come_and_go(bench: Bench) -> None:
 
         bench.topics.create(range(1001, 1501))
         bench.wait_for_users(1500)
-        bench.wait_for_commit()
+        bench.wait_for_lag()
 
-    bench.check()
+    check(bench)
 
 
 def test_topics_that_appear_after_the_bridge(bench: Bench) -> None:
-    prefix = f"{bench.topics.settings.kafka_topic_prefix}late."
+    prefix = f"{bench.prefix}late."
     settings = bench.topics.settings.model_copy(update={"kafka_topic_prefix": prefix, "kafka_group": prefix})
     with RunningBridge(settings, bench.batches):
         topics = Topics(bench.topics.server, settings)
@@ -335,7 +296,7 @@ def test_kafka_restarts(bench: Bench) -> None:
         kafka.start()
 
         bench.topics.create(range(301, 601))
-        bench.wait_for_users(600, timeout_s=60)
-        bench.wait_for_commit()
+        bench.wait_for_users(600)
+        bench.wait_for_lag()
 
-    bench.check()
+    check(bench)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import redis
@@ -109,7 +110,7 @@ def stack(
     make_shards: MakeShards,
     tmp_path: Path,
 ) -> Iterator[Stack]:
-    prefix = f"{tmp_path.name}."
+    prefix = f"test-{uuid4().hex[:12]}."
     shards = make_shards(
         2,
         kafka_bootstrap_servers=kafka_server.bootstrap_servers,

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import sqlalchemy as sa
 from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
@@ -19,12 +18,10 @@ from segsvc.cli.doctor import events, running
 from segsvc.cli.doctor.items import Item
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
-from segsvc.postgres import tables
 from segsvc.postgres.catalog.event_records import PostgresEventRecords
+from tests.integration.events.bench import Bench, new_topics
 from tests.integration.events.conftest import MakeShards, Shards
-from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
-
-_numbers = itertools.count()
+from tests.integration.events.kafka_helpers import InProcessBatches
 
 
 @pytest.fixture(scope="module")
@@ -33,37 +30,17 @@ def shards(make_shards: MakeShards) -> Shards:
 
 
 @dataclass
-class Bench:
-    shards: Shards
-    topics: Topics
-    batches: InProcessBatches
-
-    @property
-    def topic(self) -> str:
-        return f"{self.topics.settings.kafka_topic_prefix}create-user"
+class DoctorBench(Bench):
+    """A bench that the doctor looks at."""
 
     @property
     def records(self) -> PostgresEventRecords:
         return PostgresEventRecords(self.shards.databases)
 
-    def bridge(self) -> RunningBridge:
-        return RunningBridge(self.topics.settings, self.batches)
-
     def doctor(self) -> tuple[list[Item], list[Item]]:
         """Items about the topic of creations: those that report a fault, and those that only inform."""
         found = [item for item in running.kafka(self.topics.settings) if self.topic in item.text]
         return [item for item in found if item.remedy], [item for item in found if not item.remedy]
-
-    def users(self) -> int:
-        total = 0
-        for shard in range(2):
-            with self.shards.databases.shard_tx(shard) as connection:
-                total += connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one()
-        return total
-
-    def wait(self, users: int) -> None:
-        assert wait_until(lambda: self.users() == users, timeout_s=60), f"{self.users()} users, not {users}"
-        assert wait_until(lambda: self.topics.lag() == 0, timeout_s=60), f"lag {self.topics.lag()}"
 
     def transactional(self) -> KafkaProducer:
         producer = KafkaProducer(
@@ -74,29 +51,18 @@ class Bench:
 
 
 @pytest.fixture
-def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> Iterator[DoctorBench]:
     if kafka_server.stand_in:
         pytest.skip("the stand-in knows no transactions and no groups")
     monkeypatch.setattr(events, "WATCH_S", 1.5)
     monkeypatch.setattr(events, "WATCH_MAX_S", 3.0)
     monkeypatch.setattr(event_watch, "NOTE_EVERY_S", 0.5)
 
-    shards.reset()
-    prefix = f"doctor-{next(_numbers)}."
-    settings = shards.settings.model_copy(
-        update={
-            "kafka_bootstrap_servers": kafka_server.bootstrap_servers,
-            "kafka_topic_prefix": prefix,
-            "kafka_group": f"{prefix}group",
-        }
-    )
-
-    topics = Topics(kafka_server, settings)
-    yield Bench(shards, topics, InProcessBatches(shards.ingestion))
-    topics.close()
+    with new_topics(kafka_server, shards) as topics:
+        yield DoctorBench(shards, topics, InProcessBatches(shards.ingestion))
 
 
-def test_a_quiet_topic_behind_a_marker_has_no_lag(bench: Bench) -> None:
+def test_a_quiet_topic_behind_a_marker_has_no_lag(bench: DoctorBench) -> None:
     producer = bench.transactional()
     for user_id, commits in ((1, True), (2, False)):
         producer.begin_transaction()
@@ -129,7 +95,7 @@ def test_a_quiet_topic_behind_a_marker_has_no_lag(bench: Bench) -> None:
     assert bench.doctor() == ([], [Item(f"{bench.topic}: 0 events wait")])  # the same without a bridge
 
 
-def test_an_open_transaction_is_called_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_open_transaction_is_called_so(bench: DoctorBench, monkeypatch: pytest.MonkeyPatch) -> None:
     producer = bench.transactional()
     with bench.bridge():
         producer.begin_transaction()
@@ -152,7 +118,7 @@ def test_an_open_transaction_is_called_so(bench: Bench, monkeypatch: pytest.Monk
     producer.close()
 
 
-def test_nothing_is_alarming_under_steady_load(bench: Bench) -> None:
+def test_nothing_is_alarming_under_steady_load(bench: DoctorBench) -> None:
     stop = threading.Event()
 
     def load() -> None:
@@ -173,7 +139,7 @@ def test_nothing_is_alarming_under_steady_load(bench: Bench) -> None:
             sender.join()
 
 
-def test_each_cause_has_its_own_words(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_cause_has_its_own_words(bench: DoctorBench, monkeypatch: pytest.MonkeyPatch) -> None:
     with bench.bridge():
         bench.topics.create(range(1, 11))
         bench.wait(10)
@@ -213,7 +179,7 @@ def test_each_cause_has_its_own_words(bench: Bench, monkeypatch: pytest.MonkeyPa
         bench.wait(31)
 
 
-def test_what_retention_took_is_a_finding_until_it_is_acknowledged(bench: Bench) -> None:
+def test_what_retention_took_is_a_finding_until_it_is_acknowledged(bench: DoctorBench) -> None:
     for user_id in range(1, 11):
         bench.topics.send_raw("create-user", b'{"user_id": %d}' % user_id, partition=0)
     bench.topics.producer.flush()
@@ -244,7 +210,7 @@ def test_what_retention_took_is_a_finding_until_it_is_acknowledged(bench: Bench)
         assert bench.doctor()[0] == []
 
 
-def test_dead_letters_are_counted_sent_once_and_dismissed(bench: Bench) -> None:
+def test_dead_letters_are_counted_sent_once_and_dismissed(bench: DoctorBench) -> None:
     for number in range(7):
         bench.topics.send_raw("create-user", b"junk %d" % number, partition=0)
     bench.topics.send_raw("create-user", b"[" + b" " * 900_000, partition=0)
@@ -287,7 +253,7 @@ def test_dead_letters_are_counted_sent_once_and_dismissed(bench: Bench) -> None:
     box.close()
 
 
-def test_a_letter_that_is_only_a_part_is_not_sent_again(bench: Bench) -> None:
+def test_a_letter_that_is_only_a_part_is_not_sent_again(bench: DoctorBench) -> None:
     bench.topics.allow("create-user", 4_000_000)
     bench.topics.send_raw("create-user", b"[" + b" " * 2_000_000, partition=0)
     bench.topics.send_raw("create-user", b"junk", partition=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from uuid import uuid4
 
 import pytest
 from kafka import TopicPartition
@@ -19,14 +20,15 @@ AT_ONCE = 10
 
 @pytest.fixture
 def topics(kafka_server: KafkaServer) -> Iterator[Topics]:
+    prefix = f"test-{uuid4().hex[:12]}."
     made = Topics(
         kafka_server,
         Settings(
             _env_file=None,
             kafka_bootstrap_servers=kafka_server.bootstrap_servers,
             kafka_stand_in=kafka_server.stand_in,
-            kafka_topic_prefix="half-read.",
-            kafka_group="half-read",
+            kafka_topic_prefix=prefix,
+            kafka_group=prefix,
         ),
     )
     yield made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,12 +14,10 @@ from segsvc.bridge import event_watch
 from segsvc.domain.event_records import EventLoss
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
-from segsvc.postgres import tables
 from segsvc.postgres.catalog.event_records import PostgresEventRecords
+from tests.integration.events.bench import Bench, new_topics
 from tests.integration.events.conftest import MakeShards, Shards
-from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
-
-_numbers = itertools.count()
+from tests.integration.events.kafka_helpers import InProcessBatches
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +26,11 @@ def shards(make_shards: MakeShards) -> Shards:
 
 
 @dataclass
-class Bench:
-    shards: Shards
-    topics: Topics
-    batches: InProcessBatches
+class LossBench(Bench):
+    """A bench with an administrator of the broker."""
+
     admin: KafkaAdminClient
     records: PostgresEventRecords
-
-    @property
-    def topic(self) -> str:
-        return f"{self.topics.settings.kafka_topic_prefix}create-user"
-
-    def bridge(self) -> RunningBridge:
-        return RunningBridge(self.topics.settings, self.batches)
 
     def send(self, *user_ids: int, partition: int = 0) -> None:
         for user_id in user_ids:
@@ -51,14 +40,6 @@ class Bench:
     def drop(self, before: int) -> None:
         """Delete the events before this offset, as retention does."""
         self.admin.delete_records({TopicPartition(self.topic, 0): before})
-
-    def users(self) -> int:
-        with self.shards.databases.shard_tx(0) as connection:
-            return int(connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one())
-
-    def wait(self, users: int) -> None:
-        assert wait_until(lambda: self.users() == users, timeout_s=60), f"{self.users()} users, not {users}"
-        assert wait_until(lambda: self.topics.lag() == 0, timeout_s=60), f"lag {self.topics.lag()}"
 
     def losses(self) -> list[EventLoss]:
         found = [found.loss for found in self.records.losses() if found.loss.topic == self.topic]
@@ -83,31 +64,18 @@ class Bench:
 
 
 @pytest.fixture
-def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> Iterator[LossBench]:
     if kafka_server.stand_in:
         pytest.skip("the stand-in forgets nothing but itself")
     monkeypatch.setattr(event_watch, "NOTE_EVERY_S", 0.5)
-    shards.reset()
-
-    prefix = f"losses-{next(_numbers)}."
-    settings = shards.settings.model_copy(
-        update={
-            "kafka_bootstrap_servers": kafka_server.bootstrap_servers,
-            "kafka_topic_prefix": prefix,
-            "kafka_group": f"{prefix}group",
-        }
-    )
-
-    topics = Topics(kafka_server, settings)
     admin = KafkaAdminClient(bootstrap_servers=kafka_server.bootstrap_servers)
     records = PostgresEventRecords(shards.databases)
-
-    yield Bench(shards, topics, InProcessBatches(shards.ingestion), admin, records)
+    with new_topics(kafka_server, shards) as topics:
+        yield LossBench(shards, topics, InProcessBatches(shards.ingestion), admin, records)
     admin.close()
-    topics.close()
 
 
-def test_retention_that_passes_a_stopped_bridge_by(bench: Bench) -> None:
+def test_retention_that_passes_a_stopped_bridge_by(bench: LossBench) -> None:
     bench.send(*range(1, 6))
     with bench.bridge():
         bench.wait(5)
@@ -130,7 +98,7 @@ def test_retention_that_passes_a_stopped_bridge_by(bench: Bench) -> None:
     assert [one.id for one in bench.records.losses(acknowledged=True) if one.loss.topic == bench.topic] == [found.id]
 
 
-def test_retention_that_passes_a_bridge_by_that_runs(bench: Bench) -> None:
+def test_retention_that_passes_a_bridge_by_that_runs(bench: LossBench) -> None:
     bench.send(1)
     with bench.bridge():
         bench.wait(1)
@@ -144,7 +112,7 @@ def test_retention_that_passes_a_bridge_by_that_runs(bench: Bench) -> None:
     assert bench.losses() == []
 
 
-def test_a_first_start_loses_nothing_and_one_without_offsets_may(bench: Bench) -> None:
+def test_a_first_start_loses_nothing_and_one_without_offsets_may(bench: LossBench) -> None:
     bench.send(*range(1, 11))
     bench.drop(4)
     with bench.bridge():
@@ -168,7 +136,7 @@ def test_a_first_start_loses_nothing_and_one_without_offsets_may(bench: Bench) -
 
 
 @pytest.mark.parametrize("more", [1, 30])  # fewer events than before, and more events than before
-def test_a_topic_that_is_made_again_while_the_bridge_is_away(bench: Bench, more: int) -> None:
+def test_a_topic_that_is_made_again_while_the_bridge_is_away(bench: LossBench, more: int) -> None:
     bench.send(*range(1, 11))
     with bench.bridge():
         bench.wait(10)
@@ -183,7 +151,7 @@ def test_a_topic_that_is_made_again_while_the_bridge_is_away(bench: Bench, more:
 
 
 @pytest.mark.parametrize("more", [1, 30])
-def test_a_topic_that_is_made_again_under_the_bridge(bench: Bench, more: int) -> None:
+def test_a_topic_that_is_made_again_under_the_bridge(bench: LossBench, more: int) -> None:
     bench.send(*range(1, 11))
     with bench.bridge():
         bench.wait(10)
@@ -197,7 +165,7 @@ def test_a_topic_that_is_made_again_under_the_bridge(bench: Bench, more: int) ->
     assert bench.losses()[0] == EventLoss(bench.topic, 0, 10, None, event_watch.RECREATED)
 
 
-def test_nothing_is_committed_past_a_loss_that_is_not_noted(bench: Bench) -> None:
+def test_nothing_is_committed_past_a_loss_that_is_not_noted(bench: LossBench) -> None:
     bench.send(*range(1, 6))
     with bench.bridge():
         bench.wait(5)

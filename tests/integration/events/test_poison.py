@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import pytest
-import sqlalchemy as sa
 from kafka import TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord, Fetcher
 
@@ -17,14 +16,13 @@ from segsvc import metrics
 from segsvc.bridge import dead_letters, fetcher, flows
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
-from segsvc.postgres import tables
 from tasks.outcomes import TryAgain
 from tests import kafka_raw as raw
+from tests.integration.events.bench import Bench, new_topics
 from tests.integration.events.conftest import MakeShards, Shards
-from tests.integration.events.kafka_helpers import InProcessBatches, RunningBridge, Topics
+from tests.integration.events.kafka_helpers import InProcessBatches
 from tests.unit.test_kafka_batches import bomb
 
-_numbers = itertools.count()
 MEGABYTE = 1 << 20
 
 
@@ -34,30 +32,13 @@ def shards(make_shards: MakeShards) -> Shards:
 
 
 @dataclass
-class Bench:
-    shards: Shards
-    topics: Topics
-    batches: InProcessBatches
+class PoisonBench(Bench):
+    """A bench with a producer that sends any bytes as a batch."""
+
     producer: raw.RawProducer
-
-    @property
-    def prefix(self) -> str:
-        return self.topics.settings.kafka_topic_prefix
-
-    def bridge(self) -> RunningBridge:
-        return RunningBridge(self.topics.settings, self.batches)
 
     def produce(self, data: bytes, topic: str = "create-user", partition: int = 0) -> None:
         self.producer.produce(self.prefix + topic, partition, data)
-
-    def users(self) -> int:
-        with self.shards.databases.shard_tx(0) as connection:
-            return int(connection.execute(sa.select(tables.shard_state.c.user_count)).scalar_one())
-
-    def wait(self, users: int) -> None:
-        """Wait until there are this many users, and no event waits."""
-        assert wait_until(lambda: self.users() == users, timeout_s=60), f"{self.users()} users, not {users}"
-        assert wait_until(lambda: self.topics.lag() == 0, timeout_s=60), f"lag {self.topics.lag()}"
 
     def letters(self, count: int) -> list[ConsumerRecord]:
         found = self.topics.read("create-user.dlq", count)
@@ -69,34 +50,22 @@ def header(letter: ConsumerRecord, name: str) -> str:
 
 
 @pytest.fixture
-def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(kafka_server: KafkaServer, shards: Shards, monkeypatch: pytest.MonkeyPatch) -> Iterator[PoisonBench]:
     if kafka_server.stand_in:
         pytest.skip("the stand-in looks at what it is given in its own way")
     monkeypatch.setattr(fetcher, "REST_S", 0.2)
 
-    shards.reset()
-    prefix = f"poison-{next(_numbers)}."
-    settings = shards.settings.model_copy(
-        update={
-            "kafka_bootstrap_servers": kafka_server.bootstrap_servers,
-            "kafka_topic_prefix": prefix,
-            "kafka_group": f"{prefix}group",
-        }
-    )
-
-    topics = Topics(kafka_server, settings)
     producer = raw.RawProducer(kafka_server.bootstrap_servers)
-
-    yield Bench(shards, topics, InProcessBatches(shards.ingestion), producer)
+    with new_topics(kafka_server, shards) as topics:
+        yield PoisonBench(shards, topics, InProcessBatches(shards.ingestion), producer)
     producer.close()
-    topics.close()
 
 
 def event(user_id: int) -> bytes:
     return b'{"user_id": %d}' % user_id
 
 
-def test_every_codec_and_every_header_is_read(bench: Bench) -> None:
+def test_every_codec_and_every_header_is_read(bench: PoisonBench) -> None:
     ids = itertools.count(1)
     for codec in (0, raw.GZIP, raw.SNAPPY, raw.LZ4, raw.ZSTD):
         bench.produce(raw.event_batch([event(next(ids)) for _ in range(10)], codec=codec))
@@ -105,7 +74,7 @@ def test_every_codec_and_every_header_is_read(bench: Bench) -> None:
         bench.wait(51)
 
 
-def test_large_ones_and_bombs_are_let_go_in_bounded_memory(bench: Bench) -> None:
+def test_large_ones_and_bombs_are_let_go_in_bounded_memory(bench: PoisonBench) -> None:
     large = b"[" + b" " * 70_000_000 + b"]"
     records = raw.record(0, large, key=b"7") + raw.record(1, event(1))
     bench.produce(raw.batch(records, 2, codec=raw.GZIP))
@@ -132,7 +101,7 @@ def test_large_ones_and_bombs_are_let_go_in_bounded_memory(bench: Bench) -> None
     assert all("inflates to more than" in header(letter, "reason") for letter in bombs)
 
 
-def test_a_flood_of_them_stops_no_other_partition(bench: Bench) -> None:
+def test_a_flood_of_them_stops_no_other_partition(bench: PoisonBench) -> None:
     """Partition 0 is full of bombs; events of all other partitions and topics are not delayed."""
     data = raw.batch(b"", 1, codec=raw.ZSTD, body=bomb(raw.ZSTD, 300 * MEGABYTE))
     for _ in range(30):
@@ -175,16 +144,16 @@ def flip(at: int) -> Any:
     return damage
 
 
-def test_what_was_damaged_on_its_way_is_fetched_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_damaged_on_its_way_is_fetched_again(bench: PoisonBench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.produce(raw.event_batch([event(1), event(2)]))
     bench.produce(raw.event_batch([event(3)]), partition=1)
-    Damaging(monkeypatch, TopicPartition(f"{bench.prefix}create-user", 0), flip(-1), times=fetcher.TRIES - 1)
+    Damaging(monkeypatch, TopicPartition(bench.topic, 0), flip(-1), times=fetcher.TRIES - 1)
     with bench.bridge():
         bench.wait(3)
 
 
 @pytest.mark.parametrize("at", [8, 16, 40, 70])  # the length, the format's number, a number of the header, a record
-def test_what_stays_damaged_is_let_go(bench: Bench, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def test_what_stays_damaged_is_let_go(bench: PoisonBench, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     bench.produce(raw.event_batch([event(1), event(2)]))
     bench.produce(raw.event_batch([event(3)]))
     bench.produce(raw.event_batch([event(4)]), partition=1)
@@ -196,7 +165,7 @@ def test_what_stays_damaged_is_let_go(bench: Bench, monkeypatch: pytest.MonkeyPa
         if data.records[7] == 0:  # the batch at offset 0, in any answer
             flip(at)(data)
 
-    Damaging(monkeypatch, TopicPartition(f"{bench.prefix}create-user", 0), damage)
+    Damaging(monkeypatch, TopicPartition(bench.topic, 0), damage)
     with bench.bridge():
         bench.wait(2)
 
@@ -208,13 +177,13 @@ def test_what_stays_damaged_is_let_go(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert "damaged" in header(letters[0], "reason")
 
 
-def test_an_error_of_one_partition_is_its_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_partition_is_its_own(bench: PoisonBench, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(data: Any) -> None:
         data.error_code = -1
 
     bench.produce(raw.event_batch([event(1)]))
     bench.produce(raw.event_batch([event(2)]), partition=1)
-    damaging = Damaging(monkeypatch, TopicPartition(f"{bench.prefix}create-user", 0), refuse)
+    damaging = Damaging(monkeypatch, TopicPartition(bench.topic, 0), refuse)
 
     with bench.bridge():
         assert wait_until(lambda: bench.users() == 1, timeout_s=30)
@@ -224,7 +193,7 @@ def test_an_error_of_one_partition_is_its_own(bench: Bench, monkeypatch: pytest.
         bench.wait(2)
 
 
-def test_a_fault_of_ours_costs_the_event_that_meets_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_costs_the_event_that_meets_it(bench: PoisonBench, monkeypatch: pytest.MonkeyPatch) -> None:
     from segsvc.bridge import bridge
 
     read = bridge.parse
@@ -243,7 +212,7 @@ def test_a_fault_of_ours_costs_the_event_that_meets_it(bench: Bench, monkeypatch
     assert header(bench.letters(1)[0], "reason") == "event: reading it failed (RecursionError)"
 
 
-def test_a_restart_in_the_midst_of_it(bench: Bench) -> None:
+def test_a_restart_in_the_midst_of_it(bench: PoisonBench) -> None:
     for number in range(3):
         bench.produce(raw.event_batch([b" " * 2 * MEGABYTE] * 2, codec=raw.ZSTD))
         bench.produce(raw.event_batch([event(number + 1)]))
@@ -252,7 +221,7 @@ def test_a_restart_in_the_midst_of_it(bench: Bench) -> None:
     assert [header(letter, "offset") for letter in bench.letters(6)] == ["0", "1", "3", "4", "6", "7"]
 
 
-def test_a_letter_that_its_topic_never_takes_goes_in_part(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_letter_that_its_topic_never_takes_goes_in_part(bench: PoisonBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dead_letters, "TOO_LARGE_AGAIN_S", 0.2)
     monkeypatch.setattr(dead_letters, "TOO_LARGE_TRIES", 3)
     bench.topics.allow("create-user.dlq", 2_000)
@@ -269,7 +238,7 @@ def test_a_letter_that_its_topic_never_takes_goes_in_part(bench: Bench, monkeypa
     assert header(letter, "bytes") == str(len(large))
 
 
-def test_dead_letters_that_wait_pause_their_own_partition(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_letters_that_wait_pause_their_own_partition(bench: PoisonBench, monkeypatch: pytest.MonkeyPatch) -> None:
     from segsvc.bridge import bridge
 
     monkeypatch.setattr(bridge, "DEAD_EVENTS_MAX", 50)
@@ -289,7 +258,9 @@ def test_dead_letters_that_wait_pause_their_own_partition(bench: Bench, monkeypa
     assert len(bench.letters(400)) == 400
 
 
-def test_an_event_that_makes_its_worker_fail_is_let_go_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_that_makes_its_worker_fail_is_let_go_alone(
+    bench: PoisonBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(flows, "FAULT_S", 1.0)
     apply = bench.batches._apply
 
