@@ -89,6 +89,7 @@ class CacheServer:
                 self._mark_down()  # it hangs: the next caller must not wait for it as well
             raise cache_unavailable() from error
         except BaseException:
+            # Replies may still be on their way: the next caller would take them for its own.
             connection.close()
             raise
 

@@ -1,7 +1,8 @@
 """The front as a process of its own, with a small runner of operations in place of Celery.
 
 Started by conftest.py: ``python front_process.py CONTROL_FOLDER``; the settings come from the environment. While the
-file ``broker-down`` is in the folder, the broker is out of reach. Threads of this process carry out what is dispatched,
+file ``broker-down`` is in the folder, the broker is out of reach; a file ``young-s`` holds the bound in seconds within
+which a child that ends is not restarted. Threads of this process carry out what is dispatched,
 as a worker would.
 """
 
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID
 
+from grpc_api import processes
 from grpc_api.server import serve
 from segsvc.bootstrap import OperationParts, make_cache
 from segsvc.config import Settings, load_settings
@@ -76,10 +78,14 @@ class ThreadSender:
 def main() -> int:
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
+    control = Path(sys.argv[1])
+    if (control / "young-s").exists():
+        processes.YOUNG_S = float((control / "young-s").read_text())
+
     senders: list[ThreadSender] = []
 
     def make_sender(given: Settings) -> ThreadSender:
-        senders.append(ThreadSender(given, Path(sys.argv[1])))
+        senders.append(ThreadSender(given, control))
         return senders[-1]
 
     code = serve(settings, make_sender=make_sender)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
+
+T = TypeVar("T")
+
+ATTEMPTS = 10
+"""A busy machine delays some answers beyond a short deadline; a fault of the front delays all of them."""
 
 _INTERNALS = re.compile(
     r"psycopg|sqlalchemy|SELECT |relation |Traceback|Exception|/tmp|\.py|host=|socket", re.IGNORECASE
@@ -42,6 +47,35 @@ def refused(call: Callable[[], Any]) -> Refusal:
     except grpc.RpcError as error:
         return refusal_of(error)
     raise AssertionError(f"the call was not refused: {result}")
+
+
+def refused_in_time(call: Callable[[], Any]) -> Refusal:
+    """``refused`` for a call with a short deadline: if the client gave up before the answer came, call again."""
+    for _ in range(ATTEMPTS):
+        try:
+            result = call()
+        except grpc.RpcError as error:
+            if not gave_up(error):
+                return refusal_of(error)
+        else:
+            raise AssertionError(f"the call was not refused: {result}")
+    raise AssertionError(f"the client gave up first, {ATTEMPTS} times")
+
+
+def answered_in_time(call: Callable[[], T]) -> T:
+    """The answer to a call with a short deadline: if the client gave up before the answer came, call again."""
+    for _ in range(ATTEMPTS):
+        try:
+            return call()
+        except grpc.RpcError as error:
+            if not gave_up(error):
+                raise
+    raise AssertionError(f"the client gave up first, {ATTEMPTS} times")
+
+
+def gave_up(error: Any) -> bool:
+    """Whether the call's deadline has passed at the client, or in the front's own transport: without a reason."""
+    return error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and rpc_status.from_call(error) is None
 
 
 def refusal_of(error: Any) -> Refusal:

@@ -105,7 +105,7 @@ def test_a_preview_is_what_the_rollout_counts(front: FrontUnderTest, users: dict
         assert list(foreseen.shards) == list(response.shards)
 
 
-def test_a_preview_waits_for_nobody(front: FrontUnderTest, users: dict[int, dict[str, Any]]) -> None:
+def test_a_preview_does_not_wait(front: FrontUnderTest, users: dict[int, dict[str, Any]]) -> None:
     slug = front.create().slug
     with held(front):
         request = pb.RollOutSegmentRequest(slug=slug, rule={"percent": 50}, return_immediately=True)
@@ -177,7 +177,7 @@ def test_literals_that_no_user_can_have(front: FrontUnderTest, users: dict[int, 
     assert found == {user_id for user_id, attributes in users.items() if attributes["country"] in ("FR", "RU")}
 
 
-def test_a_preview_of_what_is_not_there(front: FrontUnderTest) -> None:
+def test_a_preview_of_an_unknown_segment(front: FrontUnderTest) -> None:
     refusal = refused(lambda: preview(front, new_slug(), percent=1))
     assert (refusal.code, refusal.reason) == (StatusCode.NOT_FOUND, "SEGMENT_NOT_FOUND")
 

@@ -158,7 +158,7 @@ def test_a_sparse_export(front: FrontUnderTest, population: set[int]) -> None:
     assert set(exported(front, slug)) == by_rule(front, slug, 0.2, population)
 
 
-def test_an_export_of_nobody_is_an_empty_stream(front: FrontUnderTest) -> None:
+def test_an_export_without_members_is_an_empty_stream(front: FrontUnderTest) -> None:
     assert list(export(front, front.create().slug)) == []
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import grpc
 import pytest
@@ -15,7 +16,7 @@ from segmentation.v1 import membership_pb2 as members
 from segmentation.v1 import segments_pb2 as pb
 
 from tests.contract.conftest import FrontUnderTest, new_slug
-from tests.contract.refusals import refusal_of
+from tests.contract.refusals import answered_in_time, gave_up, refusal_of
 from tests.contract.rollouts import roll_out, wait
 from tests.eventually import eventually
 
@@ -40,10 +41,12 @@ def slug(front: FrontUnderTest) -> str:
 
 
 def ended(call: Callable[..., Any], timeout: float) -> tuple[StatusCode, str, str]:
-    """How a call ended: code, reason and message."""
+    """How a call ended: code, reason and message; no reason: it succeeded, or the client gave up."""
     try:
         call(timeout=timeout)
     except grpc.RpcError as error:
+        if gave_up(error):
+            return StatusCode.DEADLINE_EXCEEDED, "", ""
         refusal = refusal_of(error)
         assert "shard" not in refusal.message, refusal
         assert "shard" not in refusal.metadata, refusal
@@ -75,9 +78,10 @@ def test_each_kind_of_call(front: FrontUnderTest, slug: str) -> None:
         ),
     }
 
+    request_id = str(uuid4())
     with ThreadPoolExecutor(len(calls)) as threads, hung_cache(front):
         found = dict(zip(calls, threads.map(lambda call: ended(call, 15), calls.values()), strict=True))
-        accepted = roll_out(front, slug, 60, timeout=1.0)
+        accepted = answered_in_time(lambda: roll_out(front, slug, 60, timeout=1.0, request_id=request_id))
 
     code, reason, message = found.pop("override")
     assert (code, reason) == (StatusCode.UNAVAILABLE, "CACHE_UNAVAILABLE")
@@ -102,5 +106,7 @@ def test_many_changes_of_one_user(front: FrontUnderTest, slug: str) -> None:
         (StatusCode.UNAVAILABLE, "CACHE_UNAVAILABLE"),
         (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
         (StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+        # A busy machine may delay the answer beyond the deadline.
+        (StatusCode.DEADLINE_EXCEEDED, ""),
     }
     eventually(lambda: ended(change, 10)[0] is StatusCode.OK)

@@ -96,7 +96,7 @@ def test_filters_that_are_none(front: FrontUnderTest, text: str) -> None:
     assert (refusal.reason, list(refusal.violations)) == ("FIELD_INVALID", ["filter"])
 
 
-def test_what_cannot_be_asked_of_operations(front: FrontUnderTest) -> None:
+def test_invalid_requests_about_operations(front: FrontUnderTest) -> None:
     ask = front.operations.ListOperations
     assert list(refused(lambda: ask(lro.ListOperationsRequest(name="segments"))).violations) == ["name"]
     assert list(refused(lambda: ask(lro.ListOperationsRequest(page_size=-1))).violations) == ["page_size"]
@@ -112,13 +112,13 @@ def test_a_watch_shows_every_change_and_ends_with_the_end(front: FrontUnderTest,
     slug = front.create().slug
     with held(front) as release:
         name = roll_out(front, slug, 10, return_immediately=True).name
+        begun = time.monotonic()
         watch = front.watches.WatchOperation(operations_pb2.WatchOperationRequest(name=name), timeout=20)
-        messages, times = [next(watch)], [time.monotonic()]
+        messages = [next(watch)]
         assert messages[0].metadata.state in (State.QUEUED, State.PREPARING)
         release()
-        for message in watch:
-            messages.append(message)
-            times.append(time.monotonic())
+        messages += watch
+        lasted_s = time.monotonic() - begun
 
     assert [message.name for message in messages] == [name] * len(messages)
     states = [message.metadata.state for message in messages]
@@ -126,7 +126,8 @@ def test_a_watch_shows_every_change_and_ends_with_the_end(front: FrontUnderTest,
     assert states[-1] == State.DONE
     assert messages[-1].metadata == metadata(get_operation(front, name))
     assert all(one != other for one, other in itertools.pairwise(messages))
-    assert all(later - earlier > 0.08 for earlier, later in itertools.pairwise(times))
+    # At most one message each tenth of a second; a busy machine may deliver two of them together.
+    assert len(messages) <= 2 + lasted_s / 0.1
 
 
 def test_a_watch_of_an_ended_operation_is_one_message(front: FrontUnderTest) -> None:

@@ -17,7 +17,7 @@ from segmentation.v1 import operations_pb2
 from segmentation.v1 import segments_pb2 as pb
 
 from tests.contract.conftest import FrontUnderTest, new_slug
-from tests.contract.refusals import read_status, refused
+from tests.contract.refusals import answered_in_time, read_status, refused, refused_in_time
 from tests.contract.rollouts import (
     NOBODY,
     State,
@@ -161,11 +161,18 @@ def test_an_accepted_operation_is_answered_at_once_if_wanted(front: FrontUnderTe
 def test_a_call_stops_waiting_while_its_answer_can_still_arrive(
     front: FrontUnderTest, timeout: float, reserve: float
 ) -> None:
-    slug = front.create().slug
+    slug, request_id = front.create().slug, str(uuid4())
     with held(front):
-        begun = time.monotonic()
-        operation = roll_out(front, slug, 10, timeout=timeout)
-        waited = time.monotonic() - begun
+        waited = 0.0
+
+        def once() -> lro.Operation:
+            nonlocal waited
+            begun = time.monotonic()
+            operation = roll_out(front, slug, 10, timeout=timeout, request_id=request_id)
+            waited = time.monotonic() - begun
+            return operation
+
+        operation = answered_in_time(once)
         assert not operation.done
         assert timeout - reserve - 0.1 < waited < timeout
     assert metadata(wait(front, operation.name)).state == State.DONE
@@ -178,8 +185,8 @@ def test_waiting_has_its_own_limit(front: FrontUnderTest) -> None:
         begun = time.monotonic()
         request = lro.WaitOperationRequest(name=name, timeout=Duration(nanos=300_000_000))
         assert not front.operations.WaitOperation(request, timeout=10).done
-        assert 0.3 <= time.monotonic() - begun < 2
-        assert not wait(front, name, timeout=1).done
+        assert 0.3 <= time.monotonic() - begun < 8
+        assert not answered_in_time(lambda: wait(front, name, timeout=1)).done
     assert wait(front, name).done
     assert wait(front, name).done
 
@@ -287,7 +294,7 @@ def test_a_creation_whose_turn_does_not_come(front: FrontUnderTest) -> None:
     with held(front):
         roll_out(front, slug, 10, return_immediately=True)
         request = pb.CreateSegmentRequest(segment=pb.Segment(slug=late), request_id=str(uuid4()))
-        refusal = refused(lambda: front.segments.CreateSegment(request, timeout=1))
+        refusal = refused_in_time(lambda: front.segments.CreateSegment(request, timeout=1))
         assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "OPERATION_QUEUE_BUSY")
     assert refused(lambda: front.segments.GetSegment(pb.GetSegmentRequest(slug=late))).reason == "SEGMENT_NOT_FOUND"
     assert front.segments.CreateSegment(request, timeout=10).slug == late
@@ -298,10 +305,10 @@ def test_a_creation_that_has_started_and_is_not_decided(front: FrontUnderTest) -
     request = pb.CreateSegmentRequest(segment=pb.Segment(slug=late), request_id=str(uuid4()))
     with ThreadPoolExecutor(1) as threads, held(front) as release:
         roll_out(front, slug, 10, return_immediately=True)
-        creation = threads.submit(refused, lambda: front.segments.CreateSegment(request, timeout=3))
+        creation = threads.submit(refused, lambda: front.segments.CreateSegment(request, timeout=5))
         with held(front, "worked-not-prepared", running_operation(front, late)):
             release()
-            refusal = creation.result(timeout=10)
+            refusal = creation.result(timeout=20)
     assert refusal.code == StatusCode.DEADLINE_EXCEEDED
     assert front.segments.CreateSegment(request, timeout=10).slug == late
 
@@ -316,13 +323,17 @@ def test_a_creation_outlives_a_twin_of_less_patience(front: FrontUnderTest) -> N
             roll_out(front, slug, 10, return_immediately=True)
             patient = threads.submit(front.segments.CreateSegment, request, timeout=20)
             running_operation(front, late)
-            assert refused(lambda: front.segments.CreateSegment(request, timeout=1)).reason == "OPERATION_QUEUE_BUSY"
+            refusal = refused_in_time(lambda: front.segments.CreateSegment(request, timeout=1))
+            assert refusal.reason == "OPERATION_QUEUE_BUSY"
             running_operation(front, late)  # another operation, in its place
             assert not patient.done()
         created = patient.result(timeout=20)
 
     assert front.segments.CreateSegment(request, timeout=10) == created
-    assert [operation.HasField("error") for operation in operations_of(front, late)] == [False, True]
+    last, *aborted = operations_of(front, late)
+    assert not last.HasField("error")
+    assert aborted
+    assert all(operation.HasField("error") for operation in aborted)
 
 
 def test_creations_side_by_side_need_no_broker(front: FrontUnderTest, broker_down: None) -> None:
@@ -332,7 +343,7 @@ def test_creations_side_by_side_need_no_broker(front: FrontUnderTest, broker_dow
         assert [made.slug for made in threads.map(front.create, slugs)] == slugs
 
 
-def test_previews_that_wait_hold_up_nobody_else(front: FrontUnderTest, users: range) -> None:
+def test_waiting_previews_hold_up_no_other_call(front: FrontUnderTest, users: range) -> None:
     slug = front.create().slug
     request = pb.PreviewRollOutRequest(slug=slug, rule={"percent": 30})
 
@@ -346,8 +357,8 @@ def test_previews_that_wait_hold_up_nobody_else(front: FrontUnderTest, users: ra
             eventually(lambda holder=holder: holder.exec_driver_sql(waits).scalar_one() > 0)  # type: ignore[misc]
 
         created = pb.CreateSegmentRequest(segment={"slug": new_slug()})
-        front.segments.CreateSegment(created, timeout=5)
-        front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=3)
+        front.segments.CreateSegment(created, timeout=10)
+        front.segments.GetSegment(pb.GetSegmentRequest(slug=slug), timeout=10)
         assert not all(preview.done() for preview in previews)
         for holder in holders:
             holder.rollback()

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import grpc
 import sqlalchemy as sa
@@ -22,13 +21,22 @@ from tests.contract.rollouts import roll_out
 
 USERS = range(9_200_000, 9_200_040)
 SECONDS = 4.0
-DEADLINE_S = 2.0
+GIVE_UP_S = 60.0
+"""The overload lasts at least the first, and then until each kind of call has succeeded often enough or for the second:
+a busy machine takes longer."""
+LEAST = {"read": 8, "user": 8, "list": 8, "edit": 4, "rollout": 1, "count": 1}
+"""Calls of each kind that must succeed. A rollout waits for the same locks as the counts, four times."""
+DEADLINE_S = 4.0
 PAUSE_S = 0.25
 """The duration of a count here, so that the test does not depend on the machine's speed."""
 COSTLY_CALLERS = 250
 """They all call at once, and each one again and again."""
 
-Ended = Counter[tuple[str, StatusCode]]
+NOT_DONE = object()
+"""What a rollout returns that was accepted and not done in time."""
+
+Ended = Counter[tuple[str, StatusCode | None]]
+"""How often each kind of call ended with each code; None: a rollout that was accepted and not done in time."""
 
 
 @contextmanager
@@ -54,10 +62,10 @@ def slow_counts(front: FrontUnderTest) -> Iterator[None]:
                 each.result()
 
 
-def test_an_overload_of_costly_calls_harms_no_others(front: FrontUnderTest) -> None:
+def test_an_overload_of_costly_calls_harms_no_other_calls(front: FrontUnderTest) -> None:
     front.installation.create_users({user_id: {} for user_id in USERS})
     slug = front.create().slug
-    calls: dict[str, tuple[int, Callable[[], Any]]] = {
+    calls: dict[str, tuple[int, Callable[[], object]]] = {
         "count": (
             COSTLY_CALLERS,
             lambda: front.segments.GetSegmentStatistics(pb.GetSegmentStatisticsRequest(slug=slug), timeout=DEADLINE_S),
@@ -74,45 +82,48 @@ def test_an_overload_of_costly_calls_harms_no_others(front: FrontUnderTest) -> N
         "rollout": (1, lambda: _roll_out(front, slug)),
     }
 
-    end = time.monotonic() + SECONDS
-    late: list[float] = []
+    total: Ended = Counter()
+    early: list[float] = []
+    counting = threading.Lock()
+    begun = time.monotonic()
 
-    def call_on(name: str, call: Callable[[], Any]) -> Ended:
-        ended: Ended = Counter()
-        while time.monotonic() < end:
-            begun = time.monotonic()
-            code = StatusCode.OK
+    def goes_on() -> bool:
+        lasted_s = time.monotonic() - begun
+        with counting:
+            enough = all(total[name, StatusCode.OK] >= least for name, least in LEAST.items())
+        return lasted_s < SECONDS or (not enough and lasted_s < GIVE_UP_S)
+
+    def call_on(name: str, call: Callable[[], object]) -> None:
+        while goes_on():
+            called = time.monotonic()
+            code: StatusCode | None = StatusCode.OK
 
             try:
-                call()
+                if call() is NOT_DONE:
+                    code = None
             except grpc.RpcError as error:
                 code = error.code()  # type: ignore[attr-defined]
                 if code is StatusCode.RESOURCE_EXHAUSTED:
                     refusal = refusal_of(error)
                     assert (refusal.reason, bool(refusal.retry_after_s)) == ("OVERLOADED", True)
-                    late.append(time.monotonic() - begun)
+                    early.append(time.monotonic() - called)
                     time.sleep(0.2)  # a pause before the next call, shorter than the refusal demands
 
-            ended[name, code] += 1
-        return ended
+            with counting:
+                total[name, code] += 1
 
-    total: Ended = Counter()
     with slow_counts(front), ThreadPoolExecutor(300) as threads:
         work = [(name, call) for name, (callers, call) in calls.items() for _ in range(callers)]
-        for ended in threads.map(lambda each: call_on(*each), work):
-            total += ended
+        list(threads.map(lambda each: call_on(*each), work))
 
+    for name, least in LEAST.items():
+        assert total[name, StatusCode.OK] >= least, (name, total)
     for name in ("read", "user", "list"):
-        refused = {code: count for (of, code), count in total.items() if of == name and code is not StatusCode.OK}
-        assert total[name, StatusCode.OK] >= 2 * SECONDS, (name, total)
-        assert sum(refused.values()) <= 0.1 * total[name, StatusCode.OK], (name, total)
-    for name, least in (("edit", SECONDS), ("rollout", 1)):  # a rollout waits for the same locks, four times
-        found = {code.name: count for (of, code), count in total.items() if of == name}
-        assert found.get("OK", 0) >= least, (name, found)
+        refused = sum(count for (of, code), count in total.items() if of == name and code is not StatusCode.OK)
+        assert refused <= 0.1 * total[name, StatusCode.OK], (name, total)
     # Most of the other counts are refused at once because there is no place, and not at their deadline.
-    assert total["count", StatusCode.OK] > 0, total
     assert total["count", StatusCode.RESOURCE_EXHAUSTED] > total["count", StatusCode.DEADLINE_EXCEEDED], total
-    assert sorted(late)[len(late) // 2] < DEADLINE_S / 2, sorted(late)[::50]
+    assert sorted(early)[len(early) // 2] < DEADLINE_S / 2, sorted(early)[::50]
 
 
 def _edit(front: FrontUnderTest, slug: str) -> None:
@@ -121,6 +132,6 @@ def _edit(front: FrontUnderTest, slug: str) -> None:
     time.sleep(0.1)
 
 
-def _roll_out(front: FrontUnderTest, slug: str) -> None:
+def _roll_out(front: FrontUnderTest, slug: str) -> object:
     operation = roll_out(front, slug, int(time.monotonic()) % 100, timeout=2 * DEADLINE_S)
-    assert operation.done, "it was not done in time"
+    return operation if operation.done else NOT_DONE

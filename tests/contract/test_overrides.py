@@ -19,7 +19,7 @@ from segsvc.domain.bucketing import bucket
 from segsvc.domain.events import CreateUser, DeleteUser, UpdateUser
 from segsvc.postgres.locks import SHARD_LOCK
 from tests.contract.conftest import FrontUnderTest, new_slug
-from tests.contract.refusals import refused
+from tests.contract.refusals import refused, refused_in_time
 from tests.contract.test_conditions import lists, members, rolled_out, salt_of
 from tests.eventually import eventually
 
@@ -98,14 +98,15 @@ def test_all_of_the_changes_or_none(front: FrontUnderTest, user_id: int) -> None
 
 def test_an_override_ends_on_time(front: FrontUnderTest, user_id: int) -> None:
     slug = front.create().slug
-    ends = in_seconds(1.5)
+    ends = in_seconds(3)
     modify(front, user_id, pb.Override(slug=slug, effect=IN, expire_time=ends))
     [own] = overrides_of(front, user_id).overrides
     assert own.expire_time.ToMicroseconds() == ends.ToMicroseconds()
 
     eventually(lambda: slug not in lists(front, user_id))
+    # Not before, and not as late as an entry of the cache lives: a busy machine has only delayed this check.
     late_s = time.time() - ends.ToMicroseconds() / 1e6
-    assert -0.01 < late_s < 1, late_s
+    assert -0.01 < late_s < 20, late_s
     assert not overrides_of(front, user_id).overrides
     assert check(front, user_id, slug).reason == Answer.NO_RULE
     assert user_id not in members(front, slug)
@@ -113,9 +114,10 @@ def test_an_override_ends_on_time(front: FrontUnderTest, user_id: int) -> None:
 
 def test_a_later_override_replaces_the_earlier(front: FrontUnderTest, user_id: int) -> None:
     slug = front.create().slug
-    modify(front, user_id, pb.Override(slug=slug, effect=IN, expire_time=in_seconds(0.7)))
+    ends = in_seconds(2)
+    modify(front, user_id, pb.Override(slug=slug, effect=IN, expire_time=ends))
     modify(front, user_id, pb.Override(slug=slug, effect=IN))
-    time.sleep(1)  # past the end of the first
+    eventually(lambda: time.time() > ends.ToMicroseconds() / 1e6 + 0.1)
     assert slug in lists(front, user_id)
     assert [own.effect for own in modify(front, user_id, pb.Override(slug=slug, effect=OUT)).overrides] == [OUT]
 
@@ -191,11 +193,11 @@ def test_a_shard_that_an_operation_holds(front: FrontUnderTest, user_id: int, se
     request = pb.ModifyUserOverridesRequest(user_id=user_id, set=[pb.Override(slug=slug, effect=IN)])
     with front.installation.databases.shards[user_id % 4].begin() as holder:
         holder.execute(sa.select(sa.func.pg_advisory_xact_lock(SHARD_LOCK)))
-        refusal = refused(lambda: front.memberships.ModifyUserOverrides(request, timeout=seconds))
+        refusal = refused_in_time(lambda: front.memberships.ModifyUserOverrides(request, timeout=seconds))
     assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "SHARD_UNAVAILABLE")
     assert refusal.retry_after_s
     assert slug not in lists(front, user_id)
-    assert slug in front.memberships.ModifyUserOverrides(request, timeout=seconds).user_segments.slugs
+    assert slug in front.memberships.ModifyUserOverrides(request, timeout=10).user_segments.slugs
 
 
 def test_a_user_who_is_being_changed(front: FrontUnderTest, user_id: int) -> None:
@@ -205,7 +207,7 @@ def test_a_user_who_is_being_changed(front: FrontUnderTest, user_id: int) -> Non
 
     with front.installation.databases.shards[user_id % 4].begin() as holder:
         holder.execute(sa.text("SELECT 1 FROM users WHERE id = :id FOR UPDATE"), {"id": user_id})
-        refusal = refused(lambda: front.memberships.ModifyUserOverrides(request, timeout=1.0))
+        refusal = refused_in_time(lambda: front.memberships.ModifyUserOverrides(request, timeout=1.0))
 
     assert (refusal.code, refusal.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
     assert refusal.metadata == {"user_id": str(user_id)}
@@ -214,7 +216,7 @@ def test_a_user_who_is_being_changed(front: FrontUnderTest, user_id: int) -> Non
     assert slug in front.memberships.ModifyUserOverrides(request, timeout=10).user_segments.slugs
 
 
-def test_users_who_are_not_there(front: FrontUnderTest) -> None:
+def test_unknown_users(front: FrontUnderTest) -> None:
     slug = front.create().slug
     for call in (
         lambda: modify(front, NOBODY, pb.Override(slug=slug, effect=IN)),
@@ -313,7 +315,7 @@ def test_reasons_of_a_frozen_rollout(front: FrontUnderTest, user_id: int) -> Non
     assert (kept.member, kept.reason) == (True, Answer.IN_ROLL_OUT)
 
 
-def test_explaining_what_is_not_there(front: FrontUnderTest, user_id: int) -> None:
+def test_explaining_unknown_users_and_segments(front: FrontUnderTest, user_id: int) -> None:
     for slug, reason in (("", "FIELD_REQUIRED"), ("No", "FIELD_INVALID"), (new_slug(), "SEGMENT_NOT_FOUND")):
         request = pb.CheckMembershipRequest(user_id=user_id, slug=slug)
         assert refused(lambda r=request: front.memberships.CheckMembership(r, timeout=10)).reason == reason

@@ -29,6 +29,9 @@ from tests.eventually import eventually
 
 TLS = Path(__file__).with_name("tls")
 
+YOUNG_S = 0.5
+"""The front's own is longer."""
+
 
 @pytest.fixture
 def kind(installation: Installation) -> str:
@@ -40,6 +43,7 @@ def get(front: FrontUnderTest, slug: str) -> pb.Segment:
 
 
 def test_several_processes_share_the_port(kind: str, installation: Installation, tmp_path: Path) -> None:
+    (tmp_path / "young-s").write_text(str(YOUNG_S))
     with running_front(kind, installation, tmp_path, front_processes="2") as front:
         eventually(front.serving)
         slug = front.create().slug
@@ -47,7 +51,8 @@ def test_several_processes_share_the_port(kind: str, installation: Installation,
         eventually(lambda: len(parent.children()) == 2)
 
         victim = parent.children()[0]
-        time.sleep(5.5)  # a child that fails sooner than this is not restarted
+        # A child that fails sooner is not restarted.
+        eventually(lambda: time.time() - victim.create_time() > YOUNG_S + 0.5)
         victim.kill()
         eventually(lambda: len(parent.children()) == 2 and victim not in parent.children())
         # The client's connection may have belonged to the victim; a new one goes to a living process.
@@ -64,14 +69,14 @@ def test_children_do_not_outlive_their_parent(kind: str, installation: Installat
         eventually(lambda: len(parent.children()) == 2)
         children = parent.children()
         parent.kill()
-        parent.wait(5)
-    gone, alive = psutil.wait_procs(children, timeout=10)
+        parent.wait(20)
+    gone, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
     assert len(gone) == 2
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_port_in_use_is_said(kind: str, installation: Installation, tmp_path: Path, processes: str) -> None:
+def test_a_port_in_use_is_reported(kind: str, installation: Installation, tmp_path: Path, processes: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = subprocess.run(
@@ -79,7 +84,7 @@ def test_a_port_in_use_is_said(kind: str, installation: Installation, tmp_path: 
             env=environment_of(kind, installation, tmp_path, grpc_address=address, front_processes=processes),
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
 
@@ -110,12 +115,11 @@ def test_calls_that_wait_are_answered_before_the_front_stops(
             return bool(state == "QUEUED")
 
         eventually(queued)
-        begun = time.monotonic()
         os.kill(front.process.pid, signal.SIGTERM)
-        operation = waiting.result(timeout=10)
+        # At once: when its deadline has passed, the operation is aborted and so done.
+        operation = waiting.result(timeout=20)
         assert not operation.done
-        assert creation.result(timeout=10).reason == "OPERATION_QUEUE_BUSY"
-        assert time.monotonic() - begun < 5
+        assert creation.result(timeout=20).reason == "OPERATION_QUEUE_BUSY"
         hold.unlink()
         assert front.process.wait(timeout=20) == 0
 

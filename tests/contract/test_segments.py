@@ -204,7 +204,7 @@ def test_a_rollout_or_deletion_with_a_stale_etag_is_refused(front: FrontUnderTes
         assert (refusal.code, refusal.reason) == (StatusCode.ABORTED, "ETAG_MISMATCH")
 
 
-def test_an_etag_that_nobody_gave(front: FrontUnderTest) -> None:
+def test_an_etag_that_was_never_issued(front: FrontUnderTest) -> None:
     slug = front.create().slug
     refusal = refused(lambda: update(front, slug=slug, display_name="x", etag="no\0etag"))
     assert (refusal.reason, list(refusal.violations)) == ("FIELD_INVALID", ["segment.etag"])

@@ -56,7 +56,7 @@ def test_preview_and_operation_name_them(front: FrontUnderTest, condition: str, 
 @pytest.mark.parametrize(
     ("name", "nearest"), [("contry", "country"), ("Country", "country"), ("rarename", "rare_name"), ("qqqqq", None)]
 )
-def test_the_nearest_names_are_told(front: FrontUnderTest, name: str, nearest: str | None) -> None:
+def test_the_nearest_names_are_in_the_message(front: FrontUnderTest, name: str, nearest: str | None) -> None:
     request = pb.PreviewRollOutRequest(
         slug=front.create().slug, rule={"percent": 100, "condition": f"has(user.{name})"}
     )
@@ -66,7 +66,7 @@ def test_the_nearest_names_are_told(front: FrontUnderTest, name: str, nearest: s
 
 
 @pytest.mark.usefixtures("users")
-def test_it_is_said_of_the_moment(front: FrontUnderTest) -> None:
+def test_unknown_attributes_are_those_of_the_moment(front: FrontUnderTest) -> None:
     slug = front.create().slug
     rule = {"percent": 100, "condition": "user.later == 1"}
     request = pb.PreviewRollOutRequest(slug=slug, rule=rule)

@@ -59,7 +59,7 @@ def segment(stack: LocalStack, segsvc: Segsvc) -> Iterator[None]:
     segsvc("segments", "delete", SLUG, "--yes")
 
 
-def test_the_doctor_finds_everything_well(segsvc: Segsvc) -> None:
+def test_the_doctor_finds_nothing_wrong(segsvc: Segsvc) -> None:
     results = shown(segsvc, "doctor")
     assert [result["name"] for result in results if not result["ok"]] == []
     assert {"bridge", "Flower", "workers", "front"} <= {result["name"] for result in results}

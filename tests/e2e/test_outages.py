@@ -174,7 +174,7 @@ def _fails(call: Callable[[], object]) -> bool:
     return False
 
 
-def test_only_the_warmer_gives_way_to_the_others(stack: LocalStack) -> None:
+def test_only_the_warmer_gives_way_to_other_processes(stack: LocalStack) -> None:
     nice = {part.name: psutil.Process(part.pid).nice() for part in stack.status() if part.pid is not None}
     [warmer] = [name for name in nice if name == "worker-warming"]
     assert nice.pop(warmer) > max(nice.values())

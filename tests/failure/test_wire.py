@@ -41,7 +41,7 @@ def test_messages_are_found_in_pieces_of_any_size(size: int) -> None:
     assert in_pieces(redis.requests, b"".join(PUSH), size) == PUSH
 
 
-def test_what_a_reply_says() -> None:
+def test_the_words_of_a_reply() -> None:
     assert (tag(COMPLETE), tag(ERROR)) == ("PREPARE TRANSACTION", None)
     assert (sqlstate(ERROR), sqlstate(COMPLETE)) == ("42704", None)
 

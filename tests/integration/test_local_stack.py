@@ -117,7 +117,7 @@ def test_up_status_restart_and_down(home: Path) -> None:
     assert (home / "logs" / "migrate.log").read_text().strip() == settings.catalog_dsn
 
     log = stack.supervisor.log_of("serve")
-    assert wait_until(lambda: log.read_text() == f"{home / 'stack.env'}\n", timeout_s=5)
+    assert wait_until(lambda: log.read_text() == f"{home / 'stack.env'}\n", timeout_s=30)
 
     # Another command finds the stack, changes nothing, and reads the same settings.
     pids = [part.pid for part in stack.status()]

@@ -112,7 +112,7 @@ def test_the_migrations_make_the_declared_schema(
         assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
 
 
-def test_the_comparison_sees_what_it_is_for(settings: Settings) -> None:
+def test_the_comparison_sees_each_kind_of_difference(settings: Settings) -> None:
     migrate(settings)
     before = {name: rows(settings.catalog_dsn, query) for name, query in CATALOGUE_QUERIES.items()}
 

@@ -308,7 +308,9 @@ def test_after_a_copy_that_was_killed_the_shard_is_opened_again(
     moving.copy(installation.settings, MOVED, new_dsn)
 
 
-def test_settling_refuses_what_is_not_the_other_half(installation: Moving, second_server: PostgresServer) -> None:
+def test_settling_refuses_a_database_that_is_not_the_other_half(
+    installation: Moving, second_server: PostgresServer
+) -> None:
     old_dsn, new_dsn = installation.dsns[MOVED], new_database(second_server, "half")
     settings = installation.settings
 

@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_schedule(world: type[World | CacheWorld]) 
     assert fingerprint(7) != fingerprint(8)
 
 
-def test_what_happens_without_faults_is_not_nothing() -> None:
+def test_runs_without_faults_read_and_hit() -> None:
     world = CacheWorld(3)
     world.scheduler.faults = False
     world.run()

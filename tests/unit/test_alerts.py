@@ -69,7 +69,7 @@ def test_the_rules_are_read(promtool: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_first_failure_of_a_method_is_told(promtool: str, tmp_path: Path) -> None:
+def test_the_first_failure_of_a_method_is_reported(promtool: str, tmp_path: Path) -> None:
     name = f'segsvc_rpcs_total{{code="INTERNAL",method="{METHOD}"}}'
     quiet = [series(name, "0x40")]
     once = [series(name, "0x10 1x30")]
@@ -81,7 +81,7 @@ def test_the_first_failure_of_a_method_is_told(promtool: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("role", ["operations", "events", "warming", "bridge"])
-def test_a_role_that_nobody_has_is_told(promtool: str, tmp_path: Path, role: str) -> None:
+def test_a_role_without_a_process_is_reported(promtool: str, tmp_path: Path, role: str) -> None:
     there = [item for item in NOBODY if f'"{role}"' not in item["series"]]
     assert fires(promtool, tmp_path, "SegsvcNobodyWorks", NOBODY, "10m") == []
     # The process is gone after a minute, and its series with it.
@@ -89,7 +89,7 @@ def test_a_role_that_nobody_has_is_told(promtool: str, tmp_path: Path, role: str
     assert [labels["role"] for labels in fires(promtool, tmp_path, "SegsvcNobodyWorks", gone, "10m")] == [role]
 
 
-def test_one_of_several_that_vanishes_is_told(promtool: str, tmp_path: Path) -> None:
+def test_one_vanished_process_of_several_is_reported(promtool: str, tmp_path: Path) -> None:
     workers = [series(f'segsvc_build_info{{role="events",instance="{name}"}}', "1x400") for name in "ab"]
     assert fires(promtool, tmp_path, "SegsvcFewerProcesses", workers, "80m") == []
     workers[1]["values"] = "1x260 stale"
@@ -97,7 +97,7 @@ def test_one_of_several_that_vanishes_is_told(promtool: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("job", "alert"), [("front", "SegsvcFrontDown"), ("worker", "SegsvcWorkerDown")])
-def test_what_does_not_answer_is_told(promtool: str, tmp_path: Path, job: str, alert: str) -> None:
+def test_a_process_without_an_answer_is_reported(promtool: str, tmp_path: Path, job: str, alert: str) -> None:
     up = [series(f'up{{job="segsvc-{job}",instance="x"}}', "1x60")]
     assert fires(promtool, tmp_path, alert, up, "10m") == []
     assert len(fires(promtool, tmp_path, alert, [{**up[0], "values": "1x4 0x60"}], "10m")) == 1
@@ -105,7 +105,7 @@ def test_what_does_not_answer_is_told(promtool: str, tmp_path: Path, job: str, a
         assert len(fires(promtool, tmp_path, alert, [{**up[0], "values": "1x4 stale"}], "10m")) == 1
 
 
-def test_recovery_that_is_not_there_is_told(promtool: str, tmp_path: Path) -> None:
+def test_missing_recovery_is_reported(promtool: str, tmp_path: Path) -> None:
     # The evaluation begins at time 0.
     runs = [series("segsvc_recovery_timestamp_seconds", "0+15x60")]
     assert fires(promtool, tmp_path, "SegsvcRecoveryStopped", runs, "10m") == []
@@ -133,7 +133,7 @@ def test_one_full_or_lost_cache_server_of_several_is_told_by_name(promtool: str,
     assert lost["server"] == "b"
 
 
-def test_a_full_cache_is_told(promtool: str, tmp_path: Path) -> None:
+def test_a_full_cache_is_reported(promtool: str, tmp_path: Path) -> None:
     limit = series('segsvc_cache_memory_bytes{what="limit"}', "100x200")
     for used, told in ((90, 0), (110, 1)):
         inputs = [limit, series('segsvc_cache_memory_bytes{what="used"}', f"{used}x200")]

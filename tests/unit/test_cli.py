@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from segsvc.cli.doctor.storage import skew_items
 from segsvc.config import BESIDE_THE_SETTINGS, Settings, descriptions
 from segsvc.domain.errors import LockTimeout, segment_not_found
 from segsvc.services.check.report import Kind, Report
+from tests.eventually import quick
 from tests.local_servers import REPOSITORY
 
 HEAVY = ("grpc", "sqlalchemy", "celery", "redis", "kafka", "numpy", "pydantic", "alembic", "structlog")
@@ -90,7 +90,7 @@ SHOWING = (
 
 
 @pytest.mark.parametrize("path", [path for path in ALL if path[0] in SHOWING], ids=" ".join)
-def test_what_shows_something_can_show_json(path: tuple[str, ...]) -> None:
+def test_commands_that_show_something_can_show_json(path: tuple[str, ...]) -> None:
     assert "--json" in [name for option in ALL[path].params for name in option.opts]
 
 
@@ -184,7 +184,7 @@ def test_settings_that_cannot_be_read_are_said(runner: CliRunner, tmp_path: Path
         assert (result.exit_code, result.stdout, result.stderr) == (2, "", said + "\n")
 
 
-def test_an_unknown_setting_is_told_with_the_nearest_one(runner: CliRunner, tmp_path: Path) -> None:
+def test_an_unknown_setting_is_reported_with_the_nearest_one(runner: CliRunner, tmp_path: Path) -> None:
     file = tmp_path / "settings"
     file.write_text("SEGSVC_LOG_LEVL=DEBUG\nOTHER=1\n")
     secrets = tmp_path / "secrets"
@@ -251,7 +251,7 @@ def test_config_shows_every_variable_that_the_code_reads(runner: CliRunner) -> N
         assert variable in runner.invoke(app, ["config"]).stdout
 
 
-def test_what_cannot_be_written_is_said(runner: CliRunner) -> None:
+def test_a_failed_write_is_reported(runner: CliRunner) -> None:
     program = [sys.executable, "-m", "segsvc", "config"]
     for more in ([], ["--json"]):
         with Path("/dev/full").open("w") as full:
@@ -280,7 +280,7 @@ def test_brokers_out_of_reach_are_said_in_a_line(runner: CliRunner) -> None:
     assert result.stderr == "Kafka at 127.0.0.1:1: KafkaTimeoutError; nothing was lost, try again\n"
 
 
-def test_an_unreachable_front_is_said_and_ends_with_1(runner: CliRunner) -> None:
+def test_an_unreachable_front_is_reported_with_exit_code_1(runner: CliRunner) -> None:
     result = runner.invoke(app, ["segments", "list"], env={"SEGSVC_GRPC_ADDRESS": "127.0.0.1:1"})
     assert result.exit_code == 1
     assert result.stderr == (
@@ -322,7 +322,7 @@ def test_databases_that_are_not_set_up_are_refused(runner: CliRunner, command: s
     )
 
 
-def test_flower_gets_its_password_where_nobody_else_can_read_it() -> None:
+def test_flower_gets_its_password_where_no_other_user_can_read_it() -> None:
     settings = make_settings(flower_password="p:w", flower_address="[::1]:5555", flower_db="/x/flower.db")
     assert flower_environment(settings) == {
         "FLOWER_BASIC_AUTH": "segsvc:p:w",
@@ -392,7 +392,7 @@ def test_the_doctor_speaks_in_sentences(runner: CliRunner, monkeypatch: pytest.M
     ]
 
 
-def test_uneven_shards_are_told_once_there_are_users_enough() -> None:
+def test_uneven_shards_are_reported_once_there_are_enough_users() -> None:
     assert [item.remedy for item in skew_items([0, 400, 0, 0])] == [""]
     assert [item.remedy for item in skew_items([10_000, 10_100, 9_900, 11_900])] == [""]
     [item] = skew_items([10_000, 10_000, 10_000, 20_000])
@@ -405,8 +405,9 @@ def test_texts_of_users_cannot_rewrite_the_terminal() -> None:
 
 
 def test_a_bar_shows_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    started = time.monotonic()
-    with bar("working") as shown:
-        shown.to(1, 2, "half")
-    assert time.monotonic() - started < 0.9
+    def work() -> None:
+        with bar("working") as shown:
+            shown.to(1, 2, "half")
+
+    quick(work, within_s=0.9)  # it does not wait for the second after which a bar appears
     assert capsys.readouterr() == ("", "")

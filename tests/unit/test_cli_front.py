@@ -213,7 +213,7 @@ def test_a_rollout_asks_on_a_terminal_only(front: CannedFront, monkeypatch: pyte
         assert rollouts(front) - before == (code == 0)
 
 
-def test_a_name_that_no_user_has_is_told_with_the_nearest(front: CannedFront) -> None:
+def test_an_unknown_attribute_is_reported_with_the_nearest_name(front: CannedFront) -> None:
     counts = segments_pb2.PreviewRollOutResponse(unknown_attributes=["contry", "zzz"])
 
     def answer(_request: Any, context: grpc.ServicerContext) -> segments_pb2.PreviewRollOutResponse:
@@ -345,7 +345,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_whoever_leaves_an_operation_is_told_how_to_find_it_again(front: CannedFront) -> None:
+def test_a_wait_that_is_given_up_says_how_to_find_the_operation(front: CannedFront) -> None:
     roll_out(front, operation(done=True))
     for interruption in (
         refuse(grpc.StatusCode.UNAVAILABLE, "CATALOG_UNAVAILABLE", "the catalog cannot be reached"),

@@ -158,7 +158,7 @@ def test_a_database_is_ready_when_it_is_there_to_stay(services: dict[str, Any]) 
         assert "--host=127.0.0.1" in services[name]["healthcheck"]["test"][1]
 
 
-def test_what_ends_may_end(services: dict[str, Any]) -> None:
+def test_containers_have_time_to_end(services: dict[str, Any]) -> None:
     defaults = Settings(_env_file=None, shard_dsns=())
     for name in OURS - {"migrate"}:
         assert int(services[name]["stop_grace_period"].removesuffix("s")) >= 2 * defaults.statement_timeout_s
@@ -183,7 +183,7 @@ def test_the_topics_are_all_made() -> None:
     assert "create segment-events 1" in script
 
 
-def test_the_image_is_nobodys_and_holds_no_secret() -> None:
+def test_the_image_runs_without_root_and_holds_no_secret() -> None:
     lines = (DOCKER / "Dockerfile").read_text().splitlines()
     users = [line for line in lines if line.startswith("USER ")]
     assert users == ["USER 10001:10001"]

@@ -68,7 +68,7 @@ def test_conditions_that_are_too_dear_together() -> None:
     assert refusal_of(7, Rule(1000, "c2"), cost(9), others, LIMITS) is None
 
 
-def test_what_makes_nothing_dearer_is_never_refused() -> None:
+def test_a_rule_that_costs_no_more_is_never_refused() -> None:
     over = [live(1, "dear", cost(50)), live(2, "cheap", cost(5))]
     assert refusal_of(1, Rule(0, "dear"), cost(50), over, LIMITS) is None
     assert refusal_of(1, Rule(1000, "other"), cost(9), over, LIMITS) is None

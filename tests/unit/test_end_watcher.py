@@ -53,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("failure", [catalog_unavailable(), RuntimeError("a fault of ours")])
-def test_who_waits_hears_of_the_end_after_a_failure(failure: Exception) -> None:
+def test_waiting_calls_learn_of_the_end_after_a_failure(failure: Exception) -> None:
     store = Store(failure)
     watcher = OperationEndWatcher(store)
 
@@ -61,7 +61,7 @@ def test_who_waits_hears_of_the_end_after_a_failure(failure: Exception) -> None:
         one, other = uuid4(), uuid4()
         never: Any = watcher.watch(other)
         store.ended.append(one)
-        assert watcher.watch(one).result(timeout=5).id == one
+        assert watcher.watch(one).result(timeout=20).id == one
         assert not never.done()
     finally:
         watcher.close()
@@ -69,7 +69,7 @@ def test_who_waits_hears_of_the_end_after_a_failure(failure: Exception) -> None:
     assert never.cancelled()
 
 
-def test_what_is_told_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notified_end_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OperationEndWatcher, "_POLL_S", 60.0)
     store = Store()
     watcher = OperationEndWatcher(store)
@@ -80,12 +80,12 @@ def test_what_is_told_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     store.ended.append(operation)
     store.told.set()
 
-    assert future.result(timeout=5).id == operation
+    assert future.result(timeout=20).id == operation
     store.told.set()  # otherwise the watcher would wait for its minute
     watcher.close()
 
 
-def test_nobody_waits_nobody_looks() -> None:
+def test_without_waiting_calls_the_watcher_reads_nothing() -> None:
     store = Store()
     watcher = OperationEndWatcher(store)
     watcher.close()

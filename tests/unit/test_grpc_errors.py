@@ -46,7 +46,7 @@ def test_anything_else_is_internal_and_says_nothing() -> None:
     assert info_of(status).reason == "INTERNAL"
 
 
-def test_a_lock_that_was_not_to_be_had_means_try_again() -> None:
+def test_a_lock_timeout_means_try_again() -> None:
     status = status_of_exception(LockTimeout(), "/a.B/C")
     assert (status.code, info_of(status).reason) == (CODES["RESOURCE_EXHAUSTED"], "OVERLOADED")
 

@@ -38,7 +38,7 @@ async def settle(servicer: health.aio.HealthServicer, expected: tuple[bool, bool
         **dict.fromkeys(SHARD_SERVICES, expected[1]),
         WHOLE: expected[2],
     }
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while await statuses(servicer) != wanted:  # noqa: ASYNC110  # nothing reports the change
             await asyncio.sleep(0.005)
 

@@ -239,7 +239,7 @@ def test_a_length_that_is_none(length: int) -> None:
     assert error.value.through is None
 
 
-def test_any_damage_is_told_and_never_raised() -> None:
+def test_any_damage_is_reported_and_never_raised() -> None:
     """Random bytes in a batch with a valid checksum: each offset is read or reported as damaged; nothing is raised."""
     luck = random.Random(20)
     for round_ in range(600):

@@ -107,7 +107,7 @@ def lost(first: int, end: int | None, reason: str) -> EventLoss:
         (12, 12, known(12), "a", 20, None),
     ],
 )
-def test_what_is_lost_where_a_position_is_set_anew(
+def test_the_loss_where_a_position_is_reset(
     before: int | None, to: int, remembered: EventPosition | None, topic_id: str, end: int, loss: EventLoss | None
 ) -> None:
     assert loss_of(Reset(WHERE, before, to), remembered, topic_id, end) == loss

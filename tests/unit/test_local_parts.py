@@ -133,7 +133,7 @@ def test_what_was_logged_before_is_not_shown(tmp_path: Path) -> None:
     assert "the life before" not in str(caught.value)
 
 
-def test_ended_by_itself_and_stopped_are_told_apart(tmp_path: Path) -> None:
+def test_ended_by_itself_and_stopped_are_distinguished(tmp_path: Path) -> None:
     daemon = Daemon("d", tmp_path, log=tmp_path / "log")
     assert not daemon.died
     daemon.spawn([PYTHON, "-c", "import signal; signal.pause()"])
@@ -169,7 +169,7 @@ def test_free_ports_differ_and_avoid_what_is_taken() -> None:
     assert port not in found
 
 
-def test_a_reserved_port_is_offered_to_nobody_else() -> None:
+def test_a_reserved_port_is_offered_to_no_other_caller() -> None:
     with contextlib.ExitStack() as reserved:
         [port] = free_ports(1, reserved=reserved)
         with contextlib.ExitStack() as others:
@@ -325,7 +325,7 @@ def test_a_failed_fetch_leaves_no_jars(tmp_path: Path, monkeypatch: pytest.Monke
     assert list((tmp_path / "build").iterdir()) == []
 
 
-def test_jars_of_another_version_are_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jars_of_another_version_are_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maven = tmp_path / "mvn"
     maven.write_text('#!/bin/sh\nfor word; do case $word in -DoutputDirectory=*) mkdir "${word#*=}";; esac; done\n')
     maven.chmod(0o755)

@@ -30,7 +30,7 @@ def test_the_pace_follows_what_was_measured() -> None:
         (WAIT_MAX_S + 1, 0.5, 3600.0, False),
     ],
 )
-def test_who_is_let_in(wait_s: float, usual_s: float, left_s: float | None, let_in: bool) -> None:
+def test_which_work_is_let_in(wait_s: float, usual_s: float, left_s: float | None, let_in: bool) -> None:
     assert fits(wait_s, usual_s, left_s) is let_in
 
 

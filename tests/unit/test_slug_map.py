@@ -42,7 +42,7 @@ def test_many_threads_load_once() -> None:
 
     def load(shard: int) -> dict[int, str]:
         loads.append(shard)
-        gate.wait(5)
+        gate.wait(20)
         return {1: "one"}
 
     slugs = SlugMap(load)
@@ -51,7 +51,7 @@ def test_many_threads_load_once() -> None:
         thread.start()
     gate.set()
     for thread in threads:
-        thread.join(5)
+        thread.join(20)
 
     assert loads == [0]
 
@@ -71,7 +71,7 @@ def test_shard_that_hangs_keeps_no_other_from_being_learnt() -> None:
         assert slugs.learn(1, [2]) == set()
     finally:
         gate.set()
-        hanging.join(5)
+        hanging.join(20)
 
 
 def test_segment_deleted_between_read_and_name_leads_to_a_new_read() -> None:

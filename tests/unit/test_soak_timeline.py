@@ -39,7 +39,7 @@ def test_what_was_aborted_was_never_true() -> None:
     assert judge.wrong(7, frozenset({"a"}), 11.0, 12.0)
 
 
-def test_a_user_who_left_is_not_found_and_one_who_is_there_is() -> None:
+def test_a_deleted_user_is_not_found_and_a_present_one_is() -> None:
     judge = history(Timeline(NOBODY))
     assert judge.wrong(7, None, 1.0, 2.0)
     leaving = judge.users[7].begin(ABSENT, 3.0)

@@ -26,7 +26,7 @@ def test_a_task_of_another_installation_is_refused_and_its_queues_are_left_alone
     assert f"{workplace.prefix}_kombu.binding.operations" in names
 
 
-def test_doctor_names_who_shares_the_broker_and_workers_that_do_nothing(workplace: Workplace) -> None:
+def test_the_doctor_names_other_installations_on_the_broker_and_idle_workers(workplace: Workplace) -> None:
     run = workplace.run_inside
     workplace.client.sadd("segsvc:local-07be4000:_kombu.binding.operations", b"x")
     assert "the installation local-07be4000 uses this server too" in run(running.broker)

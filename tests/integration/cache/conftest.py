@@ -22,6 +22,7 @@ from tests.integration.cache.lane_front import LANES, Lane, Start
 from tests.integration.cache.watched import Watched
 
 SHARDS = 2
+CACHE_TIMEOUT_S = 0.5
 
 
 class World:
@@ -32,7 +33,7 @@ class World:
         self.settings = installation.settings
         self.server = server
 
-        self.client = CacheClient(server.url, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=86_400)
+        self.client = CacheClient(server.url, find_keys=lambda: KEYS, timeout_s=CACHE_TIMEOUT_S, ttl_s=86_400)
         self.reader = CacheReader(self.client, SHARDS)
 
         self.databases = Databases(self.settings, "test", Pool(4, self.settings.read_timeout_s))

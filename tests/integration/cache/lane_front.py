@@ -46,6 +46,19 @@ class RefusedError(Exception):
                 self.retry_s = retry.retry_delay.ToTimedelta().total_seconds()
 
 
+def refusal_in_time(call: Callable[[], object]) -> RefusedError:
+    """The refusal of a call with a short deadline, with its reason: if the client gave up first, call again."""
+    for _ in range(10):
+        try:
+            answer = call()
+        except RefusedError as error:
+            if error.reason:
+                return error
+        else:
+            raise AssertionError(f"the call was not refused: {answer}")
+    raise AssertionError("the client gave up first, 10 times")
+
+
 class Answer(Protocol):
     """The outcome of a call that was sent."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from segsvc.cache.warm_notes import WarmNotes
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, Entry, Sweep
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
-from tests.eventually import eventually
+from tests.eventually import eventually, seconds_of
 from tests.installation import KEYS
-from tests.integration.cache.conftest import World
+from tests.integration.cache.conftest import CACHE_TIMEOUT_S, World
 
 USER = 4
 SHARD = 0
@@ -100,10 +99,10 @@ def test_server_that_is_down_and_back(own_world: World) -> None:
             return False
         return True
 
-    eventually(back, within_s=2)
+    eventually(back)
 
 
-def test_server_that_hangs_costs_one_caller_its_timeout_and_the_others_nothing(own_world: World) -> None:
+def test_a_hung_server_costs_one_caller_its_timeout_and_other_callers_nothing(own_world: World) -> None:
     client = own_world.client
     client.acquire(SHARD, [USER])
     own_world.server.pause()
@@ -111,13 +110,12 @@ def test_server_that_hangs_costs_one_caller_its_timeout_and_the_others_nothing(o
     with pytest.raises(ServiceError):
         client.acquire(SHARD, [USER])
 
-    begun = time.monotonic()
-    refused = 0
-    while time.monotonic() - begun < 0.08:
+    def refused_at_once() -> None:
         with pytest.raises(ServiceError):
             client.acquire(SHARD, [USER])
-        refused += 1
-    assert refused >= 5
+
+    took = sorted(seconds_of(refused_at_once) for _ in range(40))
+    assert took[20] < CACHE_TIMEOUT_S, took
 
     own_world.server.resume()
 
@@ -128,7 +126,7 @@ def test_server_that_hangs_costs_one_caller_its_timeout_and_the_others_nothing(o
             return False
         return True
 
-    eventually(back, within_s=2)
+    eventually(back)
 
 
 def test_wrong_password_is_an_outage(cache_server: RedisServer) -> None:

@@ -32,13 +32,13 @@ def test_pieces_are_the_whole(world: World, filled: list[int], size: int) -> Non
     assert [entry is not None for entry in found] == [n % 3 == 0 for n in range(USERS)]
 
 
-def test_nobody_is_a_piece_of_its_own(world: World, filled: list[int]) -> None:
+def test_no_users_give_no_piece(world: World, filled: list[int]) -> None:
     assert list(world.reader.lookups([], 10)) == []
     assert world.reader.lookup([]) == []
     assert world.reader.connected
 
 
-def test_what_is_not_taken_is_nobody_elses_answer(world: World, filled: list[int]) -> None:
+def test_a_piece_that_is_not_taken_answers_no_other_lookup(world: World, filled: list[int]) -> None:
     with closing(world.reader.lookups(filled, 5)) as pieces:
         next(pieces)
     assert not world.reader.connected, "the connection still has replies for somebody who has left"

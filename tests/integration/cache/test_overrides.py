@@ -203,7 +203,7 @@ class Stuck(FailsAt):
         return bool(rows)
 
 
-def test_who_is_stuck_cannot_commit_when_the_block_has_ended(
+def test_a_stuck_call_cannot_commit_after_its_bar_has_ended(
     world: World, alpha: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert overrides.STUCK_MAX_S * 1000 <= scripts.BAR_MS / 2

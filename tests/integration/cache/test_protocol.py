@@ -177,7 +177,7 @@ def test_lease_is_given_back_only_by_its_owner(world: World) -> None:
 # -- changes of one user --------------------------------------------------------------------------------------------
 
 
-def test_barred_user_is_a_miss_that_nobody_fills(filled: World) -> None:
+def test_a_barred_user_is_a_miss_and_is_not_filled(filled: World) -> None:
     filled.client.bar(SHARD, USER)
     assert filled.cached(USER) == [None]
     assert filled.client.acquire(SHARD, [USER]).user_ids == frozenset()

@@ -11,7 +11,7 @@ from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.membership import NEVER_US, LoadedUser
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.shard.memberships import PostgresMemberships
-from tests.eventually import eventually
+from tests.eventually import eventually, quick
 from tests.integration.cache.conftest import SHARDS, World
 
 INCLUDE, EXCLUDE = 1, 2
@@ -75,8 +75,8 @@ def test_override_ends_by_the_clock_alone(world: World) -> None:
     world.add_users(4)
     included = world.add_segment("included")
     excluded = world.add_segment("excluded", [4])
-    world.override(4, included, INCLUDE, 0.6)
-    world.override(4, excluded, EXCLUDE, 0.6)
+    world.override(4, included, INCLUDE, 2)
+    world.override(4, excluded, EXCLUDE, 2)
     assert segments(world, 4) == {included}
     eventually(lambda: segments(world, 4) == {excluded})
     assert load(world, 4).valid_until_us == NEVER_US
@@ -94,11 +94,13 @@ def test_deadline_bounds_the_statement(world: World) -> None:
     world.add_users(4)
     with world.databases.shards[0].begin() as blocker:
         blocker.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
-        begun = time.monotonic()
-        with pytest.raises(ServiceError) as error:
-            world.memberships.load(0, [4], timeout_s=0.1)
-    assert error.value.reason is Reason.DEADLINE_EXCEEDED
-    assert time.monotonic() - begun < 1.5
+
+        def load_late() -> None:
+            with pytest.raises(ServiceError) as error:
+                world.memberships.load(0, [4], timeout_s=0.1)
+            assert error.value.reason is Reason.DEADLINE_EXCEEDED
+
+        quick(load_late, within_s=1.5)  # the session's bound is 2 s
 
 
 def test_block_is_what_its_users_are(world: World) -> None:
@@ -146,7 +148,7 @@ def test_one_warmer_a_shard(world: World) -> None:
         assert again is not None
 
 
-def test_warmer_that_died_keeps_nobody_out(world: World) -> None:
+def test_a_dead_warmer_keeps_no_other_warmer_out(world: World) -> None:
     def run_into_a_restart() -> None:
         with world.memberships.warm_session(0) as session:
             assert session is not None
@@ -164,7 +166,7 @@ def test_warmer_that_died_keeps_nobody_out(world: World) -> None:
         assert again is not None
 
 
-def test_shard_out_of_reach_is_said_so(world: World) -> None:
+def test_an_unreachable_shard_is_reported(world: World) -> None:
     settings = world.settings.model_copy(
         update={"shard_dsns": (world.settings.shard_dsns[0].replace("test_shard0", "no_such"),)}
     )

@@ -63,7 +63,7 @@ def test_replica_and_its_master_are_named(own_cache: RedisServer, replica: Redis
     assert findings(own_cache) == ["the cache's server has 1 replicas; it must have none"]
 
 
-def test_setting_that_may_not_be_read_is_said(own_cache: RedisServer) -> None:
+def test_an_unreadable_setting_is_reported(own_cache: RedisServer) -> None:
     with redis.Redis.from_url(own_cache.url) as client:
         client.acl_setuser("guest", enabled=True, passwords=["+secret"], categories=["+@all"], commands=["-config"])
     guest = own_cache.url.split("@")[1]

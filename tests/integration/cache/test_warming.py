@@ -38,7 +38,7 @@ def test_entries_are_what_a_miss_would_fill(world: World, watched: Watched) -> N
     assert not is_warm(world, [1]), "the other shard is another run's"
 
 
-def test_users_who_are_not_there_are_not_filled(world: World, watched: Watched) -> None:
+def test_unknown_users_are_not_filled(world: World, watched: Watched) -> None:
     world.add_users(20)
     world.installation.execute(0, "DELETE FROM users WHERE id = 4")
 

@@ -110,7 +110,7 @@ def test_a_prepared_transaction_without_a_reason_is_named(
         ("somebody-else's".replace("'", ""), None),
     ],
 )
-def test_a_prepared_transaction_of_nobody_is_named(
+def test_a_prepared_transaction_without_an_operation_is_named(
     world: World, service: Check, check_settings: Settings, gid: str, expected: str | None
 ) -> None:
     prepare(world, gid)

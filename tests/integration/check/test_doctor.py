@@ -25,7 +25,7 @@ from tests.integration.check.checking import ABSENT, ageless, finish, prepare
 from tests.integration.check.world import World
 
 
-def test_nothing_is_said_of_what_is_well(world: World, check_settings: Settings) -> None:
+def test_a_sound_installation_has_no_findings(world: World, check_settings: Settings) -> None:
     assert storage.databases(check_settings) == []
     assert doubt.in_doubt(check_settings) == []
     assert storage.cache(check_settings) == []
@@ -170,7 +170,7 @@ def test_an_operation_is_explained_when_nothing_is_prepared_any_more(world: Worl
     )
 
 
-def test_the_queue_is_told_of(world: World, check_settings: Settings) -> None:
+def test_the_queue_is_reported(world: World, check_settings: Settings) -> None:
     operation = begun(world, OperationState.QUEUED)
     world.on_catalog("UPDATE operations SET create_time = now() - interval '100 s' WHERE id = :id", id=operation)
     [item] = doubt.in_doubt(check_settings)
@@ -186,7 +186,9 @@ def test_the_queue_is_told_of(world: World, check_settings: Settings) -> None:
         ("backup", "it does not belong to this installation"),
     ],
 )
-def test_a_transaction_of_nobody_asks_for_a_person(world: World, check_settings: Settings, gid: str, said: str) -> None:
+def test_a_transaction_without_an_operation_asks_for_a_person(
+    world: World, check_settings: Settings, gid: str, said: str
+) -> None:
     prepare(world, gid)
     try:
         [item] = doubt.in_doubt(check_settings)
@@ -196,7 +198,7 @@ def test_a_transaction_of_nobody_asks_for_a_person(world: World, check_settings:
         finish(world, gid)
 
 
-def test_what_cannot_be_asked_hides_nothing_else(world: World, check_settings: Settings) -> None:
+def test_an_unreachable_server_hides_no_other_finding(world: World, check_settings: Settings) -> None:
     operation = begun(world, OperationState.PREPARING, age_s=0, voted=[1])
     gid = str(Gid("check", operation, 1))
     prepare(world, gid)
@@ -285,7 +287,7 @@ def test_many_servers_out_of_reach_are_waited_for_together(check_settings: Setti
         assert time.monotonic() - started < 16
 
 
-def test_commits_that_nobody_publishes_are_found(world: World, check_settings: Settings) -> None:
+def test_unpublished_commits_are_found(world: World, check_settings: Settings) -> None:
     settings = check_settings.model_copy(update={"kafka_stand_in": True})  # Kafka's groups are not queried
 
     with world.catalog.begin() as connection:

@@ -20,7 +20,7 @@ def seldom(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("seldom")
 @pytest.mark.parametrize("end", [OperationState.DONE, OperationState.ABORTED])
-def test_the_end_is_told(rig: Rig, end: OperationState) -> None:
+def test_the_end_is_notified(rig: Rig, end: OperationState) -> None:
     rig.create()
     operation = roll_out(rig, 30_000)
     future = rig.watcher.watch(operation.id)
@@ -34,7 +34,7 @@ def test_the_end_is_told(rig: Rig, end: OperationState) -> None:
     else:
         rig.coordinator.abort(operation.id, Failure(Reason.OPERATION_ABORTED.text, "a test", {}))
 
-    assert future.result(timeout=3).state is end
+    assert future.result(timeout=20).state is end
 
 
 def test_a_connection_that_listened_goes_back_as_it_was(rig: Rig) -> None:

@@ -31,7 +31,7 @@ def exported(rig: Rig, slug: str = "checkout") -> list[int]:
     return found
 
 
-def test_who_is_a_member_all_the_time_is_exported(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constant_members_are_exported(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user is a member by an override at first, then by the rule as well, then by the rule alone."""
     segment_id = rig.create()
     roll_out(rig, 10_000)

@@ -133,7 +133,7 @@ def test_one_is_in_flight_and_the_queue_keeps_its_order(rig: Rig) -> None:
     assert [op.commit_seq for op in ended] == sorted((op.commit_seq or 0 for op in ended), reverse=True)
 
 
-def test_two_who_start_at_once_start_one(rig: Rig) -> None:
+def test_simultaneous_starts_start_one_operation(rig: Rig) -> None:
     rig.create()
     blocker = roll_out(rig, 1000)
     queued = [roll_out(rig, threshold) for threshold in (2000, 3000, 4000)]

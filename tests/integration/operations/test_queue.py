@@ -39,7 +39,7 @@ def replace(rig: Rig, threshold: int, request: RequestKey | None = None) -> Oper
     return rig.acceptance.roll_out("checkout", Rule(threshold), etag="", request=request, replace_queued=True)
 
 
-def test_a_flood_of_one_segment_is_refused_and_the_others_are_not(rig: Rig, limits: QueueLimits) -> None:
+def test_a_flood_of_one_segment_is_refused_and_other_segments_are_not(rig: Rig, limits: QueueLimits) -> None:
     rig.create()
     rig.create("other")
     in_flight, *waiting = [roll_out(rig, 1000 + n) for n in range(1 + limits.per_segment)]

@@ -41,7 +41,7 @@ def test_recovery_comes_again_for_an_operation_whose_row_is_held(rig: Rig) -> No
     assert rig.state(operation) is OperationState.ABORTED
 
 
-def test_who_stands_still_while_it_votes_loses_the_row(rig: Rig) -> None:
+def test_a_process_that_hangs_in_its_vote_loses_the_row(rig: Rig) -> None:
     rig.create()
     operation = roll_out(rig, 10_000)
     rig.messages.sent.clear()

@@ -77,7 +77,7 @@ def test_calls_gather_for_one_statement(make: Callable[..., ColdReads], world: F
     assert [step[2] for step in world.named("load")] == [(1,), (5, 9, 13)]
 
 
-def test_nobody_joins_a_load_whose_statement_has_been_sent(
+def test_no_read_joins_a_load_whose_statement_was_sent(
     make: Callable[..., ColdReads], world: FakeWorld, answers: Answers
 ) -> None:
     world.hold[1] = threading.Event()

@@ -101,13 +101,12 @@ def test_deadline_bounds_the_statement_and_ends_the_wait(
 ) -> None:
     world.hold[1] = threading.Event()
     cold = make()
-    now = time.monotonic()
-    cold.submit([1], now + 1.0, answers)
+    cold.submit([1], time.monotonic() + 30, answers)
     eventually(lambda: bool(world.named("load")))
 
     timeout_s = world.named("load")[0][3]
     assert isinstance(timeout_s, float)
-    assert 0 < timeout_s <= 1.0
+    assert 0 < timeout_s <= 30
 
     waiting, patient = Answers(), Answers()
     cold.submit([5], time.monotonic() + 0.05, waiting)
@@ -123,13 +122,11 @@ def test_deadline_bounds_the_statement_and_ends_the_wait(
 def test_shard_that_hangs_is_given_up(make: Callable[..., ColdReads], world: FakeWorld, answers: Answers) -> None:
     world.hold[1] = threading.Event()
     cold = make(stalled_s=0.2)
-    begun = time.monotonic()
     cold.submit([1], None, answers)
     eventually(lambda: bool(world.named("load")))
     cold.submit([5], None, answers)  # no thread is free for this one
     answers.wait(2)
     assert answers.reasons() == [Reason.SHARD_UNAVAILABLE] * 2
-    assert time.monotonic() - begun < 2
     world.hold[1].set()  # it answers after all
 
     def back() -> bool:
@@ -146,12 +143,10 @@ def test_reads_of_a_load_that_hangs_are_answered_in_their_time(
     make: Callable[..., ColdReads], world: FakeWorld, answers: Answers
 ) -> None:
     world.hold[1] = threading.Event()
-    cold = make(stalled_s=0.6)
-    begun = time.monotonic()
-    cold.submit([1], begun + 0.2, answers)
+    cold = make(stalled_s=2.0)
+    cold.submit([1], time.monotonic() + 0.2, answers)
     answers.wait(1)
-    assert answers.reasons() == [Reason.DEADLINE_EXCEEDED]
-    assert time.monotonic() - begun < 0.5
+    assert answers.reasons() == [Reason.DEADLINE_EXCEEDED]  # and not SHARD_UNAVAILABLE, after 2 s
     assert cold.waiting == 0
 
     # No read waits any more, and the shard is still found to be down.
@@ -175,7 +170,7 @@ def test_reads_of_a_load_that_hangs_are_answered_in_their_time(
     eventually(lambda: cold.waiting == 0)
 
 
-def test_whoever_tries_a_shard_that_is_down_is_told_so_in_time(
+def test_the_read_that_tries_a_shard_again_is_refused_in_time(
     make: Callable[..., ColdReads], world: FakeWorld, answers: Answers
 ) -> None:
     world.failures[1] = shard_unavailable(1)
