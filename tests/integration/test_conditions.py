@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, assume, given, settings
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, psycopg2
 
 from segsvc.conditions import Condition, parse_condition, tree
 from segsvc.domain.errors import ServiceError
@@ -74,9 +75,6 @@ KNOWN = [
     "!user.a.contains('\\000') && user.b != 'x\\000'",
 ]
 
-# Conditions as deep as CEL accepts them.
-DEEP = [parse_condition(deepest(wrap, "user.a < user.n")) for wrap in NESTED.values()]
-
 
 @pytest.fixture(scope="module")
 def connection(pg_server: PostgresServer) -> Iterator[sa.Connection]:
@@ -87,46 +85,71 @@ def connection(pg_server: PostgresServer) -> Iterator[sa.Connection]:
     engine.dispose()
 
 
-def by_sql(
-    connection: sa.Connection, conditions: Sequence[Condition], attributes: Sequence[str]
-) -> list[tuple[bool, ...]]:
+def users_of(attributes: sa.BindParameter[Any]) -> sa.TableValuedAlias:
+    """The users that are asked about, as rows."""
+    rows = sa.func.unnest(attributes.cast(ARRAY(JSONB))).table_valued(
+        sa.column("attributes", JSONB), with_ordinality="n"
+    )
+    return rows.render_derived(name="u")
+
+
+ATTRIBUTES = sa.bindparam("attributes", type_=ARRAY(sa.Text))
+
+
+def by_sql(conditions: Sequence[Condition]) -> sa.Select[Any]:
     """For each user, the result of each condition."""
+    rows = users_of(ATTRIBUTES)
     column = sa.column("attributes", JSONB)
-    rows = sa.func.unnest(sa.literal(attributes, ARRAY(sa.Text)).cast(ARRAY(JSONB))).table_valued(
-        sa.column("attributes", JSONB), with_ordinality="n"
-    )
-    rows = rows.render_derived(name="u")
     query = sa.select(*(condition_clause(each, column).label(f"c{n}") for n, each in enumerate(conditions)))
-    return [tuple(row) for row in connection.execute(query.select_from(rows).order_by(sa.column("n")))]
+    return query.select_from(rows).order_by(sa.column("n"))
 
 
-def by_columns(
-    connection: sa.Connection, conditions: Sequence[Condition], attributes: Sequence[str]
-) -> list[tuple[bool, ...]]:
+def by_columns(conditions: Sequence[Condition]) -> sa.Select[Any]:
     """The same results, by the query of batches of events."""
-    rows = sa.func.unnest(sa.literal(attributes, ARRAY(sa.Text)).cast(ARRAY(JSONB))).table_valued(
-        sa.column("attributes", JSONB), with_ordinality="n"
-    )
-    rows = rows.render_derived(name="u")
+    rows = users_of(ATTRIBUTES)
     found, clauses = clauses_over_columns(conditions, rows, [rows.c.n], sa.true())
     query = sa.select(*(each.label(f"c{n}") for n, each in enumerate(clauses)))
-    return [tuple(row) for row in connection.execute(query.select_from(found).order_by(found.c.n))]
+    return query.select_from(found).order_by(found.c.n)
 
 
-def agree(connection: sa.Connection, conditions: Sequence[Condition], found: Sequence[dict[str, Any]]) -> int:
+class Question:
+    """Conditions, and the statements that compute them, which are made once: that takes longer than to run them."""
+
+    def __init__(self, conditions: Sequence[Condition]) -> None:
+        self.conditions = conditions
+        self._statements = {
+            asked.__name__: asked(conditions).compile(dialect=psycopg2.dialect()) for asked in (by_sql, by_columns)
+        }
+
+    def answers(self, connection: sa.Connection, attributes: Sequence[str]) -> dict[str, list[list[bool]]]:
+        """By statement, for each user, the result of each condition."""
+        return {
+            name: [list(row) for row in connection.execute(statement, {"attributes": list(attributes)})]
+            for name, statement in self._statements.items()
+        }
+
+
+@cache
+def known() -> Question:
+    return Question([parse_condition(text) for text in KNOWN])
+
+
+@cache
+def deep() -> Question:
+    """Conditions as deep as CEL accepts them."""
+    return Question([parse_condition(deepest(wrap, "user.a < user.n")) for wrap in NESTED.values()])
+
+
+def agree(connection: sa.Connection, question: Question, found: Sequence[dict[str, Any]]) -> int:
     """Fail unless SQL and the runtime agree. Returns the number of compared pairs."""
     attributes = [stored(user) for user in found]
+    by_runtime = [[each.holds(json.loads(text)) for each in question.conditions] for text in attributes]
 
-    for asked in (by_sql, by_columns):
-        for text, answers in zip(attributes, asked(connection, conditions, attributes), strict=True):
-            user = json.loads(text)
-            assert list(answers) == [each.holds(user) for each in conditions], (
-                asked.__name__,
-                [each.text for each in conditions],
-                text,
-            )
+    for asked, by_statement in question.answers(connection, attributes).items():
+        for text, answers, expected in zip(attributes, by_statement, by_runtime, strict=True):
+            assert answers == expected, (asked, [each.text for each in question.conditions], text)
 
-    return len(conditions) * len(found)
+    return len(question.conditions) * len(found)
 
 
 def readable(candidates: Sequence[tree.Node]) -> list[Condition]:
@@ -150,7 +173,7 @@ def test_sql_agrees_with_the_runtime(
 ) -> None:
     conditions = readable(batch[0])
     assume(conditions)
-    agree(connection, conditions, batch[1])
+    agree(connection, Question(conditions), batch[1])
 
 
 @QUICK
@@ -158,13 +181,13 @@ def test_sql_agrees_with_the_runtime(
 def test_sql_agrees_with_the_runtime_where_it_is_known_to_be_hard(
     connection: sa.Connection, found: list[dict[str, Any]]
 ) -> None:
-    agree(connection, [parse_condition(text) for text in KNOWN], found)
+    agree(connection, known(), found)
 
 
 @settings(QUICK, max_examples=2)
 @given(found=st.lists(users, min_size=80, max_size=100))
 def test_sql_agrees_with_the_runtime_however_deep(connection: sa.Connection, found: list[dict[str, Any]]) -> None:
-    agree(connection, DEEP, found)
+    agree(connection, deep(), found)
 
 
 def test_numbers_beyond_those_that_doubles_count_one_by_one(connection: sa.Connection) -> None:
@@ -172,7 +195,7 @@ def test_numbers_beyond_those_that_doubles_count_one_by_one(connection: sa.Conne
     forms = ("user.a == {}", "user.a < {}", "user.a >= {}", "user.a in [{}, 'x']", "[user.a] == [{}]",
              "[user.a] in [[{}], []]", "[[user.a]] in [['x'], [[{}]]]", "[user.a, 1] in [[{}, user.b]]")  # fmt: skip
     conditions = [parse_condition(form.format(number)) for form in forms for number in numbers]
-    agree(connection, conditions, [{"a": one, "b": 1.0} for one in numbers])
+    agree(connection, Question(conditions), [{"a": one, "b": 1.0} for one in numbers])
 
 
 @pytest.mark.long
@@ -186,7 +209,7 @@ def test_a_million_pairs(connection: sa.Connection, capsys: pytest.CaptureFixtur
         nonlocal pairs
         conditions = readable(batch[0])
         assume(conditions)
-        pairs += agree(connection, conditions, [*batch[1], *more])
+        pairs += agree(connection, Question(conditions), [*batch[1], *more])
 
     while pairs < wanted:
         compare()
