@@ -64,6 +64,20 @@ def make_environment(folder: Path, *what: str) -> Path:
     return python
 
 
+def share_bytecode(made: Path, new: Path) -> None:
+    """Copy the compiled modules of the environment of the Python ``made`` into that of ``new``, for equal files.
+
+    uv links the files of a package from its cache, so both environments have the same ones. To compile them all takes
+    longer than to install them. Python itself compiles again what does not fit.
+    """
+    source, target = (next(python.parent.parent.glob("lib/*/site-packages")) for python in (made, new))
+    for compiled in source.rglob("*.pyc"):
+        place = target / compiled.relative_to(source)
+        if place.parent.parent.is_dir() and not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            os.link(compiled, place)
+
+
 def build(folder: Path, source: Path) -> tuple[Path, Path]:
     """Build a source distribution and from it a wheel, offline, with the installed setuptools. Returns both files."""
     backend = "import sys, setuptools.build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"

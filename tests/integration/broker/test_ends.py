@@ -95,7 +95,7 @@ def test_a_worker_with_a_hung_loop_ends(workplace: Workplace, monkeypatch: pytes
 
     stand = workplace.folder / "stand"
     monkeypatch.setenv("STAND", str(stand))
-    worker = workplace.worker(code=HASTY + blocks)
+    worker = workplace.worker(code=HASTY + "watchdog.STILL_MAX_S = 4.0\n" + blocks)
     stand.touch()
 
     assert worker.wait(60) == 70

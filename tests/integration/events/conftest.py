@@ -17,6 +17,7 @@ from segsvc.local.postgres import PostgresServer
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.shard.user_transaction import PostgresUserStore
+from segsvc.services import ingestion
 from segsvc.services.ingestion import Ingestion
 from tests.installation import create_databases
 
@@ -85,6 +86,12 @@ class Shards:
                 connection.execute(sa.update(tables.shard_state).values(next_slot=0, user_count=0))
         self.cache.dropped.clear()
         self.cache.down = False
+
+
+@pytest.fixture(autouse=True)
+def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that this process applies may take long: otherwise a busy machine would make its bound pass."""
+    monkeypatch.setattr(ingestion, "BATCH_S", 60.0)
 
 
 MakeShards = Callable[..., Shards]

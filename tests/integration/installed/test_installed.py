@@ -23,7 +23,7 @@ from typer.main import get_command
 
 from segsvc.cli.app import app
 from segsvc.local.processes import free_ports, wait_until
-from tests.environments import Environment, build, copy_of_what_git_knows, make_environment
+from tests.environments import Environment, build, copy_of_what_git_knows, make_environment, share_bytecode
 from tests.local_servers import REPOSITORY
 
 TIMEOUT_S = 120.0
@@ -124,7 +124,9 @@ def image(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]) -
             (known / source).rename(folder / "app" / target)
 
     [path] = re.findall(r"PYTHONPATH=(\S+)", dockerfile)
-    return Environment(python, folder / "app", {**variables, "PYTHONPATH": path.replace("/app", str(folder / "app"))})
+    made = Environment(python, folder / "app", {**variables, "PYTHONPATH": path.replace("/app", str(folder / "app"))})
+    import_everything(made, folder)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +138,19 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def installed(
-    tmp_path_factory: pytest.TempPathFactory, distributions: tuple[Path, Path], variables: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory,
+    distributions: tuple[Path, Path],
+    variables: dict[str, str],
+    image: Environment,
 ) -> Environment:
     """The wheel with the packages that it requires, in the versions of the lock."""
     folder = tmp_path_factory.mktemp("installed")
     constraint = REPOSITORY / "docker" / "requirements.lock"
     python = make_environment(folder / "venv", "--constraint", str(constraint), str(distributions[1]))
-    return Environment(python, folder, variables)
+    share_bytecode(image.python, python)
+    made = Environment(python, folder, variables)
+    import_everything(made, folder)
+    return made
 
 
 def outcome(environment: Environment, command: str, ports: Sequence[int], folder: Path) -> str:
@@ -211,7 +219,6 @@ def test_every_command_is_started_here() -> None:
 
 
 def test_the_image_runs_what_it_is_for(image: Environment, tmp_path: Path) -> None:
-    import_everything(image, tmp_path)
     assert outcomes(image, ("demo --running", *RUN), tmp_path) == ""
     # No server answers, so every health check fails.
     checks = [image.start("docker/health.py", what, output=tmp_path / what) for what in ("front", "1")]
@@ -226,7 +233,6 @@ def test_the_image_has_what_the_wheel_brings(installed: Environment, image: Envi
 
 
 def test_the_wheel_runs_every_command(installed: Environment, tmp_path: Path) -> None:
-    import_everything(installed, tmp_path)
     script = Path(__file__).with_name("administration.py")
     commands = administration()
     output = tmp_path / "administration"
