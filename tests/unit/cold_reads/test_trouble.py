@@ -100,7 +100,7 @@ def test_deadline_bounds_the_statement_and_ends_the_wait(
     make: Callable[..., ColdReads], world: FakeWorld, answers: Answers
 ) -> None:
     world.hold[1] = threading.Event()
-    cold = make()
+    cold = make(statement_s=60.0, stalled_s=60.0)
     cold.submit([1], time.monotonic() + 30, answers)
     eventually(lambda: bool(world.named("load")))
 
