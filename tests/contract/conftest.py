@@ -143,7 +143,7 @@ def running_front(
     assert "Traceback" not in text, f"the front logged a fault:\n{text[-8000:]}"
 
 
-@pytest.fixture(scope="session", params=["native", "grpcio"])
+@pytest.fixture(scope="package", params=["native", "grpcio"])
 def installation(
     request: pytest.FixtureRequest, pg_server: PostgresServer, cache_server: RedisServer
 ) -> Iterator[Installation]:
@@ -156,7 +156,7 @@ def installation(
     made.databases.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def front(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontUnderTest]:
     """The front under test, one kind after the other."""
     kind = installation.name.removeprefix("contract-")

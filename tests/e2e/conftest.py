@@ -16,9 +16,12 @@ from tests.local_servers import REPOSITORY
 DEADLINE_S = 10.0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(servers_folder: Path) -> Iterator[LocalStack]:
-    """One running stack for all end-to-end tests; each leaves it in full service."""
+    """One running stack for all end-to-end tests; each leaves it in full service.
+
+    It ends after the last of them: its processes would take time from the tests that follow.
+    """
     home = servers_folder / "stack"
     failpoints = home / "failpoints"
     made = LocalStack(

@@ -15,7 +15,7 @@ from tests.infrastructure.system import DRAIN_S, System
 SMALL_DISK_MB = 512
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def small_disk(servers_folder: Path) -> Iterator[Path | None]:
     """A small file system in memory, or None if this machine does not permit the mount."""
     folder = servers_folder / "small-disk"
@@ -34,7 +34,7 @@ def small_disk(servers_folder: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def running(servers_folder: Path, small_disk: Path | None) -> Iterator[System]:
     home = servers_folder / "faults"
     home.mkdir()

@@ -1,0 +1,1 @@
+"""Faults of the infrastructure. A package: the installation under test ends with its last test."""
