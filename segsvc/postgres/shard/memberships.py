@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,10 @@ from segsvc.postgres.shard.epochs import current_epoch
 from segsvc.postgres.shard.override_expiry import holds_now
 
 T = TypeVar("T")
+
+WARM_SILENCE_S: Final = 60.0
+"""Longest time between two statements of a warmer's session. Between them it waits for the cache, some calls of some
+milliseconds each."""
 
 _BIT_LENGTH = BLOCK_SLOTS.bit_length() - 1
 
@@ -295,14 +299,17 @@ class PostgresMemberships:
 
         The advisory lock belongs to the session, not to a transaction: the run is many short transactions, so that no
         snapshot grows old. Whatever ends the session (the end of the block, a crash, a lost connection) releases the
-        lock. The lock only saves work: two runs at once would still be correct, because each fills under its own
-        leases.
+        lock, and the next run of any process takes the shard over. A process that is frozen keeps its connection; so
+        the server itself ends a session that has asked nothing for ``WARM_SILENCE_S``, and the process learns of it at
+        its next statement. The lock only saves work: two runs at once would still be correct, because each fills under
+        its own leases.
         """
         with self._databases.shard_autocommit(shard) as connection:
             if not connection.execute(sa.select(sa.func.pg_try_advisory_lock(WARM_LOCK))).scalar_one():
                 yield None
                 return
             try:
+                _bound_silence(connection, WARM_SILENCE_S)
                 yield PostgresWarmSession(connection)
             finally:
                 # A session that was lost has released its lock.
@@ -310,8 +317,14 @@ class PostgresMemberships:
                     _unlock(connection)
 
 
+def _bound_silence(connection: sa.Connection, seconds: float) -> None:
+    """Let the server end this session once it has asked nothing for so long; 0: never."""
+    connection.execute(sa.select(sa.func.set_config("idle_session_timeout", str(int(seconds * 1000)), False)))
+
+
 def _unlock(connection: sa.Connection) -> None:
     try:
+        _bound_silence(connection, 0)
         connection.execute(sa.select(sa.func.pg_advisory_unlock(WARM_LOCK)))
     except sa.exc.SQLAlchemyError:
         # The session may still hold the lock, so it must not go back into the pool.
