@@ -7,6 +7,7 @@ from typing import Protocol
 
 from segsvc.cache.client import CacheClient
 from segsvc.cache.keys import Keys
+from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.readers import make_reader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.config import Settings
@@ -114,6 +115,7 @@ def make_cache(settings: Settings, *, timeout_s: float | None = None, rest: floa
         ttl_s=settings.cache_ttl_s,
         rest=rest,
         also=settings.cache_url_also_by_shard,
+        patches_max=settings.cache_patches_max,
     )
 
 
@@ -254,9 +256,14 @@ class HotReads:
         self._cache = make_cache(settings)
 
         memberships = PostgresMemberships(self._databases)
-        self.entries = make_reader(self._cache, settings.shard_count, partial=True)
-        self.counts = WarmNotes(self._cache)
         self.slugs = SlugMap(memberships.slugs, encode)
+        self.entries = make_reader(
+            self._cache,
+            settings.shard_count,
+            partial=True,
+            patches=PatchStore(self.slugs.slug, settings.cache_patch_memory_bytes),
+        )
+        self.counts = WarmNotes(self._cache)
         self.cold = ColdReads(
             reads=memberships,
             cache=self._cache,
@@ -373,7 +380,8 @@ class Inspection:
         self._databases = Databases(settings, "inspection", Pool(1))
         self._reads = PostgresCheckReads(self._databases)
         self._cache = make_cache(settings)
-        self._reader = make_reader(self._cache, settings.shard_count, partial=False)
+        # Whoever asks looks at hits and misses, not at the order of the segments.
+        self._reader = make_reader(self._cache, settings.shard_count, partial=False, patches=PatchStore(int))
 
     def user_count(self) -> int:
         """Users on all shards. Raises SHARD_UNAVAILABLE."""
@@ -434,7 +442,7 @@ class Check:
     def __init__(self, settings: Settings, *, with_cache: bool = True) -> None:
         self._databases = Databases(settings, "check", Pool(1))
         self._cache = make_cache(settings)
-        self.reader = make_reader(self._cache, settings.shard_count, partial=False)
+        self.reader = make_reader(self._cache, settings.shard_count, partial=False, patches=PatchStore(int))
         if with_cache:
             self.reader.connect()
         self.reads = PostgresCheckReads(self._databases)

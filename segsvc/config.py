@@ -178,6 +178,18 @@ class Settings(BaseSettings):
     lock_timeout_s: float = Field(2.0, ge=0.001, le=2, description="Longest wait for a shard's lock before a requeue.")
     cache_timeout_s: Seconds = Field(0.5, description="Time limit of one exchange with the cache.")
     cache_ttl_s: int = Field(86_400, ge=60, le=TTL_MAX_S, description="Lifetime of a cache entry (with jitter).")
+    cache_patches_max: int = Field(
+        64,
+        ge=1,
+        le=1000,
+        description="Bulk changes that a cache entry may be behind; one that is further behind is read again.",
+    )
+    cache_patch_memory_bytes: int = Field(
+        64 << 20,
+        ge=1 << 20,
+        le=1 << 40,
+        description="Memory of a front process for the patches that bulk changes lay over cache entries.",
+    )
     cache_warm_budget_bytes: int = Field(
         8 << 30,
         ge=0,

@@ -27,6 +27,14 @@ build_info = Gauge(
 # -- reads (front) --------------------------------------------------------------------------------------------------
 reads = Counter("segsvc_reads_total", "Users looked up, by the source of the answer.", ["source"])
 """source: hit (cache), miss (shard, then filled), bypass (shard, not filled), unknown (no such user), error."""
+patched_reads = Counter(
+    "segsvc_patched_reads_total",
+    "Hits whose entry was older than the newest bulk change, so that patches were laid over it.",
+)
+patch_chunks_fetched = Counter("segsvc_patch_chunks_fetched_total", "Chunks of patches that fronts fetched.")
+patch_chunk_bytes = Gauge(
+    "segsvc_patch_chunk_bytes", "Memory that the fronts use for chunks of patches.", multiprocess_mode="livesum"
+)
 cold_read_seconds = Histogram(
     "segsvc_cold_read_seconds", "Duration of one statement that loads users of a shard.", buckets=_FAST_S
 )
@@ -57,6 +65,15 @@ connections_thrown_away = Counter(
 # -- operations (workers; a front counts the ones that it creates, aborts or cancels) -------------------------------
 operations_finished = Counter("segsvc_operations_finished_total", "Operations that ended.", ["kind", "state"])
 """kind and state: names of the domain's enumerations. The process that made the operation final counts it."""
+patches = Counter(
+    "segsvc_patches_total", "Patches of a shard's cache after a bulk change, by how their publication ended.", ["end"]
+)
+"""end: appended; known (a twin had published it); none (the shard's cache was empty); dropped (the patch before it was
+missing, so the shard's entries were dropped); failed (the cache or the shard could not be reached, or the cache had no
+memory: the entries were dropped, or the operation waits)."""
+for _end in ("appended", "known", "none", "dropped", "failed"):
+    patches.labels(_end)
+patch_bytes = Counter("segsvc_patch_bytes_total", "Bytes of patches that were written to the cache.")
 in_doubt_seconds = Gauge(
     "segsvc_in_doubt_seconds",
     "Age of a shard's oldest prepared transaction whose operation is in this state, as of the last recovery run.",
@@ -160,12 +177,17 @@ cache_memory_bytes = Gauge(
 ROLES = ("front", "operations", "events", "warming", "beat", "bridge")
 SERVED_BY: dict[str, tuple[str, ...]] = {
     "segsvc_reads": ("front",),
+    "segsvc_patched_reads": ("front",),
+    "segsvc_patch_chunks_fetched": ("front",),
+    "segsvc_patch_chunk_bytes": ("front",),
     "segsvc_cold_read_seconds": ("front",),
     "segsvc_cold_reads_waiting": ("front",),
     "segsvc_cache_connected": ("front",),
     "segsvc_rpcs": ("front",),
     "segsvc_rpc_seconds": ("front",),
     "segsvc_operations_finished": ("front", "operations", "beat"),
+    "segsvc_patches": ("front", "operations", "beat"),
+    "segsvc_patch_bytes": ("front", "operations", "beat"),
     "segsvc_in_doubt_seconds": ("beat",),
     "segsvc_operations_not_ended_seconds": ("beat",),
     "segsvc_recovery_timestamp_seconds": ("beat",),

@@ -16,6 +16,7 @@ from benchmarks.harness import Curve, Result, Sample, benchmark, cpu_of, measure
 from benchmarks.seed import Shape
 from benchmarks.world import World
 from segsvc.bootstrap import WARM_REST, WARM_TIMEOUT_S, make_cache
+from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.domain.membership import FIRST_SEGMENT
@@ -80,7 +81,7 @@ def warm(world: World) -> Iterator[Result | Curve]:
 
         pair = measure_pair(ours, reference)
         ours()
-        _prove_hits(CacheReader(cache, SHAPE.shards), peer)
+        _prove_hits(CacheReader(cache, SHAPE.shards, patches=PatchStore(int)), peer)
         peer.close()
         cache.close()
         databases.close()

@@ -14,16 +14,25 @@ from contextlib import AbstractContextManager
 from itertools import repeat
 from typing import Any, Final, TypeVar
 
+from segsvc import metrics
 from segsvc.cache import entry as entries
-from segsvc.cache import scripts
+from segsvc.cache import patches, scripts
 from segsvc.cache.connection import CacheConnection, Command
 from segsvc.cache.keys import Keys
 from segsvc.cache.server import CacheServer, Connect
 from segsvc.domain.errors import ServiceError, cache_unavailable
 from segsvc.domain.membership import NEVER_US, READ_TIME, VALID_UNTIL, Entry, EntryColumns, Grant
+from segsvc.domain.patch import Patch
+from segsvc.twophase.ports import Published
 
 KEYS_PER_CALL: Final = 128
 """Most keys that one script call touches: while a call runs, the server answers no reads; here for about 0.5 ms."""
+
+PATCHES_MAX: Final = 64
+"""Patches in a shard's list, unless the settings say otherwise."""
+
+_PATCH_CHUNKS_AT_ONCE: Final = 64
+"""Chunks of a patch that are sent together: some 0.5 MB, which the server takes in within a millisecond."""
 
 _TTL_JITTER: Final = 0.1
 """Entries that are filled together expire at different times, within the last tenth of their life."""
@@ -51,6 +60,7 @@ class CacheClient:
             sent together.
         also: URLs of servers that changes must reach besides, by shard; empty: there are none.
         connect: opens a connection.
+        patches_max: most patches in a shard's list; the oldest falls out, and entries that need it are misses.
     """
 
     RETRY_S = 0.1
@@ -67,12 +77,14 @@ class CacheClient:
         rest: float = 0.0,
         also: Sequence[str] = (),
         connect: Connect = CacheConnection,
+        patches_max: int = PATCHES_MAX,
     ) -> None:
         self._find_keys = find_keys
         self._keys: Keys | None = None
         self._ttl_ms = ttl_s * 1000
         self._now_us = now_us
         self._rest = rest
+        self._patches_max = patches_max
 
         by_shard = () if isinstance(url, str) else url
         urls = [url] if isinstance(url, str) else by_shard
@@ -138,6 +150,46 @@ class CacheClient:
         """
         return 1.01 * (scripts.LEASE_MS + self._ttl_ms) / 1000
 
+    def write_patch(self, shard: int, patch: Patch) -> bytes:
+        """After the COMMIT of a bulk change: write a patch's chunks. Readers know nothing of them until
+        ``append_patch``. Returns the token of this publication, which is in their names.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE, also if the server has no memory for them; what was written expires.
+        """
+        token = patches.new_token()
+        keys = self.keys
+        # As long as any entry that needs it: an entry lives no longer, and is leased before this patch is appended.
+        life_ms = scripts.LEASE_MS + self._ttl_ms
+        chunks = list(patches.encode_chunks(patch))
+        calls: list[Command] = [
+            ("SET", keys.chunk(shard, token, number), chunk, "PX", life_ms) for number, chunk in enumerate(chunks)
+        ]
+        for server in self._holders(shard):
+            with server.connection() as connection:
+                for part in _chunks(calls, _PATCH_CHUNKS_AT_ONCE):
+                    connection.run_all(part)
+            metrics.patch_bytes.inc(sum(map(len, chunks)))
+        return token
+
+    def append_patch(self, shard: int, patch: Patch, token: bytes) -> Published:
+        """After ``write_patch``, before the bulk change is reported done: make readers lay the patch over all entries
+        of earlier epochs. It can be repeated, also by a twin with a token of its own, and does no harm when it is late.
+        Returns how it ended at the server that reads are sent to.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE: whether it took effect is unknown.
+        """
+        item = patches.encode_note(patches.note_of(patch, token))
+        keys = [self.keys.generation(shard), self.keys.patches(shard)]
+        ends = []
+        for server in self._holders(shard):
+            with server.connection() as connection:
+                args = [connection.run_id, b"%d" % patch.epoch, item, b"%d" % self._patches_max]
+                ends.append(Published(connection.run(*_call(scripts.APPEND_PATCH, keys, args)).decode()))
+                metrics.patches.labels(ends[-1].value).inc()
+        return ends[0]
+
     def drop_generations(self, shards: Sequence[int]) -> None:
         """After the COMMIT of a bulk change, before it is reported done: make every entry of these shards a miss.
 
@@ -152,11 +204,12 @@ class CacheClient:
             for server in self._holders(shard):
                 on_server.setdefault(server, []).append(shard)
 
+        keys = self.keys
         first_error: ServiceError | None = None
         for server, held in on_server.items():
             try:
                 with server.connection() as connection:
-                    connection.run_all([("DEL", self.keys.generation(shard)) for shard in held])
+                    connection.run_all([("DEL", keys.generation(shard), keys.patches(shard)) for shard in held])
             except ServiceError as error:
                 first_error = first_error or error
         if first_error is not None:
@@ -164,10 +217,15 @@ class CacheClient:
 
     # -- loads ------------------------------------------------------------------------------------------------------
 
-    def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant:
+    def acquire(self, shard: int, user_ids: Sequence[int], *, enough: int | None = None) -> Grant:
         """Ask to fill users of one shard. The shard is read only after this has returned.
 
-        No lease is granted for a user whose key holds a usable value, another load's lease or a writer's bar.
+        No lease is granted for a user whose key holds a usable value that is new enough, another load's lease or a
+        writer's bar.
+
+        Args:
+            enough: from which epoch on a value is new enough for the caller. None: from that of the newest patch. This
+                is for readers, who come after a miss: a value that is older may have missed for want of a patch.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE.
@@ -176,7 +234,7 @@ class CacheClient:
         lease_ms, now_us = scripts.LEASE_MS, self._now_us()
 
         with self.connection(shard) as connection:
-            args = [token, b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT]
+            args = [token, b"%d" % lease_ms, b"%d" % now_us, entries.FORMAT, b"" if enough is None else b"%d" % enough]
             g = self.keys.generation(shard)
             chunks = _chunks(user_ids, KEYS_PER_CALL)
             replies = self._in_turn(
@@ -200,7 +258,7 @@ class CacheClient:
             granted: list[int] = []
             outdated: list[int] = []
             busy = 0
-            for chunk, (chunk_nonce, flags) in zip(chunks, replies, strict=True):
+            for chunk, (chunk_nonce, flags, _) in zip(chunks, replies, strict=True):
                 given = [user_id for user_id, flag in zip(chunk, flags, strict=True) if flag == ord("1")]
                 (granted if chunk_nonce == nonce else outdated).extend(given)
                 busy += flags.count(b"2")
@@ -213,7 +271,8 @@ class CacheClient:
                     ]
                 )
 
-        return Grant(nonce, token, frozenset(granted), busy + len(outdated))
+        newest = replies[-1][2] if replies else 0
+        return Grant(nonce, token, frozenset(granted), busy + len(outdated), newest)
 
     def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
         """Store what was read under a grant. The rows hold granted users only. Returns how many entries were stored.

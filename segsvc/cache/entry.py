@@ -7,19 +7,20 @@
         12      8  valid_until_us    signed, little-endian, as all that follow
         20      8  row_version
         28      8  read_time_us
-        36      4  epoch             unsigned
-        40      4  slot              unsigned
+        36      4  epoch             unsigned; the shard's, of the same snapshot as the segment ids
+        40      4  slot              unsigned; names the user in patches
         44   4 × n segment ids       unsigned, in the order of their slugs
 
 A read compares the first 12 bytes at once: value, generation and format must all be right, or it is a miss. A new
-format gets a new number; entries of the old format are then misses, and are filled again.
+format gets a new number; entries of the old format are then misses, and are filled again. An entry whose epoch is
+older than the generation's newest patch needs the later patches laid over it: ``patches``.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -27,8 +28,10 @@ from segsvc.domain.membership import FIRST_SEGMENT, VALID_UNTIL, Entry, EntryCol
 
 NONCE_BYTES: Final = 10
 RUN_ID_BYTES: Final = 40
+GENERATION_BYTES: Final = RUN_ID_BYTES + NONCE_BYTES + 8
 FORMAT: Final = b"\x02"
 PREFIX_BYTES: Final = 1 + NONCE_BYTES + 1
+EPOCH_OFFSET: Final = 36
 HEADER_BYTES: Final = 44
 _WORDS: Final = HEADER_BYTES // 4
 
@@ -51,11 +54,32 @@ def prefix(nonce: bytes) -> bytes:
     return b"V" + nonce + FORMAT
 
 
-def nonce_of(generation: bytes | None, run_id: bytes) -> bytes | None:
-    """The nonce in a generation key's value; None if it is absent, malformed or of another run of the server."""
-    if generation is None or len(generation) != RUN_ID_BYTES + NONCE_BYTES or not generation.startswith(run_id):
+class Generation(NamedTuple):
+    """What a generation key holds.
+
+    Attributes:
+        nonce: of the generation; usable entries carry it.
+        newest: epoch of the newest patch that was published under it; 0: there is none, and every entry is complete.
+    """
+
+    nonce: bytes
+    newest: int
+
+
+def generation_of(value: bytes | None, run_id: bytes) -> Generation | None:
+    """The content of a generation key; None if it is absent, malformed or of another run of the server."""
+    if value is None or len(value) != GENERATION_BYTES or not value.startswith(run_id):
         return None
-    return generation[RUN_ID_BYTES:]
+    return Generation(
+        value[RUN_ID_BYTES : RUN_ID_BYTES + NONCE_BYTES],
+        int.from_bytes(value[RUN_ID_BYTES + NONCE_BYTES :], "little", signed=True),
+    )
+
+
+def nonce_of(value: bytes | None, run_id: bytes) -> bytes | None:
+    """The nonce in a generation key's value; None if it is absent, malformed or of another run of the server."""
+    generation = generation_of(value, run_id)
+    return None if generation is None else generation.nonce
 
 
 def encode(nonce: bytes, entry: Entry) -> bytes:

@@ -3,7 +3,10 @@ also names the installation: two installations in one server never touch each ot
 
 ::
 
-    {1f3a99c0:3}:g          generation: run_id of the server (40 bytes) and a random nonce. Never expires
+    {1f3a99c0:3}:g          generation: run_id of the server (40 bytes), a random nonce (10), and the epoch of the
+                            newest patch (8). Never expires
+    {1f3a99c0:3}:p          the generation's patches, see ``patches``. Never expires
+    {1f3a99c0:3}:c:<t>:<n>  chunk n of the patch that was published under token t. Expires as an entry does
     {1f3a99c0:3}:u:<id>     one user: L<token> (lease), B<token> (bar) or V… (value, see ``entry``). Always expires
     {1f3a99c0:3}:hot        sorted set: block -> reads counted by the fronts. Expires, and fades with every sweep of the
                             warmer
@@ -28,6 +31,16 @@ class Keys:
 
     def generation(self, shard: int) -> bytes:
         return b"{%b:%d}:g" % (self.tag, shard)
+
+    def patches(self, shard: int) -> bytes:
+        return b"{%b:%d}:p" % (self.tag, shard)
+
+    def chunk_prefix(self, shard: int) -> bytes:
+        """The beginning of the keys of all chunks of a shard; token, colon and number follow."""
+        return b"{%b:%d}:c:" % (self.tag, shard)
+
+    def chunk(self, shard: int, token: bytes, number: int) -> bytes:
+        return self.chunk_prefix(shard) + b"%b:%d" % (token, number)
 
     def user_prefix(self, shard: int) -> bytes:
         """The beginning of the keys of all users of a shard; the user id follows, in decimal."""

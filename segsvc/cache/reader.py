@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Final
@@ -13,9 +14,10 @@ from segsvc import metrics
 from segsvc.cache import entry as entries
 from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import CacheConnection
+from segsvc.cache.patch_store import Fetch, OlderEntries, PatchStore
 from segsvc.cache.server import CacheServer
 from segsvc.domain.errors import cache_unavailable
-from segsvc.domain.membership import Entry
+from segsvc.domain.membership import EPOCH, Entry
 
 COMMANDS_AHEAD: Final = 2
 """One command that the server works on, and one whose reply is on its way."""
@@ -31,11 +33,20 @@ class CacheReader:
     Args:
         server: one of the client's servers, which is asked only for users of the shards that it holds; None: the client
             has one server.
+        patches: what the thread knows of patches.
     """
 
-    def __init__(self, client: CacheClient, shard_count: int, server: CacheServer | None = None) -> None:
+    def __init__(
+        self,
+        client: CacheClient,
+        shard_count: int,
+        server: CacheServer | None = None,
+        *,
+        patches: PatchStore,
+    ) -> None:
         self._client = client
         self._shard_count = shard_count
+        self._patches = patches
         self._server = server or client.servers[0]
         self._shards = [shard for shard in range(shard_count) if client.server_of(shard) is self._server]
         self._gauge = metrics.cache_connected.labels(self._server.name)
@@ -44,6 +55,10 @@ class CacheReader:
         self._prefixes: list[bytes] = []
         self._generations: list[bytes] = []
         self._connection: CacheConnection | None = None
+        self._owed = 0
+        """Replies to pieces that have been asked for and not received."""
+        self._early: deque[Sequence[bytes | None]] = deque()
+        """Replies to pieces that had to be received before their turn."""
 
     @property
     def name(self) -> str:
@@ -78,8 +93,9 @@ class CacheReader:
         """The users' entries in the cache, in the order of the users; None: a miss.
 
         A value is a hit if it decodes, carries the nonce of its shard's generation, that generation is of this run of
-        this server, and its valid_until has not passed. Generations and values come from one MGET, so all are of one
-        moment.
+        this server, its valid_until has not passed, and all patches that are later than the value can be laid over it.
+        Generations and values come from one MGET, so all are of one moment. Patches that are not in memory are fetched
+        by one more round trip.
 
         Raises:
             ServiceError: CACHE_UNAVAILABLE; ``connected`` is then False.
@@ -130,20 +146,26 @@ class CacheReader:
         except (RedisError, OSError) as error:
             self.lose(connection)
             raise cache_unavailable() from error
+        self._owed += len(pieces)
         return connection
 
     def receive(self, connection: CacheConnection) -> Sequence[bytes | None]:
         """The next reply: values for ``entries``. Raises as ``ask``."""
+        if self._early:
+            return self._early.popleft()
         try:
             values: Sequence[bytes | None] = connection.receive()
         except (RedisError, OSError) as error:
             self.lose(connection)
             raise cache_unavailable() from error
+        self._owed -= 1
         return values
 
     def lose(self, connection: CacheConnection) -> None:
         """Close a connection whose replies are of no use, so that the next ``connect`` opens another one."""
         connection.close()
+        self._early.clear()
+        self._owed = 0
         if self._connection is connection:
             self._connection = None
             self._gauge.set(0)
@@ -151,20 +173,79 @@ class CacheReader:
     def entries(
         self, user_ids: Sequence[int], values: Sequence[bytes | None], connection: CacheConnection
     ) -> list[Entry | None]:
-        """What a piece's reply says of its users, in their order; None: a miss."""
-        shards = self._shard_count
-        usable: list[bytes | None] = [None] * shards
-        for shard, value in zip(self._shards, values, strict=False):
-            nonce = entries.nonce_of(value, connection.run_id)
-            if nonce is not None:
-                usable[shard] = entries.prefix(nonce)
-
-        now_us = time.time_ns() // 1000
-        of_users = values[len(self._shards) :]
-        return entries.decode_all(of_users, [usable[user_id % shards] for user_id in user_ids], now_us)
+        """What a piece's reply says of its users, in their order; None: a miss. Fetches patches that are not in memory.
+        Raises as ``ask``."""
+        found, older = self._decode(user_ids, values, connection.run_id)
+        if older and (fetches := self._lay_patches(found, older)):
+            try:
+                self._fetch(fetches, connection)
+            except (RedisError, OSError) as error:
+                self.lose(connection)
+                raise cache_unavailable() from error
+            self._lay_fetched(found, older)
+        return found
 
     def _command(self, user_ids: Sequence[int]) -> list[bytes | str | int | float]:
         # One command reads all shards of its server. A Redis Cluster would need one command for each shard, still with
         # the shard's generation in it.
         shards, prefixes = self._shard_count, self._prefixes
         return ["MGET", *self._generations, *[prefixes[user_id % shards] + b"%d" % user_id for user_id in user_ids]]
+
+    def _decode(
+        self, user_ids: Sequence[int], values: Sequence[bytes | None], run_id: bytes
+    ) -> tuple[list[Entry | None], list[OlderEntries]]:
+        """The entries as they are stored, and for each shard those that are older than its newest patch."""
+        shards = self._shard_count
+        generations: dict[int, entries.Generation] = {}
+        usable: list[bytes | None] = [None] * shards
+        highest = 0
+        for shard, value in zip(self._shards, values, strict=False):
+            generation = entries.generation_of(value, run_id)
+            if generation is not None:
+                generations[shard] = generation
+                usable[shard] = entries.prefix(generation.nonce)
+                highest = max(highest, generation.newest)
+
+        now_us = time.time_ns() // 1000
+        of_users = values[len(self._shards) :]
+        found = entries.decode_all(of_users, [usable[user_id % shards] for user_id in user_ids], now_us)
+
+        # Without a patch, and for most entries with patches, this loop is all that patches cost.
+        places = [place for place, entry in enumerate(found) if entry is not None and entry[EPOCH] < highest]
+        by_shard: dict[int, list[int]] = {}
+        for place in places:
+            shard = user_ids[place] % shards
+            if found[place][EPOCH] < generations[shard].newest:  # type: ignore[index]  # an entry, see above
+                by_shard.setdefault(shard, []).append(place)
+        return found, [OlderEntries(shard, generations[shard], now_us, places) for shard, places in by_shard.items()]
+
+    def _fetch(self, fetches: Sequence[Fetch], connection: CacheConnection) -> None:
+        """Get what patches need: one round trip."""
+        connection.send([fetch.command for fetch in fetches])
+        # Replies come in the order of the commands: first those to later pieces, which have been sent already.
+        while self._owed:
+            self._early.append(connection.receive())
+            self._owed -= 1
+        replies = [connection.receive() for _ in fetches]
+        for fetch, reply in zip(fetches, replies, strict=True):
+            fetch.take(reply)
+
+    def _lay_patches(self, found: list[Entry | None], older: Sequence[OlderEntries]) -> list[Fetch]:
+        """Bring older entries up to date with the patches in memory. Returns what must be fetched for the rest, and
+        leaves the places of the rest in ``older``."""
+        fetches = []
+        for each in older:
+            self._patches.lay_all(found, each)
+            if each.places:
+                rest = [entry for place in each.places if (entry := found[place]) is not None]
+                fetches += self._patches.fetches(self._client.keys, each.shard, each.generation, rest)
+        return fetches
+
+    def _lay_fetched(self, found: list[Entry | None], older: Sequence[OlderEntries]) -> None:
+        """Bring the rest up to date with what was fetched; an entry that still cannot be is a miss."""
+        for each in older:
+            if each.places:
+                self._patches.lay_all(found, each)
+            for place in each.places:
+                found[place] = None
+        metrics.patch_chunk_bytes.set(self._patches.bytes_used)

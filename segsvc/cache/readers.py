@@ -8,6 +8,7 @@ from contextlib import closing
 
 from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import CacheConnection
+from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.reader import COMMANDS_AHEAD, CacheReader
 from segsvc.domain.errors import ServiceError, cache_unavailable
 from segsvc.domain.membership import Entry
@@ -16,15 +17,18 @@ from segsvc.log import get_logger
 log = get_logger(__name__)
 
 
-def make_reader(client: CacheClient, shard_count: int, *, partial: bool) -> CacheReader | CacheReaders:
+def make_reader(
+    client: CacheClient, shard_count: int, *, partial: bool, patches: PatchStore
+) -> CacheReader | CacheReaders:
     """The reader for a client's servers.
 
     Args:
         partial: with several servers, one that is out of reach makes its users misses; False: it is an error.
+        patches: the reading thread's own.
     """
     if len(client.servers) == 1:
-        return CacheReader(client, shard_count)
-    return CacheReaders(client, shard_count, partial=partial)
+        return CacheReader(client, shard_count, patches=patches)
+    return CacheReaders(client, shard_count, partial=partial, patches=patches)
 
 
 class _Part:
@@ -45,12 +49,12 @@ class CacheReaders:
     """A ``CacheReader`` for each server, which one thread reads as if it were one.
 
     Args:
-        partial: see ``make_reader``.
+        partial, patches: see ``make_reader``.
     """
 
-    def __init__(self, client: CacheClient, shard_count: int, *, partial: bool) -> None:
+    def __init__(self, client: CacheClient, shard_count: int, *, partial: bool, patches: PatchStore) -> None:
         self._partial = partial
-        made = {server: CacheReader(client, shard_count, server) for server in client.servers}
+        made = {server: CacheReader(client, shard_count, server, patches=patches) for server in client.servers}
         self._readers = tuple(made.values())
         self._by_shard = [made[client.server_of(shard)] for shard in range(shard_count)]
 
@@ -155,7 +159,11 @@ class CacheReaders:
         found: list[Entry | None] = [None] * users
         for reader, part, values in replies:
             if values is not None and part.connection is not None:
-                of_part = reader.entries(part.user_ids, values, part.connection)
+                try:
+                    of_part = reader.entries(part.user_ids, values, part.connection)
+                except ServiceError:  # while it fetched patches
+                    self._lost(reader)
+                    continue
                 for place, entry in zip(part.places, of_part, strict=True):
                     found[place] = entry
         return found

@@ -57,12 +57,14 @@ class Grant:
         token: the lease's token, used in one call only.
         user_ids: the users for whom the lease was given; the entries of the rest are in use or barred by a writer.
         busy: number of users refused although their entry is no hit: leased to another reader, or barred by a writer.
+        newest: epoch of the shard's newest patch when the lease was given; 0: there is none.
     """
 
     nonce: bytes
     token: bytes
     user_ids: frozenset[int]
     busy: int = 0
+    newest: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,10 @@ class SlugMap:
         self.encoded: dict[int, bytes] = {}
         """id -> encoded slug, for the hot path; absent: not known, use ``learn``."""
 
-    def slug(self, segment_id: int) -> str:
-        """Raises KeyError for an unknown id."""
-        return self._slugs[segment_id]
+    @property
+    def slug(self) -> Callable[[int], str]:
+        """Segment id -> slug. Raises KeyError for an unknown id. (The hot path calls it: no Python step is between.)"""
+        return self._slugs.__getitem__
 
     def unknown(self, segment_ids: Iterable[int]) -> set[int]:
         """Those of the ids that the map does not know."""

@@ -20,6 +20,7 @@ from segsvc.domain.operation import (
     ShardCounts,
     ShardProgress,
 )
+from segsvc.domain.patch import Patch
 
 ProgressHook = Callable[[ShardProgress], None]
 """Called with how far a shard is: a hint for people. May be called often; must not raise."""
@@ -155,16 +156,40 @@ class Participant(Protocol):
     def redo(self, operation: Operation) -> None:
         """The work and the fence in one ordinary transaction; does nothing if the fence is there."""
 
+    def read_patch(self, operation: Operation) -> Patch | None:
+        """What a committed operation changed in the lists of this shard's users, as of one snapshot. None: the shard
+        does not know its epoch any more."""
+
+
+class Published(Enum):
+    """How the publication of a patch ended. Each end is as good as the others for readers: none of them sees a list of
+    before the operation."""
+
+    APPENDED = "appended"
+    KNOWN = "known"
+    """A twin has published the operation, or a later one was published."""
+    NONE = "none"
+    """The shard's cache has no generation, hence no hit that could be outdated."""
+    DROPPED = "dropped"
+    """The operation before it was not published, so the generation was dropped."""
+
 
 class Invalidation(Protocol):
-    """The cache, as far as a bulk change needs it."""
+    """The cache, as far as a bulk change needs it. All methods raise CACHE_UNAVAILABLE: whether they took effect is
+    unknown, so old entries may still be hits."""
 
     @property
     def entries_gone_after_s(self) -> float:
         """How long after a change an entry that was read before it can still be there."""
 
+    def write_patch(self, shard: int, patch: Patch) -> bytes:
+        """Write a patch where readers do not look yet. Returns the token of this copy."""
+
+    def append_patch(self, shard: int, patch: Patch, token: bytes) -> Published:
+        """Make readers lay this copy of the patch over older entries."""
+
     def drop_generations(self, shards: Sequence[int]) -> None:
-        """Make every entry of these shards a miss. Raises CACHE_UNAVAILABLE: some may still be hits."""
+        """Make every entry of these shards a miss. Always allowed, and always right."""
 
 
 class Dispatcher(Protocol):

@@ -10,7 +10,8 @@ knows two small interfaces, ``Ledger`` and ``Participant``, so that a simulation
     vote      on the catalog, only while PREPARING and in time    Ledger.vote
     decide    all votes, in time: → COMMITTED with the segment    Ledger.commit         ← the commit point
     commit    COMMIT PREPARED on each shard                       Participant.commit_prepared
-    publish   drop the shards' cache generations                  Invalidation.drop_generations
+    publish   on each shard: read the patch, write it to the      Participant.read_patch, Invalidation.write_patch,
+              cache, append it to the shard's list                Invalidation.append_patch
     finish    COMMITTED → DONE; start the next                    Ledger.finish
 
 What survives a crash, by the last step that took effect, and what carries on (recovery runs every two seconds):
@@ -22,7 +23,7 @@ What survives a crash, by the last step that took effect, and what carries on (r
     vote of all              recovery decides
     decide                   recovery (or a late finalizer) commits what is prepared: it has all n prepared
     commit on k of n         recovery commits the rest; the fence shows which shards are done
-    publish                  dropping a generation twice is harmless
+    publish                  a twin's copy has a token of its own; what the list has already is not appended again
     finish                   recovery starts the next in the queue
     abort                    recovery rolls back all that is prepared under an ABORTED operation, whenever it appears
 
@@ -41,12 +42,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from uuid import UUID
 
-from segsvc.domain.errors import Reason, ServiceError
+from segsvc import metrics
+from segsvc.domain.errors import LockTimeout, Reason, ServiceError
 from segsvc.domain.operation import (
     Failure,
     Gid,
     Operation,
-    OperationKind,
     OperationState,
     PreparedTransaction,
     ShardCounts,
@@ -100,8 +101,8 @@ class Coordinator:
         self._fan_out = fan_out
         self._observer = observer
         self._crash = crash_points
-        self._dropped: tuple[UUID, set[int]] | None = None
-        """The operation that was published last, and the shards whose generation this process has dropped for it."""
+        self._published: tuple[UUID | None, set[int]] = (None, set())
+        """The operation that was published last, and the shards for which this process has done it."""
 
     def gid(self, operation_id: UUID, shard: int) -> Gid:
         return Gid(self._cluster, operation_id, shard)
@@ -236,10 +237,12 @@ class Coordinator:
         self._crash.reach("decided", operation=operation.id)
 
     def _complete(self, operation: Operation) -> None:
-        """COMMIT PREPARED on every shard, then drop the caches, then DONE: in this order, each step idempotent.
+        """COMMIT PREPARED on every shard, then bring the caches up to date, then DONE: in this order, each step
+        idempotent.
 
-        The caches are dropped before DONE, because DONE promises a caller that later reads see the change; and after
-        the last COMMIT PREPARED, because an entry filled between the two would be stale and keep its nonce.
+        The caches change before DONE, because DONE promises a caller that later reads see the change; and after the
+        last COMMIT PREPARED: a patch that is read before it does not have the change, and under a generation that is
+        dropped before it an entry without the change could be filled.
         """
         self._fan_out(lambda participant: self._commit_shard(operation, participant), self.participants)
         self._crash.reach("committed-not-invalidated", operation=operation.id)
@@ -253,7 +256,7 @@ class Coordinator:
         self.start_next()
 
     def _publish(self, operation: Operation) -> None:
-        """Drop the caches' generations; if a cache server cannot be reached, wait until its old entries have expired.
+        """Patch each shard's cache; if a cache cannot be reached, wait until its old entries have expired.
 
         Every shard has committed. An old entry in the cache was filled under a lease that was given before the last
         COMMIT PREPARED: under a later lease the shard is read after it, and gives the new bits. Such a lease expires by
@@ -264,44 +267,78 @@ class Coordinator:
         Raises:
             ServiceError: CACHE_UNAVAILABLE: the old entries may not have expired yet.
         """
-        if operation.plan.kind is OperationKind.CREATE:
+        if not operation.plan.kind.changes_lists:
             return  # A new segment has no members: it makes no user's list outdated.
 
-        left, error = self._drop(operation)
-        if error is None:
-            return
-        waited_s = self._ledger.all_shards_committed(operation.id)
-        if waited_s <= self._invalidation.entries_gone_after_s:
-            raise error
-        log.warning("finished_without_the_cache", operation=str(operation.id), shards=left, waited_s=round(waited_s))
+        published = self._published_by_us(operation)
+        left: dict[int, ServiceError] = {}
 
-    def _drop(self, operation: Operation) -> tuple[Sequence[int], ServiceError | None]:
-        """Drop the generation of each shard, once. Returns the shards whose cache server is out of reach, and its
-        error.
-
-        Recovery comes here every two seconds as long as one server is out of reach. The shards of the other servers
-        must not go cold each time: this process remembers which are dropped. One operation is in flight at a time; what
-        is remembered of the one before is of no use. A process that remembers nothing drops once more.
-        """
-        if self._dropped is None or self._dropped[0] != operation.id:
-            self._dropped = (operation.id, set())
-        dropped = self._dropped[1]
-
-        left: list[int] = []
-        first_error: ServiceError | None = None
-        for participant in self.participants:
-            if participant.shard in dropped:
-                continue
+        def visit(participant: Participant) -> None:
+            if participant.shard in published:
+                return
             try:
-                self._invalidation.drop_generations([participant.shard])
+                self._publish_shard(operation, participant)
             except ServiceError as error:
                 if error.reason is not Reason.CACHE_UNAVAILABLE:
                     raise
-                left.append(participant.shard)
-                first_error = first_error or error
+                left[participant.shard] = error
             else:
-                dropped.add(participant.shard)
-        return left, first_error
+                published.add(participant.shard)
+
+        self._fan_out(visit, self.participants)
+        if not left:
+            return
+        waited_s = self._ledger.all_shards_committed(operation.id)
+        if waited_s <= self._invalidation.entries_gone_after_s:
+            raise left[min(left)]
+        log.warning(
+            "finished_without_the_cache", operation=str(operation.id), shards=sorted(left), waited_s=round(waited_s)
+        )
+
+    def _published_by_us(self, operation: Operation) -> set[int]:
+        """The shards for which this process has published an operation. It may be added to.
+
+        Recovery comes here every two seconds as long as one shard's cache is out of reach: what is done needs not be
+        done again each time. One operation is in flight at a time, so nothing is remembered of the one before. A
+        process that remembers nothing publishes once more, which does no harm.
+        """
+        if self._published[0] != operation.id:
+            self._published = (operation.id, set())
+        return self._published[1]
+
+    def _publish_shard(self, operation: Operation, participant: Participant) -> None:
+        """Lay the operation over one shard's entries; if that fails, drop them, which is always right.
+
+        Any number of processes may do this at once, late, or die in the middle: a copy of the patch is never changed,
+        no reader knows of it before it is in the list, and the list takes each operation once, in order.
+
+        Raises:
+            ServiceError: CACHE_UNAVAILABLE: old entries may still be hits. CATALOG_UNAVAILABLE.
+        """
+        where = {"operation": operation.id, "shard": participant.shard}
+        why = "NO_PATCH"
+        try:
+            patch = participant.read_patch(operation)
+            self._crash.reach("patch-read-not-written", **where)
+            if patch is not None:
+                token = self._invalidation.write_patch(participant.shard, patch)
+                self._crash.reach("patch-written-not-appended", **where)
+                self._invalidation.append_patch(participant.shard, patch, token)
+                self._crash.reach("patch-appended", **where)
+                return
+        except (ServiceError, LockTimeout) as error:
+            # The shard or the cache is out of reach, or the cache has no memory left. If the patch was appended and
+            # only the reply was lost, dropping the generation costs hits and nothing else.
+            why = "LOCK_TIMEOUT" if isinstance(error, LockTimeout) else error.reason.text
+
+        # A process that slept here while a twin went on must not make a warm cache cold: the twin has published the
+        # operation before it ended it.
+        now = self._ledger.get(operation.id)
+        if now is None or now.state is not OperationState.COMMITTED:
+            return
+        metrics.patches.labels("failed").inc()
+        log.warning("patch_not_published", operation=str(operation.id), shard=participant.shard, why=why)
+        self._invalidation.drop_generations([participant.shard])
 
     def _commit_shard(self, operation: Operation, participant: Participant) -> None:
         """Make a COMMITTED operation's work visible on one shard."""

@@ -18,6 +18,7 @@ import segsvc.services.cold_reads
 from segsvc.cache.client import CacheClient
 from segsvc.cache.entry import decode, nonce_of, prefix
 from segsvc.cache.keys import Keys
+from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.reader import CacheReader
 from segsvc.domain.errors import ServiceError, shard_unavailable
 from segsvc.domain.membership import FIRST_SEGMENT, NEVER_US, ROW_VERSION, Entry, LoadedUser
@@ -225,7 +226,7 @@ class CacheWorld:
         self._read(client, cold)
 
     def _read(self, client: CacheClient, cold: ColdReads) -> None:
-        reader = CacheReader(client, 1)
+        reader = CacheReader(client, 1, patches=PatchStore(int))
         while True:
             self.scheduler.sleep(0.05)
 

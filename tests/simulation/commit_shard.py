@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
+import numpy as np
+
 from segsvc.domain.errors import shard_unavailable
 from segsvc.domain.operation import (
     Failure,
@@ -20,6 +22,7 @@ from segsvc.domain.operation import (
     PreparedTransaction,
     ShardCounts,
 )
+from segsvc.domain.patch import Patch
 from segsvc.twophase.ports import Finish, ProgressHook, WorkFailed
 from tests.simulation.commit_ledger import Catalog
 from tests.simulation.database import Lock, Server, Transaction
@@ -189,6 +192,12 @@ class SimulatedShard:
                 transaction.end()
                 return
             self._work(transaction, operation, users())
+
+    def read_patch(self, operation: Operation) -> Patch | None:
+        """Here a segment's version takes the place of its bits."""
+        segment = operation.plan.segment_id
+        version = self._server.ask("patch", lambda: self._data.versions.get(segment, 0))
+        return Patch(version, segment, 0, None, np.empty(0, dtype=np.uint32))
 
     # -- user events ------------------------------------------------------------------------------------------------
 

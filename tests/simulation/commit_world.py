@@ -10,8 +10,9 @@ from uuid import UUID
 import segsvc.twophase.protocol
 from segsvc.domain.errors import LockTimeout, ServiceError, broker_unavailable, cache_unavailable
 from segsvc.domain.operation import Gid, Operation, OperationKind, OperationPlan, OperationState, ShardProgress
+from segsvc.domain.patch import Patch
 from segsvc.domain.segment import Rule
-from segsvc.twophase.ports import Participant
+from segsvc.twophase.ports import Participant, Published
 from segsvc.twophase.protocol import Coordinator
 from tests.simulation.commit_ledger import Catalog, Row, SimulatedLedger
 from tests.simulation.commit_shard import ShardData, SimulatedShard, is_member
@@ -65,6 +66,8 @@ class World:
         self.queue: list[Message] = []
         self.nonces = [0] * SHARDS
         self.cached: dict[tuple[int, int], tuple[int, int]] = {}
+        self.patched: dict[tuple[int, int, int], int] = {}
+        """By shard, nonce and segment: the version that patches give it."""
         """By shard and segment: the generation under which the entry was filled, and the version that was read."""
 
         self.reached: set[str] = set()
@@ -221,7 +224,7 @@ class World:
             nonce = self.nonces[shard]
             entry = self.cached.get((shard, segment))
             if entry is not None and entry[0] == nonce:
-                version = entry[1]
+                version = max(entry[1], self.patched.get((shard, nonce, segment), 0))
             else:
                 participant = self.parts.shard(self.scheduler, shard, self.shards[shard], self.catalog, self._reach)
                 try:
@@ -266,6 +269,22 @@ class World:
             self.queue.append(Message(operation, None, chord))
 
     entries_gone_after_s = 3600.0
+
+    def write_patch(self, shard: int, patch: Patch) -> bytes:
+        self.scheduler.pause("write a patch")
+        if self.scheduler.chance(self.scheduler.rates.lost_request):
+            raise cache_unavailable()
+        return b""
+
+    def append_patch(self, shard: int, patch: Patch, token: bytes) -> Published:
+        self.scheduler.pause("append a patch")
+        if self.scheduler.chance(self.scheduler.rates.lost_request):
+            raise cache_unavailable()
+        key = (shard, self.nonces[shard], patch.segment_id)
+        self.patched[key] = max(self.patched.get(key, 0), patch.epoch)
+        if self.scheduler.chance(self.scheduler.rates.lost_reply):
+            raise cache_unavailable()
+        return Published.APPENDED
 
     def drop_generations(self, shards: Sequence[int]) -> None:
         for shard in shards:

@@ -13,7 +13,17 @@ from typing import Any
 
 from segsvc.cache import scripts
 from segsvc.cache.connection import Command
-from segsvc.cache.entry import HEADER_BYTES, NONCE_BYTES, PREFIX_BYTES, RUN_ID_BYTES
+from segsvc.cache.entry import (
+    EPOCH_OFFSET,
+    GENERATION_BYTES,
+    HEADER_BYTES,
+    NONCE_BYTES,
+    PREFIX_BYTES,
+    RUN_ID_BYTES,
+    Generation,
+    generation_of,
+)
+from segsvc.cache.patches import ITEM_BYTES, TOKEN_BYTES
 from tests.simulation.scheduler import Scheduler
 
 Value = tuple[bytes, float | None]
@@ -76,38 +86,43 @@ class MemoryRedis:
             scripts.FILL.sha: self.fill,
             scripts.RELEASE.sha: self.release,
             scripts.DROP_ENTRIES.sha: self.drop_entries,
+            scripts.APPEND_PATCH.sha: self.append_patch,
+            scripts.READ_PATCHES.sha: self.read_patches,
         }[sha]
         return script(rest[:count], rest[count:])
 
     # -- scripts ----------------------------------------------------------------------------------------------------
 
-    def acquire(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> list[bytes]:
-        run_id, fresh, token, lease_ms, now_us, layout = arguments
-        g = self._get(keys[0])
-        if g is None or len(g) != RUN_ID_BYTES + NONCE_BYTES or not g.startswith(run_id):
-            g = run_id + fresh
-            self._set(keys[0], g)
+    def acquire(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> list[bytes | int]:
+        run_id, fresh, token, lease_ms, now_us, layout, wanted = arguments
+        generation = generation_of(self._get(keys[0]), run_id)
+        if generation is None:
+            self._set(keys[0], run_id + fresh + bytes(GENERATION_BYTES - RUN_ID_BYTES - NONCE_BYTES))
+            generation = Generation(fresh, 0)
 
-        nonce = g[RUN_ID_BYTES:]
+        nonce, newest = generation
+        enough = int(wanted) if wanted else newest
         flags = b""
         for key in keys[1:]:
             value = self._get(key)
             if value is not None and value[:1] in (b"L", b"B") and self._ends_soon(key):
                 flags += b"2"
-            elif value is not None and self._is_hit(value, b"V" + nonce + layout, int(now_us)):
+            elif value is not None and self._is_hit(value, b"V" + nonce + layout, int(now_us), enough):
                 flags += b"0"
             else:
                 self._set(key, b"L" + token, "PX", lease_ms)
                 flags += b"1"
 
-        return [nonce, flags]
+        return [nonce, flags, newest]
 
     def _ends_soon(self, key: bytes) -> bool:
         _, end = self.values[key]
         return end is not None and end - self._now() <= scripts.BAR_MS / 1000
 
-    def _is_hit(self, value: bytes, prefix: bytes, now_us: int) -> bool:
+    def _is_hit(self, value: bytes, prefix: bytes, now_us: int, enough: int) -> bool:
         if not value.startswith(prefix) or len(value) < HEADER_BYTES or len(value) % 4:
+            return False
+        if struct.unpack_from("<I", value, EPOCH_OFFSET)[0] < enough:
             return False
         return bool(struct.unpack_from("<q", value, PREFIX_BYTES)[0] > now_us)
 
@@ -133,6 +148,41 @@ class MemoryRedis:
             if value is not None and (not value.startswith(b"B") or value == b"B" + arguments[0]):
                 removed += self._del(key)
         return removed
+
+    def append_patch(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> bytes:
+        run_id, number, item, most = arguments
+        generation = generation_of(self._get(keys[0]), run_id)
+        if generation is None:
+            return b"none"
+        nonce, newest = generation
+        epoch = int(number)
+        if newest >= epoch:
+            return b"known"
+        if newest and newest + 1 != epoch:
+            self._del(*keys)
+            return b"dropped"
+
+        items = self._items(self._get(keys[1]), nonce, newest) if newest else b""
+        self._set(keys[1], nonce + (items + item)[-ITEM_BYTES * int(most) :])
+        self._set(keys[0], run_id + nonce + struct.pack("<q", epoch))
+        return b"appended"
+
+    def _items(self, p: bytes | None, nonce: bytes, newest: int) -> bytes:
+        if p is None or len(p) <= NONCE_BYTES or (len(p) - NONCE_BYTES) % ITEM_BYTES or not p.startswith(nonce):
+            return b""
+        return p[NONCE_BYTES:] if struct.unpack_from("<q", p, len(p) - ITEM_BYTES)[0] == newest else b""
+
+    def read_patches(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> list[bytes | None]:
+        prefix, after, most, *numbers = arguments
+        p = self._get(keys[0])
+        if p is None or (len(p) - NONCE_BYTES) % ITEM_BYTES:
+            return [None]
+        chunks: list[bytes | None] = []
+        for at in range(NONCE_BYTES, len(p), ITEM_BYTES):
+            if struct.unpack_from("<q", p, at)[0] > int(after):
+                token = p[at + 12 : at + 12 + TOKEN_BYTES]
+                chunks += [self._get(prefix + token + b":" + str(int(number)).encode()) for number in numbers]
+        return [p, *chunks[: int(most)]]
 
 
 class MemoryConnection:

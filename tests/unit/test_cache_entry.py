@@ -85,11 +85,11 @@ RUN = b"a" * 40
 @pytest.mark.parametrize(
     ("generation", "nonce"),
     [
-        (RUN + NONCE, NONCE),
+        (RUN + NONCE + bytes(8), NONCE),
         (None, None),
-        (b"b" * 40 + NONCE, None),
-        (RUN + NONCE[:-1], None),
-        (RUN + NONCE + b"x", None),
+        (b"b" * 40 + NONCE + bytes(8), None),
+        (RUN + NONCE + bytes(7), None),
+        (RUN + NONCE, None),
         (b"", None),
     ],
 )

@@ -15,12 +15,14 @@ from sqlalchemy import exc
 
 from segsvc.domain.errors import LockTimeout, Reason, shard_unavailable
 from segsvc.domain.operation import Failure, Gid, Operation, PreparedTransaction, ShardCounts
+from segsvc.domain.patch import Patch
 from segsvc.failpoints import CrashPoints
 from segsvc.log import get_logger
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases, sqlstate
 from segsvc.postgres.shard.epochs import insert_fence
 from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction, lock_exclusive
+from segsvc.postgres.shard.patches import PostgresPatches
 from segsvc.twophase.ports import Finish, ProgressHook, WorkFailed
 
 log = get_logger(__name__)
@@ -149,6 +151,10 @@ class PostgresParticipant:
                     self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, True)
         except LockTimeout as error:
             raise shard_unavailable(self.shard) from error
+
+    def read_patch(self, operation: Operation) -> Patch | None:
+        """What the operation changed in the lists of this shard's users. See ``PostgresPatches.read``."""
+        return PostgresPatches(self._databases).read(self.shard, operation)
 
     def _finish(self, command: str, gid: Gid) -> Finish:
         try:

@@ -11,12 +11,17 @@ import redis
 
 import segsvc.services.warming
 from segsvc.cache.client import CacheClient
+from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.reader import CacheReader
+from segsvc.domain import bits
 from segsvc.domain.membership import FIRST_SEGMENT, Entry
+from segsvc.domain.patch import Patch
+from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.redis import CACHE_CONFIG, RedisServer
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.shard.memberships import PostgresMemberships
+from segsvc.twophase.ports import Published
 from tests.installation import KEYS, Installation, new_installation
 from tests.integration.cache.lane_front import LANES, Lane, Start
 from tests.integration.cache.watched import Watched
@@ -26,21 +31,27 @@ CACHE_TIMEOUT_S = 0.5
 
 
 class World:
-    """The installation with its cache, and the actions of tests on both."""
+    """The installation with its cache, and the actions of tests on both.
+
+    Attributes:
+        segment: a segment that a fixture has added.
+    """
+
+    segment: int
 
     def __init__(self, installation: Installation, server: RedisServer) -> None:
         self.installation = installation
         self.settings = installation.settings
         self.server = server
 
+        self._slugs: dict[int, str] = {}
         self.client = CacheClient(server.url, find_keys=lambda: KEYS, timeout_s=CACHE_TIMEOUT_S, ttl_s=86_400)
-        self.reader = CacheReader(self.client, SHARDS)
+        self.reader = CacheReader(self.client, SHARDS, patches=PatchStore(self._slugs.__getitem__))
 
         self.databases = Databases(self.settings, "test", Pool(4, self.settings.read_timeout_s))
         self.memberships = PostgresMemberships(self.databases)
 
         self.raw = redis.Redis.from_url(server.url)
-        self._segments = 0
 
     def close(self) -> None:
         self.reader.close()
@@ -56,8 +67,8 @@ class World:
 
     def add_segment(self, slug: str, members: Sequence[int] = ()) -> int:
         """Add a segment on all shards, with these members in its bits. Returns its id; ids do not follow the slugs."""
-        self._segments += 1
-        segment_id = 1000 - self._segments
+        segment_id = 999 - len(self._slugs)
+        self._slugs[segment_id] = slug
         for shard in range(SHARDS):
             self.installation.execute(
                 shard, "INSERT INTO segments (id, slug, salt) VALUES (:id, :slug, 1)", id=segment_id, slug=slug
@@ -85,6 +96,38 @@ class World:
                     id=segment_id,
                     bits=np.packbits(flags, bitorder="little").tobytes(),
                 )
+
+    def bulk_change(
+        self, segment_id: int, members: Sequence[int], changed: Sequence[int] = (), *, deleted: bool = False
+    ) -> list[Patch]:
+        """Commit a rollout (or a deletion) that gives the segment these members. Returns each shard's patch.
+
+        Args:
+            changed: users who were changed in the epoch before.
+        """
+        self.set_members(segment_id, members)
+        patches = []
+        for shard in range(SHARDS):
+            self.installation.execute(
+                shard,
+                "INSERT INTO shard_epoch (epoch) VALUES (1) ON CONFLICT (one) "
+                "DO UPDATE SET epoch = shard_epoch.epoch + 1",
+            )
+            (state,) = self.installation.execute(shard, "SELECT epoch, next_slot FROM shard_epoch, shard_state")
+            slots = int(str(state.next_slot))
+            rows = self.installation.execute(shard, "SELECT id, slot FROM users")
+            slot_of = {int(str(row.id)): int(str(row.slot)) for row in rows}
+            inside = np.array([slot_of[user] for user in members if user in slot_of], dtype=np.int64)
+            packed = None if deleted else bits.at_slots(inside, 0, -(-slots // BLOCK_SLOTS))
+            noted = np.array(sorted(slot_of[user] for user in changed if user in slot_of), dtype=np.uint32)
+            patches.append(Patch(int(str(state.epoch)), segment_id, slots, packed, noted))
+        return patches
+
+    def publish(self, patches: Sequence[Patch]) -> list[Published]:
+        return [
+            self.client.append_patch(shard, patch, self.client.write_patch(shard, patch))
+            for shard, patch in enumerate(patches)
+        ]
 
     def override(self, user_id: int, segment_id: int, effect: int, expires_in_s: float | None = None) -> None:
         """Add an override. Effect 1 includes, 2 excludes."""
@@ -114,6 +157,11 @@ class World:
                 *sorted(row.segment_ids),
             )
             assert self.client.fill(shard, grant, [(user_id, entry)]) == 1
+
+    def fill_again(self, *user_ids: int) -> None:
+        for user_id in user_ids:
+            self.client.drop_entries(user_id % SHARDS, [user_id])
+        self.fill(*user_ids)
 
     def cached(self, *user_ids: int) -> list[Entry | None]:
         """The entries that the hot path answers with; None means a miss."""

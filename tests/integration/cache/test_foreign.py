@@ -9,6 +9,7 @@ import redis
 
 from segsvc.cache.client import CacheClient
 from segsvc.cache.keys import Keys
+from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.reader import CacheReader
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.domain.errors import ServiceError, catalog_unavailable
@@ -114,7 +115,7 @@ def test_a_note_of_the_warmer_that_is_none_is_no_note(world: World, tail: bytes)
 
 
 def test_two_installations_do_not_see_each_other(world: World, other: CacheClient) -> None:
-    theirs = CacheReader(other, 2)
+    theirs = CacheReader(other, 2, patches=PatchStore(int))
     theirs.connect()
     world.reader.connect()
 
@@ -140,7 +141,7 @@ def test_without_a_name_there_is_no_cache(world: World) -> None:
         return KEYS
 
     client = CacheClient(world.server.url, find_keys=find, timeout_s=0.5, ttl_s=60)
-    reader = CacheReader(client, 2)
+    reader = CacheReader(client, 2, patches=PatchStore(int))
     for step in (lambda: client.acquire(SHARD, [USER]), lambda: client.bar(SHARD, USER), reader.connect):
         with pytest.raises(ServiceError, match="CACHE_UNAVAILABLE"):
             step()

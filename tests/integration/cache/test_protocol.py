@@ -35,7 +35,7 @@ def filled(world: World) -> World:
 
 def test_first_acquire_makes_a_generation_of_this_server(world: World) -> None:
     grant = world.client.acquire(SHARD, [USER])
-    assert world.raw.get(G) == world.raw.info("server")["run_id"].encode() + grant.nonce
+    assert world.raw.get(G) == world.raw.info("server")["run_id"].encode() + grant.nonce + bytes(8)
     assert world.raw.ttl(G) == -1, "with a TTL it could be evicted, and the shard would go cold"
     assert world.raw.get(KEY) == b"L" + grant.token
     assert 0 < world.raw.pttl(KEY) <= scripts.LEASE_MS
@@ -122,7 +122,7 @@ def test_bulk_change_between_the_calls_of_one_acquire(world: World, monkeypatch:
 
     assert grant.user_ids == {4, 6}
     assert grant.busy == 1
-    assert world.raw.get(G).endswith(grant.nonce)
+    assert world.raw.get(G).endswith(grant.nonce + bytes(8))
     assert world.raw.get(KEYS.user(SHARD, 2)) is None
 
 

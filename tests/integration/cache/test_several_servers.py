@@ -12,12 +12,14 @@ import redis
 from prometheus_client import REGISTRY
 
 from segsvc.cache.client import CacheClient
+from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.readers import CacheReaders, make_reader
 from segsvc.cache.server import server_name
 from segsvc.cache.warm_notes import WarmNotes
 from segsvc.cli.doctor import storage
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.domain.events import UpdateUser
+from segsvc.domain.membership import FIRST_SEGMENT
 from segsvc.domain.operation import RequestKey
 from segsvc.domain.override import Effect, OverrideChanges, WantedOverride
 from segsvc.failpoints import failpoints
@@ -50,7 +52,7 @@ class Pair(World):
         self.urls = (lost.url, kept.url)
         self.settings = self.settings.model_copy(update={"cache_urls": self.urls})
         self.client = CacheClient(self.urls, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=86_400)
-        self.both = CacheReaders(self.client, SHARDS, partial=True)
+        self.both = CacheReaders(self.client, SHARDS, partial=True, patches=PatchStore(int))
         self.raw_lost = redis.Redis.from_url(lost.url)
 
     def close(self) -> None:
@@ -121,7 +123,7 @@ def test_pieces_over_both_servers_are_the_whole_in_the_order_asked(pair: Pair, s
         found = [entry for piece in pieces for entry in piece]
     assert found == pair.both.lookup(users)
     assert [entry is not None for entry in found] == [user % 3 == 1 for user in users]
-    assert [bool(entry and len(entry) > 4) for entry in found] == [user == 4 for user in users]
+    assert [bool(entry and entry[FIRST_SEGMENT:]) for entry in found] == [user == 4 for user in users]
 
 
 def test_what_is_not_taken_is_no_later_lookups_answer(pair: Pair) -> None:
@@ -138,7 +140,7 @@ def test_one_server_needs_no_parts(pair: Pair) -> None:
     """With one server a read costs what it costs without this: the reader of one server alone."""
     same = CacheClient((pair.urls[1],) * SHARDS, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=60)
     assert len(same.servers) == 1
-    assert not isinstance(make_reader(same, SHARDS, partial=True), CacheReaders)
+    assert not isinstance(make_reader(same, SHARDS, partial=True, patches=PatchStore(int)), CacheReaders)
 
 
 def test_the_doctor_looks_at_each_server(pair: Pair) -> None:
@@ -193,7 +195,7 @@ def test_a_server_that_hangs_costs_the_other_users_one_wait(pair: Pair, lane: La
 
 
 def test_the_check_does_not_take_a_dead_server_for_misses(pair: Pair) -> None:
-    strict = make_reader(pair.client, SHARDS, partial=False)
+    strict = make_reader(pair.client, SHARDS, partial=False, patches=PatchStore(int))
     strict.connect()
     pair.lost.kill()
     with pytest.raises(ServiceError) as refused:
@@ -272,7 +274,7 @@ def test_while_a_server_is_added_each_process_drops_what_any_other_may_read(pair
     old, new = (pair.urls[1],) * SHARDS, pair.urls
     before = CacheClient(old, also=new, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=60)
     after = CacheClient(new, also=old, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=60)
-    readers = [make_reader(client, SHARDS, partial=False) for client in (before, after)]
+    readers = [make_reader(client, SHARDS, partial=False, patches=PatchStore(int)) for client in (before, after)]
     for reader in readers:
         reader.connect()
 

@@ -10,7 +10,9 @@ import pytest
 
 from segsvc.bootstrap import OperationParts, make_rule_costs
 from segsvc.domain.bucketing import bucket
+from segsvc.domain.errors import cache_unavailable
 from segsvc.domain.operation import Operation, OperationState, ShardProgress
+from segsvc.domain.patch import Patch
 from segsvc.domain.segment import Rule, SegmentText
 from segsvc.failpoints import FailpointError
 from segsvc.fan_out import ThreadFanOut
@@ -20,6 +22,7 @@ from segsvc.services.acceptance import Acceptance
 from segsvc.services.creations import Creations
 from segsvc.services.end_watcher import OperationEndWatcher
 from segsvc.services.operations import OperationService
+from segsvc.twophase.ports import Published
 from tests.installation import Installation, new_installation
 
 USERS = range(1, 6001)
@@ -40,19 +43,41 @@ class Messages:
 
 
 class Generations:
-    """Remembers which generations were dropped."""
+    """Remembers which patches were published, and which generations were dropped."""
 
     entries_gone_after_s = 3600.0
 
     def __init__(self) -> None:
+        self.written: list[tuple[int, Patch]] = []
+        self.published: list[int] = []
+        """Shards of the patches that were appended."""
         self.dropped: list[int] = []
         self.error: Exception | None = None
-        self.down = frozenset(range(SHARDS))
-        """Shards whose server raises the error."""
+        self.away: set[int] = set()
+        """Shards whose cache is out of reach."""
+        self.full = False
+        """No memory for patches."""
+
+    def _answer(self, shards: Sequence[int]) -> None:
+        if self.error is not None:
+            raise self.error
+        if not self.away.isdisjoint(shards):
+            raise cache_unavailable()
+
+    def write_patch(self, shard: int, patch: Patch) -> bytes:
+        self._answer([shard])
+        if self.full:
+            raise cache_unavailable()
+        self.written.append((shard, patch))
+        return b"token"
+
+    def append_patch(self, shard: int, patch: Patch, token: bytes) -> Published:
+        self._answer([shard])
+        self.published.append(shard)
+        return Published.APPENDED
 
     def drop_generations(self, shards: Sequence[int]) -> None:
-        if self.error is not None and not self.down.isdisjoint(shards):
-            raise self.error
+        self._answer(shards)
         self.dropped += shards
 
 

@@ -11,9 +11,8 @@ from segsvc.domain.operation import Operation, OperationState
 from tests.integration.operations.conftest import SHARDS, Rig, roll_out
 
 
-def test_the_cache_is_dropped_before_done_and_done_waits_for_it(rig: Rig) -> None:
+def test_the_cache_is_patched_before_done_and_done_waits_for_it(rig: Rig) -> None:
     rig.create()
-    rig.cache.dropped.clear()
 
     operation = roll_out(rig, 10_000)
     rig.cache.error = cache_unavailable()
@@ -25,31 +24,56 @@ def test_the_cache_is_dropped_before_done_and_done_waits_for_it(rig: Rig) -> Non
     rig.cache.error = None
     rig.settle()
     assert rig.state(operation) is OperationState.DONE
-    assert rig.cache.dropped == list(range(SHARDS))
+    assert sorted(rig.cache.published) == list(range(SHARDS))
+    assert rig.cache.dropped == []
 
 
-def test_one_cache_server_that_is_away_keeps_no_other_shards_entries_cold(rig: Rig) -> None:
-    """Recovery comes again and again: each time it drops only what is not dropped yet."""
+def test_a_retry_publishes_only_what_is_not_published(rig: Rig) -> None:
+    """Recovery comes every two seconds as long as one shard's cache is out of reach."""
     rig.create()
-    rig.cache.dropped.clear()
     operation = roll_out(rig, 10_000)
-    rig.cache.error, rig.cache.down = cache_unavailable(), frozenset({0})
-
-    for attempt in (rig.deliver, rig.coordinator.recover, rig.coordinator.recover):
+    rig.cache.away = {0}
+    for _ in range(3):
         with pytest.raises(ServiceError):
-            attempt()
+            rig.coordinator.recover() if rig.cache.written else rig.deliver()
         assert rig.state(operation) is OperationState.COMMITTED
-        assert rig.cache.dropped == list(range(1, SHARDS))
+    assert sorted(rig.cache.published) == list(range(1, SHARDS))
 
-    rig.cache.error = None
+    rig.cache.away = set()
     rig.settle()
     assert rig.state(operation) is OperationState.DONE
-    assert sorted(rig.cache.dropped) == list(range(SHARDS))
+    assert sorted(rig.cache.published) == list(range(SHARDS))
+    assert rig.cache.dropped == []
 
-    rig.cache.dropped.clear()
+
+def test_a_patch_that_cannot_be_published_is_a_dropped_generation(rig: Rig) -> None:
+    """As when the cache has no memory for it: it refuses the patch, and still takes a deletion."""
+    rig.create()
+    operation = roll_out(rig, 10_000)
+    rig.cache.full = True
+    rig.settle()
+    assert rig.state(operation) is OperationState.DONE
+    assert (sorted(rig.cache.dropped), rig.cache.published) == (list(range(SHARDS)), [])
+
+
+def test_a_publisher_that_comes_late_leaves_the_cache_alone(rig: Rig) -> None:
+    """It slept while a twin ended the operation, and while the next one was published: its patch is not read any more,
+    and a warm cache must not go cold for it."""
+    rig.create()
+    operation = roll_out(rig, 10_000)
+    rig.settle()
+    late = rig.ledger.get(operation.id)
+    assert late is not None
     roll_out(rig, 20_000)
     rig.settle()
-    assert rig.cache.dropped == list(range(SHARDS))
+
+    published = list(rig.cache.published)
+    again = Rig(rig.installation, rig.databases)
+    again.cache = rig.cache
+    again.coordinator._invalidation = rig.cache
+    again.coordinator._publish(late)
+    again.close()
+    assert (rig.cache.published, rig.cache.dropped) == (published, [])
 
 
 def test_a_creation_changes_no_list_and_needs_no_cache(rig: Rig) -> None:
