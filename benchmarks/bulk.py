@@ -100,7 +100,7 @@ class Service:
 
     def __init__(self, settings: Settings, broker: RedisServer, pids: Pids) -> None:
         self.settings = settings
-        self.client = Client(settings.grpc_address)
+        self.client = Client.of(settings)
         self.pids = pids
         self._celery = celery_beside(settings)
 

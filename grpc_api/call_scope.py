@@ -37,12 +37,14 @@ class CallScope:
         request_id: of ``x-request-id``, for logs and the client.
         start: ``time.monotonic()`` when it arrived.
         deadline: ``time.monotonic()`` when its client gives up; None: never.
+        actor: name of the principal that makes it; empty: nobody has a name.
     """
 
     method: str
     request_id: str
     start: float
     deadline: float | None
+    actor: str = ""
 
     def remaining_s(self) -> float | None:
         """Time left, possibly negative; None: no deadline."""

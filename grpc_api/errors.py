@@ -34,6 +34,8 @@ violation is added. HTTP headers carry the status twice, as percent-encoded text
 than 8 KiB of headers: the call would fail with an unrelated error."""
 
 _CODES: Final[dict[Category, int]] = {
+    Category.UNAUTHENTICATED: code_pb2.UNAUTHENTICATED,
+    Category.PERMISSION_DENIED: code_pb2.PERMISSION_DENIED,
     Category.INVALID_ARGUMENT: code_pb2.INVALID_ARGUMENT,
     Category.NOT_FOUND: code_pb2.NOT_FOUND,
     Category.ALREADY_EXISTS: code_pb2.ALREADY_EXISTS,

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 from uuid import uuid4
 
@@ -17,6 +18,7 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from grpc_api import call_scope
+from grpc_api.access import Gate
 from grpc_api.call_scope import REQUEST_ID_CHARACTERS_MAX, REQUEST_ID_KEY
 from grpc_api.errors import status_of_exception, trailing_metadata
 from segsvc.domain.errors import Reason, ServiceError
@@ -37,16 +39,18 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 
 
-def interceptors(methods: Collection[str]) -> list[aio.ServerInterceptor]:
+def interceptors(methods: Collection[str], gate: Gate) -> list[aio.ServerInterceptor]:
     """All interceptors, outermost first.
 
     Args:
         methods: full names of the methods that exist. A client may send any other name, so those are no metric's label.
+        gate: knows who may call what.
     """
     return [
         EnterCall(),  # first: request id and deadline exist before anything can be logged or can fail
         Observe(methods),  # outside the mapping of errors, so that it counts the code which the client gets
-        MapErrors(),  # innermost: no exception of a servicer passes it unmapped
+        MapErrors(),  # no exception of a servicer, nor a refusal of the next one, passes it unmapped
+        Admit(gate),  # innermost: nothing of a request is read before its caller is known
     ]
 
 
@@ -58,6 +62,10 @@ _NO_SUCH_METHOD: Handler = grpc.unary_unary_rpc_method_handler(_no_such_method)
 """Handles calls of methods that do not exist, so that their error has details like every other error."""
 
 
+def _as_it_is(request: Any) -> Any:
+    return request
+
+
 class Around(aio.ServerInterceptor, ABC):
     """An interceptor that is an asynchronous context around the servicer's method, for unary calls and streams."""
 
@@ -67,7 +75,7 @@ class Around(aio.ServerInterceptor, ABC):
 
     def decode(self, handler: Handler) -> tuple[Callable[[bytes], Any] | None, Callable[[Any], Any]]:
         """The two steps from bytes to the request: the one that grpc takes, then the one taken inside the context."""
-        return handler.request_deserializer, lambda request: request
+        return handler.request_deserializer, _as_it_is
 
     async def intercept_service(
         self,
@@ -75,11 +83,18 @@ class Around(aio.ServerInterceptor, ABC):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler: Any = await continuation(handler_call_details) or _NO_SUCH_METHOD
-        if handler.request_streaming:
-            # Only reflection, which is off in production, reads a stream.
-            return handler
-
         method = handler_call_details.method
+        if handler.request_streaming:
+            # gRPC decodes the messages: only reflection, which is off in production, reads a stream.
+            streams = handler.stream_stream or handler.stream_unary
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.response_streaming
+                else (grpc.stream_unary_rpc_method_handler)
+            )
+            around = self._generator if handler.response_streaming else self._unary
+            return make(around(method, streams, _as_it_is), handler.request_deserializer, handler.response_serializer)
+
         outer, inner = self.decode(handler)
         if not handler.response_streaming:
             return grpc.unary_unary_rpc_method_handler(
@@ -213,11 +228,30 @@ class Observe(Around):
 
 
 class MapErrors(Around):
-    """Turns every exception into a status with details, so that no text of a driver or of Python reaches a client.
+    """Turns every exception into a status with details, so that no text of a driver or of Python reaches a client."""
 
-    Requests are decoded inside this context for the same reason: grpc would answer an invalid message with the
-    decoder's exception.
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        try:
+            yield
+        except aio.AbortError:
+            raise
+        except DecodeError:
+            # gRPC's convention for bytes that are no message; the hot lane gives the same answer.
+            await _abort(context, ServiceError(Reason.INTERNAL, "the request is not a valid message"), method)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must be mapped
+            await _abort(context, error, method)
+
+
+class Admit(Around):
+    """Lets in the calls whose callers may make them, and decodes the requests of these.
+
+    They are decoded here and not by grpc, which would answer an invalid message with the decoder's exception, and would
+    read what anybody sends.
     """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
 
     def decode(self, handler: Handler) -> tuple[Callable[[bytes], Any] | None, Callable[[Any], Any]]:
         deserialize = handler.request_deserializer
@@ -232,15 +266,14 @@ class MapErrors(Around):
 
     @asynccontextmanager
     async def around(self, method: str, context: Context) -> AsyncIterator[None]:
-        try:
-            yield
-        except aio.AbortError:
-            raise
-        except DecodeError:
-            # gRPC's convention for bytes that are no message; the hot lane gives the same answer.
-            await _abort(context, ServiceError(Reason.INTERNAL, "the request is not a valid message"), method)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it must be mapped
-            await _abort(context, error, method)
+        # A stream of the native front has no certificates.
+        certificate = getattr(context, "auth_context", None)
+        principal = self._gate.admit(method, context.invocation_metadata() or (), certificate)
+        if principal is not None:
+            call_scope.enter(replace(call_scope.current(), actor=principal.name))
+            # In each line of the log about this call.
+            structlog.contextvars.bind_contextvars(actor=principal.name)
+        yield
 
 
 async def _abort(context: Context, error: Exception, method: str) -> None:

@@ -20,6 +20,7 @@ import resource
 import signal
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,7 +29,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from pygrpc_native import NativeGrpcFront
 from segmentation.v1 import (
     membership_pb2,
@@ -39,6 +40,7 @@ from segmentation.v1 import (
 from segmentation.v1 import operations_pb2 as watch_pb2
 from segmentation.v1 import operations_pb2_grpc as watch_pb2_grpc
 
+from grpc_api.access import Gate
 from grpc_api.call_scope import BlockingCalls
 from grpc_api.health import HealthMonitor, HealthServicer
 from grpc_api.hot.calls import EXPORT_SEGMENT_USERS, MESSAGE_BYTES_MAX, STREAMS, WATCH_OPERATION, native_front
@@ -54,8 +56,10 @@ from grpc_api.servicers.membership import MembershipServicer, Submit
 from grpc_api.servicers.operations import OperationsServicer, WatchServicer
 from grpc_api.servicers.segments import SegmentServicer
 from grpc_api.watching import OperationWatch
+from segsvc.access.authenticator import Authenticator
+from segsvc.access.files import AccessFileError
 from segsvc.bootstrap import FrontServices, HotReads, TaskSender
-from segsvc.config import Settings
+from segsvc.config import Settings, on_loopback
 from segsvc.log import get_logger
 from segsvc.metrics_http import MetricsAddressError, of_role, serving
 
@@ -79,6 +83,12 @@ EXPORT_THREADS, EXPORT_WAITING_MAX = 4, EXPORTS_MAX
 WATCHES_MAX, WATCHES_PER_CALLER_MAX = 2048, 1024
 """Watches of operations that may be open at once, as for exports. One read of the ledger serves all of them."""
 
+OPEN_REFUSED = (
+    "{address}: without SEGSVC_AUTH the front serves this machine alone (127.0.0.1 or [::1]); set SEGSVC_AUTH to "
+    "tokens, jwt or mtls, or SEGSVC_ALLOW_OPEN=1 to let everybody in who reaches it"
+)
+"""Why a front that everybody could call does not start."""
+
 _log = get_logger(__name__)
 
 MakeSender = Callable[[Settings], TaskSender]
@@ -86,7 +96,8 @@ MakeSender = Callable[[Settings], TaskSender]
 
 
 class ListenError(Exception):
-    """An address cannot be listened on; the text says which, and why."""
+    """The front cannot serve: an address cannot be listened on, or a file that it needs cannot be used. The text says
+    which, and why."""
 
 
 def serve(settings: Settings, *, make_sender: MakeSender) -> int:
@@ -95,11 +106,19 @@ def serve(settings: Settings, *, make_sender: MakeSender) -> int:
     Returns:
         The exit code: 0 after a signal, 1 if an address cannot be listened on (the log says which).
     """
+    if is_open_to_others(settings):
+        _log.error("cannot_listen", reason=OPEN_REFUSED.format(address=settings.grpc_address))
+        return 1
     _raise_open_files()
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departure)
     if settings.front_processes == 1:
         return _serve_one(settings, make_sender)
     return PreforkParent(settings.front_processes, functools.partial(_serve_one, settings, make_sender)).run()
+
+
+def is_open_to_others(settings: Settings) -> bool:
+    """Whether everybody who reaches this machine could call, without credentials and without having been allowed to."""
+    return settings.auth == ("none",) and not settings.allow_open and not on_loopback(settings.grpc_address)
 
 
 def _raise_open_files() -> None:
@@ -175,6 +194,8 @@ class FrontProcess:
         self._previews = self._threads_for("previews", PREVIEW_THREADS, PREVIEW_WAITING_MAX)
         self._exports = self._threads_for("exports", EXPORT_THREADS, EXPORT_WAITING_MAX)
         self._health = HealthServicer()
+        self._authenticator = None if settings.auth == ("none",) else _authenticator(settings)
+        self._gate = Gate(self._authenticator, _methods(reflected=settings.grpc_reflection))
 
     def _threads_for(self, name: str, threads: int, waiting_max: int) -> BlockingCalls:
         return BlockingCalls(name, threads=threads, waiting_max=waiting_max, bound_s=self._settings.statement_timeout_s)
@@ -186,11 +207,14 @@ class FrontProcess:
             ListenError: an address is in use, or not this machine's.
         """
         stack.callback(self._close_services)
+        if self._authenticator is not None:
+            self._authenticator.start()
+            stack.push_async_callback(asyncio.to_thread, self._authenticator.close)
         native = self._make_native_front()
         self._serve_metrics(stack, native)
 
         segments, watches = self._make_segment_servicer(), self._make_watch_servicer()
-        streams = await _native_streams(native, segments, watches) if native is not None else None
+        streams = await _native_streams(native, segments, watches, self._gate) if native is not None else None
         lane = await self._start_lane(stack, native, streams)
 
         server = self._make_server(segments, watches, lane.submit if native is None else None)
@@ -241,6 +265,7 @@ class FrontProcess:
 
         lane = HotLane(
             front=native,
+            gate=self._gate,
             entries=hot.entries,
             counts=hot.counts,
             cold=hot.cold,
@@ -280,7 +305,7 @@ class FrontProcess:
     def _make_server(self, segments: SegmentServicer, watches: WatchServicer, submit: Submit | None) -> aio.Server:
         services = self._services
         server = aio.server(
-            interceptors=[OneMessage(), *interceptors(_methods())],
+            interceptors=[OneMessage(), *interceptors(_methods(), self._gate)],
             options=self._options(),
         )
 
@@ -325,8 +350,10 @@ class FrontProcess:
         address = self._settings.grpc_address
         try:
             if self._settings.grpc_tls_cert and self._settings.grpc_tls_key:
-                key, chain = self._settings.grpc_tls_key.read_bytes(), self._settings.grpc_tls_cert.read_bytes()
-                server.add_secure_port(address, grpc.ssl_server_credentials([(key, chain)]))
+                server.add_secure_port(
+                    address,
+                    _tls(self._settings.grpc_tls_key, self._settings.grpc_tls_cert, self._settings.grpc_tls_client_ca),
+                )
             else:
                 server.add_insecure_port(address)
         except (OSError, RuntimeError) as error:
@@ -339,7 +366,8 @@ class FrontProcess:
         host, _, port = self._settings.metrics_address.rpartition(":")
         served = of_role("front") if native is None else of_role("front", complete=hot_calls(native))
         try:
-            stack.enter_context(serving(f"{host}:{int(port) + self._index}", served))
+            address = f"{host}:{int(port) + self._index}"
+            stack.enter_context(serving(address, served, token=self._settings.metrics_token))
         except MetricsAddressError as error:
             raise ListenError(str(error)) from error
 
@@ -354,6 +382,18 @@ class FrontProcess:
         self._services.close()
 
 
+def _tls(key: Path, chain: Path, client_ca: Path | None) -> grpc.ServerCredentials:
+    """The front's side of TLS. With authorities of clients, a client without a certificate of theirs cannot connect.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    pairs = [(key.read_bytes(), chain.read_bytes())]
+    if client_ca is None:
+        return grpc.ssl_server_credentials(pairs)
+    return grpc.ssl_server_credentials(pairs, client_ca.read_bytes(), require_client_auth=True)
+
+
 async def _drain(server: aio.Server, streams: NativeStreams | None) -> None:
     """Let calls of the server and of the streams end by themselves, both within the same time."""
     async with asyncio.TaskGroup() as both:
@@ -362,7 +402,9 @@ async def _drain(server: aio.Server, streams: NativeStreams | None) -> None:
             both.create_task(streams.close(DRAIN_S))
 
 
-async def _native_streams(front: NativeGrpcFront, segments: SegmentServicer, watches: WatchServicer) -> NativeStreams:
+async def _native_streams(
+    front: NativeGrpcFront, segments: SegmentServicer, watches: WatchServicer, gate: Gate
+) -> NativeStreams:
     """The streams that the native front itself serves, with the servicers inside the same interceptors."""
     export = grpc.unary_stream_rpc_method_handler(
         segments.ExportSegmentUsers,
@@ -376,7 +418,7 @@ async def _native_streams(front: NativeGrpcFront, segments: SegmentServicer, wat
         watch_pb2.WatchOperationResponse.SerializeToString,
     )
 
-    around = interceptors(_methods())
+    around = interceptors(_methods(), gate)
     handlers = {EXPORT_SEGMENT_USERS: export, WATCH_OPERATION: watch}
     return NativeStreams(front, [await with_interceptors(handlers[method], method, around) for method in STREAMS])
 
@@ -407,6 +449,15 @@ def _services() -> list[ServiceDescriptor]:
     return [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
 
 
-def _methods() -> list[str]:
-    """Full names of all methods, as they come in a request's path."""
-    return [f"/{service.full_name}/{method.name}" for service in _services() for method in service.methods]
+def _methods(*, reflected: bool = False) -> list[str]:
+    """Full names of all methods, as they come in a request's path. ``reflected``: with those of reflection."""
+    services = [*_services(), *(reflection_pb2.DESCRIPTOR.services_by_name.values() if reflected else ())]
+    return [f"/{service.full_name}/{method.name}" for service in services for method in service.methods]
+
+
+def _authenticator(settings: Settings) -> Authenticator:
+    """Raises ListenError: a file that says whom to believe cannot be used."""
+    try:
+        return Authenticator(settings)
+    except AccessFileError as error:
+        raise ListenError(str(error)) from error

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import parse_qs, urlsplit
@@ -119,8 +120,14 @@ class Settings(BaseSettings):
     )
     grpc_tls_cert: Path | None = Field(None, description="PEM certificate chain; only with SEGSVC_GRPC_FRONT=grpcio.")
     grpc_tls_key: Path | None = Field(None, description="PEM private key; only with SEGSVC_GRPC_FRONT=grpcio.")
+    grpc_tls_client_ca: Path | None = Field(
+        None, description="PEM of the authorities of clients' certificates; with it, each client needs one."
+    )
     grpc_reflection: bool = Field(False, description="Serve gRPC reflection (off in production).")
     front_processes: int = Field(1, ge=1, le=64, description="Front processes sharing the port (SO_REUSEPORT).")
+    metrics_token: str = Field(
+        "", description="Bearer token that whoever reads metrics must send, of all processes; empty: none is needed."
+    )
     metrics_address: str = Field(
         "127.0.0.1:9464", description="host:port of the front's Prometheus metrics (process n: port + n); '' = off."
     )
@@ -134,10 +141,32 @@ class Settings(BaseSettings):
     )
     cold_read_threads: int = Field(2, ge=1, le=16, description="Concurrent cold-read statements per shard and process.")
 
+    # -- who may call the front -------------------------------------------------------------------------------------
+    auth: Annotated[tuple[Literal["none", "tokens", "jwt", "mtls"], ...], NoDecode] = Field(
+        ("none",), description="Credentials that are accepted: none, or one or more of tokens, jwt, mtls, by commas."
+    )
+    allow_open: bool = Field(
+        False, description="With SEGSVC_AUTH=none: serve everybody who reaches the front, not this machine alone."
+    )
+    auth_tokens_file: Path | None = Field(
+        None, description='tokens: JSON list of {"name", "sha256" (of the token), "roles", "expires" (optional)}.'
+    )
+    auth_jwks_file: Path | None = Field(None, description="jwt: JSON Web Key Set with the issuer's public keys.")
+    auth_jwt_issuer: str = Field("", description="jwt: the iss that a token must have.")
+    auth_jwt_audience: str = Field("", description="jwt: the aud that a token must have, or have among others.")
+    auth_jwt_roles_claim: str = Field(
+        "roles", description="jwt: the claim with the roles, a list or a text; with dots, a path into claims."
+    )
+    auth_principals_file: Path | None = Field(
+        None, description="mtls: JSON map of the names in clients' certificates to lists of roles."
+    )
+
     # -- calling the front: the command line ------------------------------------------------------------------------
     client_timeout_s: Seconds = Field(
         30.0, description="How long the command line waits for an answer of the front; also the option --timeout."
     )
+    token: str = Field("", description="Token that the command line sends to the front; empty: SEGSVC_TOKEN_FILE.")
+    token_file: Path | None = Field(None, description="File that holds that token; absent: no token is sent.")
     client_tls: bool | None = Field(
         None,
         description="Call the front with TLS, e.g. if a proxy ends TLS; absent: only if SEGSVC_GRPC_TLS_CERT is set.",
@@ -281,6 +310,21 @@ class Settings(BaseSettings):
     def _split_urls(cls, value: Any) -> Any:
         return split_urls(value) if isinstance(value, str) else value
 
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _ways(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        ways = tuple(re.findall(r"[^,\s]+", value))
+        return ways or ("none",)
+
+    @field_validator("auth")
+    @classmethod
+    def _none_alone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "none" in value and len(value) > 1:
+            raise ValueError("none excludes the other ways of SEGSVC_AUTH")
+        return value
+
     @field_validator("cluster")
     @classmethod
     def _cluster_name(cls, value: str) -> str:
@@ -338,6 +382,7 @@ class Settings(BaseSettings):
 
     @field_validator(
         "client_tls", "client_tls_ca", "client_tls_cert", "client_tls_key", "grpc_tls_cert", "grpc_tls_key",
+        "grpc_tls_client_ca", "auth_tokens_file", "auth_jwks_file", "auth_principals_file", "token_file",
         "kafka_tls_ca", "kafka_tls_cert", "kafka_tls_key", "failpoint_dir", "flower_db", mode="before",
     )  # fmt: skip
     @classmethod
@@ -363,6 +408,21 @@ class Settings(BaseSettings):
             raise ValueError("TLS needs SEGSVC_GRPC_FRONT=grpcio (or end it in a sidecar)")
         if (self.client_tls_cert is None) != (self.client_tls_key is None):
             raise ValueError("SEGSVC_CLIENT_TLS_CERT and SEGSVC_CLIENT_TLS_KEY are set together or not at all")
+        if self.grpc_tls_client_ca and not self.grpc_tls_cert:
+            raise ValueError("SEGSVC_GRPC_TLS_CLIENT_CA needs SEGSVC_GRPC_TLS_CERT and SEGSVC_GRPC_TLS_KEY")
+        return self
+
+    @model_validator(mode="after")
+    def _auth(self) -> Self:
+        needed = {
+            "tokens": ("auth_tokens_file",),
+            "jwt": ("auth_jwks_file", "auth_jwt_issuer", "auth_jwt_audience", "auth_jwt_roles_claim"),
+            "mtls": ("auth_principals_file", "grpc_tls_cert", "grpc_tls_key", "grpc_tls_client_ca"),
+        }
+        for way in self.auth:
+            missing = [f"SEGSVC_{name.upper()}" for name in needed.get(way, ()) if not getattr(self, name)]
+            if missing:
+                raise ValueError(f"SEGSVC_AUTH={way} needs {' and '.join(missing)}")
         return self
 
     @model_validator(mode="after")
@@ -413,7 +473,7 @@ class Settings(BaseSettings):
         """All settings and BESIDE_THE_SETTINGS, as JSON values by the names of their variables; passwords hidden."""
         shown: dict[str, Any] = {}
         for name, value in self.model_dump(mode="json").items():
-            if name.endswith("_password"):
+            if name == "token" or name.endswith(("_password", "_token")):
                 masked: Any = "***" if value else ""
             elif isinstance(value, str):
                 masked = mask(value)
@@ -468,6 +528,15 @@ def _secrets() -> list[Path]:
 
 def _is_port(text: str) -> bool:
     return text.isascii() and text.isdecimal() and int(text) <= 65535  # the largest port
+
+
+def on_loopback(address: str) -> bool:
+    """Whether only processes of this machine can reach what listens on ``host:port``. A name is none but localhost."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or address.startswith("unix:")
 
 
 def load_settings(**overrides: Any) -> Settings:

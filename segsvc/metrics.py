@@ -56,6 +56,25 @@ rpc_seconds = Histogram("segsvc_rpc_seconds", "Duration of calls.", ["method"], 
 CODES = ("OK", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN")
 """Codes that every method serves from the start, at 0, for the same reason as the alarms below."""
 
+# -- access (front) -------------------------------------------------------------------------------------------------
+credentials_refused = Counter(
+    "segsvc_credentials_refused_total", "Calls whose credentials were refused, by what was wrong with these.", ["why"]
+)
+CREDENTIAL_FAULTS = (
+    "none", "unknown", "expired", "key", "algorithm", "signature", "issuer", "audience", "claims", "not_verified",
+)  # fmt: skip
+"""none: there were none; unknown: no such token, or no such name of a certificate; key, algorithm, signature, issuer,
+audience, claims: of a JWT; not_verified: a JWT that was not looked at, because too many forged ones came."""
+for _why in CREDENTIAL_FAULTS:
+    # Served as 0 from the start: an alert on a rising counter misses the first event of a counter that starts at 1.
+    credentials_refused.labels(_why)
+access_file_broken = Gauge(
+    "segsvc_access_file_broken",
+    "1 while the file that this setting names cannot be used, and its contents before stay in force.",
+    ["setting"],
+    multiprocess_mode="max",
+)
+
 # -- databases (every process) --------------------------------------------------------------------------------------
 connections_thrown_away = Counter(
     "segsvc_connections_thrown_away_total",
@@ -185,6 +204,8 @@ SERVED_BY: dict[str, tuple[str, ...]] = {
     "segsvc_cache_connected": ("front",),
     "segsvc_rpcs": ("front",),
     "segsvc_rpc_seconds": ("front",),
+    "segsvc_credentials_refused": ("front",),
+    "segsvc_access_file_broken": ("front",),
     "segsvc_operations_finished": ("front", "operations", "beat"),
     "segsvc_patches": ("front", "operations", "beat"),
     "segsvc_patch_bytes": ("front", "operations", "beat"),

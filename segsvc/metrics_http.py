@@ -7,6 +7,7 @@ decides where values are kept when it is imported, so the variable ``PROMETHEUS_
 
 from __future__ import annotations
 
+import hmac
 import os
 import re
 import struct
@@ -41,7 +42,9 @@ Health = Callable[[], str | None]
 
 
 @contextmanager
-def serving(address: str, registry: CollectorRegistry | None = None, *, health: Health | None = None) -> Iterator[None]:
+def serving(
+    address: str, registry: CollectorRegistry | None = None, *, health: Health | None = None, token: str = ""
+) -> Iterator[None]:
     """Serve metrics at ``http://address/metrics`` while the block runs.
 
     Args:
@@ -49,6 +52,7 @@ def serving(address: str, registry: CollectorRegistry | None = None, *, health: 
         registry: the metrics to serve; None: the ones that this process declared.
         health: called for ``/health``, which answers 200 if nothing is wrong, else 503 with the text. None: there is no
             ``/health``.
+        token: the bearer token that readers of metrics must send; empty: none is needed. ``/health`` needs none.
 
     Raises:
         MetricsAddressError: the server cannot listen on the address.
@@ -63,9 +67,13 @@ def serving(address: str, registry: CollectorRegistry | None = None, *, health: 
     except OSError as error:
         raise MetricsAddressError(f"metrics on {address}: {error.strerror or error}") from error
 
-    metrics_app = server.get_app()
-    if health is not None and metrics_app is not None:
-        server.set_app(_with_health(metrics_app, health))
+    app = server.get_app()
+    if app is not None:
+        if token:
+            app = _guarded(app, token)
+        if health is not None:
+            app = _with_health(app, health)
+        server.set_app(app)
 
     # A child that outlives its parent must not keep the port. Closing the child's copy does not affect the parent's.
     os.register_at_fork(after_in_child=server.socket.close)
@@ -112,6 +120,21 @@ class _OfRole(Collector):
             if metrics.is_served(family.name, self._role):
                 self._complete(family)
                 yield family
+
+
+def _guarded(metrics_app: WSGIApplication, token: str) -> WSGIApplication:
+    """The app for those who send this bearer token."""
+    wanted = f"Bearer {token}".encode()
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        given = environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace")
+        # In a time that does not tell how much of it is right.
+        if hmac.compare_digest(given, wanted):
+            return metrics_app(environ, start_response)
+        start_response("401 Unauthorized", [("Content-Type", "text/plain"), ("WWW-Authenticate", "Bearer")])
+        return [b"metrics need a token\n"]
+
+    return app
 
 
 def _with_health(metrics_app: WSGIApplication, health: Health) -> WSGIApplication:

@@ -100,7 +100,7 @@ class Ours:
     """The stack, whose bridge is suspended while events are sent to its topic."""
 
     def __init__(self, stack: LocalStack) -> None:
-        self._client = Client(stack.settings.grpc_address)
+        self._client = Client.of(stack.settings)
         names = ("bridge", "worker-events", "serve", "postgres", "broker", "cache", "kafka", "kafka-stand-in")
         self.pids = {part.name: part.pid for part in stack.status() if part.name in names and part.pid}
         self._bridge = psutil.Process(self.pids["bridge"])

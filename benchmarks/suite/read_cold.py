@@ -79,7 +79,7 @@ def read_cold(world: World) -> Iterator[Result | Curve]:
 @benchmark("read_after_rollout")
 def read_after_rollout(world: World) -> Iterator[Result | Curve]:
     """Reads at a steady rate while a rollout over all users commits, beside the same without it."""
-    with world.stack(ROLLED_OUT) as stack, closing(Client(stack.settings.grpc_address)) as client:
+    with world.stack(ROLLED_OUT) as stack, closing(Client.of(stack.settings)) as client:
         user_ids = reading.shuffled_users(ROLLED_OUT)
         bodies = [Body.single(user) for user in user_ids]
         percents = [20.0, 50.0]

@@ -13,8 +13,10 @@ from typing import Final, Protocol
 from pygrpc_native import EVENT_CALL, NativeGrpcFront
 
 from grpc_api import connections
+from grpc_api.access import Gate
 from grpc_api.call_scope import REQUEST_ID_CHARACTERS_MAX, REQUEST_ID_KEY
 from grpc_api.errors import status_of, trailing_metadata
+from grpc_api.token_sender import AUTHORIZATION_KEY
 from segsvc.domain.errors import Reason, ServiceError
 from segsvc.log import get_logger
 
@@ -168,11 +170,13 @@ class NativeCalls:
     """Calls of a NativeGrpcFront from ``native_front``.
 
     Args:
+        gate: lets the lane's calls in; the streams have their own check.
         streams: serves the calls of STREAMS; None: they are refused.
     """
 
-    def __init__(self, front: NativeGrpcFront, streams: Streams | None = None) -> None:
+    def __init__(self, front: NativeGrpcFront, gate: Gate, streams: Streams | None = None) -> None:
         self._front = front
+        self._gate = gate
         self._streams = streams
         self._port = front.bound_port
         # Drawn here and not at import: processes that fork after the import would share it.
@@ -182,12 +186,12 @@ class NativeCalls:
         self._watched: dict[int, NativeCall] = {}
 
     def take(self, calls_max: int, *, wait: bool) -> list[Call] | None:
-        front, ids, made = self._front, self._ids, self._made
+        front, ids, made, guarded = self._front, self._ids, self._made, not self._gate.open
         events = front.recv_batch_details(calls_max, None if wait else 0)
         if events is None:
             return None
 
-        now = time.monotonic()
+        now, clock = time.monotonic(), time.time()
         calls: list[Call] = []
         for kind, call_id, method, payload, encoding, details in events:
             if kind != EVENT_CALL or payload is None or details is None:
@@ -203,7 +207,8 @@ class NativeCalls:
             metadata, peer, remaining_s = details
             if remaining_s is not None and remaining_s <= 0:
                 continue  # the front has ended the call
-            request_id = (metadata and _request_id(metadata)) or f"{ids}{next(made)}"
+            request_id, authorization = _told_by(metadata) if metadata else (None, None)
+            request_id = request_id or f"{ids}{next(made)}"
             deadline = None if remaining_s is None else now + remaining_s
             call = NativeCall(front, call_id, method == _BATCH, payload, request_id, deadline, self._watched)
 
@@ -213,6 +218,8 @@ class NativeCalls:
                 continue
 
             if method <= _BATCH:
+                if guarded and not self._admitted(call, authorization, clock):
+                    continue
                 if call.batch:
                     call.watch()
                 calls.append(call)
@@ -221,6 +228,15 @@ class NativeCalls:
             else:
                 call.fail(ServiceError(Reason.NOT_IMPLEMENTED, "there is no such method"))
         return calls
+
+    def _admitted(self, call: NativeCall, authorization: str | None, clock: float) -> bool:
+        """Whether the caller may make this call, at this Unix time. If not, the call is refused."""
+        try:
+            self._gate.admit_token(METHODS[call.batch], authorization, clock)
+        except ServiceError as error:
+            call.fail(error)
+            return False
+        return True
 
     def _refuse(self, call: NativeCall, encoding: bytes | str | None, peer: str) -> bool:
         """Refuse a call that is compressed or far too large. False: it is neither, and is not refused."""
@@ -237,13 +253,18 @@ class NativeCalls:
         self._front.close()
 
 
-def _request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
-    """The client's request id, if it sent one that is fit for logs."""
+def _told_by(metadata: Sequence[tuple[str, str | bytes]]) -> tuple[str | None, str | None]:
+    """The client's request id, if it sent one that is fit for logs, and its ``authorization``, as
+    ``access.authorization_of`` has it. One walk for both: it is done for each call."""
+    request_id: str | None = None
+    authorization: str | None = None
     for key, value in metadata:
-        if key == REQUEST_ID_KEY and isinstance(value, str):
+        if key == AUTHORIZATION_KEY:
+            authorization = "" if authorization is not None or isinstance(value, bytes) else value
+        elif key == REQUEST_ID_KEY and request_id is None and isinstance(value, str):
             fit = 0 < len(value) <= REQUEST_ID_CHARACTERS_MAX and value.isascii() and value.isprintable()
-            return value if fit else None
-    return None
+            request_id = value if fit else ""
+    return request_id, authorization
 
 
 # -- grpcio ---------------------------------------------------------------------------------------------------------

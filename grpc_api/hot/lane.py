@@ -32,6 +32,7 @@ from typing import Final, Protocol
 from pygrpc_native import NativeGrpcFront
 
 from grpc_api import call_scope
+from grpc_api.access import Gate
 from grpc_api.hot import wire
 from grpc_api.hot.answers import Batch, BatchPlace, Single
 from grpc_api.hot.batches import WaitingBatches
@@ -99,6 +100,7 @@ class HotLane:
 
     Args:
         front: from ``calls.native_front``; None: calls come by ``submit``.
+        gate: lets in the calls that come by that front.
         entries: used by the lane's thread alone.
         streams: serves calls of streams that come by the same front; None: there are none.
         slugs: created with ``encode=wire.encode_slug``.
@@ -108,6 +110,7 @@ class HotLane:
         self,
         *,
         front: NativeGrpcFront | None,
+        gate: Gate,
         entries: Entries,
         counts: ReadCounts,
         cold: ColdReads,
@@ -120,7 +123,7 @@ class HotLane:
         if front is None:
             self._calls = self._queued = QueuedCalls()
         else:
-            self._calls = NativeCalls(front, streams)
+            self._calls = NativeCalls(front, gate, streams)
         self._entries = entries
         self._counts = counts
         self._cold = cold

@@ -16,12 +16,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from segmentation.v1 import membership_pb2_grpc, operations_pb2_grpc, segments_pb2_grpc
 
-from segsvc.cli.base import Refusal
+from grpc_api.token_sender import with_token
+from segsvc.access.own_token import TokenError, own_token
+from segsvc.cli.base import Refusal, complain
 from segsvc.cli.front_tls import reachable, tls_files, uses_tls, why_no_answer
 from segsvc.config import Settings
 
 ANSWER_BYTES_MAX: Final = 64 << 20
 """A page of a thousand segments with long conditions is larger than a client accepts by default."""
+
+
+_HINT: Final = "; SEGSVC_TOKEN or SEGSVC_TOKEN_FILE gives the command line its token"
 
 
 class Front:
@@ -70,7 +75,18 @@ def is_serving(settings: Settings) -> bool:
 
 
 def _channel(settings: Settings) -> grpc.Channel:
-    """Raises Refusal if a file of the client's TLS cannot be used."""
+    """Raises Refusal if a file of the client's TLS, or its token, cannot be used."""
+    return with_token(_bare_channel(settings), _own_token(settings))
+
+
+def _own_token(settings: Settings) -> str:
+    try:
+        return own_token(settings, lambda text: complain(text, "warning"))
+    except TokenError as error:
+        raise Refusal(str(error)) from None
+
+
+def _bare_channel(settings: Settings) -> grpc.Channel:
     address = reachable(settings.grpc_address)
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", ANSWER_BYTES_MAX),
@@ -89,7 +105,7 @@ def _failure_line(error: Any, settings: Settings) -> str:
     """Why a call failed. ``error``: what a stub raised, which is also a ``grpc.Call``, unlike its declared type."""
     status = rpc_status.from_call(error)
     if status is not None:
-        return describe(status)
+        return describe(status) + (_HINT if error.code() is grpc.StatusCode.UNAUTHENTICATED else "")
     code: grpc.StatusCode = error.code()
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return f"{code.name}: {why_no_answer(settings, timed_out=code is grpc.StatusCode.DEADLINE_EXCEEDED)}"

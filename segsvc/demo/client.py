@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import grpc
 from google.longrunning import operations_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 from segmentation.v1 import membership_pb2, membership_pb2_grpc, operations_pb2_grpc, segments_pb2, segments_pb2_grpc
 from segmentation.v1 import operations_pb2 as progress_pb2
+
+from grpc_api.token_sender import with_token
+from segsvc.access.own_token import own_token
+from segsvc.config import Settings
 
 _BATCH = 1000
 _TIMEOUT_S = 60.0
@@ -19,13 +24,28 @@ class OperationFailed(Exception):
 
 
 class Client:
-    def __init__(self, address: str) -> None:
+    """A client of one front.
+
+    Args:
+        token: sent with each call; empty: none.
+
+    Attributes:
+        calls: its channel, for stubs of other services.
+    """
+
+    def __init__(self, address: str, token: str = "") -> None:
         # The environment's proxy is for the outside world, not for the front.
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.enable_http_proxy", 0)]
         self._channel = grpc.insecure_channel(address, options=options)
-        self.segments = segments_pb2_grpc.SegmentServiceStub(self._channel)
-        self.memberships = membership_pb2_grpc.MembershipServiceStub(self._channel)
-        self.operations = operations_pb2_grpc.OperationServiceStub(self._channel)
+        self.calls = with_token(self._channel, token)
+        self.segments = segments_pb2_grpc.SegmentServiceStub(self.calls)
+        self.memberships = membership_pb2_grpc.MembershipServiceStub(self.calls)
+        self.operations = operations_pb2_grpc.OperationServiceStub(self.calls)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """A client of this installation's front, with the token of these settings. Raises TokenError."""
+        return cls(settings.grpc_address, own_token(settings, lambda _: None))
 
     def close(self) -> None:
         self._channel.close()

@@ -46,7 +46,7 @@ class Story:
         self._screen = screen
         self._failpoints = settings.failpoint_dir
 
-        self._client = Client(settings.grpc_address)
+        self._client = Client.of(settings)
         self._inside = Inside(settings)
         self._producer = KafkaProducer(
             **connection_options(settings),

@@ -14,6 +14,8 @@ from enum import Enum
 class Category(Enum):
     """The canonical status codes that the service uses, by their gRPC names."""
 
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     NOT_FOUND = "NOT_FOUND"
     ALREADY_EXISTS = "ALREADY_EXISTS"
@@ -29,6 +31,8 @@ class Category(Enum):
 class Reason(Enum):
     """Stable reasons of the public interface; each has exactly one category."""
 
+    UNAUTHENTICATED = Category.UNAUTHENTICATED, "UNAUTHENTICATED"
+    PERMISSION_DENIED = Category.PERMISSION_DENIED, "PERMISSION_DENIED"
     FIELD_INVALID = Category.INVALID_ARGUMENT, "FIELD_INVALID"
     FIELD_REQUIRED = Category.INVALID_ARGUMENT, "FIELD_REQUIRED"
     CONDITION_INVALID = Category.INVALID_ARGUMENT, "CONDITION_INVALID"
@@ -123,6 +127,17 @@ def invalid_field(name: str, description: str, reason: Reason = Reason.FIELD_INV
 def required_field(name: str) -> ServiceError:
     """An INVALID_ARGUMENT about a required field that is missing."""
     return invalid_field(name, "is required", Reason.FIELD_REQUIRED)
+
+
+def unauthenticated() -> ServiceError:
+    """No credentials, or wrong ones. It says no more: a caller who guesses must not learn what was wrong."""
+    return ServiceError(Reason.UNAUTHENTICATED, "the call needs valid credentials")
+
+
+def permission_denied(role: str) -> ServiceError:
+    """The caller's roles are too low. ``role``: the least that may call the method; empty: no role may."""
+    least = f"needs the role {role}" if role else "is open to no role"
+    return ServiceError(Reason.PERMISSION_DENIED, f"this method {least}", {"role": role})
 
 
 def operation_not_found(name: str) -> ServiceError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -23,7 +24,9 @@ from typing import Any, Self
 
 import psutil
 
+from segsvc.access.tokens import digest_of
 from segsvc.config import Settings
+from segsvc.domain.access import Role
 from segsvc.local import preflight
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import (
@@ -40,7 +43,7 @@ from segsvc.local.processes import (
     wait_until,
 )
 from segsvc.local.servers import Servers
-from segsvc.local.stack_env import StackChoices, choose_ports, preferred_ports, read_env, write_env
+from segsvc.local.stack_env import StackChoices, choose_ports, preferred_ports, read_env, write_env, write_private
 from segsvc.local.supervision import ProcessSpec, Supervisord
 from tasks.queues import QUEUES
 
@@ -280,6 +283,7 @@ class LocalStack:
         proposed: dict[str, Any] = {
             **{name: f"127.0.0.1:{choices.ports[name]}" for name in preferred_ports(choices)},
             "grpc_reflection": True,
+            **self._own_access(choices),
             "flower_password": choices.secret("flower_password", lambda: secrets.token_urlsafe(12)),
             "flower_db": self.home / "flower.db",
             # Below the cache's maxmemory: the warmer must not cause evictions.
@@ -289,6 +293,18 @@ class LocalStack:
         free = {name: value for name, value in proposed.items() if name not in given}
         base = self._base_settings().model_dump(include=given)
         return Settings(_env_file=None, **{**base, **free, **addresses, **self._overrides})
+
+    def _own_access(self, choices: StackChoices) -> dict[str, Any]:
+        """A token of an administrator, in a file for the owner of the stack, and the front's file that knows it. Empty
+        if the environment or the overrides say who may call."""
+        if "auth" in self._base_settings().model_fields_set or "auth" in self._overrides:
+            return {}
+        token = choices.secret("admin_token", lambda: secrets.token_urlsafe(32))
+        entry = {"name": "local-admin", "sha256": digest_of(token).hex(), "roles": [Role.ADMIN.text]}
+        known, own = self.home / "tokens.json", self.home / "admin.token"
+        write_private(known, json.dumps([entry], indent=2) + "\n")
+        write_private(own, token + "\n")
+        return {"auth": "tokens", "auth_tokens_file": known, "token_file": own}
 
     def _base_settings(self) -> Settings:
         """Settings of the environment (and of SEGSVC_ENV_FILE, unless that is this stack's own file), no defaults."""

@@ -69,7 +69,7 @@ class StackChoices:
 
     def write(self) -> None:
         """Write the file, completely or not at all."""
-        _write_private(self._path, json.dumps({"ports": self.ports, "secrets": self._secrets}, indent=2) + "\n")
+        write_private(self._path, json.dumps({"ports": self.ports, "secrets": self._secrets}, indent=2) + "\n")
 
 
 def metrics_addresses(settings: Settings) -> dict[str, str]:
@@ -93,10 +93,11 @@ def write_env(path: Path, settings: Settings) -> None:
             text = " ".join(value) if isinstance(value, list) else str(value)
             quoted = text.replace("\\", "\\\\").replace("'", "\\'")
             lines.append(f"SEGSVC_{name.upper()}='{quoted}'\n")
-    _write_private(path, "".join(lines))
+    write_private(path, "".join(lines))
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
+    """Write a file for its owner alone, completely or not at all."""
     unfinished = path.with_suffix(".new")
     unfinished.unlink(missing_ok=True)
     unfinished.touch(mode=0o600)

@@ -43,7 +43,7 @@ def settings(stack: LocalStack) -> Settings:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
-    made = Client(settings.grpc_address)
+    made = Client.of(settings)
     made.wait_ready(30)
     yield made
     made.close()

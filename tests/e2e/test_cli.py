@@ -48,7 +48,7 @@ def shown(segsvc: Segsvc, *arguments: str) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def segment(stack: LocalStack, segsvc: Segsvc) -> Iterator[None]:
-    client = Client(stack.settings.grpc_address)
+    client = Client.of(stack.settings)
     client.wait_ready(30)
     with producer(stack.settings) as send:
         send("create-user", ({"user_id": user, "attributes": {"age": user % 40}} for user in USERS))

@@ -49,7 +49,7 @@ def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
 @pytest.fixture(scope="module", autouse=True)
 def segment_with_users(stack: LocalStack) -> None:
     settings = stack.settings
-    client = Client(settings.grpc_address)
+    client = Client.of(settings)
     client.wait_ready(30)
     with producer(settings) as send:
         send("create-user", ({"user_id": user, "attributes": {"country": "KZ"}} for user in USERS))

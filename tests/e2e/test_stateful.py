@@ -49,7 +49,7 @@ class World:
     def __init__(self, stack: LocalStack) -> None:
         self.stack = stack
         self.settings = stack.settings
-        self.client = Client(self.settings.grpc_address)
+        self.client = Client.of(self.settings)
         self.client.wait_ready(30)
 
         options = {"api_version": (2, 0)} if self.settings.kafka_stand_in else {}

@@ -23,6 +23,7 @@ import redis
 import sqlalchemy as sa
 from google.longrunning import operations_pb2, operations_pb2_grpc
 
+from segsvc.access.own_token import own_token
 from segsvc.bootstrap import Check, installation_of
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
@@ -66,10 +67,10 @@ class FrontClient(Client):
     """A client of one front; the front may be dead for a while."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        super().__init__(settings.grpc_address)
+        super().__init__(settings.grpc_address, own_token(settings, lambda _: None))
         self.name = name
         self.settings = settings
-        self.longrunning: Any = operations_pb2_grpc.OperationsStub(self._channel)  # type: ignore[no-untyped-call]
+        self.longrunning: Any = operations_pb2_grpc.OperationsStub(self.calls)  # type: ignore[no-untyped-call]
 
     def cancel(self, operation_id: str) -> None:
         self.longrunning.CancelOperation(

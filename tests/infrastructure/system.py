@@ -125,7 +125,7 @@ class System:
         self.supervisor.start(processes, env={"SEGSVC_ENV_FILE": str(env_file)})
         eventually(lambda: is_serving(self.settings), 60)
 
-        self.client = Client(self.settings.grpc_address)
+        self.client = Client.of(self.settings)
         self.closing.callback(self.client.close)
         eventually(self.workers_answer, 60)
 

@@ -60,7 +60,7 @@ def test_the_cache_is_emptied_between_a_read_and_its_fill(system: System, slug: 
 
     with system.another("other-front", ["serve"], grpc_address=other_address) as own:
         eventually(lambda: is_serving(own), 60)
-        other = Client(other_address)
+        other = Client.of(system.settings.model_copy(update={"grpc_address": other_address}))
         # Warming fills as well, and in this test only this one reader may fill.
         with system.frozen("worker-warming"):
             raw.flushall()

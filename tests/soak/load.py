@@ -21,6 +21,8 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from segmentation.v1 import membership_pb2, segments_pb2
 
+from grpc_api.token_sender import with_token
+from segsvc.access.own_token import own_token
 from segsvc.config import Settings
 from segsvc.demo.client import Client
 from tests.service_model import CONDITIONS, attributes_of
@@ -100,8 +102,10 @@ class Operator(Actor):
         **thread: object,
     ) -> None:
         super().__init__(f"operator {slugs}", **thread)  # type: ignore[arg-type]
-        self._client = Client(settings.grpc_address)
-        self._operations = operations_pb2_grpc.OperationsStub(grpc.insecure_channel(settings.grpc_address))
+        self._client = Client.of(settings)
+        self._operations = operations_pb2_grpc.OperationsStub(
+            with_token(grpc.insecure_channel(settings.grpc_address), own_token(settings, lambda _: None))
+        )
         self._catalog = sa.create_engine(settings.catalog_dsn, poolclass=sa.NullPool)
 
         self._history = history
@@ -257,7 +261,7 @@ class Overrider(Actor):
         **thread: object,
     ) -> None:
         super().__init__("overrider", **thread)  # type: ignore[arg-type]
-        self._client = Client(settings.grpc_address)
+        self._client = Client.of(settings)
 
         self._history = history
         self._ids = user_ids
@@ -300,7 +304,7 @@ class Reader(Actor):
         self, settings: Settings, user_ids: Sequence[int], seed: int, log: deque[Read], counts: Counts, **thread: object
     ) -> None:
         super().__init__(f"reader {seed}", **thread)  # type: ignore[arg-type]
-        self._client = Client(settings.grpc_address)
+        self._client = Client.of(settings)
         self._ids = user_ids
         self._random = random.Random(seed)
         self._log = log

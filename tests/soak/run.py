@@ -207,7 +207,7 @@ def _drained(settings: Settings) -> bool:
 
 def _check(settings: Settings) -> list[str]:
     """Differences that ``segsvc check`` finds; the front must answer again, too."""
-    client = Client(settings.grpc_address)
+    client = Client.of(settings)
     client.wait_ready(60)
     with contextlib.suppress(grpc.RpcError):
         client.list_slugs()

@@ -63,7 +63,7 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue that the worker 
     }[queue]
     if queue is Queue.WARMING:
         os.nice(WARMING_NICENESS)
-    with _worker_metrics(metrics_address, queue, settings.stack_dir):
+    with _worker_metrics(settings, metrics_address, queue):
         start_process(settings)
         _celery(
             "worker",
@@ -80,7 +80,7 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue that the worker 
 
 
 @contextmanager
-def _worker_metrics(address: str, queue: Queue, stack_dir: Path) -> Iterator[None]:
+def _worker_metrics(settings: Settings, address: str, queue: Queue) -> Iterator[None]:
     """Serve the sum of the metrics of a worker and its children while the block runs.
 
     The processes keep their metrics in files of a new folder; in a local stack, it lies in the stack's folder.
@@ -92,18 +92,20 @@ def _worker_metrics(address: str, queue: Queue, stack_dir: Path) -> Iterator[Non
     if not address:
         yield
         return
-    parent = stack_dir if stack_dir.is_dir() else None
+    parent = settings.stack_dir if settings.stack_dir.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="segsvc-metrics-", dir=parent, ignore_cleanup_errors=True) as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         from segsvc.metrics_http import all_processes  # noqa: PLC0415
         from tasks.broker import pulse  # noqa: PLC0415
 
-        with _serving(address, queue.value, pulse.complaint, all_processes(Path(folder))):
+        with _serving(settings, address, queue.value, pulse.complaint, all_processes(Path(folder))):
             yield
 
 
 @contextmanager
-def _serving(address: str, role: str, health: Health, registry: CollectorRegistry | None = None) -> Iterator[None]:
+def _serving(
+    settings: Settings, address: str, role: str, health: Health, registry: CollectorRegistry | None = None
+) -> Iterator[None]:
     """Serve metrics and health of a role while the block runs. ``registry`` None: metrics of this process.
 
     Raises:
@@ -113,7 +115,8 @@ def _serving(address: str, role: str, health: Health, registry: CollectorRegistr
 
     with ExitStack() as stack:
         try:
-            stack.enter_context(serving(address, of_role(role, registry), health=health))
+            served = of_role(role, registry)
+            stack.enter_context(serving(address, served, health=health, token=settings.metrics_token))
         except MetricsAddressError as error:
             raise Refusal(str(error)) from error
         yield
@@ -128,7 +131,7 @@ def beat() -> None:
     from tasks.beat import Beat  # noqa: PLC0415
 
     process = Beat(settings)
-    with _serving(settings.beat_metrics_address, "beat", process.health):
+    with _serving(settings, settings.beat_metrics_address, "beat", process.health):
         process.run()
 
 
@@ -138,7 +141,7 @@ def bridge() -> None:
     from segsvc.cli.startup import start_process  # noqa: PLC0415
 
     settings = settings_of_process()
-    with _serving(settings.bridge_metrics_address, "bridge", pulse.complaint):
+    with _serving(settings, settings.bridge_metrics_address, "bridge", pulse.complaint):
         start_process(settings)
         run_bridge(settings)
 

@@ -29,6 +29,7 @@ def up(json_output: Json = False) -> None:
         "Flower": f"http://{settings.flower_address}",
         **{f"metrics, {process}": f"http://{at}/metrics" for process, at in metrics_addresses(settings).items()},
         "settings": str(settings.stack_dir / "stack.env"),
+        **({"token": str(settings.token_file)} if settings.token_file else {}),
     }
     if json_output:
         print_json(places)

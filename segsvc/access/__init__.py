@@ -1,0 +1,1 @@
+"""Who calls: credentials (tokens, JWTs, names in certificates) and the files that say whom to believe."""
