@@ -6,6 +6,7 @@ One channel for the whole process; many reads at once; a user's error is that us
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from segmentation.v1 import membership_pb2, membership_pb2_grpc
 
 SERVICE_CONFIG = Path(__file__).with_name("service_config.json").read_text()
 DEADLINE_S = 0.5
+TOKEN = os.environ.get("SEGSVC_TOKEN")
+# Each call carries the token, if the service asks for one.
+METADATA = [("authorization", f"Bearer {TOKEN}")] if TOKEN else []
 
 
 async def one(memberships: membership_pb2_grpc.MembershipServiceAsyncStub, user_id: int) -> list[str]:
     """The segments of a user who logs in."""
     request = membership_pb2.GetUserSegmentsRequest(user_id=user_id)
-    answer = await memberships.GetUserSegments(request, timeout=DEADLINE_S)
+    answer = await memberships.GetUserSegments(request, timeout=DEADLINE_S, metadata=METADATA)
     return list(answer.slugs)
 
 
@@ -29,7 +33,7 @@ async def many(
 ) -> dict[int, list[str] | str]:
     """The segments of up to 1000 users in one call; for a user who has none to give, why."""
     request = membership_pb2.BatchGetUserSegmentsRequest(user_ids=user_ids)
-    answer = await memberships.BatchGetUserSegments(request, timeout=DEADLINE_S)
+    answer = await memberships.BatchGetUserSegments(request, timeout=DEADLINE_S, metadata=METADATA)
     found: dict[int, list[str] | str] = {}
     for user_id, result in zip(user_ids, answer.results, strict=True):
         if result.HasField("error"):

@@ -5,6 +5,7 @@ Needs grpcio, grpcio-status and the stubs of protos/ (docs/clients.md says how t
 
 from __future__ import annotations
 
+import os
 import sys
 import uuid
 from pathlib import Path
@@ -15,6 +16,9 @@ from grpc_status import rpc_status
 from segmentation.v1 import membership_pb2, membership_pb2_grpc, segments_pb2, segments_pb2_grpc
 
 SERVICE_CONFIG = Path(__file__).with_name("service_config.json").read_text()
+TOKEN = os.environ.get("SEGSVC_TOKEN")
+# Each call carries the token, if the service asks for one.
+METADATA = [("authorization", f"Bearer {TOKEN}")] if TOKEN else []
 
 
 def reason_of(error: grpc.RpcError) -> str:
@@ -32,7 +36,7 @@ def segments_of(memberships: membership_pb2_grpc.MembershipServiceStub, user_id:
     request = membership_pb2.GetUserSegmentsRequest(user_id=user_id)
     try:
         # The deadline is what a login may wait.
-        return list(memberships.GetUserSegments(request, timeout=0.5).slugs)
+        return list(memberships.GetUserSegments(request, timeout=0.5, metadata=METADATA).slugs)
     except grpc.RpcError as error:
         if reason_of(error) == "USER_NOT_FOUND":
             return []
@@ -50,22 +54,22 @@ def main(address: str, user_id: int) -> None:
         create = segments_pb2.CreateSegmentRequest(
             segment=segments_pb2.Segment(slug=slug, display_name="Made by a client"), request_id=str(uuid.uuid4())
         )
-        segments.CreateSegment(create, timeout=60)
+        segments.CreateSegment(create, timeout=60, metadata=METADATA)
 
         # The call waits for the end. An operation that failed is an answer with an error, not an RPC error.
         rollout = segments_pb2.RollOutSegmentRequest(
             slug=slug, rule=segments_pb2.RollOutRule(percent=100), request_id=str(uuid.uuid4())
         )
-        operation = segments.RollOutSegment(rollout, timeout=60)
+        operation = segments.RollOutSegment(rollout, timeout=60, metadata=METADATA)
         print(f"{operation.name}: done={operation.done} error={operation.error.message!r}")
 
         print(f"user {user_id} is in {slug}: {slug in segments_of(memberships, user_id)}")
         delete = segments_pb2.DeleteSegmentRequest(slug=slug, request_id=str(uuid.uuid4()))
-        segments.DeleteSegment(delete, timeout=60)
+        segments.DeleteSegment(delete, timeout=60, metadata=METADATA)
         print(f"user {user_id} is in {slug}: {slug in segments_of(memberships, user_id)}")
 
         try:
-            segments.GetSegment(segments_pb2.GetSegmentRequest(slug=slug), timeout=10)
+            segments.GetSegment(segments_pb2.GetSegmentRequest(slug=slug), timeout=10, metadata=METADATA)
         except grpc.RpcError as error:
             print(f"{error.code().name} {reason_of(error)}")
 

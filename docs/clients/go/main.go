@@ -55,10 +55,23 @@ func isMember(memberships segmentationv1.MembershipServiceClient, userID int64, 
 	return slices.Contains(answer.Slugs, slug), nil
 }
 
+// token is sent with each call. With TLS, RequireTransportSecurity should be true.
+type token string
+
+func (t token) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	if t == "" {
+		return nil, nil
+	}
+	return map[string]string{"authorization": "Bearer " + string(t)}, nil
+}
+
+func (token) RequireTransportSecurity() bool { return false }
+
 func run(address string, userID int64) error {
 	conn, err := grpc.NewClient(
 		address,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithPerRPCCredentials(token(os.Getenv("SEGSVC_TOKEN"))),
 		grpc.WithDefaultServiceConfig(serviceConfig),
 	)
 	if err != nil {

@@ -36,12 +36,16 @@ function reasonOf(error) {
   return domain === "segsvc" ? reason : "";
 }
 
+/** What each call carries: the token, if the service asks for one. */
+const metadata = new grpc.Metadata();
+if (process.env.SEGSVC_TOKEN) metadata.set("authorization", `Bearer ${process.env.SEGSVC_TOKEN}`);
+
 /** A client whose methods return promises and take a deadline. */
 function connect(Service, address) {
   const config = readFileSync(new URL("../service_config.json", import.meta.url), "utf8");
   const client = new Service(address, grpc.credentials.createInsecure(), { "grpc.service_config": config });
   const call = (method, request, deadlineMs) =>
-    promisify(client[method].bind(client))(request, { deadline: Date.now() + deadlineMs });
+    promisify(client[method].bind(client))(request, metadata, { deadline: Date.now() + deadlineMs });
   return { call, close: () => client.close() };
 }
 

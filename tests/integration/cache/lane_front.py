@@ -14,6 +14,7 @@ from google.rpc.status_pb2 import Status
 from prometheus_client import REGISTRY
 from segmentation.v1 import membership_pb2 as pb
 
+from grpc_api.access import Gate
 from grpc_api.call_scope import REQUEST_ID_KEY
 from grpc_api.errors import DETAILS_KEY, status_of
 from grpc_api.hot.calls import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, native_front
@@ -110,6 +111,7 @@ def _make_lane(settings: Settings, *, front: object) -> tuple[HotLane, HotReads]
     reads = HotReads(settings, encode=encode_slug)
     lane = HotLane(
         front=front,  # type: ignore[arg-type]
+        gate=Gate(None, ()),
         entries=reads.entries,
         counts=reads.counts,
         cold=reads.cold,
