@@ -255,14 +255,34 @@ class QoS(_Redis.QoS):  # type: ignore[misc]
     @_heals
     def ack(self, delivery_tag: Any) -> None:
         """A message is done with."""
-        super().ack(delivery_tag)
-        pulse.ended()
+        self._settle(delivery_tag, functools.partial(super().ack, delivery_tag))
 
     @_heals
     def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
         """A message is refused, or given back."""
-        super().reject(delivery_tag, requeue=requeue)
-        pulse.ended()
+        self._settle(delivery_tag, functools.partial(super().reject, delivery_tag, requeue=requeue))
+
+    def _settle(self, delivery_tag: Any, settle: Callable[[], None]) -> None:
+        """Tell the server what has become of a message, and make its place free whether or not the server hears it.
+
+        The connection for this is not the one on which messages come. If it alone is cut, no reconnection follows;
+        a place that stayed taken would be lost, and a worker that has lost all its places takes no message any more.
+
+        Raises:
+            redis.RedisError, OSError: the server was not told. The message stays there until the visibility timeout;
+                then a worker does its task again, which has no further effect.
+        """
+        try:
+            try:
+                settle()
+            except redis.ConnectionError:
+                # The next command connects again. Telling it twice does no harm.
+                settle()
+        except (redis.RedisError, OSError):
+            self._quick_ack(delivery_tag)
+            raise
+        finally:
+            pulse.ended()
 
 
 class Channel(_Redis.Channel):  # type: ignore[misc]

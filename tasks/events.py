@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from celery.result import denied_join_result
@@ -19,9 +20,11 @@ from tasks.app import app, installation, runtime
 from tasks.broker import refused
 from tasks.outcomes import (
     BATCH_LOST,
+    OUT_OF_MEMORY,
     OUTAGE,
     RESULT_BYTES_MAX,
     RESULT_REFUSED,
+    WORKER_ENDED,
     BadResult,
     Outcome,
     TryAgain,
@@ -36,6 +39,9 @@ EVENTS_MARGIN_S: Final = 60
 """How much longer the broker keeps a batch's events than its task: a worker that takes the task in its last moment
 still finds them."""
 
+
+RUNS_TTL_S: Final = 1800
+"""How long the broker keeps the number of a batch's runs: longer than the bridge waits for any result."""
 
 _SETUP_SQLSTATES: Final = ("25", "28", "3D", "42", "53", "57", "58", "F0", "XX")
 """SQLSTATE classes that say something about the database and nothing about the data: it is read-only after a failover,
@@ -60,9 +66,13 @@ def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
         and the whole batch must come again.
     """
     try:
-        payload = _broker().get(_events_key(batch))
+        payload, runs = _begin(batch)
     except RedisError:
         return {"retry": Reason.BROKER_UNAVAILABLE.text}
+    if runs > 1:
+        # Celery has put the message back because the process that had begun it has ended. If an event is the cause, it
+        # would end this process too, and the next: the bridge looks for it.
+        return {"retry": WORKER_ENDED}
     if payload is None:
         return {"retry": BATCH_LOST}
 
@@ -81,6 +91,9 @@ def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
         if error.reason is Reason.INTERNAL:
             raise
         return {"retry": error.reason.text}
+    except MemoryError:
+        log.exception("batch_not_applied", shard=shard)
+        return {"retry": OUT_OF_MEMORY}
     except Exception as error:
         if not _is_outage(error):
             raise
@@ -91,7 +104,7 @@ def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
 
 def _is_outage(error: Exception) -> bool:
     """Whether a server, its set-up or the machine failed, so that no event can be the cause."""
-    if isinstance(error, (RedisError, OSError, MemoryError)):
+    if isinstance(error, (RedisError, OSError)):
         return True
     # SQLAlchemy's errors contain the driver's error, which contains the code.
     code = getattr(getattr(error, "orig", error), "pgcode", None)
@@ -106,6 +119,23 @@ def _broker() -> Any:
 
 def _events_key(batch_id: str) -> str:
     return f"{installation(load_settings()).broker_prefix}events:{batch_id}"
+
+
+def _runs_key(batch_id: str) -> str:
+    """The key of the number of times that a worker process has begun a batch. A run that ends does not lower it: its
+    result shows that it has ended."""
+    return f"{installation(load_settings()).broker_prefix}runs:{batch_id}"
+
+
+def _begin(batch_id: str) -> tuple[bytes | None, int]:
+    """A batch's events (None: they are not there), and how often the batch has been begun, this time included."""
+    runs_key = _runs_key(batch_id)
+    with _broker().pipeline(transaction=False) as pipe:
+        pipe.get(_events_key(batch_id))
+        pipe.incr(runs_key)
+        pipe.expire(runs_key, RUNS_TTL_S)
+        payload, runs, _ = pipe.execute()
+    return payload, runs
 
 
 class CeleryBatches:
@@ -158,12 +188,22 @@ class CeleryBatches:
                     outcomes[batch_id] = outcome
             if outcomes:
                 # If this is lost, all of it expires.
-                backend.client.unlink(
-                    *(keys[batch_id] for batch_id in outcomes), *(_events_key(batch_id) for batch_id in outcomes)
-                )
+                done = ((keys[batch_id], _events_key(batch_id), _runs_key(batch_id)) for batch_id in outcomes)
+                backend.client.unlink(*itertools.chain.from_iterable(done))
         except (RedisError, OSError) as error:
             raise broker_unavailable() from error
         return outcomes
+
+    def begun(self, batch_ids: Sequence[str]) -> Collection[str]:
+        """See ``segsvc.bridge.flows.Batches.begun``."""
+        try:
+            with _broker().pipeline(transaction=False) as pipe:
+                for batch_id in batch_ids:
+                    pipe.exists(_runs_key(batch_id))
+                found = pipe.execute()
+        except (RedisError, OSError) as error:
+            raise broker_unavailable() from error
+        return {batch_id for batch_id, exists in zip(batch_ids, found, strict=True) if exists}
 
 
 def _stored(client: Any, keys: Sequence[bytes]) -> list[bytes | ResponseError | None]:

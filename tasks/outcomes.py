@@ -12,7 +12,12 @@ from segsvc.domain.errors import Reason
 from segsvc.services.ingestion import BatchReport
 
 BATCH_LOST: Final = "BATCH_LOST"
-"""Why a batch must be sent again: its task or its events were lost on the broker, or its worker process ended."""
+"""Why a batch must be sent again: its task or its events were lost on the broker, or its task took too long."""
+WORKER_ENDED: Final = "WORKER_ENDED"
+"""Why a batch must be sent again: a worker process began it and ended with it. That may be the fault of an event: it
+makes the process exceed its memory, or crash."""
+OUT_OF_MEMORY: Final = "OUT_OF_MEMORY"
+"""Why a batch must be sent again: its worker process got no memory for it."""
 RESULT_REFUSED: Final = "RESULT_REFUSED"
 """Why a batch must be sent again: the value under the key of its result is not a result of ours."""
 OUTAGE: Final = "OUTAGE"
@@ -26,9 +31,11 @@ _COUNT_MAX: Final = 1_000_000
 """More events than any batch has."""
 _TEXT_MAX: Final = 4096
 """Longer than any reason of a report. A longer one would not fit into the headers of a dead letter."""
-_WORKER_ENDED: Final = ("WorkerLostError", "Terminated", "TimeLimitExceeded", "SoftTimeLimitExceeded")
-"""Exceptions of Celery itself: the process was killed, or the task exceeded its time limit. Servers that are down and
-machines that restart cause these, so they do not count against the events of the batch."""
+_WORKER_LOST: Final = ("WorkerLostError", "Terminated")
+"""Exceptions of Celery itself: the process was killed."""
+_TOO_LATE: Final = ("TimeLimitExceeded", "SoftTimeLimitExceeded")
+"""Exceptions of Celery itself: the task exceeded its time limit. Servers that are down cause this, so it does not count
+against the events of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,9 @@ def read_result(payload: bytes) -> Outcome | None:
         return _outcome(result)
     if status == states.FAILURE:
         exception = result.get("exc_type") if isinstance(result, dict) else None
-        return TryAgain(BATCH_LOST if exception in _WORKER_ENDED else Reason.INTERNAL.text)
+        if exception in _WORKER_LOST:
+            return TryAgain(WORKER_ENDED)
+        return TryAgain(BATCH_LOST if exception in _TOO_LATE else Reason.INTERNAL.text)
     # The task was revoked or rejected, most often because it expired in the queue: it was never run.
     return TryAgain(BATCH_LOST)
 

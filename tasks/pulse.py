@@ -80,18 +80,17 @@ class Pulse:
         """A task has ended and its message was acknowledged."""
         self._ended_at = self._clock()
 
-    @property
-    def stands_still(self) -> bool:
-        """Whether the loop should run and makes no rounds."""
-        return self._waits_for is None and self._clock() - self._round_at > (self._round_max_s or ROUND_MAX_S)
-
     def complaint(self) -> str | None:
         """What is wrong, in words; None: the process does its work."""
+        return self._waits_for or self.failure()
+
+    def failure(self) -> str | None:
+        """What does not pass by itself: the loop should run and does not, or takes no messages. None: no such thing."""
         if self._waits_for is not None:
-            return self._waits_for
+            return None
 
         now = self._clock()
-        if self.stands_still:
+        if now - self._round_at > (self._round_max_s or ROUND_MAX_S):
             return f"its loop has stood still for {now - self._round_at:.0f} s"
         if not self._takes_messages:
             return None

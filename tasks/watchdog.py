@@ -1,10 +1,11 @@
-"""Ends a process that does not finish ending, or whose loop stands still: a supervisor cannot see either.
+"""Ends a process that does not finish ending, stands still, or takes no messages: a supervisor cannot see any of it.
 
 Celery stops its parts in order, and some parts wait for other parts without a bound: after an unrecoverable error a
 worker's main process can wait for a child for ever, while the child waits for a reader of its full pipe. The supervisor
 still sees a live process. So a separate thread watches: a process that begins to end has ``END_WITHIN_S``, and a loop
-that stands still has ``STILL_MAX_S``; after that the thread kills the children and ends the process at once. Their
-unfinished work is done again: a message is acknowledged only when its effects are stored.
+that stands still, or takes no messages though it is connected, has ``STILL_MAX_S``; after that the thread kills the
+children and ends the process at once. Their unfinished work is done again: a message is acknowledged only when its
+effects are stored.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _LOOK_EVERY_S: Final = 1.0
 
 
 class Watchdog(threading.Thread):
-    """Ends this process if it does not end itself, or stands still.
+    """Ends this process if it does not end itself, or no longer does its work.
 
     Args:
-        pulses: of the loops that must not stand still.
+        pulses: of the loops that must do their work.
         children: process ids of what this process has forked.
         end_within_s: from the moment when the process begins to end.
-        still_max_s: how long the loop may stand still.
+        still_max_s: how long a loop may fail to do it.
         leave: ends the process at once, without running its exit handlers.
     """
 
@@ -66,12 +67,13 @@ class Watchdog(threading.Thread):
         # Both times are counted in this thread's checks, not by the clock: when the process was stopped as a whole or
         # the machine slept, this thread did not check either, and the loop can make a round before the next check.
         still_s = ending_s = 0.0
+        failures: list[str] = []
         while still_s < self._still_max_s and ending_s < self._end_within_s:
             time.sleep(self._look_every_s)
             ending_s = ending_s + self._look_every_s if self._ends else 0.0
-            stand = any(pulse.stands_still for pulse in self._pulses)
-            still_s = still_s + self._look_every_s if stand else 0.0
-        self._end(f"it has not ended within {ending_s:.0f} s" if self._ends else "its loop stands still")
+            failures = [failure for pulse in self._pulses if (failure := pulse.failure()) is not None]
+            still_s = still_s + self._look_every_s if failures else 0.0
+        self._end(f"it has not ended within {ending_s:.0f} s" if self._ends else failures[0])
 
     def _end(self, why: str) -> None:
         # Straight to standard error: the loop that stands still may hold the log's lock.

@@ -65,12 +65,13 @@ def clear(folder: Path) -> None:
     while (found := _marked(folder)) and time.monotonic() < deadline:
         for process in found:
             with contextlib.suppress(psutil.Error):
-                # A killed PostgreSQL leaves its shared memory behind; on SIGQUIT it ends at once and removes it. Only
-                # the postmaster, by its parent: a backend that is killed looks like a crash to it.
-                if process.name() == "postgres" and time.monotonic() < postgres_until:
-                    process.send_signal(signal.SIGQUIT)
-                else:
+                # A killed PostgreSQL leaves its shared memory behind. On SIGQUIT its first process ends all the rest at
+                # once and removes it. The rest are left to it: if one of them ended by itself, that would look like a
+                # crash, and the first process would start all of them again.
+                if process.name() != "postgres" or time.monotonic() >= postgres_until:
                     process.kill()
+                elif not _is_postgres(process.parent()):
+                    process.send_signal(signal.SIGQUIT)
         time.sleep(0.1)
 
     for mount in _mounts_below(folder):
@@ -87,6 +88,10 @@ def _marked(folder: Path) -> list[psutil.Process]:
             if alive and process.environ().get(MARK) == str(folder):
                 found.append(process)
     return found
+
+
+def _is_postgres(process: psutil.Process | None) -> bool:
+    return process is not None and process.name() == "postgres"
 
 
 def _mounts_below(folder: Path) -> list[str]:

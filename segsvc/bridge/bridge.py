@@ -43,6 +43,7 @@ from segsvc.bridge.offsets import PartitionProgress
 from segsvc.bridge.segment_events import SegmentEvents
 from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.config import Settings
+from segsvc.domain.event_records import Wait, WaitFor
 from segsvc.domain.events import TOPICS, BadEvent, parse
 from segsvc.domain.sharding import shard_of
 from segsvc.failpoints import CrashPoints, failpoints
@@ -59,6 +60,8 @@ POLL_BUSY_MS: Final = 10
 POLL_IDLE_MS: Final = 200
 COMMIT_INTERVAL_S: Final = 0.5
 COMMIT_TIMEOUT_MS: Final = 5_000
+_KAFKA: Final = Wait(WaitFor.KAFKA, "Kafka")
+_COMMIT: Final = Wait(WaitFor.KAFKA, "the offset commit")
 LEAVE_TIMEOUT_S: Final = 10.0
 """Longest wait, when stopping, for batches that are with the workers. Without it no event is lost; some are applied
 twice."""
@@ -101,7 +104,7 @@ class BridgeConsumer:
         self._full: set[str] = set()
         self._unsettled: set[TopicPartition] = set()
         """Partitions whose position was reset: nothing is committed before the loss is noted."""
-        self._standing: set[str] = set()
+        self._standing: set[Wait] = set()
         self._next_commit = 0.0
         self._flows = Flows(
             batches,
@@ -237,7 +240,7 @@ class BridgeConsumer:
                 progress.pass_by(offset)
 
         standing = {
-            f"{where.topic}/{where.partition} offset {offset}": reason
+            Wait(WaitFor.MESSAGE, f"{where.topic}/{where.partition} offset {offset}", where.topic): reason
             for where, (offset, reason) in self._consumer.fetcher.trials.standing.items()
         }
         for what in self._standing - standing.keys():
@@ -324,10 +327,10 @@ class BridgeConsumer:
         except KafkaError as error:
             # The state stays as it is: it is dropped when, and only when, the client says that the partitions are
             # lost. Dropping it here could commit past events that this consumer has taken and not finished.
-            self._waits.begins("the offset commit", type(error).__name__)
+            self._waits.begins(_COMMIT, type(error).__name__)
             return
 
-        self._waits.ends("the offset commit")
+        self._waits.ends(_COMMIT)
         for where, offset in offsets.items():
             self._progress[where].committed(offset)
         self._watch.committed(offsets)
@@ -415,7 +418,7 @@ class Bridge:
 
             try:
                 consumer = BridgeConsumer(self._settings, self._batches, dead_letters, self._waits, watch, self._crash)
-                self._waits.ends("Kafka")
+                self._waits.ends(_KAFKA)
                 while not stop.is_set():
                     consumer.step()
                     pulse.went_round()
@@ -423,7 +426,7 @@ class Bridge:
                 consumer.leave()
             except (KafkaError, OSError) as error:
                 # A consumer that failed may be in any state; a new one begins at the committed offsets.
-                self._waits.begins("Kafka", type(error).__name__)
+                self._waits.begins(_KAFKA, type(error).__name__)
                 self._after_failure(consumer, backoff, stop)
             except Exception:
                 # A fault of ours or of the client. Beginning again loses no event. If one event could stop the bridge

@@ -17,6 +17,7 @@ from segsvc.bridge.clients import SEND_TIMEOUT_S, Sender
 from segsvc.bridge.offsets import Taken
 from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.config import Settings
+from segsvc.domain.event_records import Wait, WaitFor
 from segsvc.log import get_logger
 
 log = get_logger(__name__)
@@ -37,6 +38,8 @@ THROUGH_HEADER: Final = "segsvc-through"
 CONTENT_HEADER: Final = "segsvc-content"
 BYTES_HEADER: Final = "segsvc-bytes"
 EVENT: Final = "event"
+
+_TOPICS: Final = Wait(WaitFor.DEAD_LETTERS, "the dead-letter topics")
 
 
 @dataclass(slots=True)
@@ -78,11 +81,12 @@ class _Letter:
         self.bytes_max = len(value) // 2
 
     @property
-    def room(self) -> str:
-        """What this letter waits for when it is too large, in words."""
+    def room(self) -> Wait:
+        """What this letter waits for when it is too large."""
         taken = self.taken
         place = f"{taken.partition.topic}/{taken.partition.partition} offset {taken.offset}"
-        return f"a larger max.message.bytes of {taken.partition.topic}{SUFFIX}, for {place}"
+        words = f"a larger max.message.bytes of {taken.partition.topic}{SUFFIX}, for {place}"
+        return Wait(WaitFor.DEAD_LETTER_SIZE, words, taken.partition.topic)
 
     @property
     def headers(self) -> list[tuple[str, bytes]]:
@@ -184,11 +188,11 @@ class DeadLetters:
 
             if pending:
                 backoff.failed(0.0)
-                self._waits.begins("the dead-letter topics", self._sender.failure)
+                self._waits.begins(_TOPICS, self._sender.failure)
                 self._stop.wait(backoff.ready_at)
             else:
                 backoff.succeeded()
-                self._waits.ends("the dead-letter topics")
+                self._waits.ends(_TOPICS)
 
             if self._incoming or self._stop.is_set():
                 self._wake.set()
@@ -243,7 +247,7 @@ class DeadLetters:
         while letter.bytes_max != 0:
             letter.cut()
             if not self._together([letter]):
-                log.warning("dead_letter_cut", what=letter.room, bytes=letter.size, sent=letter.bytes_max)
+                log.warning("dead_letter_cut", what=str(letter.room), bytes=letter.size, sent=letter.bytes_max)
                 return True
             if not self._sender.too_large:
                 return False

@@ -27,10 +27,12 @@ from segsvc.bridge.kafka_state import KafkaState, position
 from segsvc.bridge.waiting import Waits
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
-from segsvc.domain.event_records import EventLoss, EventPosition
+from segsvc.domain.event_records import EventLoss, EventPosition, Wait, WaitFor
 from segsvc.log import get_logger
 
 log = get_logger(__name__)
+
+_NOTES: Final = Wait(WaitFor.CATALOG, "notes on events")
 
 STEP_S: Final = 1.0
 STOP_S: Final = 5.0
@@ -88,7 +90,7 @@ class EventWatch:
         self._lock = threading.Lock()
         self._news: dict[TopicPartition, int] = {}
         self._owned: set[TopicPartition] = set()
-        self._said: dict[str, str] = {}
+        self._said: dict[Wait, str] = {}
         self._kafka: KafkaState | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
@@ -158,16 +160,16 @@ class EventWatch:
         try:
             part()
         except ServiceError as error:
-            self._waits.begins("notes on events", error.reason.text)
+            self._waits.begins(_NOTES, error.reason.text)
         except (KafkaError, OSError) as error:
-            self._waits.begins("notes on events", type(error).__name__)
+            self._waits.begins(_NOTES, type(error).__name__)
             self._let_go_of_kafka()
         except Exception:
             # A fault of ours, or a catalog that is not migrated yet. The notes are made at the next round.
             log.exception("event_watch_failed")
             self._let_go_of_kafka()
         else:
-            self._waits.ends("notes on events")
+            self._waits.ends(_NOTES)
             return True
         return False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -18,10 +18,11 @@ from segsvc.bridge.batches import FAULT
 from segsvc.bridge.offsets import Taken
 from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.event_records import Wait, WaitFor
 from segsvc.domain.events import UserEvent
 from segsvc.log import get_logger
 from segsvc.services.ingestion import BatchReport
-from tasks.outcomes import BATCH_LOST, RESULT_REFUSED, Outcome
+from tasks.outcomes import BATCH_LOST, OUT_OF_MEMORY, RESULT_REFUSED, WORKER_ENDED, Outcome
 
 log = get_logger(__name__)
 
@@ -36,12 +37,13 @@ QUICK_S: Final = 2.0
 far from its bound."""
 FAULT_TRIES: Final = 6
 FAULT_S: Final = 60.0
-"""A single event that ends with INTERNAL is sent again until it has failed this often, over this time; then it goes to
-the dead letters, and its flow goes on. An outage never ends with INTERNAL."""
+"""A single event that ends with INTERNAL, or with the end of its worker process, is sent again until that has happened
+this often, over this time; then it goes to the dead letters, and its flow goes on. An outage never ends with INTERNAL,
+and does not end one process after another while it works on the same event."""
 FAULTS_MAX: Final = 10
 FAULTS_PERIOD_S: Final = 3600.0
-"""At most this many events go to the dead letters with INTERNAL in this time, in all flows of this bridge. A release
-of the workers with a fault fails on every event: then the flows wait, and the events are safe in Kafka."""
+"""At most this many events go to the dead letters for these reasons in this time, in all flows of this bridge. A
+release of the workers with a fault fails on every event: then the flows wait, and the events are safe in Kafka."""
 GATHER_MAX_S: Final = 0.5
 """Longest wait for a batch to become full, while more events are at hand and the workers have other batches."""
 
@@ -50,11 +52,17 @@ _LANE_REASONS: Final = (
     Reason.INTERNAL.text,
     Reason.BROKER_UNAVAILABLE.text,
     BATCH_LOST,
+    WORKER_ENDED,
+    OUT_OF_MEMORY,
     RESULT_REFUSED,
 )
 """Failures that say nothing about the shard: only this topic waits. After any other failure the whole shard waits."""
 
-_TOO_MANY_FAULTS: Final = "events that end with INTERNAL"
+_FAULTS: Final = (Reason.INTERNAL.text, WORKER_ENDED)
+"""Failures of which one event may be the cause. It is found by halving, so that no other event is let go with it."""
+
+_TOO_MANY_FAULTS: Final = Wait(WaitFor.FAULTS, "events on which the workers fail")
+_BROKER: Final = Wait(WaitFor.BROKER, "the task broker")
 
 
 class Batches(Protocol):
@@ -77,6 +85,13 @@ class Batches(Protocol):
             ServiceError: BROKER_UNAVAILABLE.
         """
 
+    def begun(self, batch_ids: Sequence[str]) -> Collection[str]:
+        """Those of these batches that a worker process has begun. Some may have ended meanwhile.
+
+        Raises:
+            ServiceError: BROKER_UNAVAILABLE.
+        """
+
 
 DeadLetterSink = Callable[[Taken, str], None]
 """Takes an event and the reason why it is dead; makes sure that the event is finished in the end."""
@@ -92,7 +107,7 @@ class _Batch:
     sent_at: float = 0.0
     lost_at: float = 0.0
     faults: int = 0
-    """How often it ended with INTERNAL, since it is a single event."""
+    """How often it ended with one of ``_FAULTS``, since it is a single event."""
     first_fault_at: float = 0.0
 
 
@@ -111,6 +126,16 @@ class _Flow:
     @property
     def name(self) -> str:
         return f"{self.topic} of shard {self.shard}"
+
+    @property
+    def wait(self) -> Wait:
+        """What is waited for when this flow alone is held up."""
+        return Wait(WaitFor.FLOW, self.name, self.topic)
+
+    @property
+    def shard_wait(self) -> Wait:
+        """What is waited for when all flows of its shard are held up."""
+        return Wait(WaitFor.SHARD, f"shard {self.shard}")
 
     @property
     def in_flight(self) -> bool:
@@ -176,7 +201,7 @@ class Flows:
         self._broker = Backoff(0.2, 5.0)
         self._in_flight: dict[str, _Flow] = {}
         self._let_go_at: deque[float] = deque()
-        """Times when the last events went to the dead letters with INTERNAL."""
+        """Times when the last events went to the dead letters because of ``_FAULTS``."""
         self._too_many_faults = False
 
     def add(self, taken: Taken, shard: int) -> None:
@@ -217,10 +242,10 @@ class Flows:
                 self._dispatch(now, more=more)
         except ServiceError as error:
             self._broker.failed(now)
-            self._waits.begins("the task broker", error.reason.text)
+            self._waits.begins(_BROKER, error.reason.text)
         else:
             self._broker.succeeded()
-            self._waits.ends("the task broker")
+            self._waits.ends(_BROKER)
 
         metrics.event_batches_in_flight.set(len(self._in_flight))
 
@@ -237,15 +262,34 @@ class Flows:
             else:
                 self._hold_back(flow, outcome.reason, now)
 
-        for batch_id, flow in list(self._in_flight.items()):
-            batch = flow.batch
-            if batch is not None and now >= batch.lost_at:
-                # Lost, or only late: if it is applied twice, the second time has no effect.
-                log.warning("batch_sent_again", lane=flow.name, after_s=batch.wait_s)
-                del self._in_flight[batch_id]
-                batch.id = None
-                batch.wait_s = min(batch.wait_s * 2, RESULT_WAIT_MAX_S)
-                flow.halve()
+        lost = [
+            batch_id
+            for batch_id, flow in self._in_flight.items()
+            if flow.batch is not None and now >= flow.batch.lost_at
+        ]
+        if not lost:
+            return
+        begun = self._batches.begun(lost)
+        for batch_id in lost:
+            self._give_up_waiting(self._in_flight.pop(batch_id), now, begun=batch_id in begun)
+
+    def _give_up_waiting(self, flow: _Flow, now: float, *, begun: bool) -> None:
+        """Send a batch without a result again. It is lost, or only late: applied twice, it has no further effect.
+
+        Args:
+            begun: whether a worker process has begun it. Then it may have ended that process, and the whole worker with
+                it: nothing puts its message back in time, and there is no other sign of it.
+        """
+        batch = flow.batch
+        if batch is None:
+            raise AssertionError("only a batch can be lost")
+        log.warning("batch_sent_again", lane=flow.name, after_s=batch.wait_s, begun=begun)
+        batch.id = None
+        if flow.halve() and begun:
+            return  # workers take what is sent, so its half needs no longer wait
+        batch.wait_s = min(batch.wait_s * 2, RESULT_WAIT_MAX_S)
+        if begun and self._is_to_be_let_go(flow, now):
+            self._let_go(flow, WORKER_ENDED)
 
     def _finish(self, flow: _Flow, report: BatchReport, now: float) -> None:
         batch, flow.batch = flow.batch, None
@@ -257,8 +301,8 @@ class Flows:
 
         flow.backoff.succeeded()
         self._shards[flow.shard].succeeded()
-        self._waits.ends(flow.name)
-        self._waits.ends(f"shard {flow.shard}")
+        self._waits.ends(flow.wait)
+        self._waits.ends(flow.shard_wait)
 
         dead = dict(report.dead)
         for index, taken in enumerate(batch.events):
@@ -281,26 +325,25 @@ class Flows:
             log.warning("batch_halved", lane=flow.name, events=flow.events_max)
             return
 
-        if reason == Reason.INTERNAL.text:
-            # One event of the batch may be the cause. It is found by halving, so that no other event is let go with it.
+        if reason in _FAULTS:
             if flow.halve():
                 log.warning("batch_halved", lane=flow.name, events=flow.events_max, reason=reason)
                 return
             if self._is_to_be_let_go(flow, now):
-                self._let_go(flow, now)
+                self._let_go(flow, reason)
                 return
 
-        if reason == RESULT_REFUSED:
+        if reason in (RESULT_REFUSED, OUT_OF_MEMORY):
             flow.halve()
         if reason in _LANE_REASONS:
             flow.backoff.failed(now)
-            self._waits.begins(flow.name, reason)
+            self._waits.begins(flow.wait, reason)
         else:
             self._shards[flow.shard].failed(now)
-            self._waits.begins(f"shard {flow.shard}", reason)
+            self._waits.begins(flow.shard_wait, reason)
 
     def _is_to_be_let_go(self, flow: _Flow, now: float) -> bool:
-        """Count a failure of a single event with INTERNAL. Returns whether the event is let go now."""
+        """Count a failure of a single event with one of ``_FAULTS``. Returns whether the event is let go now."""
         batch = flow.batch
         if batch is None or len(batch.events) != 1:
             return False
@@ -315,14 +358,15 @@ class Flows:
         if len(self._let_go_at) < FAULTS_MAX:
             self._too_many_faults = False
             self._waits.ends(_TOO_MANY_FAULTS)
+            self._let_go_at.append(now)
             return True
         if not self._too_many_faults:
             self._too_many_faults = True
-            log.error("too_many_events_end_with_internal", let_go=FAULTS_MAX, within_s=FAULTS_PERIOD_S)
+            log.error("workers_fail_on_too_many_events", let_go=FAULTS_MAX, within_s=FAULTS_PERIOD_S)
         self._waits.begins(_TOO_MANY_FAULTS, f"{FAULTS_MAX} were let go within an hour; the workers have a fault")
         return False
 
-    def _let_go(self, flow: _Flow, now: float) -> None:
+    def _let_go(self, flow: _Flow, reason: str) -> None:
         """Send the flow's single event to the dead letters, and raise an alarm: the fault is ours."""
         batch, flow.batch = flow.batch, None
         if batch is None:
@@ -335,17 +379,14 @@ class Flows:
             topic=taken.partition.topic,
             partition=taken.partition.partition,
             offset=taken.offset,
-            reason=Reason.INTERNAL.text,
+            reason=reason,
             tries=batch.faults,
         )
 
         metrics.events_unreadable.labels(flow.topic, FAULT).inc()
-        self._let_go_at.append(now)
-        self._dead_letters(
-            taken, f"{Reason.INTERNAL.text}: applying it failed {batch.faults} times; see the workers' logs"
-        )
+        self._dead_letters(taken, f"{reason}: applying it failed {batch.faults} times; see the workers' logs")
         flow.backoff.succeeded()
-        self._waits.ends(flow.name)
+        self._waits.ends(flow.wait)
 
     # -- sending ----------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,13 @@ from segsvc.bridge.clients import Sender
 from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.config import Settings
 from segsvc.domain.errors import ServiceError
+from segsvc.domain.event_records import Wait, WaitFor
 from segsvc.domain.events import SEGMENT_EVENTS_TOPIC
 from segsvc.log import get_logger
 
 log = get_logger(__name__)
+
+_PUBLISHING: Final = Wait(WaitFor.OTHER, "publishing segment events")
 
 INTERVAL_S: Final = 1.0
 """How often the catalog is read again after it had no events."""
@@ -65,10 +68,10 @@ class SegmentEvents(threading.Thread):
             if failed:
                 backoff.failed(0.0)
                 pause_s = backoff.ready_at
-                waits.begins("publishing segment events", reason)
+                waits.begins(_PUBLISHING, reason)
             else:
                 backoff.succeeded()
-                waits.ends("publishing segment events")
+                waits.ends(_PUBLISHING)
 
         publisher.sender.close()
         services.close()

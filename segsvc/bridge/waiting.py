@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from segsvc.domain.event_records import Wait
 from segsvc.log import get_logger
 
 log = get_logger(__name__)
@@ -16,22 +17,22 @@ class Waits:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._since: dict[str, tuple[str, float]] = {}
+        self._since: dict[Wait, tuple[str, float]] = {}
 
-    def begins(self, what: str, reason: str) -> None:
-        """Something cannot be done now. ``what`` names it for people: ``shard 2``."""
+    def begins(self, what: Wait, reason: str) -> None:
+        """Something cannot be done now."""
         known = self._since.get(what)
         if known is None or known[0] != reason:
-            log.warning("waiting", what=what, reason=reason)
+            log.warning("waiting", what=str(what), reason=reason)
             self._since[what] = (reason, known[1] if known else self._clock())
 
-    def ends(self, what: str) -> None:
+    def ends(self, what: Wait) -> None:
         """The wait is over, if there was one."""
         known = self._since.pop(what, None)
         if known is not None:
-            log.info("going_on", what=what, after_s=round(self._clock() - known[1], 1))
+            log.info("going_on", what=str(what), after_s=round(self._clock() - known[1], 1))
 
-    def now(self) -> dict[str, str]:
+    def now(self) -> dict[Wait, str]:
         """What cannot be done now, and why."""
         return {what: reason for what, (reason, _) in self._since.copy().items()}
 

@@ -1,9 +1,12 @@
-"""What the catalog records of Kafka's topics: how far they were read, lost events, dead letters that are done."""
+"""What the catalog records of Kafka's topics: how far they were read, and what they wait for; lost events; dead letters
+that are done."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +74,52 @@ def covered(ranges: Ranges, start: int, end: int) -> int:
 def contains(ranges: Ranges, offset: int) -> bool:
     """Whether an offset is in the ranges."""
     return any(first <= offset < last for first, last in ranges)
+
+
+class WaitFor(StrEnum):
+    """The kinds of things that a bridge waits for. ``segsvc doctor`` advises by them; they are kept in the catalog."""
+
+    SHARD = "shard"
+    FLOW = "flow"
+    """The events of one topic and shard."""
+    FAULTS = "faults"
+    """Workers that do not fail on every event."""
+    BROKER = "broker"
+    KAFKA = "kafka"
+    MESSAGE = "message"
+    """A message in Kafka that cannot be read now."""
+    DEAD_LETTERS = "dead-letters"
+    DEAD_LETTER_SIZE = "dead-letter-size"
+    CATALOG = "catalog"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Wait:
+    """Something that a bridge waits for.
+
+    Attributes:
+        words: what it is, for people, and different for each: ``shard 2``.
+        topic: the only topic whose events wait for it; empty: events of any topic may.
+    """
+
+    kind: WaitFor
+    words: str
+    topic: str = ""
+
+    def __str__(self) -> str:
+        return self.words
+
+    @property
+    def code(self) -> str:
+        """As the catalog keeps it. No name of a topic has a ``|`` in it."""
+        return f"{self.kind.value}|{self.topic}|{self.words}"
+
+    @classmethod
+    def from_code(cls, code: str) -> Self:
+        """What the catalog keeps. A text without a kind that we know, of another release, is of the kind OTHER."""
+        kind, _, rest = code.partition("|")
+        topic, separator, words = rest.partition("|")
+        if not separator or kind not in set(WaitFor):
+            return cls(WaitFor.OTHER, code)
+        return cls(WaitFor(kind), words, topic)

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from segsvc.config import Settings
+from segsvc.domain.events import TOPICS
+from segsvc.local.kafka import KafkaServer
+from segsvc.local.processes import free_ports
 from tests.eventually import eventually
 from tests.infrastructure.system import DRAIN_S, System
 
@@ -64,3 +68,29 @@ def slug(request: pytest.FixtureRequest) -> str:
     """A segment's slug that no other test has."""
     name = str(request.node.name).removeprefix("test_").replace("_", "-")
     return "".join(sign if sign.isalnum() else "-" for sign in name)[:60].strip("-").lower()
+
+
+@pytest.fixture
+def bridged(system: System, slug: str, kafka_server: KafkaServer) -> Iterator[Settings]:
+    """Settings of a bridge of the installation, with many small batches and topics of its own."""
+    prefix = f"{slug}."
+    kafka_server.create_topics(
+        {
+            **{f"{prefix}{topic}": 4 for topic in TOPICS},
+            **{f"{prefix}{topic}.dlq": 1 for topic in TOPICS},
+            f"{prefix}segment-events": 1,
+        }
+    )
+
+    with system.another(
+        "bridge",
+        ["bridge"],
+        kafka_bootstrap_servers=kafka_server.bootstrap_servers,
+        kafka_stand_in=kafka_server.stand_in,
+        kafka_topic_prefix=prefix,
+        kafka_group=prefix,
+        event_batch_max=100,
+        event_batches_in_flight_max=32,
+        bridge_metrics_address=f"127.0.0.1:{free_ports(1)[0]}",
+    ) as own:
+        yield own

@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import redis
 
 from segsvc.config import Settings
-from segsvc.domain.events import TOPICS
-from segsvc.local.kafka import KafkaServer
 from tests.e2e.events import producer
 from tests.eventually import eventually
 from tests.infrastructure.system import ALONE, SHARDS, System
 
-PREFIX = "faults."
 NEWCOMERS = range(1_000_000, 1_004_000)
 ENDS_WITHIN_S = 10.0
 """An operation over a few thousand users takes a fraction of a second, and recovery a second or two."""
-
-
-@pytest.fixture
-def bridged(system: System, kafka_server: KafkaServer) -> Iterator[Settings]:
-    """Settings of a bridge of the installation, with many small batches."""
-    kafka_server.create_topics(
-        {
-            **{f"{PREFIX}{topic}": 4 for topic in TOPICS},
-            **{f"{PREFIX}{topic}.dlq": 1 for topic in TOPICS},
-            f"{PREFIX}segment-events": 1,
-        }
-    )
-
-    with system.another(
-        "bridge",
-        ["bridge"],
-        kafka_bootstrap_servers=kafka_server.bootstrap_servers,
-        kafka_stand_in=kafka_server.stand_in,
-        kafka_topic_prefix=PREFIX,
-        kafka_group=PREFIX,
-        event_batch_max=100,
-        event_batches_in_flight_max=32,
-        bridge_metrics_address="",
-    ) as own:
-        yield own
 
 
 def waiting_for_the_lock(system: System) -> int:
@@ -67,7 +38,9 @@ def test_events_that_wait_keep_nothing_else_waiting(system: System, slug: str, b
         eventually(lambda: system.prepared_on(name) == set(range(SHARDS)))
 
         with producer(bridged) as send:
-            send(f"{PREFIX}create-user", ({"user_id": user, "attributes": {}} for user in NEWCOMERS))
+            send(
+                f"{bridged.kafka_topic_prefix}create-user", ({"user_id": user, "attributes": {}} for user in NEWCOMERS)
+            )
 
         # Every event worker waits for a shard, batches wait for a worker, and most events for their batch.
         workers = system.settings.event_worker_processes

@@ -16,7 +16,7 @@ from tests.local_servers import REPOSITORY
 ALERTS = REPOSITORY / "docs" / "alerts.yml"
 METHOD = "/segmentation.v1.SegmentService/GetSegment"
 NOBODY = [{"series": f'segsvc_build_info{{role="{role}"}}', "values": "1x60"}
-          for role in ("operations", "events", "warming", "bridge")]  # fmt: skip
+          for role in ("operations", "events", "warming", "bridge", "beat")]  # fmt: skip
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_the_first_failure_of_a_method_is_reported(promtool: str, tmp_path: Path
     assert len(fires(promtool, tmp_path, "SegsvcDeadLetters", dead, "5m")) == 1
 
 
-@pytest.mark.parametrize("role", ["operations", "events", "warming", "bridge"])
+@pytest.mark.parametrize("role", ["operations", "events", "warming", "bridge", "beat"])
 def test_a_role_without_a_process_is_reported(promtool: str, tmp_path: Path, role: str) -> None:
     there = [item for item in NOBODY if f'"{role}"' not in item["series"]]
     assert fires(promtool, tmp_path, "SegsvcNobodyWorks", NOBODY, "10m") == []
@@ -96,7 +96,15 @@ def test_one_vanished_process_of_several_is_reported(promtool: str, tmp_path: Pa
     assert len(fires(promtool, tmp_path, "SegsvcFewerProcesses", workers, "80m")) == 1
 
 
-@pytest.mark.parametrize(("job", "alert"), [("front", "SegsvcFrontDown"), ("worker", "SegsvcWorkerDown")])
+@pytest.mark.parametrize(
+    ("job", "alert"),
+    [
+        ("front", "SegsvcFrontDown"),
+        ("worker", "SegsvcWorkerDown"),
+        ("bridge", "SegsvcWorkerDown"),
+        ("beat", "SegsvcWorkerDown"),
+    ],
+)
 def test_a_process_without_an_answer_is_reported(promtool: str, tmp_path: Path, job: str, alert: str) -> None:
     up = [series(f'up{{job="segsvc-{job}",instance="x"}}', "1x60")]
     assert fires(promtool, tmp_path, alert, up, "10m") == []

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from segsvc.services.ingestion import BatchReport
-from tasks.outcomes import BATCH_LOST, RESULT_BYTES_MAX, BadResult, TryAgain, read_result
+from tasks.outcomes import BATCH_LOST, RESULT_BYTES_MAX, WORKER_ENDED, BadResult, TryAgain, read_result
 
 
 def stored(result: object, status: object = "SUCCESS") -> bytes:
@@ -66,5 +66,6 @@ def test_what_is_a_result_is_read() -> None:
 
 
 def test_a_worker_that_was_killed_or_a_task_that_expired_is_no_fault_of_an_event() -> None:
-    assert read_result(stored({"exc_type": "WorkerLostError"}, "FAILURE")) == TryAgain(BATCH_LOST)
+    assert read_result(stored({"exc_type": "WorkerLostError"}, "FAILURE")) == TryAgain(WORKER_ENDED)
+    assert read_result(stored({"exc_type": "TimeLimitExceeded"}, "FAILURE")) == TryAgain(BATCH_LOST)
     assert read_result(stored({"exc_type": "TaskRevokedError"}, "REVOKED")) == TryAgain(BATCH_LOST)

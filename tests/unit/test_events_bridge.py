@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from segsvc.bridge.waiting import Backoff, Waits
 from segsvc.domain.errors import broker_unavailable
 from segsvc.domain.events import DeleteUser, UserEvent
 from segsvc.services.ingestion import BatchReport
-from tasks.outcomes import BATCH_LOST, Outcome, TryAgain
+from tasks.outcomes import BATCH_LOST, OUT_OF_MEMORY, WORKER_ENDED, Outcome, TryAgain
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=30), st.randoms(use_true_random=False))
@@ -51,6 +52,8 @@ class FakeBatches:
         self.sent: list[tuple[str, int, list[int]]] = []
         self.expire_s: list[float] = []
         self.answers: dict[str, Outcome] = {}
+        self.begins: set[str] | None = set()
+        """Batches that a worker has begun; None: all."""
         self.down = False
 
     def send(self, topic: str, shard: int, events: Sequence[UserEvent], expire_s: float) -> str:
@@ -64,6 +67,9 @@ class FakeBatches:
         if self.down:
             raise broker_unavailable()
         return {batch_id: self.answers.pop(batch_id) for batch_id in batch_ids if batch_id in self.answers}
+
+    def begun(self, batch_ids: Sequence[str]) -> Collection[str]:
+        return {batch_id for batch_id in batch_ids if self.begins is None or batch_id in self.begins}
 
 
 class Bench:
@@ -341,8 +347,17 @@ def test_a_batch_without_a_result_is_halved() -> None:
 INTERNAL = TryAgain("INTERNAL")
 
 
-def fail(bench: Bench, bad: set[int], *, steps: int, every_s: float = 1.0) -> list[int]:
-    """Answer batches with INTERNAL if they hold one of these events, and apply the rest. Returns what was applied."""
+def fail(
+    bench: Bench, bad: set[int], *, steps: int, every_s: float = 1.0, outcome: TryAgain | None = INTERNAL
+) -> list[int]:
+    """Answer batches with this outcome if they hold one of these events, and apply the rest.
+
+    Args:
+        outcome: None: there is no answer.
+
+    Returns:
+        what was applied.
+    """
     applied: list[int] = []
     for _ in range(steps):
         bench.now += every_s
@@ -353,20 +368,33 @@ def fail(bench: Bench, bad: set[int], *, steps: int, every_s: float = 1.0) -> li
             if bad.isdisjoint(events):
                 bench.batches.answers[str(number)] = BatchReport(len(events), 0)
                 applied += events
-            else:
-                bench.batches.answers[str(number)] = INTERNAL
+            elif outcome is not None:
+                bench.batches.answers[str(number)] = outcome
         bench.answered = len(bench.batches.sent)
     return applied
 
 
-def test_an_event_that_always_ends_with_internal_is_let_go_alone() -> None:
+@pytest.mark.parametrize("outcome", [INTERNAL, TryAgain(WORKER_ENDED)])
+def test_an_event_on_which_the_workers_always_fail_is_let_go_alone(outcome: TryAgain) -> None:
     bench = Bench(batch_max=8)
     bench.add(*range(20))
-    applied = fail(bench, {5}, steps=50)
+    applied = fail(bench, {5}, steps=50, outcome=outcome)
     assert not bench.dead  # not yet
-    applied += fail(bench, {5}, steps=100)
+    applied += fail(bench, {5}, steps=100, outcome=outcome)
     [(offset, reason)] = bench.dead
-    assert (offset, reason.split(":")[0]) == (5, "INTERNAL")
+    assert (offset, reason.split(":")[0]) == (5, outcome.reason)
+    assert sorted(applied) == [number for number in range(20) if number != 5]
+    assert not bench.flows.held_back
+
+
+def test_an_event_that_ends_whole_workers_is_let_go_alone() -> None:
+    """No process is left that could answer, or put the message back."""
+    bench = Bench(batch_max=8)
+    bench.batches.begins = None
+    bench.add(*range(20))
+    applied = fail(bench, {5}, steps=1500, outcome=None)
+    [(offset, reason)] = bench.dead
+    assert (offset, reason.split(":")[0]) == (5, WORKER_ENDED)
     assert sorted(applied) == [number for number in range(20) if number != 5]
     assert not bench.flows.held_back
 
@@ -385,10 +413,28 @@ def test_workers_that_fail_on_everything_do_not_flood_the_dead_letters() -> None
 
 
 def test_no_other_reason_lets_an_event_go() -> None:
-    for reason in ("SHARD_UNAVAILABLE", "OUTAGE", "RESULT_REFUSED", "CACHE_UNAVAILABLE", BATCH_LOST):
+    for reason in ("SHARD_UNAVAILABLE", "OUTAGE", "RESULT_REFUSED", "CACHE_UNAVAILABLE", BATCH_LOST, OUT_OF_MEMORY):
         bench = Bench()
         bench.add(1)
         for _ in range(500):
             bench.step(1.0, **{f"b{len(bench.batches.sent) - 1}": TryAgain(reason)} if bench.batches.sent else {})
         assert not bench.dead
         assert bench.flows.held_back
+
+
+def test_without_workers_no_event_is_let_go() -> None:
+    bench = Bench()
+    bench.add(1)
+    for _ in range(5000):
+        bench.step(1.0)
+    assert not bench.dead
+    assert bench.flows.held_back
+
+
+def test_a_batch_for_which_there_is_no_memory_becomes_smaller() -> None:
+    bench = Bench()
+    bench.add(*range(4))
+    bench.step()
+    bench.step(b0=TryAgain(OUT_OF_MEMORY))
+    bench.step(1.0)
+    assert [sent[2] for sent in bench.batches.sent] == [[0, 1, 2, 3], [0, 1]]

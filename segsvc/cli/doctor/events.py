@@ -14,8 +14,9 @@ from segsvc.bootstrap import EventRecords
 from segsvc.bridge.kafka_state import KafkaState, PartitionState
 from segsvc.cli.doctor.items import Item
 from segsvc.config import Settings
-from segsvc.domain.errors import ServiceError
-from segsvc.domain.event_records import FoundLoss
+from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.event_records import FoundLoss, Wait, WaitFor
+from tasks.outcomes import WORKER_ENDED
 
 WATCH_S: Final = 5.0
 """How long a lag that does not move is watched before it is reported."""
@@ -155,16 +156,16 @@ def items(settings: Settings, members: Callable[[], int | None]) -> Sequence[Ite
         services.close()
 
 
-def _waits(services: EventRecords) -> Mapping[str, str]:
+def _waits(services: EventRecords) -> Mapping[Wait, str]:
     """What the bridges wait for, as they write it to the catalog. If it cannot be reached, they wait for it."""
     try:
         return services.records.waits()
     except ServiceError as error:
-        return {"the catalog": error.reason.text}
+        return {Wait(WaitFor.CATALOG, "the catalog"): error.reason.text}
 
 
 def _waiting(
-    settings: Settings, kafka: KafkaState, observation: Observation, waits: Mapping[str, str], bridges: int | None
+    settings: Settings, kafka: KafkaState, observation: Observation, waits: Mapping[Wait, str], bridges: int | None
 ) -> Sequence[Item]:
     found: list[Item] = []
     for topic in kafka.event_topics():
@@ -183,11 +184,11 @@ def _waiting(
     return found
 
 
-def _cause(settings: Settings, topic: str, waits: Mapping[str, str], bridges: int | None) -> tuple[str, str]:
+def _cause(settings: Settings, topic: str, waits: Mapping[Wait, str], bridges: int | None) -> tuple[str, str]:
     """Why the events of a topic wait, and what to do."""
     if bridges == 0:
         return f"the consumer group {settings.kafka_group} has no members", "start `segsvc bridge`, or read its log"
-    concerned = {what: reason for what, reason in waits.items() if _concerns(what, topic, settings)}
+    concerned = {what: reason for what, reason in waits.items() if what.topic in ("", topic)}
     if not concerned:
         return (
             "the cause is unknown",
@@ -198,34 +199,25 @@ def _cause(settings: Settings, topic: str, waits: Mapping[str, str], bridges: in
     return f"the bridge waits for {reported}", "; ".join(remedies)
 
 
-def _concerns(what: str, topic: str, settings: Settings) -> bool:
-    """Whether the thing that a bridge waits for can hold up events of this topic."""
-    others = {name for name in _names(settings) if name != topic}
-    return not any(what.startswith((f"{name}/", f"{name} of ")) or f" {name}.dlq," in what for name in others)
+_REMEDIES: Final[Mapping[WaitFor, str]] = {
+    WaitFor.SHARD: "bring that shard back, and do nothing else: its events continue by themselves",
+    WaitFor.DEAD_LETTERS: "fix the dead-letter topic: a dead letter must be there before its event is skipped",
+    WaitFor.DEAD_LETTER_SIZE: "fix the dead-letter topic: a dead letter must be there before its event is skipped",
+    WaitFor.MESSAGE: "that message cannot be read, or the brokers do not deliver it: read the bridge's log",
+    WaitFor.FAULTS: "the release of the events workers has a fault, or they lack memory: read their log",
+    WaitFor.BROKER: "see the broker above",
+    WaitFor.CATALOG: "see the databases above",
+}
 
 
-def _names(settings: Settings) -> Sequence[str]:
-    from segsvc.domain.events import TOPICS  # noqa: PLC0415
-
-    return [settings.kafka_topic_prefix + topic for topic in TOPICS]
-
-
-def _remedy(what: str, reason: str) -> str:
-    if what.startswith("shard "):
-        if reason in _PASSING:
-            return "an operation holds that shard: see what is in doubt above"
-        return "bring that shard back, and do nothing else: its events continue by themselves"
-    if "max.message.bytes" in what or what == "the dead-letter topics":
-        return "fix the dead-letter topic: a dead letter must be there before its event is skipped"
-    if " offset " in what:
-        return "the message at that offset cannot be read, or the brokers do not deliver it: read the bridge's log"
-    if what == "the task broker":
-        return "see the broker above"
-    if what == "the catalog":
-        return "see the databases above"
-    if "CACHE" in reason:
+def _remedy(what: Wait, reason: str) -> str:
+    if what.kind is WaitFor.SHARD and reason in _PASSING:
+        return "an operation holds that shard: see what is in doubt above"
+    if what.kind is WaitFor.FLOW and reason == Reason.CACHE_UNAVAILABLE.text:
         return "see the cache above"
-    return "read the bridge's log and the events worker's"
+    if what.kind is WaitFor.FLOW and reason == WORKER_ENDED:
+        return "an event ends its worker process; it becomes a dead letter within minutes: read the events worker's log"
+    return _REMEDIES.get(what.kind, "read the bridge's log and the events worker's")
 
 
 def _transactions(observation: Observation) -> Sequence[Item]:

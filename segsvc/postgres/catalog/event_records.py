@@ -9,7 +9,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import INT8MULTIRANGE, insert
 
-from segsvc.domain.event_records import EventLoss, EventPosition, FoundLoss, Ranges
+from segsvc.domain.event_records import EventLoss, EventPosition, FoundLoss, Ranges, Wait
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
 
@@ -115,7 +115,7 @@ class PostgresEventRecords:
 
     # -- what the bridges wait for ------------------------------------------------------------------------------------
 
-    def note_waits(self, bridge: UUID, waits: Mapping[str, str]) -> None:
+    def note_waits(self, bridge: UUID, waits: Mapping[Wait, str]) -> None:
         """Replace the waits of a bridge: what it waits for now, and why. Deletes those of bridges that are gone."""
         table = tables.bridge_waits
         stale = table.c.update_time < sa.func.clock_timestamp() - sa.text("interval '1 day'")
@@ -124,10 +124,10 @@ class PostgresEventRecords:
             if waits:
                 connection.execute(
                     sa.insert(table),
-                    [{"bridge": bridge, "what": what, "reason": reason} for what, reason in sorted(waits.items())],
+                    [{"bridge": bridge, "what": what.code, "reason": reason} for what, reason in sorted(waits.items())],
                 )
 
-    def waits(self) -> dict[str, str]:
+    def waits(self) -> dict[Wait, str]:
         """What bridges have lately reported to wait for, and why."""
         table = tables.bridge_waits.c
         lately = sa.func.clock_timestamp() - sa.func.make_interval(0, 0, 0, 0, 0, 0, WAITS_TTL_S)
@@ -135,7 +135,7 @@ class PostgresEventRecords:
             rows = connection.execute(
                 sa.select(table.what, table.reason).where(table.update_time > lately).order_by(table.what)
             ).all()
-        return {row.what: row.reason for row in rows}
+        return {Wait.from_code(row.what): row.reason for row in rows}
 
     # -- dead letters -------------------------------------------------------------------------------------------------
 

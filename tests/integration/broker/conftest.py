@@ -21,6 +21,7 @@ from segsvc.bootstrap import installation_of
 from segsvc.local.postgres import PostgresServer
 from segsvc.local.processes import free_ports
 from segsvc.local.redis import BROKER_CONFIG, RedisServer
+from tests.broker_messages import task_message
 from tests.eventually import eventually
 from tests.installation import Installation, new_installation
 from tests.local_servers import REPOSITORY
@@ -95,32 +96,7 @@ class Workplace:
 
     def message(self, task: str, /, queue: str = "operations", **kwargs: object) -> dict[str, Any]:
         """A message as Celery writes it."""
-        task_id = str(uuid4())
-        return {
-            "body": json.dumps([[], kwargs, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": {
-                "lang": "py",
-                "task": task,
-                "id": task_id,
-                "root_id": task_id,
-                "retries": 0,
-                "timelimit": [None, None],
-                "argsrepr": "()",
-                "kwargsrepr": "{}",
-                "installation": installation_of(self.installation.settings).name,
-            },
-            "properties": {
-                "correlation_id": task_id,
-                "reply_to": str(uuid4()),
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": queue},
-                "priority": 0,
-                "body_encoding": None,
-                "delivery_tag": str(uuid4()),
-            },
-        }
+        return task_message(installation_of(self.installation.settings).name, task, queue, **kwargs)
 
     def run_inside(self, examination: Callable[..., object]) -> str:
         """The output of an examination of ``segsvc doctor`` in a process with this installation's settings."""

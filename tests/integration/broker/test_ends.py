@@ -72,6 +72,32 @@ def test_a_worker_survives_a_restart_of_its_broker_with_messages_in_its_hands(wo
     assert "Unrecoverable error" not in workplace.log()
 
 
+def test_a_worker_that_can_acknowledge_nothing_goes_on_taking_messages(workplace: Workplace) -> None:
+    refuses = (
+        "import redis, tasks.broker\n"
+        "def refuse(*_, **__): raise redis.ConnectionError('cut off')\n"
+        "tasks.broker.kombu_redis.QoS._remove_from_indices = refuse\n"
+    )
+    worker = workplace.worker(code=refuses)
+    for _ in range(4):
+        workplace.await_work()
+    assert worker.poll() is None
+
+
+def test_a_worker_that_has_become_deaf_is_gone(workplace: Workplace, tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf"
+    takes_nothing = (
+        "import tasks.broker, os\n"
+        "def start(self, timeout=None):\n"
+        f"    if not os.path.exists({str(deaf)!r}): begin(self, timeout)\n"
+        "begin, tasks.broker.Channel._brpop_start = tasks.broker.Channel._brpop_start, start\n"
+    )
+    worker = workplace.worker(code=HASTY + takes_nothing)
+    deaf.touch()
+    assert worker.wait(60) == 70
+    assert "heard nothing from the broker" in workplace.log()
+
+
 @pytest.mark.parametrize("why", ["asked", "broken"])
 def test_a_worker_that_cannot_end_is_ended(workplace: Workplace, why: str) -> None:
     broken = "import tasks.steps\ntasks.steps.PulseStep._note_round = staticmethod(lambda consumer: 1 / 0)\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
@@ -124,6 +124,9 @@ class InProcessBatches:
         return {
             batch_id: self._running.pop(batch_id).result() for batch_id in batch_ids if self._running[batch_id].done()
         }
+
+    def begun(self, batch_ids: Sequence[str]) -> Collection[str]:
+        return {batch_id for batch_id in batch_ids if self._running[batch_id].running()}
 
     def _apply(self, topic: str, shard: int, events: Sequence[UserEvent]) -> Outcome:
         reason = self.fault(topic, shard)

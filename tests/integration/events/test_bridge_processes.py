@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import redis
 import sqlalchemy as sa
 
 from segsvc.bootstrap import installation_of
+from segsvc.bridge.dead_letters import REASON_HEADER
 from segsvc.bridge.flows import RESULT_WAIT_S
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
@@ -31,8 +33,6 @@ BRIDGE = (
     "from segsvc.config import load_settings; from segsvc.bridge.bridge import run_bridge; run_bridge(load_settings())"
 )
 WORKER = [
-    "-m",
-    "celery",
     "-A",
     "tasks.app",
     "worker",
@@ -67,11 +67,14 @@ class Stack:
         self.processes.append(process)
         return process
 
-    def bridge(self) -> subprocess.Popen[bytes]:
-        return self.start("-c", BRIDGE, name="bridge")
+    def bridge(self, code: str = "") -> subprocess.Popen[bytes]:
+        """Start a bridge. ``code`` runs before."""
+        return self.start("-c", code + BRIDGE, name="bridge")
 
-    def worker(self) -> subprocess.Popen[bytes]:
-        return self.start(*WORKER, name="worker")
+    def worker(self, code: str = "") -> subprocess.Popen[bytes]:
+        """Start a worker of the events. ``code`` runs before it becomes one."""
+        become = "import sys; from celery.__main__ import main; sys.argv[0] = 'celery'; main()"
+        return self.start("-c", code + become, *WORKER, name="worker")
 
     @property
     def prefix(self) -> str:
@@ -194,7 +197,7 @@ def test_workers_killed_and_the_broker_flushed(stack: Stack) -> None:
     assert wait_until((stack.failpoints / "events-committed-not-reported.fired").exists, timeout_s=60)
     (stack.failpoints / "events-committed-not-reported").unlink()
     stack.wait_for_users(100)
-    stack.wait_for_commit()  # a killed child's batch ran again at once
+    stack.wait_for_commit()  # a killed child's batch came again at once
 
     os.killpg(worker.pid, signal.SIGKILL)
     worker.wait(10)
@@ -209,6 +212,34 @@ def test_workers_killed_and_the_broker_flushed(stack: Stack) -> None:
     stack.wait_for_commit()
     for shard in range(2):
         assert len(view(stack.shards.databases, shard).users) == 100
+
+
+POISON = 3
+KILLED_BY_IT = f"""\
+import os, signal
+from segsvc.services.ingestion import Ingestion
+apply = Ingestion.apply_batch
+def apply_batch(self, shard, events):
+    if any(event.user_id == {POISON} for event in events):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return apply(self, shard, events)
+Ingestion.apply_batch = apply_batch
+"""
+"""A worker whose processes are killed by an event, as by the machine when it has no more memory."""
+
+
+def test_an_event_that_kills_each_process_becomes_a_dead_letter_alone(stack: Stack) -> None:
+    worker = stack.worker(KILLED_BY_IT)
+    stack.bridge("from segsvc.bridge import flows; flows.FAULT_S, flows.FAULT_TRIES = 0.0, 2\n")
+
+    stack.topics.create(range(1, 5))
+    stack.wait_for_users(3)
+    stack.wait_for_commit()
+
+    [letter] = stack.topics.read("create-user.dlq", 1)
+    assert json.loads(letter.value)["user_id"] == POISON
+    assert dict(letter.headers)[REASON_HEADER].startswith(b"WORKER_ENDED")
+    assert worker.poll() is None
 
 
 def test_a_task_without_its_events_sends_for_them_and_none_are_left_behind(stack: Stack) -> None:
