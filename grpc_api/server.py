@@ -253,7 +253,11 @@ class FrontProcess:
             return None
         address = self._settings.grpc_address
         try:
-            return native_front(address, reuse_port=self._settings.front_processes > 1)
+            return native_front(
+                address,
+                reuse_port=self._settings.front_processes > 1,
+                checked_header=self._settings.grpc_checked_header,
+            )
         except OSError as error:
             raise ListenError(f"{address}: {error}") from error
 
@@ -272,6 +276,7 @@ class FrontProcess:
             slugs=hot.slugs,
             shard_count=self._settings.shard_count,
             streams=streams,
+            checked_header=self._settings.grpc_checked_header,
         )
 
         # The lane connects to the cache, which may take a moment while the cache is down.

@@ -118,6 +118,10 @@ class Settings(BaseSettings):
     grpc_front: Literal["native", "grpcio"] = Field(
         "native", description="native: hot lane in Rust, grpcio behind it; grpcio: grpcio serves all (TLS possible)."
     )
+    grpc_checked_header: Literal["grpc-encoding", "content-type"] = Field(
+        "grpc-encoding",
+        description="Which of gRPC's own headers the native front checks on cached reads; it can see one of them.",
+    )
     grpc_tls_cert: Path | None = Field(None, description="PEM certificate chain; only with SEGSVC_GRPC_FRONT=grpcio.")
     grpc_tls_key: Path | None = Field(None, description="PEM private key; only with SEGSVC_GRPC_FRONT=grpcio.")
     grpc_tls_client_ca: Path | None = Field(

@@ -34,6 +34,8 @@ STREAMS: Final = (EXPORT_SEGMENT_USERS, WATCH_OPERATION)
 """Methods that the native front takes and the lane does not; numbered after METHODS."""
 
 ENCODING_KEY: Final = "grpc-encoding"
+CONTENT_TYPE_KEY: Final = "content-type"
+_GRPC: Final = b"application/grpc"
 MESSAGE_BYTES_MAX: Final = 4 << 20
 """Larger requests are refused (RESOURCE_EXHAUSTED, by gRPC itself); no request of this service is near it. A connection
 that sends one to a hot method is cut: the native front has received it whole, and would receive the next one, too."""
@@ -85,10 +87,13 @@ class Calls(Protocol):
 # -- NativeGrpcFront ------------------------------------------------------------------------------------------------
 
 
-def native_front(target: str, *, reuse_port: bool) -> NativeGrpcFront:
+def native_front(target: str, *, reuse_port: bool, checked_header: str = ENCODING_KEY) -> NativeGrpcFront:
     """A front that passes calls of the lane's methods on, with all that the lane needs to know of a call.
 
     The caller sets the front's fallback, then starts the front.
+
+    Args:
+        checked_header: ENCODING_KEY or CONTENT_TYPE_KEY, the same as for ``NativeCalls``.
 
     Raises:
         OSError: it cannot listen on the address.
@@ -97,7 +102,7 @@ def native_front(target: str, *, reuse_port: bool) -> NativeGrpcFront:
         target,
         [*((method, False) for method in METHODS), *((method, True) for method in STREAMS)],
         # gRPC hides its own headers from us; this is the one of them that it lets us see.
-        client_key_metadata=ENCODING_KEY,
+        client_key_metadata=checked_header,
         call_details=True,  # deadlines and metadata, which holds request ids
         delay_stream_headers=True,  # the headers carry the request id
         metrics=True,
@@ -172,9 +177,14 @@ class NativeCalls:
     Args:
         gate: lets the lane's calls in; the streams have their own check.
         streams: serves the calls of STREAMS; None: they are refused.
+        checked_header: the one that ``front`` shows of each call: ENCODING_KEY, and compressed calls are refused, or
+            CONTENT_TYPE_KEY, and calls of another type than gRPC's are.
     """
 
-    def __init__(self, front: NativeGrpcFront, gate: Gate, streams: Streams | None = None) -> None:
+    def __init__(
+        self, front: NativeGrpcFront, gate: Gate, streams: Streams | None = None, checked_header: str = ENCODING_KEY
+    ) -> None:
+        self._checks_type = checked_header == CONTENT_TYPE_KEY
         self._front = front
         self._gate = gate
         self._streams = streams
@@ -186,14 +196,15 @@ class NativeCalls:
         self._watched: dict[int, NativeCall] = {}
 
     def take(self, calls_max: int, *, wait: bool) -> list[Call] | None:
-        front, ids, made, guarded = self._front, self._ids, self._made, not self._gate.open
+        front, ids, made, checks_type = self._front, self._ids, self._made, self._checks_type
+        guarded = not self._gate.open
         events = front.recv_batch_details(calls_max, None if wait else 0)
         if events is None:
             return None
 
         now, clock = time.monotonic(), time.time()
         calls: list[Call] = []
-        for kind, call_id, method, payload, encoding, details in events:
+        for kind, call_id, method, payload, header, details in events:
             if kind != EVENT_CALL or payload is None or details is None:
                 # Cancelled, or its deadline has passed. A call that is not watched gets its answer all the same: that
                 # wastes little.
@@ -212,9 +223,9 @@ class NativeCalls:
             deadline = None if remaining_s is None else now + remaining_s
             call = NativeCall(front, call_id, method == _BATCH, payload, request_id, deadline, self._watched)
 
-            # If this is a text, it is the peer's address: the call has no encoding.
-            suspect = encoding.__class__ is bytes or len(payload) > MESSAGE_BYTES_MAX
-            if suspect and self._refuse(call, encoding, peer):
+            # If this is a text, it is the peer's address: the call has no such header.
+            suspect = header != _GRPC if checks_type else header.__class__ is bytes
+            if (suspect or len(payload) > MESSAGE_BYTES_MAX) and self._refuse(call, header, peer):
                 continue
 
             if method <= _BATCH:
@@ -238,19 +249,31 @@ class NativeCalls:
             return False
         return True
 
-    def _refuse(self, call: NativeCall, encoding: bytes | str | None, peer: str) -> bool:
-        """Refuse a call that is compressed or far too large. False: it is neither, and is not refused."""
+    def _refuse(self, call: NativeCall, header: bytes | str | None, peer: str) -> bool:
+        """Refuse a call that is far too large, compressed or of another type than gRPC's. False: it is nothing of that,
+        as far as its header shows, and is not refused."""
         if len(call.payload) > MESSAGE_BYTES_MAX:
             # Refusing the call is not enough: the front would go on inflating what else the connection has sent.
             cut = connections.cut(self._port, peer)
             log.error("connection_cut", peer=peer, why="its message was too large", bytes=len(call.payload), found=cut)
-        elif not isinstance(encoding, bytes) or encoding == b"identity":
+        elif self._checks_type:
+            if isinstance(header, bytes) and _is_grpc(header):
+                return False
+            call.fail(ServiceError(Reason.FIELD_INVALID, "the content-type of a request must be application/grpc"))
+            return True
+        elif not isinstance(header, bytes) or header == b"identity":
             return False
         call.fail(ServiceError(Reason.NOT_IMPLEMENTED, "a request must not be compressed"))
         return True
 
     def close(self) -> None:
         self._front.close()
+
+
+def _is_grpc(content_type: bytes) -> bool:
+    """Whether a content type is gRPC's, with or without a format (``+proto``) or a parameter."""
+    kind, format_ = content_type[: len(_GRPC)], content_type[len(_GRPC) :]
+    return kind.lower() == _GRPC and format_[:1] in (b"", b"+", b";")
 
 
 def _told_by(metadata: Sequence[tuple[str, str | bytes]]) -> tuple[str | None, str | None]:

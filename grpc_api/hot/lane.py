@@ -36,7 +36,7 @@ from grpc_api.access import Gate
 from grpc_api.hot import wire
 from grpc_api.hot.answers import Batch, BatchPlace, Single
 from grpc_api.hot.batches import WaitingBatches
-from grpc_api.hot.calls import Call, Calls, NativeCalls, QueuedCalls, Streams
+from grpc_api.hot.calls import ENCODING_KEY, Call, Calls, NativeCalls, QueuedCalls, Streams
 from segsvc import metrics
 from segsvc.domain.errors import ServiceError, internal_error
 from segsvc.domain.membership import SLOT, Entry
@@ -103,6 +103,7 @@ class HotLane:
         gate: lets in the calls that come by that front.
         entries: used by the lane's thread alone.
         streams: serves calls of streams that come by the same front; None: there are none.
+        checked_header: the one that ``front`` was made with.
         slugs: created with ``encode=wire.encode_slug``.
     """
 
@@ -117,13 +118,14 @@ class HotLane:
         slugs: SlugMap,
         shard_count: int,
         streams: Streams | None = None,
+        checked_header: str = ENCODING_KEY,
     ) -> None:
         self._queued: QueuedCalls | None = None
         self._calls: Calls
         if front is None:
             self._calls = self._queued = QueuedCalls()
         else:
-            self._calls = NativeCalls(front, gate, streams)
+            self._calls = NativeCalls(front, gate, streams, checked_header)
         self._entries = entries
         self._counts = counts
         self._cold = cold

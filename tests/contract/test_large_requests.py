@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import psutil
@@ -15,8 +16,9 @@ from grpc import StatusCode
 from segmentation.v1 import membership_pb2
 
 from segsvc.config import Settings
-from tests.contract.conftest import FrontUnderTest
-from tests.contract.raw_http2 import connected, message
+from tests.contract.conftest import FrontUnderTest, running_front
+from tests.contract.installation import Installation
+from tests.contract.raw_http2 import Connection, connected, message
 from tests.contract.test_protocol import COLD, HOT, HOT_BATCH, STREAM
 from tests.eventually import eventually
 
@@ -112,3 +114,46 @@ def _send_often(front: FrontUnderTest, payload: bytes) -> None:
         while time.monotonic() < end:
             with pytest.raises(grpc.RpcError):
                 channel.unary_unary(HOT)(payload, timeout=10)
+
+
+CONTENT_TYPES = {
+    "application/grpc": True,
+    "application/grpc+proto": True,
+    "application/grpc;charset=utf-8": True,
+    "Application/GRPC": True,
+    "application/grpc-web": False,
+    "application/grpcx": False,
+    "text/plain": False,
+    "": False,
+    None: False,
+}
+"""Content types, and whether they are gRPC's. A browser sends ``text/plain`` to other sites without asking them."""
+
+
+def _send_bombs(client: Connection) -> None:
+    """Send bombs and read answers until the connection is cut off."""
+    for _ in range(20):
+        client.send(client.call(HOT, grpc_encoding="gzip"), message(BOMB, compressed=True))
+    while True:
+        client.read()
+
+
+def test_a_front_can_check_content_types_instead_of_encodings(installation: Installation, tmp_path: Path) -> None:
+    kind = installation.name.removeprefix("contract-")
+    if kind != "native":
+        pytest.skip("grpcio shows no header of its own, and checks what it checks")
+    with running_front(kind, installation, tmp_path, grpc_checked_header="content-type") as front:
+        assert reads_well(front)
+        payload = membership_pb2.GetUserSegmentsRequest(user_id=1).SerializeToString()
+        for content_type, answered in CONTENT_TYPES.items():
+            for method in (HOT, HOT_BATCH):
+                with connected(front.address) as client:
+                    call = client.call(method, content_type=content_type)
+                    client.send(call, message(payload))
+                    client.await_end(call)
+                    assert (call in client.answered) == answered, content_type
+
+        # A request that inflates is cut off all the same.
+        with connected(front.address) as client, pytest.raises((OSError, EOFError)):
+            _send_bombs(client)
+        assert reads_well(front)

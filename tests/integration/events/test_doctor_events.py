@@ -16,6 +16,7 @@ from segsvc.bridge import dead_letters, event_watch
 from segsvc.bridge.dead_letter_box import DeadLetterBox, LetterNotFound
 from segsvc.cli.doctor import events, running
 from segsvc.cli.doctor.items import Item
+from segsvc.domain.event_records import WaitFor
 from segsvc.local.kafka import KafkaServer
 from segsvc.local.processes import wait_until
 from segsvc.postgres.catalog.event_records import PostgresEventRecords
@@ -170,7 +171,7 @@ def test_each_cause_has_its_own_words(bench: DoctorBench, monkeypatch: pytest.Mo
 
         bench.batches.broker_down = True
         bench.topics.create([31])
-        assert wait_until(lambda: "the task broker" in bench.records.waits(), timeout_s=30)
+        assert wait_until(lambda: any(wait.kind is WaitFor.BROKER for wait in bench.records.waits()), timeout_s=30)
 
         [item], _ = bench.doctor()
         assert item.remedy.startswith("see the broker above")
