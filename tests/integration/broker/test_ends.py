@@ -92,7 +92,7 @@ def test_a_worker_that_has_become_deaf_is_gone(workplace: Workplace, tmp_path: P
         f"    if not os.path.exists({str(deaf)!r}): begin(self, timeout)\n"
         "begin, tasks.broker.Channel._brpop_start = tasks.broker.Channel._brpop_start, start\n"
     )
-    worker = workplace.worker(code=HASTY + takes_nothing)
+    worker = workplace.worker(code=HASTY + "watchdog.STILL_MAX_S = 6.0\n" + takes_nothing)
     deaf.touch()
     assert worker.wait(60) == 70
     assert "heard nothing from the broker" in workplace.log()
