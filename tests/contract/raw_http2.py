@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 
@@ -36,17 +37,24 @@ class Connection:
     Attributes:
         ended: streams that the server has ended.
         answered: streams with DATA from the server.
+        content: what the server has sent in DATA, by stream.
+
+    Args:
+        tls: None: in plain text.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 20.0) -> None:
+    def __init__(self, address: str, *, timeout_s: float = 20.0, tls: ssl.SSLContext | None = None) -> None:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout=timeout_s)
+        if tls is not None:
+            self._socket = tls.wrap_socket(self._socket, server_hostname=host)
         self._received = b""
         self._streams = 0
         self._initial_window = self._window = _WINDOW_BYTES
         self._windows: dict[int, int] = {}
         self.ended: set[int] = set()
         self.answered: set[int] = set()
+        self.content: dict[int, bytes] = {}
         self._socket.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, b""))
 
     def close(self) -> None:
@@ -95,6 +103,7 @@ class Connection:
             self.ended.add(stream)
         if kind == _DATA:
             self.answered.add(stream)
+            self.content[stream] = self.content.get(stream, b"") + content
         elif kind == _WINDOW_UPDATE:
             increment = int.from_bytes(content, "big")
             if stream:
@@ -129,8 +138,8 @@ class Connection:
 
 
 @contextlib.contextmanager
-def connected(address: str, *, timeout_s: float = 20.0) -> Iterator[Connection]:
-    connection = Connection(address, timeout_s=timeout_s)
+def connected(address: str, *, timeout_s: float = 20.0, tls: ssl.SSLContext | None = None) -> Iterator[Connection]:
+    connection = Connection(address, timeout_s=timeout_s, tls=tls)
     try:
         yield connection
     finally:

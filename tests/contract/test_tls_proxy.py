@@ -1,7 +1,8 @@
-"""The native front behind haproxy with docker/haproxy.cfg: TLS for the hot lane."""
+"""The native front behind haproxy, with both configurations in docker/: TLS for the hot lane."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import ssl
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from segmentation.v1 import membership_pb2 as pb
 from segmentation.v1 import membership_pb2_grpc
@@ -19,6 +21,8 @@ from segmentation.v1 import membership_pb2_grpc
 from segsvc.local.processes import free_ports
 from tests.contract.conftest import FrontUnderTest
 from tests.contract.installation import Installation
+from tests.contract.raw_http2 import connected, message
+from tests.contract.test_protocol import HOT
 from tests.eventually import eventually
 from tests.local_servers import REPOSITORY
 
@@ -64,14 +68,14 @@ class Proxy:
 
 
 @contextmanager
-def haproxy(front: str, folder: Path) -> Iterator[Proxy]:
+def haproxy(front: str, folder: Path, configuration: str) -> Iterator[Proxy]:
     [port] = free_ports(1)
     proxy = Proxy(port, folder / "tls.pem", folder / "admin")
     proxy.pem.write_text(CERTIFICATE.read_text() + KEY.read_text())
     log = folder / "haproxy.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            ["haproxy", "-db", "-f", str(REPOSITORY / "docker" / "haproxy.cfg")],
+            ["haproxy", "-db", "-f", str(REPOSITORY / "docker" / configuration)],
             env={
                 "PATH": PROGRAMS,
                 "SEGSVC_FRONT": front,
@@ -91,9 +95,15 @@ def haproxy(front: str, folder: Path) -> Iterator[Proxy]:
         process.wait(20)
 
 
+@pytest.fixture(params=["haproxy.cfg", "haproxy-strict.cfg"])
+def proxy(front: FrontUnderTest, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Proxy]:
+    with haproxy(front.address, tmp_path, request.param) as started:
+        yield started
+
+
 @pytest.fixture
-def proxy(front: FrontUnderTest, tmp_path: Path) -> Iterator[Proxy]:
-    with haproxy(front.address, tmp_path) as started:
+def strict(front: FrontUnderTest, tmp_path: Path) -> Iterator[Proxy]:
+    with haproxy(front.address, tmp_path, "haproxy-strict.cfg") as started:
         yield started
 
 
@@ -170,3 +180,46 @@ def test_a_certificate_is_replaced_without_a_lost_connection(
         assert proxy.certificate() != before
         # The old connection goes on: a new one would not trust the new certificate.
         works()
+
+
+WRONG: dict[str, dict[str, str | None]] = {
+    "another method": {"method": "GET"},
+    "another type": {"content_type": "text/plain"},
+    "the type of gRPC-Web": {"content_type": "application/grpc-web"},
+    "no type": {"content_type": None},
+    "no te": {"te": None},
+    "compressed": {"grpc_encoding": "gzip"},
+}
+
+
+def test_the_strict_proxy_lets_only_plain_requests_of_grpc_through(
+    front: FrontUnderTest, strict: Proxy, installation: Installation
+) -> None:
+    installation.create_users({1: {}})
+    context = ssl.create_default_context(cafile=str(CERTIFICATE))
+    context.set_alpn_protocols(["h2"])
+    payload = message(pb.GetUserSegmentsRequest(user_id=1).SerializeToString())
+
+    def answered(**headers: str | None) -> bool:
+        with connected(strict.address, tls=context) as client:
+            call = client.call(HOT, **headers)
+            with contextlib.suppress(OSError, EOFError):
+                client.send(call, payload)
+            client.await_end(call)
+            return bytes(payload[5:]) in client.content.get(call, b"")
+
+    assert answered()
+    assert answered(content_type="application/grpc+proto")
+    assert {name: answered(**headers) for name, headers in WRONG.items()} == dict.fromkeys(WRONG, False)
+
+
+def test_the_strict_proxy_keeps_bombs_away(front: FrontUnderTest, strict: Proxy) -> None:
+    process = psutil.Process(front.process.pid)
+    before = process.memory_info().rss
+    credentials = grpc.ssl_channel_credentials(CERTIFICATE.read_bytes())
+    with grpc.secure_channel(strict.address, credentials) as channel:
+        for _ in range(20):
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(HOT)(bytes(60 << 20), timeout=20, compression=grpc.Compression.Gzip)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED  # type: ignore[attr-defined]
+    assert process.memory_info().rss - before < 40 << 20
