@@ -56,7 +56,7 @@ def rules(world: World) -> Iterator[Result]:
     """create-user events from Kafka to readable over gRPC, one shard, conditions at the bounds of their cost."""
     with world.stack(shards=1, cache_warm_budget_bytes=0) as stack:
         ours, loader = Ours(stack), Loader(stack.settings.kafka_bootstrap_servers)
-        client = Client(stack.settings.grpc_address)
+        client = Client.of(stack.settings)
         users = itertools.count(1)
 
         def new_users() -> Sample:

@@ -47,6 +47,8 @@ def slow_counts(front: FrontUnderTest) -> Iterator[None]:
     def hold(engine: sa.Engine) -> None:
         while not stop.is_set():
             with engine.begin() as connection:
+                # Transactions of the front may hold the table for longer than a session of ours waits.
+                connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
                 connection.exec_driver_sql("LOCK TABLE overrides IN ACCESS EXCLUSIVE MODE")
                 stop.wait(PAUSE_S)
             time.sleep(0.01)
