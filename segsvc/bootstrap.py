@@ -191,6 +191,7 @@ class WorkerServices:
             notes=WarmNotes(self._warm_cache),
             slugs=SlugMap(memberships.slugs),
             budget_bytes=settings.cache_warm_budget_bytes,
+            patches_max=settings.cache_patches_max,
         )
 
         self.maintenance = MaintenanceService(

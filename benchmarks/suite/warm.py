@@ -51,6 +51,7 @@ def warm(world: World) -> Iterator[Result | Curve]:
             notes=WarmNotes(cache),
             slugs=SlugMap(memberships.slugs),
             budget_bytes=settings.cache_warm_budget_bytes,
+            patches_max=settings.cache_patches_max,
         )
 
         dsn = sa.make_url(settings.shard_dsns[0]).set(drivername="postgresql")

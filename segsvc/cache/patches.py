@@ -106,6 +106,11 @@ def encode_chunks(patch: Patch) -> Iterator[bytes]:
         yield _encode_chunk(members[rows].tobytes(), changed[rows].tobytes())
 
 
+def chunk_count(next_slot: int) -> int:
+    """Number of chunks that hold so many slots."""
+    return -(-next_slot // CHUNK_SLOTS)
+
+
 def _encode_chunk(members: bytes, changed: bytes) -> bytes:
     has_members, has_changed = any(members), any(changed)
     which = _MEMBERS * has_members | _CHANGED * has_changed
@@ -133,3 +138,12 @@ def decode_chunk(value: bytes | None) -> Chunk | None:
         middle = len(halves) // 2
         return Chunk(halves[:middle].ljust(HALF_BYTES_MAX, b"\0"), halves[middle:].ljust(HALF_BYTES_MAX, b"\0"))
     return None
+
+
+def changed_in(value: bytes | None, number: int) -> list[int]:
+    """Slots of the users who changed, as the value of the chunk with this number says; none if it is lost."""
+    chunk = decode_chunk(value)
+    if chunk is None or chunk.changed is None:
+        return []
+    flags = np.unpackbits(np.frombuffer(chunk.changed, dtype=np.uint8), bitorder="little")
+    return (np.flatnonzero(flags) + number * CHUNK_SLOTS).tolist()

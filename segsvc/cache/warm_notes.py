@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from segsvc.cache.client import CacheClient
 from segsvc.cache.connection import Command, parse_info
-from segsvc.cache.entry import NONCE_BYTES, nonce_of
+from segsvc.cache.entry import NONCE_BYTES, generation_of
+from segsvc.cache.patches import changed_in, chunk_count, decode_list
 from segsvc.domain.membership import CacheMemory, Sweep
 from segsvc.log import get_logger
 
@@ -21,7 +22,8 @@ BLOCKS_PER_REPORT: Final = 4096
 NOTE_TTL_S: Final = 86_400
 
 _BLOCK: Final = re.compile(rb"0|[1-9][0-9]{0,8}")
-_NOTE: Final = re.compile(rb"([0-9]{1,18}) ([0-9]{1,18})")
+_NOTE: Final = re.compile(rb"([0-9]{1,18}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9]{1,18})")
+_CHUNKS_AT_ONCE: Final = 64
 
 
 class WarmNotes:
@@ -81,17 +83,44 @@ class WarmNotes:
         keys = self._client.keys
         with self._client.connection(shard) as connection:
             generation, note = connection.run("MGET", keys.generation(shard), keys.warm(shard))
-            nonce = nonce_of(generation, connection.run_id)
-        if nonce is None or note is None or note[:NONCE_BYTES] != nonce:
+            found = generation_of(generation, connection.run_id)
+        if found is None or note is None or note[:NONCE_BYTES] != found.nonce:
             return None
         numbers = _NOTE.fullmatch(note, NONCE_BYTES)
-        return Sweep(nonce, int(numbers[1]), int(numbers[2])) if numbers else None
+        if numbers is None:
+            return None
+        next_slot, ended_s, epoch, seen = map(int, numbers.groups())
+        return Sweep(found.nonce, next_slot, ended_s, epoch, seen, found.newest)
 
     def note_sweep(self, shard: int, sweep: Sweep) -> None:
         """Remember that everything below ``next_slot`` was warmed under this nonce."""
-        note = sweep.nonce + b"%d %d" % (sweep.next_slot, sweep.ended_s)
+        note = sweep.nonce + b"%d %d %d %d" % (sweep.next_slot, sweep.ended_s, sweep.epoch, sweep.seen)
         with self._client.connection(shard) as connection:
             connection.run("SET", self._client.keys.warm(shard), note, "EX", NOTE_TTL_S)
+
+    def newest_patch(self, shard: int) -> int:
+        """Epoch of the newest patch of the shard's generation; 0: there is no generation, or no patch."""
+        with self._client.connection(shard) as connection:
+            value = connection.run("GET", self._client.keys.generation(shard))
+            generation = generation_of(value, connection.run_id)
+        return 0 if generation is None else generation.newest
+
+    def changed_slots(self, shard: int, after: int, next_slot: int) -> list[int]:
+        """Slots of the users who changed, as the patches with epochs after this one say; what is lost is left out."""
+        keys = self._client.keys
+        changed: set[int] = set()
+        with self._client.connection(shard) as connection:
+            value, list_value = connection.run("MGET", keys.generation(shard), keys.patches(shard))
+            generation = generation_of(value, connection.run_id)
+            notes = decode_list(list_value, generation.nonce) if generation else []
+            for note in notes:
+                numbers = range(chunk_count(next_slot)) if note.epoch > after else range(0)
+                for first in range(0, len(numbers), _CHUNKS_AT_ONCE):
+                    part = numbers[first : first + _CHUNKS_AT_ONCE]
+                    values = connection.run("MGET", *(keys.chunk(shard, note.token, number) for number in part))
+                    for number, each in zip(part, values, strict=True):
+                        changed.update(changed_in(each, number))
+        return sorted(changed)
 
     def present(self, shard: int, groups: Sequence[Sequence[int]]) -> list[int]:
         """For each group of users, how many have a key, whatever it holds."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -46,6 +47,10 @@ class LoadedUser:
     valid_until_us: int
     segment_ids: tuple[int, ...]
     epoch: int
+
+    def entry(self, segment_ids: Iterable[int]) -> Entry:
+        """The user's entry, with the segments in the order of their slugs."""
+        return (self.valid_until_us, self.row_version, self.read_time_us, self.epoch, self.slot, *segment_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +130,17 @@ class Sweep:
         nonce: the cache generation under which all entries were filled.
         next_slot: every user below it was warmed.
         ended_s: end of the run, in seconds since 1970.
+        epoch: no entry below ``next_slot`` is of an earlier epoch.
+        seen: epoch of the last patch whose changed users were read again.
+        newest: epoch of the shard's newest patch when the sweep was looked up.
     """
 
     nonce: bytes
     next_slot: int
     ended_s: int
+    epoch: int = 0
+    seen: int = 0
+    newest: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -278,10 +278,7 @@ class ColdReads:
         shard.pace.took(time.monotonic() - load.started)
         self._mark_up(shard)
 
-        entries = {
-            row.user_id: (row.valid_until_us, row.row_version, row.read_time_us, row.epoch, row.slot, *segment_ids)
-            for row, segment_ids in rows
-        }
+        entries = {row.user_id: row.entry(segment_ids) for row, segment_ids in rows}
         for user_id in user_ids:
             outcome = entries.get(user_id) or user_not_found(user_id)
             self._answer_user(shard, load, user_id, outcome, "miss" if user_id in filled else "bypass")

@@ -51,6 +51,7 @@ _READ_TIME = _microseconds(sa.func.statement_timestamp()).label("read_time_us")
 _EPOCH = current_epoch().label("epoch")
 _USER_IDS: sa.ColumnElement[Any] = sa.literal_column("$1", ARRAY(sa.BigInteger))
 _BLOCKS = sa.bindparam("blocks", type_=ARRAY(sa.BigInteger))
+_SLOTS = sa.bindparam("slots", type_=ARRAY(sa.BigInteger))
 
 
 def _packed_int64s(*columns: sa.ColumnElement[Any]) -> sa.ColumnElement[bytes]:
@@ -156,6 +157,7 @@ _BOUND = "SELECT set_config('statement_timeout', %s, true);"
 """Sent in one message with the next statement, so the two are one transaction and one round trip."""
 _SELECT_BLOCKS = _blocks_statement()
 _SELECT_DIRECTORY = sa.select(_directory.block, _directory.user_ids).where(_directory.block == sa.any_(_BLOCKS))
+_SELECT_AT_SLOTS = sa.select(_users.id).where(_users.slot == sa.any_(_SLOTS))
 _SELECT_SLUGS = sa.select(tables.shard_segments.c.id, tables.shard_segments.c.slug)
 _SELECT_NEXT_SLOT = sa.select(tables.shard_state.c.next_slot)
 
@@ -339,6 +341,9 @@ class PostgresWarmSession:
 
     def users_of(self, blocks: Sequence[int]) -> dict[int, list[int]]:
         return select_directory(self._connection, blocks)
+
+    def users_at(self, slots: Sequence[int]) -> list[int]:
+        return list(self._connection.execute(_SELECT_AT_SLOTS, {"slots": list(slots)}).scalars())
 
     def read(self, blocks: Sequence[int]) -> list[UserBlock]:
         return select_blocks(self._connection, blocks)

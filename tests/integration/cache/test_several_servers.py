@@ -255,6 +255,7 @@ def test_the_warmer_goes_on_with_the_living_servers_shards(pair: Pair) -> None:
         notes=WarmNotes(pair.client),
         slugs=SlugMap(pair.memberships.slugs),
         budget_bytes=1 << 40,
+        patches_max=64,
     )
     pair.lost.kill()
     assert refused_for_the_cache(lambda: warmer.warm_shard(LOST))

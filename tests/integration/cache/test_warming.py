@@ -57,8 +57,8 @@ def test_user_deleted_while_the_block_is_warmed_leaves_no_lease(
     warmer = watched.warmer()
     acquire = watched.acquire
 
-    def delete_then(shard: int, user_ids: Sequence[int]) -> Grant:
-        grant = acquire(shard, user_ids)
+    def delete_then(shard: int, user_ids: Sequence[int], *, enough: int | None = None) -> Grant:
+        grant = acquire(shard, user_ids, enough=enough)
         world.installation.execute(
             0, "UPDATE directory SET user_ids = overlay(user_ids placing :no from 9)", no=bytes(8)
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from segsvc.cache.warm_notes import WarmNotes
-from segsvc.domain.membership import EntryColumns, Grant
+from segsvc.domain.membership import Entry, EntryColumns, Grant
 from segsvc.services.slug_map import SlugMap
 from segsvc.services.warming import Warmer
 
@@ -24,15 +24,21 @@ class Watched:
         self.world = world
         self.notes = WarmNotes(world.client)
         self.filled: list[int] = []
+        self.renewed: list[int] = []
+        """Users who were read again because a patch names them as changed."""
         self.asked = 0
         self.now_s = 1_800_000_000.0
         self.before_fill: Callable[[], None] = lambda: None
         self.after_ask: Callable[[], None] = lambda: None
 
-    def acquire(self, shard: int, user_ids: Sequence[int]) -> Grant:
+    def acquire(self, shard: int, user_ids: Sequence[int], *, enough: int | None = None) -> Grant:
         self.asked += len(user_ids)
         self.after_ask()
-        return self.world.client.acquire(shard, user_ids)
+        return self.world.client.acquire(shard, user_ids, enough=enough)
+
+    def fill(self, shard: int, grant: Grant, rows: Sequence[tuple[int, Entry]]) -> int:
+        self.renewed += [user_id for user_id, _ in rows]
+        return self.world.client.fill(shard, grant, rows)
 
     def fill_columns(self, shard: int, grant: Grant, columns: EntryColumns) -> int:
         self.before_fill()
@@ -42,13 +48,14 @@ class Watched:
     def release(self, shard: int, grant: Grant, user_ids: Sequence[int]) -> None:
         self.world.client.release(shard, grant, user_ids)
 
-    def warmer(self, budget_bytes: int = 1 << 40) -> Warmer:
+    def warmer(self, budget_bytes: int = 1 << 40, patches_max: int = 64) -> Warmer:
         return Warmer(
             reads=self.world.memberships,
             cache=self,
             notes=self.notes,
             slugs=SlugMap(self.world.memberships.slugs),
             budget_bytes=budget_bytes,
+            patches_max=patches_max,
             now_s=lambda: self.now_s,
         )
 
