@@ -205,6 +205,7 @@ class Observe(Around):
         call = call_scope.current()
         label = method if method in self._methods else UNKNOWN_METHOD
         code = grpc.StatusCode.OK
+
         try:
             yield
         except (asyncio.CancelledError, aio.InternalError, GeneratorExit):

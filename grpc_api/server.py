@@ -326,6 +326,7 @@ class FrontProcess:
             ),
             server,
         )
+
         watch_pb2_grpc.add_OperationServiceServicer_to_server(watches, server)
         operations_pb2_grpc.add_OperationsServicer_to_server(  # type: ignore[no-untyped-call]
             OperationsServicer(services.operations, services.acceptance, self._reading, self._changes), server

@@ -443,7 +443,10 @@ class Settings(BaseSettings):
 
         tls_files = (self.kafka_tls_ca, self.kafka_tls_cert, self.kafka_tls_key)
         if any(tls_files) and not self.kafka_security_protocol.endswith("SSL"):
-            raise ValueError("SEGSVC_KAFKA_TLS_… need SEGSVC_KAFKA_SECURITY_PROTOCOL=SSL or SASL_SSL")
+            raise ValueError(
+                "SEGSVC_KAFKA_TLS_CA, SEGSVC_KAFKA_TLS_CERT and SEGSVC_KAFKA_TLS_KEY need "
+                "SEGSVC_KAFKA_SECURITY_PROTOCOL=SSL or SASL_SSL"
+            )
         if (self.kafka_tls_cert is None) != (self.kafka_tls_key is None):
             raise ValueError("SEGSVC_KAFKA_TLS_CERT and SEGSVC_KAFKA_TLS_KEY are set together or not at all")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ __all__ = ["broker_server", "cache_server", "kafka_server", "pg_server", "server
 
 # First of all: everything that is started or written from here on is cleared up after this run, however it ends.
 run_folder.begin()
+
+# A Java virtual machine of a test lives for minutes at most: the second compiler would take more time than it saves.
+os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 # Log as our processes do, but less: structlog's own default takes seconds to render an exception.
 configure_logging("WARNING", "console")

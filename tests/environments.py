@@ -48,11 +48,15 @@ class Environment:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without the variables that lead to our settings or our packages."""
+    """This process's environment without the variables that lead to our settings or our packages.
+
+    Bytecode is always written, into the new environment: without it, each process would compile all packages again.
+    """
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("SEGSVC_") and name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+        if not name.startswith("SEGSVC_")
+        and name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
     }
 
 

@@ -126,6 +126,7 @@ class HotLane:
             self._calls = self._queued = QueuedCalls()
         else:
             self._calls = NativeCalls(front, gate, streams, checked_header)
+
         self._entries = entries
         self._counts = counts
         self._cold = cold

@@ -157,6 +157,7 @@ class Sender:
         futures: list[Any] = []
         # The client refuses some messages before it sends them; the broker refuses some after.
         raised: BaseException | None = None
+
         try:
             if self._producer is None:
                 self._producer = make_producer(self._settings)

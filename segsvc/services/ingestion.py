@@ -145,6 +145,7 @@ class Ingestion:
         dead: list[tuple[int, str]] = []
         stale: set[int] = set()
         parts = [range(len(events))] if events else []
+
         while parts:
             part = parts.pop()
             try:
@@ -158,6 +159,7 @@ class Ingestion:
                 continue
             applied += effects
             stale |= concerned
+
         self._crash.reach("events-committed-not-reported", shard=shard)
         if stale:
             # After COMMIT, before the report. If it fails, or this process dies, there is no report and the batch

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 from segsvc import __version__
 from tools import sbom
@@ -19,6 +17,10 @@ def made() -> dict[str, Any]:
 
 
 def test_it_is_valid_and_names_each_package_of_the_image(made: dict[str, Any]) -> None:
+    # Imported here: it takes seconds, and each process of a run imports every test.
+    from cyclonedx.schema import SchemaVersion  # noqa: PLC0415
+    from cyclonedx.validation.json import JsonStrictValidator  # noqa: PLC0415
+
     errors = JsonStrictValidator(SchemaVersion.from_version(made["specVersion"])).validate_str(sbom.as_json(made))
     assert errors is None
 
