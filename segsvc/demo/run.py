@@ -128,7 +128,7 @@ def _show_log(screen: Screen, stack: LocalStack) -> None:
 
     front = stack.logs / "serve.log"
     lines = [text for _, text in sorted(found)[-_LOG_LINES:]] or [f"{front}:", *tail(front).splitlines()]
-    screen.console.print("\nThe last lines of the logs that matter:", *lines, sep="\n  ", markup=False)
+    screen.console.print("\nThe last lines of the logs:", *lines, sep="\n  ", markup=False)
 
 
 def _next_steps(screen: Screen, settings: Settings, users: int) -> None:

@@ -155,7 +155,7 @@ class Story:
                     f"{len(exported):,} ids, {rate:,.0f}/s",
                 )
 
-        with self._screen.step("compare the exports", "the first 10 % are all among the 30 %") as step:
+        with self._screen.step("compare the exports", "all of the first 10 % are among the 30 %") as step:
             lost = members[0] - members[1]
             step.expect(not lost, f"{len(members[0]):,} of {len(members[0]):,} still in" if not lost else f"{lost=}")
 
@@ -197,7 +197,7 @@ class Story:
             state = last.State.Name(last.state) if last else "unknown"
             step.expect(state == "DONE", f"{state} {seconds:.1f} s after the kill")
 
-        with self._screen.step("count the members", "50 % on every shard, none half done") as step:
+        with self._screen.step("count the members", "50 % on every shard") as step:
             statistics = self._client.statistics(ROLLED_OUT)
             # The demonstration's ids are spread evenly over any number of shards.
             each = self._users / self._settings.shard_count
@@ -274,7 +274,7 @@ class Story:
             slugs = self._client.list_slugs()
             step.expect(DELETED not in slugs and len(slugs) == len(SEGMENTS) - 1, ", ".join(slugs))
 
-        with self._screen.step("read every former member", f"nobody is in {DELETED}") as step:
+        with self._screen.step("read every former member", f"no user is in {DELETED}") as step:
             started = time.monotonic()
             wrong = 0
             with self._screen.bar("reading", len(former)) as bar:

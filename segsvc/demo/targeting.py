@@ -59,7 +59,7 @@ class Targeting:
         self._change(found)
 
     def _roll_out(self) -> None:
-        self._screen.chapter(f"A rollout to {PERCENT:.0f} % of some")
+        self._screen.chapter(f"A rollout to {PERCENT:.0f} % of the users who meet a condition")
         self._screen.say(CONDITION)
         with self._screen.step("preview it", f"{self._matching:,} users match; nothing changes") as step:
             before = self._client.statistics(TARGETED).member_count
@@ -86,7 +86,7 @@ class Targeting:
         found: dict[Reason.Reason.ValueType, int] = {}
         table = self._screen.table("user", "in?", "why")
 
-        with self._screen.step(f"why is a user in {TARGETED}?", "each explained, as the user's list has it") as step:
+        with self._screen.step(f"why is a user in {TARGETED}?", "each answer explained, and equal to the user's list") as step:
             agree = True
             for user_id in self._ids:
                 answer = self._client.check(user_id, TARGETED)

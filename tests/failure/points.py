@@ -371,7 +371,7 @@ def decided_k(scene: Scene) -> None:
     gate = scene.request("COMMIT PREPARED", shards=[scene.shard], every=True)
     scene.call()
     scene.caught(gate)
-    scene.until(lambda: all(map(scene.fenced, scene.others)), "the others have committed")
+    scene.until(lambda: all(map(scene.fenced, scene.others)), "the other shards have committed")
     scene.strike(gate)
 
 
@@ -483,7 +483,7 @@ def recovery_twice(scene: Scene) -> None:
     looked = scene.failpoint("recovery-looked")
     scene.call()
     finalizer = scene.caught(gate)
-    scene.until(lambda: all(map(scene.fenced, scene.others)), "the others have committed")
+    scene.until(lambda: all(map(scene.fenced, scene.others)), "the other shards have committed")
     scene.caught(looked, count=2)
 
     os.kill(finalizer, signal.SIGKILL)

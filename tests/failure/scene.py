@@ -296,7 +296,7 @@ class Scene:
 
             for stop in stops:
                 stop.let_go(besides=self.pid)
-            self.until(lambda: self.state() in ("DONE", "ABORTED"), "the others end it", DRAINS_WITHIN_S)
+            self.until(lambda: self.state() in ("DONE", "ABORTED"), "other processes end it", DRAINS_WITHIN_S)
             for stop in stops:
                 stop.let_go()
 
