@@ -86,7 +86,7 @@ class Targeting:
         found: dict[Reason.Reason.ValueType, int] = {}
         table = self._screen.table("user", "in?", "why")
 
-        with self._screen.step(f"why is a user in {TARGETED}?", "each answer explained, and equal to the user's list") as step:
+        with self._screen.step(f"why is a user in {TARGETED}?", "each explained, and equal to the user's list") as step:
             agree = True
             for user_id in self._ids:
                 answer = self._client.check(user_id, TARGETED)

@@ -18,8 +18,8 @@ def made() -> dict[str, Any]:
 
 def test_it_is_valid_and_names_each_package_of_the_image(made: dict[str, Any]) -> None:
     # Imported here: it takes seconds, and each process of a run imports every test.
-    from cyclonedx.schema import SchemaVersion  # noqa: PLC0415
-    from cyclonedx.validation.json import JsonStrictValidator  # noqa: PLC0415
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
 
     errors = JsonStrictValidator(SchemaVersion.from_version(made["specVersion"])).validate_str(sbom.as_json(made))
     assert errors is None
