@@ -6,7 +6,7 @@ those of cel-spec's checked.proto and syntax.proto.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
 
@@ -85,10 +85,16 @@ _COMPARISONS: Final[dict[str, tree.Comparison]] = {
 _TESTS: Final[dict[str, tree.StringTest]] = {
     "startsWith": "startsWith", "endsWith": "endsWith", "contains": "contains",
 }  # fmt: skip
+_VERSION_TESTS: Final[dict[str, tree.VersionTest]] = {"isLessThan": "isLessThan", "isGreaterThan": "isGreaterThan"}
+_ARITY: Final = {
+    "!_": 1, "size": 1, "lowerAscii": 1, "timestamp": 1, "semver": 1, "isSemver": 1,
+    **dict.fromkeys(("_&&_", "_||_", "@in", "_[_]", "compareTo", *_COMPARISONS, *_TESTS, *_VERSION_TESTS), 2),
+}  # fmt: skip
 _ALLOWED: Final = (
-    "allowed are == != < <= > >= in && || ! has() startsWith endsWith contains size, parentheses, "
-    "and literals of string, int, double, bool and list"
+    "allowed are == != < <= > >= in && || ! has() startsWith endsWith contains size lowerAscii timestamp semver "
+    "isSemver isLessThan isGreaterThan compareTo, parentheses, and literals of string, int, double, bool and list"
 )
+_UPPER: Final = {ord(letter): ord(letter.lower()) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
 
 
 class NotInSubset(Exception):
@@ -164,9 +170,16 @@ class _Builder:
         call = expr.call
         function = call.function
         operands = [call.target, *call.args] if call.HasField("target") else list(call.args)
-        arity = {"_&&_": 2, "_||_": 2, "!_": 1, "@in": 2, "size": 1, **dict.fromkeys((*_COMPARISONS, *_TESTS), 2)}
-        if arity.get(function) != len(operands):
+        if _ARITY.get(function) != len(operands):
             raise self._refuse(f"{_spelled(function)} is not allowed", expr)
+        if function == "_[_]":
+            return self._index(operands, expr)
+        if function in ("timestamp", "semver", "isSemver", "lowerAscii"):
+            return self._of_text(function, operands[0], expr)
+        if function == "compareTo":
+            return tree.OrderOfVersions(*self._versions(function, operands))
+        if function in _VERSION_TESTS:
+            return tree.CompareVersions(_VERSION_TESTS[function], *self._versions(function, operands))
 
         if function == "@in" and _is_user(operands[1]) and operands[0].constant.WhichOneof("kind") == "string":
             # "name" in user: another way to write has(user.name).
@@ -180,6 +193,47 @@ class _Builder:
         plain = {"_&&_": tree.And, "_||_": tree.Or, "!_": tree.Not, "@in": tree.In, "size": tree.Size}
         made: tree.Node = plain[function](*built)
         return made
+
+    def _index(self, operands: list[Any], expr: Any) -> tree.Attribute:
+        """``user["name"]``: another way to write user.name."""
+        index = operands[1].constant
+        if not _is_user(operands[0]) or index.WhichOneof("kind") != "string":
+            raise NotInSubset('only user["name"] has an index, and its name is a literal', self._position(expr))
+        return tree.Attribute(self._name(index.string, operands[1]))
+
+    def _of_text(self, function: str, operand: Any, expr: Any) -> tree.Node:
+        of = self.build(operand)
+        if function == "semver":
+            raise NotInSubset(
+                "a version is only compared, by isLessThan, isGreaterThan or compareTo", self._position(expr)
+            )
+        self._require_text(function, of, operand)
+
+        if function == "lowerAscii":
+            return tree.Constant(str(of.value).translate(_UPPER)) if _is_string(of) else tree.Lower(of)
+        return tree.Time(of) if function == "timestamp" else tree.IsVersion(of)
+
+    def _versions(self, function: str, operands: list[Any]) -> tuple[tree.Version, tree.Version]:
+        return self._version(function, operands[0]), self._version(function, operands[1])
+
+    def _version(self, function: str, expr: Any) -> tree.Version:
+        """An operand of a comparison of versions. One that is an attribute would be an error for every user."""
+        call = expr.call
+        if expr.WhichOneof("kind") != "call" or call.function != "semver" or len(call.args) != 1:
+            what = f"{function} compares versions: write semver(user.name) or semver('1.2.3')"
+            raise NotInSubset(what, self._position(expr))
+        of = self.build(call.args[0])
+        self._require_text("semver", of, call.args[0])
+        return tree.Version(of)
+
+    def _require_text(self, function: str, of: tree.Node, expr: Any) -> None:
+        if not (_is_string(of) or isinstance(of, tree.Attribute | tree.Lower)):
+            what = f"{function} takes a string: a literal, an attribute, or lowerAscii() of one"
+            raise NotInSubset(what, self._position(expr))
+
+
+def _is_string(node: tree.Node) -> TypeGuard[tree.Constant]:
+    return isinstance(node, tree.Constant) and isinstance(node.value, str)
 
 
 def _is_user(expr: Any) -> bool:

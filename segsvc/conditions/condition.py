@@ -15,6 +15,7 @@ from typing import Any, Final
 from cel_expr_python import cel
 
 from segsvc.conditions import checked, tree
+from segsvc.conditions.environment import CHECKER, RUNTIME
 from segsvc.domain.errors import FieldViolation, Reason, ServiceError
 from segsvc.domain.segment import CONDITION_BYTES_MAX
 
@@ -24,7 +25,6 @@ _REASONS_SHOWN: Final = 3
 _VALUE_SHOWN: Final = 60
 _NODE_SHOWN: Final = 200
 
-_env: Final = cel.NewEnv(variables={"user": cel.Type.Map(cel.Type.STRING, cel.Type.DYN)})
 _RUNTIME_ERROR: Final = re.compile(r"ERROR: <input>:(\d+):(\d+): (.*)")
 
 
@@ -82,7 +82,7 @@ def _value(text: str, attributes: Mapping[str, Any]) -> Any:
 # A program takes up to a hundred times as much memory as its text; it is used for single users only.
 @lru_cache(maxsize=256)
 def _program(text: str) -> Any:
-    return _env.compile(text)
+    return RUNTIME.compile(text)
 
 
 def _failure(node: tree.Node, attributes: Mapping[str, Any]) -> str:
@@ -126,7 +126,7 @@ def parse_condition(text: str, name: str = "rule.condition") -> Condition:
         raise _invalid(name, "must have U+0000 only as an escape", *_line_and_column(text, text.index("\0")))
 
     try:
-        program = _env.compile(text)
+        program = CHECKER.compile(text)
     except TypeError:
         raise _invalid(name, "must not contain half of a surrogate pair", 1, 1) from None
     except RuntimeError as error:

@@ -27,22 +27,8 @@ def _add(node: Node, found: list[Node]) -> None:
 
 
 def _apart(node: Node, found: list[Node]) -> Node:
-    match node:
-        case tree.And(left, right) | tree.Or(left, right):
-            _add(left, found)
-            _add(right, found)
-            return _ANY
-        case tree.Not(of):
-            return tree.Not(_apart(of, found))
-        case tree.Size(of):
-            return tree.Size(_apart(of, found))
-        case tree.ListOf(items):
-            return tree.ListOf(tuple(_apart(item, found) for item in items))
-        case tree.Compare(operator, left, right):
-            return tree.Compare(operator, _apart(left, found), _apart(right, found))
-        case tree.In(item, container):
-            return tree.In(_apart(item, found), _apart(container, found))
-        case tree.Test(function, text, part):
-            return tree.Test(function, _apart(text, found), _apart(part, found))
-        case tree.Constant() | tree.Attribute() | tree.Has():
-            return node
+    if isinstance(node, tree.And | tree.Or):
+        _add(node.left, found)
+        _add(node.right, found)
+        return _ANY
+    return tree.rebuilt(node, [_apart(operand, found) for operand in tree.operands(node)])

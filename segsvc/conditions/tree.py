@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Final, Literal
 
 Comparison = Literal["==", "!=", "<", "<=", ">", ">="]
 StringTest = Literal["startsWith", "endsWith", "contains"]
+VersionTest = Literal["isLessThan", "isGreaterThan"]
 Scalar = str | int | float | bool
 
 
@@ -42,6 +44,53 @@ class Size:
     """Number of code points of a string or of items of a list; an error for other types."""
 
     of: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Lower:
+    """``of.lowerAscii()``: the letters A to Z become small; an error for anything but a string."""
+
+    of: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """``timestamp(of)``: a moment, from a string of RFC 3339 or, in an attribute, an int of seconds since 1970; an
+    error for anything else (``times``)."""
+
+    of: Node
+
+
+@dataclass(frozen=True, slots=True)
+class IsVersion:
+    """``isSemver(of)``: whether a string is a version; an error for anything but a string."""
+
+    of: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """``semver(of)``: a version, from a string; an error for anything else (``versions``). Only an operand of the two
+    nodes below."""
+
+    of: Node
+
+
+@dataclass(frozen=True, slots=True)
+class CompareVersions:
+    """``left.isLessThan(right)``, ``left.isGreaterThan(right)``"""
+
+    function: VersionTest
+    left: Version
+    right: Version
+
+
+@dataclass(frozen=True, slots=True)
+class OrderOfVersions:
+    """``left.compareTo(right)``: -1, 0 or 1"""
+
+    left: Version
+    right: Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +130,45 @@ class Or:
     right: Node
 
 
-Node = Constant | Attribute | ListOf | Has | Size | Compare | In | Test | Not | And | Or
+Node = (
+    Constant
+    | Attribute
+    | ListOf
+    | Has
+    | Size
+    | Lower
+    | Time
+    | IsVersion
+    | Version
+    | CompareVersions
+    | OrderOfVersions
+    | Compare
+    | In
+    | Test
+    | Not
+    | And
+    | Or
+)
+
+
+def operands(node: Node) -> tuple[Node, ...]:
+    """The nodes of which a node is made, in the order in which they are written."""
+    if isinstance(node, ListOf):
+        return node.items
+    return tuple(value for value in _values(node) if isinstance(value, Node))
+
+
+def rebuilt(node: Node, parts: Sequence[Node]) -> Node:
+    """The same kind of node with other operands, as many as it has."""
+    if isinstance(node, ListOf):
+        return ListOf(tuple(parts))
+    following = iter(parts)
+    kind: Callable[..., Node] = type(node)
+    return kind(*(next(following) if isinstance(value, Node) else value for value in _values(node)))
+
+
+def _values(node: Node) -> list[object]:
+    return [getattr(node, field.name) for field in fields(node)]
 
 
 _OR, _AND, _RELATION, _UNARY, _PRIMARY = range(5)
@@ -91,6 +178,9 @@ _OR, _AND, _RELATION, _UNARY, _PRIMARY = range(5)
 def render(node: Node) -> str:
     """The node as CEL text with as few parentheses as possible, so it is nested no deeper than the parsed text."""
     return _render(node)[0]
+
+
+_FUNCTIONS: Final = {Size: "size", Time: "timestamp", Version: "semver", IsVersion: "isSemver"}
 
 
 def _render(node: Node) -> tuple[str, int]:
@@ -104,10 +194,26 @@ def _render(node: Node) -> tuple[str, int]:
             return f"has(user.{name})", _PRIMARY
         case ListOf(items):
             return f"[{', '.join(map(render, items))}]", _PRIMARY
-        case Size(of):
-            return f"size({render(of)})", _PRIMARY
-        case Test(function, text, part):
-            return f"{_within(text, _PRIMARY)}.{function}({render(part)})", _PRIMARY
+        case Size(of) | Time(of) | Version(of) | IsVersion(of):
+            return f"{_FUNCTIONS[type(node)]}({render(of)})", _PRIMARY
+        case Lower() | Test() | CompareVersions() | OrderOfVersions():
+            return _method(node), _PRIMARY
+        case _:
+            return _operation(node)
+
+
+def _method(node: Lower | Test | CompareVersions | OrderOfVersions) -> str:
+    match node:
+        case Lower(of):
+            return f"{_within(of, _PRIMARY)}.lowerAscii()"
+        case OrderOfVersions(left, right):
+            return f"{render(left)}.compareTo({render(right)})"
+        case Test(function, of, argument) | CompareVersions(function, of, argument):
+            return f"{_within(of, _PRIMARY)}.{function}({render(argument)})"
+
+
+def _operation(node: Compare | In | Not | And | Or) -> tuple[str, int]:
+    match node:
         case Compare(operator, left, right):
             return f"{_within(left, _RELATION)} {operator} {_within(right, _UNARY)}", _RELATION
         case In(item, container):
@@ -136,14 +242,6 @@ def _literal(value: Scalar) -> str:
 
 def attributes_of(node: Node) -> frozenset[str]:
     """Names of the attributes that a node reads."""
-    match node:
-        case Attribute(name) | Has(name):
-            return frozenset({name})
-        case Constant():
-            return frozenset()
-        case ListOf(items):
-            return frozenset().union(*map(attributes_of, items))
-        case Size(of) | Not(of):
-            return attributes_of(of)
-        case In(left, right) | And(left, right) | Or(left, right) | Compare(_, left, right) | Test(_, left, right):
-            return attributes_of(left) | attributes_of(right)
+    if isinstance(node, Attribute | Has):
+        return frozenset({node.name})
+    return frozenset().union(*map(attributes_of, operands(node)))

@@ -18,7 +18,7 @@ from segsvc.domain.errors import ServiceError
 from segsvc.local.postgres import PostgresServer
 from segsvc.postgres.conditions.columns import clauses_over_columns
 from segsvc.postgres.conditions.sql import condition_clause
-from tests.conditions import NESTED, deepest, nodes, stored, users
+from tests.conditions import NESTED, deepest, nodes, stored, times, users, versions
 
 COMMON = {
     "deadline": None,
@@ -73,6 +73,17 @@ KNOWN = [
     "user.a in ['\\000', 'RU\\000'] || 'a\\000b\\000'.contains(user.a) || user.b == '\\000'",
     "'ab\\000RU'.endsWith(user.a) || 'ab\\000RU'.startsWith(user.b) || user.tags == ['\\000']",
     "!user.a.contains('\\000') && user.b != 'x\\000'",
+    "user.a.lowerAscii() == 'ru' || user.b.lowerAscii() in ['ab', 'É'] || user.a.lowerAscii() == user.b.lowerAscii()",
+    "user.a.lowerAscii() < 'b' || size(user.a.lowerAscii()) == 2 || user.a.lowerAscii() in user.tags",
+    "timestamp(user.a) < timestamp('2024-02-29T12:00:00+05:30') || timestamp(user.b) >= timestamp(user.a)",
+    "timestamp(user.a) in [timestamp('2024-01-01T00:00:00Z'), user.b] || [timestamp(user.a)] == [timestamp(user.b)]",
+    "timestamp(user.a) == user.a || !(timestamp(user.a) == user.n) || timestamp(user.a) in user.tags",
+    "timestamp(user.n) > timestamp('1970-01-01T00:00:18Z') || timestamp('nonsense') == timestamp(user.a)",
+    "(timestamp(user.a) < timestamp(user.b)) == user.flag || (timestamp(user.a) == timestamp(user.b)) in [user.n]",
+    "semver(user.a).isLessThan(semver('1.10.0')) || semver(user.b).isGreaterThan(semver('1.0.0-rc.1'))",
+    "semver(user.a).compareTo(semver(user.b)) in [user.n, 0] || semver(user.a).compareTo(semver('x')) == 0",
+    "isSemver(user.a) && !isSemver(user.b.lowerAscii())",
+    "semver('1.0.0').isLessThan(semver('1.0.0-a')) || semver('1.0.0+a').compareTo(semver('1.0.0+b')) == user.n",
 ]
 
 
@@ -135,6 +146,25 @@ def known() -> Question:
 
 
 @cache
+def of_times() -> Question:
+    return Question(
+        [
+            parse_condition(f"timestamp(user.a) {order} timestamp({other})")
+            for order in ("<", "==")
+            for other in ("user.a", "user.b", "'2024-02-29T00:00:00.25+05:30'", "'0001-01-01T00:00:00Z'")
+        ]
+    )
+
+
+@cache
+def of_versions() -> Question:
+    others = ("user.a", "user.b", "'1.0.0'", "'1.10.0-rc.1+build'", "'2.0.0-alpha.beta'")
+    tests = [f"semver(user.a).{test}(semver({other}))" for test in ("isLessThan", "isGreaterThan") for other in others]
+    orders = [f"semver(user.a).compareTo(semver({other})) == {order}" for order in (-1, 0) for other in others]
+    return Question([parse_condition(text) for text in ("isSemver(user.a)", *tests, *orders)])
+
+
+@cache
 def deep() -> Question:
     """Conditions as deep as CEL accepts them."""
     return Question([parse_condition(deepest(wrap, "user.a < user.n")) for wrap in NESTED.values()])
@@ -163,6 +193,9 @@ def readable(candidates: Sequence[tree.Node]) -> list[Condition]:
     return made
 
 
+times_or_seconds = st.one_of(
+    times, times, st.integers(-62_135_596_805, -62_135_596_795), st.integers(253_402_300_795, 253_402_300_805)
+)
 batches = st.tuples(st.lists(nodes, min_size=4, max_size=8), st.lists(users, min_size=16, max_size=32))
 
 
@@ -182,6 +215,18 @@ def test_sql_agrees_with_the_runtime_where_it_is_known_to_be_hard(
     connection: sa.Connection, found: list[dict[str, Any]]
 ) -> None:
     agree(connection, known(), found)
+
+
+@settings(QUICK, max_examples=20)
+@given(found=st.lists(st.fixed_dictionaries({"a": times_or_seconds, "b": times}), min_size=40, max_size=60))
+def test_times(connection: sa.Connection, found: list[dict[str, Any]]) -> None:
+    agree(connection, of_times(), found)
+
+
+@settings(QUICK, max_examples=20)
+@given(found=st.lists(st.fixed_dictionaries({"a": versions, "b": versions}), min_size=40, max_size=60))
+def test_versions(connection: sa.Connection, found: list[dict[str, Any]]) -> None:
+    agree(connection, of_versions(), found)
 
 
 @settings(QUICK, max_examples=2)

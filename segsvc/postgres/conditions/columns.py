@@ -17,8 +17,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from segsvc.conditions import Condition, tree
 from segsvc.conditions.tree import Scalar, attributes_of
 from segsvc.postgres.conditions.literals import ORDER, decimal
-from segsvc.postgres.conditions.sql import FENCE, Compiler
-from segsvc.postgres.conditions.values import Sql, number_or_null, whole
+from segsvc.postgres.conditions.sql import Compiler
+from segsvc.postgres.conditions.values import FENCE, Sql, number_or_null, whole
 
 
 @dataclass(frozen=True, slots=True)

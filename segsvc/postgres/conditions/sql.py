@@ -40,7 +40,9 @@ from segsvc.postgres.conditions.literals import (
     same,
     tested,
 )
+from segsvc.postgres.conditions.times import as_json, time_of, time_of_literal, time_of_text
 from segsvc.postgres.conditions.values import (
+    FENCE,
     Sql,
     concatenated,
     double,
@@ -53,14 +55,14 @@ from segsvc.postgres.conditions.values import (
     text,
     when,
 )
+from segsvc.postgres.conditions.versions import is_version, key_of_literal, key_of_text, order_of
 
 _ARGUMENTS_MAX: Final = 100
 """PostgreSQL's limit of a function's arguments."""
 _MIRRORED: Final[dict[tree.Comparison, tree.Comparison]] = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _ERROR: Final = sa.null().cast(sa.Boolean)
 _NO_TEXT: Final = sa.null().cast(sa.Text)
-FENCE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
-"""OFFSET 0: it keeps the planner from inlining a subquery's expressions into each place where a column is used."""
+_UPPER: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def condition_clause(condition: Condition, attributes: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
@@ -99,6 +101,11 @@ class Compiler:
                 return self._related(node)
             case tree.Test(function, of, part):
                 return self._test(function, of, part)
+            case tree.CompareVersions(function, left, right):
+                order = order_of(self._version(left), self._version(right))
+                return order < 0 if function == "isLessThan" else order > 0
+            case tree.IsVersion(of):
+                return is_version(self._string(of))
             case tree.Attribute():
                 flag = self._json(node)
                 return when(is_type(flag, "boolean"), flag.cast(sa.Boolean))
@@ -143,6 +150,13 @@ class Compiler:
                 return literal(node) if is_constant(node) else when(self._sound(node), self._built(node))
             case tree.Size(of):
                 return sa.func.to_jsonb(self._size(of), type_=JSONB())
+            case tree.OrderOfVersions(left, right):
+                order = order_of(self._version(left), self._version(right))
+                return sa.func.to_jsonb(order, type_=JSONB())
+            case tree.Lower():
+                return sa.func.to_jsonb(self._string(node), type_=JSONB())
+            case tree.Time():
+                return as_json(self._time(node))
             case _:
                 return sa.func.to_jsonb(self.truth(node), type_=JSONB())
 
@@ -181,6 +195,11 @@ class Compiler:
             return when(self._sound(left, right), self._items_equal(left, right))
         if is_constant(left) and is_constant(right):
             return sa.literal(same(left, right))
+        if isinstance(left, tree.Time) or isinstance(right, tree.Time):
+            return self._times_equal(left, right)
+        for lowered, constant in ((left, right), (right, left)):
+            if isinstance(lowered, tree.Lower) and is_plain_text(constant):
+                return self._string(lowered) == sa.literal(constant.value, sa.Text)
 
         if is_large_number(left):
             left, right = right, left
@@ -199,6 +218,12 @@ class Compiler:
             (sa.and_(is_type(one, "number"), is_type(other, "number")), numbers_equal(one, other)), else_=one == other
         )
 
+    def _times_equal(self, left: Node, right: Node) -> Sql:
+        """Equality of two nodes, one of which at least is a time. Only a time equals a time."""
+        if isinstance(left, tree.Time) and isinstance(right, tree.Time):
+            return self._time(left) == self._time(right)
+        return when(self._sound(left, right), sa.false())
+
     def _items_equal(self, left: Node, right: Node) -> Sql:
         """Equality of nodes that are sound."""
         if not (isinstance(left, ListOf) and isinstance(right, ListOf)):
@@ -212,6 +237,8 @@ class Compiler:
     def _ordered(self, op: tree.Comparison, left: Node, right: Node) -> Sql:
         if isinstance(left, ListOf) or isinstance(right, ListOf):
             return _ERROR
+        if isinstance(left, tree.Time) or isinstance(right, tree.Time):
+            return self._times_ordered(op, left, right)
         if isinstance(left, Constant):
             if isinstance(right, Constant):
                 return _known(ordered(op, left, right))
@@ -242,6 +269,13 @@ class Compiler:
                 compare(value.cast(sa.Boolean), other.cast(sa.Boolean)),
             ),
         )
+
+    def _times_ordered(self, op: tree.Comparison, left: Node, right: Node) -> Sql:
+        """Order of two nodes, one of which at least is a time. Between types there is no order."""
+        if not (isinstance(left, tree.Time) and isinstance(right, tree.Time)):
+            return _ERROR
+        compared: Sql = ORDER[op](self._time(left), self._time(right))
+        return compared
 
     # -- membership and strings -------------------------------------------------------------------------------------
 
@@ -301,8 +335,26 @@ class Compiler:
         """The node as text; NULL: an error, or not a string."""
         if isinstance(node, Constant):
             return sa.literal(node.value, sa.Text).collate("C") if isinstance(node.value, str) else _NO_TEXT
+        if isinstance(node, tree.Lower):
+            return sa.func.translate(self._string(node.of), _UPPER, _UPPER.lower(), type_=sa.Text).collate("C")
         value = self._json(node)
         return when(is_type(value, "string"), text(value))
+
+    # -- times and versions -----------------------------------------------------------------------------------------
+
+    def _time(self, node: tree.Time) -> Sql:
+        """The moment in ticks; NULL: an error."""
+        if isinstance(node.of, Constant):
+            return time_of_literal(str(node.of.value))
+        return (
+            time_of(self._json(node.of)) if isinstance(node.of, tree.Attribute) else time_of_text(self._string(node.of))
+        )
+
+    def _version(self, node: tree.Version) -> Sql:
+        """The version's key; NULL: an error."""
+        if isinstance(node.of, Constant):
+            return key_of_literal(str(node.of.value))
+        return key_of_text(self._string(node.of))
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------
@@ -310,7 +362,18 @@ class Compiler:
 
 def _is_bool(node: Node) -> bool:
     """Whether the node is always a bool or an error."""
-    return isinstance(node, tree.Compare | tree.In | tree.Test | tree.Has | tree.And | tree.Or | tree.Not)
+    return isinstance(
+        node,
+        tree.Compare
+        | tree.In
+        | tree.Test
+        | tree.Has
+        | tree.IsVersion
+        | tree.CompareVersions
+        | tree.And
+        | tree.Or
+        | tree.Not,
+    )
 
 
 def _writes_once(node: tree.Compare | tree.In) -> bool:
@@ -330,7 +393,8 @@ def _without_parts(node: tree.Compare | tree.In, parts: list[Node]) -> tree.Comp
 
 def _named(node: Node, parts: list[Node]) -> Node:
     match node:
-        case Constant() | tree.Attribute() | tree.Size(Constant() | tree.Attribute()):
+        # A part that is named is jsonb, and only this compiler knows that an object in it is a time: so a time stays.
+        case Constant() | tree.Attribute() | tree.Size(Constant() | tree.Attribute()) | tree.Time():
             return node
         case ListOf(items):
             return ListOf(tuple(_named(item, parts) for item in items))

@@ -6,7 +6,7 @@ NULL is CEL's error. Numbers are ints if their scale is 0, and doubles if it is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
@@ -15,6 +15,9 @@ from segsvc.conditions.tree import Comparison, Constant, Scalar
 from segsvc.postgres.conditions.literals import ORDER, decimal, is_large_number
 
 Sql = sa.ColumnElement[Any]
+
+FENCE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
+"""OFFSET 0: it keeps the planner from inlining a subquery's expressions into each place where a column is used."""
 
 
 def when(check: Sql, value: Sql) -> Sql:

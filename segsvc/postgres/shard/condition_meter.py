@@ -29,8 +29,8 @@ from segsvc.domain.condition_cost import ConditionCost
 from segsvc.domain.event_limits import ATTRIBUTES_BYTES_MAX, ATTRIBUTES_MAX, LIST_MAX, STRING_BYTES_MAX
 from segsvc.postgres.conditions.attributes import InObject
 from segsvc.postgres.conditions.columns import in_columns
-from segsvc.postgres.conditions.sql import FENCE, Compiler
-from segsvc.postgres.conditions.values import Sql, whole
+from segsvc.postgres.conditions.sql import Compiler
+from segsvc.postgres.conditions.values import FENCE, Sql, whole
 from segsvc.postgres.engine import Databases
 
 _DIALECT: Final = psycopg2.dialect(paramstyle="format")  # type: ignore[no-untyped-call]
@@ -290,23 +290,9 @@ def made_up(parts: Sequence[Node]) -> list[Mapping[str, Any]]:
 
 def _mentions(node: Node) -> list[str]:
     """Names of attributes, each as often as it is read."""
-    match node:
-        case tree.Attribute(name) | tree.Has(name):
-            return [name]
-        case tree.Constant():
-            return []
-        case tree.ListOf(items):
-            return [name for item in items for name in _mentions(item)]
-        case tree.Size(of) | tree.Not(of):
-            return _mentions(of)
-        case (
-            tree.In(left, right)
-            | tree.And(left, right)
-            | tree.Or(left, right)
-            | tree.Compare(_, left, right)
-            | tree.Test(_, left, right)
-        ):
-            return _mentions(left) + _mentions(right)
+    if isinstance(node, tree.Attribute | tree.Has):
+        return [node.name]
+    return [name for operand in tree.operands(node) for name in _mentions(operand)]
 
 
 def _used_as_lists(node: Node) -> list[str]:
