@@ -27,6 +27,7 @@ from segsvc.services.segments import SegmentService
 from segsvc.services.statistics import StatisticsService
 
 SIMILAR_KEY: Final = "segsvc-similar-attributes"
+WARNINGS_KEY: Final = "segsvc-condition-warnings"
 """Trailing metadata of a preview: JSON, for each unknown attribute the names of similar attributes."""
 SIMILAR_NAMES_MAX: Final = 20
 """Most unknown attributes in it: clients refuse more than 8 KiB of metadata."""
@@ -134,11 +135,13 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     ) -> segments_pb2.PreviewRollOutResponse:
         slug, rule = check_slug(request.slug), convert.rule_of(request)
         preview = await self._previews.run(lambda timeout_s: self._preview.count(slug, rule, timeout_s=timeout_s))
-        if preview.unknown:
-            # For people at a terminal; the answer itself has the unknown names.
-            context.set_trailing_metadata(
-                ((SIMILAR_KEY, json.dumps(dict(islice(preview.unknown.items(), SIMILAR_NAMES_MAX)))),)
-            )
+        # For people at a terminal; the answer itself has the unknown names.
+        notes = {
+            SIMILAR_KEY: dict(islice(preview.unknown.items(), SIMILAR_NAMES_MAX)),
+            WARNINGS_KEY: list(preview.warnings),
+        }
+        context.set_trailing_metadata(tuple((key, json.dumps(note)) for key, note in notes.items() if note))
+
         return convert.preview_message(preview.counts)
 
     async def RollOutSegment(self, request: segments_pb2.RollOutSegmentRequest, context: Context) -> OperationMessage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import typer
 from segmentation.v1 import segments_pb2
@@ -14,6 +14,8 @@ from segsvc.cli.base import complain, plain
 from segsvc.cli.front import Front
 
 SIMILAR_KEY: Final = "segsvc-similar-attributes"
+WARNINGS_KEY: Final = "segsvc-condition-warnings"
+_NOTES: Final = (SIMILAR_KEY, WARNINGS_KEY)
 """Trailing metadata of a preview: JSON, for each unknown attribute the names of similar attributes."""
 NOT_ROLLED_OUT: Final = "not rolled out"
 
@@ -68,12 +70,14 @@ class RolloutPreview:
         segment: as it is now. A rollout with its etag is refused if the segment has changed since this preview.
         rule: the rule to put in force.
         similar: for each attribute that no user has, the names of similar attributes.
+        traps: what the condition most probably does not mean.
     """
 
     segment: segments_pb2.Segment
     rule: segments_pb2.RollOutRule
     counts: segments_pb2.PreviewRollOutResponse
     similar: Mapping[str, Sequence[str]]
+    traps: Sequence[str]
 
     def show(self) -> None:
         """Print on standard error the old rule, the new rule, and how many users would come and go."""
@@ -86,10 +90,12 @@ class RolloutPreview:
             complain(warning)
 
     def warnings(self) -> Iterator[str]:
-        """A warning for each attribute that no user has."""
+        """A warning for each attribute that no user has, and for each trap in the condition."""
         for name in self.counts.unknown_attributes:
             similar = " or ".join(f"user.{plain(other)}" for other in self.similar.get(name, ()))
             yield f"warning: no user has user.{plain(name)}" + (f"; did you mean {similar}?" if similar else "")
+        for trap in self.traps:
+            yield f"warning: {plain(trap)}"
 
 
 def fetch_preview(front: Front, slug: str, options: RuleOptions) -> RolloutPreview:
@@ -98,13 +104,6 @@ def fetch_preview(front: Front, slug: str, options: RuleOptions) -> RolloutPrevi
     rule = options.rule_after(segment)
     request = segments_pb2.PreviewRollOutRequest(slug=slug, rule=rule)
     counts, call = front.segments.PreviewRollOut.with_call(request, timeout=front.timeout_s)
-    return RolloutPreview(segment, rule, counts, _similar(call))
-
-
-def _similar(call: Any) -> Mapping[str, Sequence[str]]:
-    """Similar names; empty for a front of another release that does not send them."""
-    for key, value in call.trailing_metadata() or ():
-        if key == SIMILAR_KEY:
-            found: Mapping[str, Sequence[str]] = json.loads(value)
-            return found
-    return {}
+    notes = {key: json.loads(value) for key, value in call.trailing_metadata() or () if key in _NOTES}
+    # A front of another release does not send them.
+    return RolloutPreview(segment, rule, counts, notes.get(SIMILAR_KEY, {}), notes.get(WARNINGS_KEY, ()))

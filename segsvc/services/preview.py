@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Protocol
 
 from segsvc.conditions import parse_condition
+from segsvc.conditions.traps import warnings
 from segsvc.domain.errors import segment_deleting
 from segsvc.domain.operation import OperationKind, OperationPlan, ShardCounts, unknown_attributes
 from segsvc.domain.segment import Rule, SegmentState
@@ -34,10 +35,12 @@ class Preview:
         counts: by shard.
         unknown: attributes that the condition names and no user has; for each, similar names that users do have, the
             most similar first.
+        warnings: sentences about what the condition most probably does not mean.
     """
 
     counts: Sequence[ShardCounts]
     unknown: Mapping[str, Sequence[str]]
+    warnings: Sequence[str]
 
 
 class ShardSnapshots(Protocol):
@@ -75,8 +78,7 @@ class PreviewService:
                 FIELD_INVALID, CATALOG_UNAVAILABLE, SHARD_UNAVAILABLE (a part of the counts would be a wrong answer),
                 DEADLINE_EXCEEDED.
         """
-        if rule.condition:
-            parse_condition(rule.condition)
+        traps = warnings(parse_condition(rule.condition).root) if rule.condition else ()
 
         segment = self._segments.get(slug, timeout_s=timeout_s)
         if segment.state is SegmentState.DELETING:
@@ -97,7 +99,7 @@ class PreviewService:
 
         counts = [counts for counts, _, _ in visits]
         names = sorted({name for _, _, names in visits for name in names})
-        return Preview(counts, {name: _nearest(name, names) for name in unknown_attributes(counts)})
+        return Preview(counts, {name: _nearest(name, names) for name in unknown_attributes(counts)}, traps)
 
 
 def _nearest(name: str, names: Sequence[str]) -> list[str]:
