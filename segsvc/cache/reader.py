@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from segsvc import metrics
 from segsvc.cache import entry as entries
 from segsvc.cache.client import CacheClient
-from segsvc.cache.connection import CacheConnection
+from segsvc.cache.connection import CacheConnection, ConnectionClosedError
 from segsvc.cache.patch_store import Fetch, OlderEntries, PatchStore
 from segsvc.cache.server import CacheServer
 from segsvc.domain.errors import cache_unavailable
@@ -55,6 +55,8 @@ class CacheReader:
         self._prefixes: list[bytes] = []
         self._generations: list[bytes] = []
         self._connection: CacheConnection | None = None
+        self._asked: CacheConnection | None = None
+        """The connection on which the last piece was asked for. What follows is about this connection alone."""
         self._owed = 0
         """Replies to pieces that have been asked for and not received."""
         self._early: deque[Sequence[bytes | None]] = deque()
@@ -146,26 +148,32 @@ class CacheReader:
         except (RedisError, OSError) as error:
             self.lose(connection)
             raise cache_unavailable() from error
+        if connection is not self._asked:
+            # The connection before was lost in the middle of a lookup, and another thread has opened this one since.
+            self._asked, self._owed = connection, 0
+            self._early.clear()
         self._owed += len(pieces)
         return connection
 
     def receive(self, connection: CacheConnection) -> Sequence[bytes | None]:
         """The next reply: values for ``entries``. Raises as ``ask``."""
-        if self._early:
+        if connection is self._asked and self._early:
             return self._early.popleft()
         try:
             values: Sequence[bytes | None] = connection.receive()
         except (RedisError, OSError) as error:
             self.lose(connection)
             raise cache_unavailable() from error
-        self._owed -= 1
+        if connection is self._asked:
+            self._owed -= 1
         return values
 
     def lose(self, connection: CacheConnection) -> None:
         """Close a connection whose replies are of no use, so that the next ``connect`` opens another one."""
         connection.close()
-        self._early.clear()
-        self._owed = 0
+        if connection is self._asked:
+            self._asked, self._owed = None, 0
+            self._early.clear()
         if self._connection is connection:
             self._connection = None
             self._gauge.set(0)
@@ -221,6 +229,9 @@ class CacheReader:
 
     def _fetch(self, fetches: Sequence[Fetch], connection: CacheConnection) -> None:
         """Get what patches need: one round trip."""
+        if connection is not self._asked:
+            # Lost, and replaced since; or nothing was asked for on it.
+            raise ConnectionClosedError("the connection to the cache was replaced")
         connection.send([fetch.command for fetch in fetches])
         # Replies come in the order of the commands: first those to later pieces, which have been sent already.
         while self._owed:

@@ -52,7 +52,7 @@ class Pair(World):
         self.urls = (lost.url, kept.url)
         self.settings = self.settings.model_copy(update={"cache_urls": self.urls})
         self.client = CacheClient(self.urls, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=86_400)
-        self.both = CacheReaders(self.client, SHARDS, partial=True, patches=PatchStore(int))
+        self.both = CacheReaders(self.client, SHARDS, partial=True, patches=PatchStore(self._slugs.__getitem__))
         self.raw_lost = redis.Redis.from_url(lost.url)
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ def lane(pair: Pair, start: Start) -> Lane:
 
 def hits(lane: Lane, user_id: int) -> bool:
     before = reads("hit")
-    lane.segments(user_id)
+    lane.segments(user_id, timeout_s=60)
     return reads("hit") == before + 1
 
 
@@ -136,6 +136,32 @@ def test_what_is_not_taken_is_no_later_lookups_answer(pair: Pair) -> None:
     assert [entry is not None for entry in pair.both.lookup(range(1, USERS))] == [u % 3 == 1 for u in range(1, USERS)]
 
 
+def test_a_server_that_is_connected_again_in_the_middle_of_a_lookup_answers_for_the_right_users(pair: Pair) -> None:
+    """Another thread connects as soon as a connection is lost, while pieces of a lookup are still to come. What is owed
+    on the lost connection is nothing to the new one, and patches are fetched between the two."""
+    users = [user for user in range(1, USERS) if user % SHARDS == LOST]
+    pair.fill(*users)
+    members = set(users[::3])
+    pair.publish(pair.bulk_change(pair.add_segment("patched"), sorted(members)))
+    pair.both.connect()
+
+    reader = pair.both._by_shard[LOST]
+
+    found: dict[int, bool] = {}
+    with closing(pair.both.lookups(users, 1)) as pieces:
+        for user, [entry] in zip(users, pieces, strict=True):
+            if entry is not None:
+                found[user] = len(entry) - FIRST_SEGMENT == (user in (2, 4)) + (user in members)
+            reader._patches._shards.clear()  # each piece fetches the patches
+            if user == users[4]:
+                # With two pieces under way, as after a timeout.
+                reader.lose(reader._asked)  # type: ignore[arg-type]
+                pair.both.connect()
+
+    assert set(found.values()) == {True}
+    assert len(found) >= len(users) - 3, "only the pieces that were under way are misses"
+
+
 def test_one_server_needs_no_parts(pair: Pair) -> None:
     """With one server a read costs what it costs without this: the reader of one server alone."""
     same = CacheClient((pair.urls[1],) * SHARDS, find_keys=lambda: KEYS, timeout_s=0.5, ttl_s=60)
@@ -163,9 +189,9 @@ def test_a_dead_server_makes_only_its_own_users_cold(pair: Pair, lane: Lane) -> 
 
     before = {source: reads(source) for source in ("hit", "bypass", "error")}
     for _ in range(5):
-        assert lane.segments(5, timeout_s=2) == ["beta"]
-        assert lane.segments(4, timeout_s=2) == ["beta"]
-    results = lane.batch([4, 5, 6, 5], timeout_s=2).results
+        assert lane.segments(5, timeout_s=60) == ["beta"]
+        assert lane.segments(4, timeout_s=60) == ["beta"]
+    results = lane.batch([4, 5, 6, 5], timeout_s=60).results
     assert [list(result.user_segments.slugs) for result in results] == [["beta"], ["beta"], [], ["beta"]]
     assert {source: reads(source) - count for source, count in before.items()} == {"hit": 7, "bypass": 7, "error": 0}
     assert connected(pair) == [0, 1]
@@ -181,11 +207,11 @@ def connected(pair: Pair) -> list[float | None]:
 
 def test_a_server_that_hangs_costs_the_other_users_one_wait(pair: Pair, lane: Lane) -> None:
     pair.lost.pause()
-    assert lane.segments(4) == ["beta"]
+    assert lane.segments(4, timeout_s=60) == ["beta"]
 
     hit, begun, calls = reads("hit"), time.monotonic(), 0
     while time.monotonic() - begun < 1.0:
-        assert lane.segments(5) == ["beta"]
+        assert lane.segments(5, timeout_s=60) == ["beta"]
         calls += 1
     assert reads("hit") - hit == calls
     assert calls > 10
