@@ -443,7 +443,10 @@ class Check:
     def __init__(self, settings: Settings, *, with_cache: bool = True) -> None:
         self._databases = Databases(settings, "check", Pool(1))
         self._cache = make_cache(settings)
-        self.reader = make_reader(self._cache, settings.shard_count, partial=False, patches=PatchStore(int))
+        # A patch that is laid over an entry puts its segment in the order of the slugs; the checker learns them.
+        self.slugs: dict[int, str] = {}
+        patches = PatchStore(self.slugs.__getitem__)
+        self.reader = make_reader(self._cache, settings.shard_count, partial=False, patches=patches)
         if with_cache:
             self.reader.connect()
         self.reads = PostgresCheckReads(self._databases)
@@ -453,6 +456,7 @@ class Check:
             cluster=settings.cluster,
             shard_count=settings.shard_count,
             fence_ttl_s=settings.fence_ttl_s,
+            slugs=self.slugs,
         )
 
     def close(self) -> None:

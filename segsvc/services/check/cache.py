@@ -79,6 +79,8 @@ class CacheCheck:
         fresh: opens a new snapshot of the shard.
         changing: ids of the segments that a COMMITTED operation is changing now: entries may show the old or the new
             state.
+        slugs: by segment id; the order in which ``reader`` lists segments. The slugs of all segments that are compared
+            are put in here before the reader is asked.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class CacheCheck:
         *,
         fresh: Callable[[], AbstractContextManager[ShardSnapshot]],
         changing: Callable[[], frozenset[int]],
+        slugs: dict[int, str],
         settle_s: float = SETTLE_S,
     ) -> None:
         self._reader = reader
@@ -96,11 +99,13 @@ class CacheCheck:
         self._report = report
         self._fresh = fresh
         self._changing = changing
+        self._slugs = slugs
         self._settle_s = settle_s
         self._suspects: dict[int, int] = {}
 
     def compare(self, chunk: Chunk) -> None:
         """Compare the entries of a chunk's users; those that differ become suspects."""
+        self._slugs.update((segment.id, segment.slug) for segment in chunk.segments)
         for block in range(chunk.count):
             expected = effective_lists(chunk, block)
             for user_id, listed in self._entries(list(expected)).items():
@@ -149,6 +154,7 @@ class CacheCheck:
         fresh: Lists = {}
         with self._fresh() as snapshot:
             segments = sorted(snapshot.segments(), key=lambda segment: segment.slug)
+            self._slugs.update((segment.id, segment.slug) for segment in segments)
             for block in sorted({self._suspects[user_id] for user_id in before} - {-1}):
                 chunk, _ = load_chunk(snapshot, segments, block, 1)
                 fresh |= effective_lists(chunk, 0)

@@ -73,6 +73,8 @@ class Checker:
         cache: None: leave the cache out.
         fence_ttl_s: how long fences are kept at least.
         settle_s: how long a difference of the cache must stay before it is reported.
+        slugs: by segment id, the order in which ``cache`` lists segments; the checker fills it. None: the cache needs
+            none.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class Checker:
         shard_count: int,
         fence_ttl_s: float,
         settle_s: float = SETTLE_S,
+        slugs: dict[int, str] | None = None,
     ) -> None:
+        self._slugs = {} if slugs is None else slugs
         self._reads = reads
         self._cache = cache
         self._cluster = cluster
@@ -148,6 +152,7 @@ class Checker:
             report,
             fresh=lambda: self._reads.shard(shard),
             changing=self._reads.changing_segments,
+            slugs=self._slugs,
             settle_s=self._settle_s,
         )
 

@@ -26,6 +26,7 @@ def run(service: Check, settings: Settings, *, cache: bool = True) -> Report:
         shard_count=settings.shard_count,
         fence_ttl_s=settings.fence_ttl_s,
         settle_s=SETTLE_S,
+        slugs=service.slugs,
     )
     return checker.run()
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
+
 from segsvc.bootstrap import Check
 from segsvc.cache.client import CacheClient
 from segsvc.config import Settings
+from segsvc.domain.bits import pack
 from segsvc.domain.membership import Entry
+from segsvc.domain.patch import Patch
+from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.services.check.check import Checker
+from segsvc.twophase.ports import Published
 from tests.integration.check.checking import SETTLE_S, run, texts
 from tests.integration.check.world import World
 
@@ -36,6 +42,22 @@ def test_an_entry_in_the_wrong_order_is_named(
     world.fill_users(cache, {user: right[::-1]})
     [text] = texts(run(service, check_settings))
     assert text.endswith(f"it lists segments {list(right[::-1])}, the shard says {list(right)}")
+
+
+def test_an_entry_under_a_patch_is_in_the_right_order(
+    world: World, cache: CacheClient, service: Check, check_settings: Settings
+) -> None:
+    """A patch puts its segment among the segments of an older entry: by the slugs, as a shard does, not by the ids."""
+    user = next(user for user in range(100, 300, 2) if (listed := world.listed(user)) and listed[-1] != max(listed))
+    right = world.listed(user)
+    late = max(right)  # its id is the last one, and its slug is not
+    world.fill_users(cache, {user: tuple(segment for segment in right if segment != late)})
+    # All slots are members': the world fills entries without the users' slots.
+    members = pack(np.ones((1, BLOCK_SLOTS), dtype=np.bool_))
+    patch = Patch(1, late, BLOCK_SLOTS, members, np.zeros(0, dtype=np.uint32))
+    assert cache.append_patch(0, patch, cache.write_patch(0, patch)) is Published.APPENDED
+    report = run(service, check_settings)
+    assert (texts(report), report.entries) == ([], 1)
 
 
 def test_an_entry_of_a_deleted_user_is_named(
