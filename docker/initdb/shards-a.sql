@@ -1,1 +1,1 @@
-CREATE DATABASE shard_2;
+CREATE DATABASE shard_2 OWNER segsvc_owner;

@@ -1,1 +1,1 @@
-CREATE DATABASE shard_3;
+CREATE DATABASE shard_3 OWNER segsvc_owner;

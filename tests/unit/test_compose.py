@@ -16,6 +16,7 @@ from typer.main import get_command
 from segsvc.cli.app import app
 from segsvc.config import Settings
 from segsvc.local.kafka import TOPICS
+from segsvc.postgres.installation.roles import roles_of
 from tests.local_servers import REPOSITORY
 
 DOCKER = REPOSITORY / "docker"
@@ -27,7 +28,13 @@ REQUIRED = {
     "SEGSVC_CLUSTER", "SEGSVC_CATALOG_DSN", "SEGSVC_SHARD_DSNS", "SEGSVC_CACHE_URL", "SEGSVC_BROKER_URL",
     "SEGSVC_KAFKA_BOOTSTRAP_SERVERS",
 }  # fmt: skip
-PASSWORDS = {"POSTGRES_PASSWORD": "pg", "REDIS_PASSWORD": "rd", "FLOWER_PASSWORD": "fl", "ADMIN_TOKEN": "ad"}
+PASSWORDS = {
+    "POSTGRES_PASSWORD": "pg",
+    "POSTGRES_OWNER_PASSWORD": "own",
+    "REDIS_PASSWORD": "rd",
+    "FLOWER_PASSWORD": "fl",
+    "ADMIN_TOKEN": "ad",
+}
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +244,15 @@ def test_without_an_engine_the_demonstration_says_so(tmp_path: Path) -> None:
     done = subprocess.run([DOCKER / "demo"], env={"PATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 69
     assert "needs a Docker engine" in done.stderr
+
+
+def test_the_logins_may_do_what_they_need_and_no_more(compose: dict[str, Any], services: dict[str, Any]) -> None:
+    cluster = compose["x-settings"]["SEGSVC_CLUSTER"]
+    logins = {name: set(re.findall(r"//(\w+):", str(services[name]["environment"]))) - {""} for name in OURS}
+    assert logins.pop("migrate") >= {"segsvc_owner"}
+    assert all("segsvc_owner" not in found for found in logins.values())
+    script = (DOCKER / "initdb" / "roles.sh").read_text()
+    roles = roles_of(Settings(_env_file=None, cluster=cluster))
+    assert {f"CREATE ROLE {roles.change} NOLOGIN;", f"CREATE ROLE {roles.read} NOLOGIN;"} <= set(script.splitlines())
+    # The image runs these files in the order of their names, and the databases belong to a login that roles.sh makes.
+    assert "OWNER segsvc_owner" in (DOCKER / "initdb" / "shards-a.sql").read_text()
