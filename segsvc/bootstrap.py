@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from segsvc.cache.client import CacheClient
+from segsvc.cache.inspector import CacheInspector
 from segsvc.cache.keys import Keys
 from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.readers import make_reader
@@ -449,10 +450,13 @@ class Check:
         self.reader = make_reader(self._cache, settings.shard_count, partial=False, patches=patches)
         if with_cache:
             self.reader.connect()
+        self.inspector = CacheInspector(self._cache)
         self.reads = PostgresCheckReads(self._databases)
         self.checker = Checker(
             self.reads,
             self.reader if with_cache else None,
+            patches=self.inspector,
+            notes_kept_s=self._cache.entries_gone_after_s,
             cluster=settings.cluster,
             shard_count=settings.shard_count,
             fence_ttl_s=settings.fence_ttl_s,

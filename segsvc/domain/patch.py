@@ -34,3 +34,24 @@ class Patch:
     members: Packed | None
     changed: npt.NDArray[np.uint32]
     valid_until_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPatch:
+    """A patch in the list of a shard's cache.
+
+    Attributes:
+        token: names its chunks.
+    """
+
+    epoch: int
+    segment_id: int
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """What a patch says of one slot."""
+
+    member: bool
+    changed: bool

@@ -275,6 +275,19 @@ class PostgresShardSnapshot:
         row = self._connection.execute(sa.select(current_epoch().label("epoch"), newest.label("newest"))).one()
         return row.epoch, row.newest
 
+    def epoch_began_s(self, epoch: int) -> float | None:
+        """How long ago a fence began this epoch; None: its fence is forgotten, or the epoch is 0."""
+        fences = tables.applied_operations.c
+        age_s = sa.cast(sa.extract("epoch", sa.func.clock_timestamp() - fences.apply_time), sa.Float)
+        return self._connection.execute(sa.select(age_s).where(fences.epoch == epoch)).scalar_one_or_none()
+
+    def changed_slots(self, epoch: int) -> Int64s:
+        """Slots of the users who were changed or deleted in an epoch; a slot may occur twice."""
+        notes = tables.changed_slots.c
+        rows = self._connection.execute(sa.select(notes.slots).where(notes.epoch == epoch)).scalars()
+        slots: Int64s = np.frombuffer(b"".join(map(bytes, rows)), dtype=">i4").astype(np.int64)
+        return slots
+
     def prepared(self) -> Sequence[PreparedTransaction]:
         """Prepared transactions of this database, as they are now."""
         return select_prepared(self._connection)

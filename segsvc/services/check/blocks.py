@@ -45,6 +45,15 @@ class ShardSnapshot(Protocol):
     def condition_slots(self, condition: str, first: int, count: int) -> Int64s:
         """Slots of the users for whom a rule's condition holds: the only method that evaluates conditions."""
 
+    def epochs(self) -> tuple[int, int | None]:
+        """The shard's epoch, and the newest that a fence has begun; None: no fence has begun one."""
+
+    def epoch_began_s(self, epoch: int) -> float | None:
+        """How long ago this epoch began; None: it is not known."""
+
+    def changed_slots(self, epoch: int) -> Int64s:
+        """Slots of the users who were changed or deleted in an epoch; a slot may occur twice."""
+
     def users_outside(self, slots: int) -> Sequence[tuple[int, int]]:
         """(id, slot) of users whose slot is not below this number, or is negative."""
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 
 from segsvc.domain import bits
-from segsvc.domain.membership import FIRST_SEGMENT, Entry
+from segsvc.domain.membership import EPOCH, FIRST_SEGMENT, SLOT, Entry
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.domain.stored import Int64s, OverrideColumns
 from segsvc.services.check.blocks import Chunk, ShardSnapshot, load_chunk
+from segsvc.services.check.patches import PatchLookup
 from segsvc.services.check.report import Difference, Kind, Report
 
 SETTLE_S: Final = 5.0
@@ -81,6 +83,7 @@ class CacheCheck:
             state.
         slugs: by segment id; the order in which ``reader`` lists segments. The slugs of all segments that are compared
             are put in here before the reader is asked.
+        patches: names the patch that makes an entry wrong; None: the entry is named.
     """
 
     def __init__(
@@ -93,7 +96,9 @@ class CacheCheck:
         changing: Callable[[], frozenset[int]],
         slugs: dict[int, str],
         settle_s: float = SETTLE_S,
+        patches: PatchLookup | None = None,
     ) -> None:
+        self._patches = patches
         self._reader = reader
         self._shard = shard
         self._report = report
@@ -103,14 +108,20 @@ class CacheCheck:
         self._settle_s = settle_s
         self._suspects: dict[int, int] = {}
 
-    def compare(self, chunk: Chunk) -> None:
-        """Compare the entries of a chunk's users; those that differ become suspects."""
+    def compare(self, chunk: Chunk, epoch: int) -> None:
+        """Compare the entries of a chunk's users; those that differ become suspects.
+
+        Args:
+            epoch: the shard's, of the same snapshot.
+        """
         self._slugs.update((segment.id, segment.slug) for segment in chunk.segments)
         for block in range(chunk.count):
             expected = effective_lists(chunk, block)
-            for user_id, listed in self._entries(list(expected)).items():
+            slots = slots_of_users(chunk, block)
+            for user_id, entry in self._entries(list(expected)).items():
                 self._report.entries += 1
-                if listed != expected[user_id]:
+                right = entry[FIRST_SEGMENT:] == expected[user_id] and entry[SLOT] == slots[user_id]
+                if not right or entry[EPOCH] > epoch:
                     self._suspects[user_id] = chunk.first + block
 
     def compare_deleted(self, user_ids: Int64s) -> None:
@@ -123,7 +134,7 @@ class CacheCheck:
     def settle(self) -> None:
         """Check the suspects again until they are gone or have stayed for long enough; report those that stayed."""
         until = time.monotonic() + self._settle_s
-        stale: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
+        stale: dict[int, _Stale] = {}
         while self._suspects:
             stale = self._check_again()
             self._suspects = {user_id: block for user_id, block in self._suspects.items() if user_id in stale}
@@ -134,60 +145,127 @@ class CacheCheck:
         self._report.add_all(
             Kind.CACHE,
             len(self._suspects),
-            (
-                Difference(
-                    Kind.CACHE,
-                    self._shard,
-                    f"cache entry of user {user_id}",
-                    f"it lists segments {_listed(stale[user_id][0])}",
-                    f"the shard says {_listed(stale[user_id][1])}",
-                )
-                for user_id in sorted(self._suspects)
-            ),
+            (self._difference(user_id, stale[user_id]) for user_id in sorted(self._suspects)),
         )
         self._suspects = {}
 
-    def _check_again(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]]:
-        """Entries in use around a fresh read that differ from it: (what they list, what they must list)."""
+    def _check_again(self) -> dict[int, _Stale]:
+        """Entries in use around a fresh read that differ from it."""
         before = self._entries(list(self._suspects))
 
         fresh: Lists = {}
+        slots: dict[int, int] = {}
         with self._fresh() as snapshot:
+            epoch, _ = snapshot.epochs()
             segments = sorted(snapshot.segments(), key=lambda segment: segment.slug)
             self._slugs.update((segment.id, segment.slug) for segment in segments)
             for block in sorted({self._suspects[user_id] for user_id in before} - {-1}):
                 chunk, _ = load_chunk(snapshot, segments, block, 1)
                 fresh |= effective_lists(chunk, 0)
+                slots |= slots_of_users(chunk, 0)
 
-        # In this order: an operation that is no longer in flight here dropped the cache's generation before it ended,
-        # and the second read of the entries sees that.
+        # In this order: an operation that is no longer in flight here changed the cache before it ended, and the second
+        # read of the entries sees that.
         changing = self._changing()
         after = self._entries(list(before))
 
-        return {
-            user_id: (listed, fresh.get(user_id))
-            for user_id, listed in after.items()
-            if listed == before[user_id] and _differs(listed, fresh.get(user_id), changing)
+        found = {
+            user_id: _Stale(entry, fresh.get(user_id), slots.get(user_id), epoch)
+            for user_id, entry in after.items()
+            if entry == before[user_id]
         }
+        return {user_id: stale for user_id, stale in found.items() if stale.differs(changing)}
 
-    def _entries(self, user_ids: Sequence[int]) -> Lists:
-        """The lists that the cache holds of these users; users with a miss are left out."""
-        found: Lists = {}
+    def _difference(self, user_id: int, stale: _Stale) -> Difference:
+        where = f"cache entry of user {user_id}"
+        if stale.expected is None or stale.slot is None:
+            found, expected = f"it lists segments {_listed(stale.listed)}", "the shard says there is no such user"
+        elif stale.entry[EPOCH] > stale.epoch:
+            found, expected = f"its epoch is {stale.entry[EPOCH]}", f"the shard is in epoch {stale.epoch}"
+        elif stale.entry[SLOT] != stale.slot:
+            found, expected = f"its slot is {stale.entry[SLOT]}", f"the shard says {stale.slot}"
+        else:
+            named = None if self._patches is None else self._named(user_id, stale.listed, stale.expected, stale.slot)
+            if named is not None:
+                return named
+            found, expected = (
+                f"it lists segments {_listed(stale.listed)}",
+                f"the shard says {_listed(stale.expected)}",
+            )
+        return Difference(Kind.CACHE, self._shard, where, found, expected)
+
+    def _named(self, user_id: int, listed: tuple[int, ...], expected: tuple[int, ...], slot: int) -> Difference | None:
+        """The patch that makes a reader's answer wrong, or the entry's epoch that keeps one away; None: neither."""
+        assert self._patches is not None
+        (stored,) = self._patches.stored(self._shard, [user_id])
+        if stored is None:
+            return None
+        for segment_id in sorted(set(listed) ^ set(expected)):
+            of_segment = [patch for patch in self._patches.patches(self._shard) if patch.segment_id == segment_id]
+            if not of_segment:
+                continue
+            patch, member = of_segment[-1], segment_id in expected
+            state = self._patches.slot(self._shard, patch, slot)
+            if state is None:
+                continue
+            if patch.epoch <= stored[EPOCH]:
+                if state.member == member:
+                    found = f"its epoch is {stored[EPOCH]}, so the patch of epoch {patch.epoch} is not laid over it"
+                    where = f"cache entry of user {user_id}"
+                    return Difference(Kind.CACHE, self._shard, where, found, "it lists what was before that patch")
+            elif state.member != member:
+                where = f"patch of epoch {patch.epoch}, segment {segment_id}, user {user_id} (slot {slot})"
+                return Difference(
+                    Kind.CACHE, self._shard, where, f"bit is {int(state.member)}", f"the shard says {int(member)}"
+                )
+        return None
+
+    def _entries(self, user_ids: Sequence[int]) -> dict[int, Entry]:
+        """What a reader would take from the cache for these users; users with a miss are left out."""
+        found: dict[int, Entry] = {}
         for first in range(0, len(user_ids), _LOOKUP_USERS_MAX):
             page = user_ids[first : first + _LOOKUP_USERS_MAX]
-            for user_id, entry in zip(page, self._reader.lookup(page), strict=True):
-                if entry is not None:
-                    found[user_id] = entry[FIRST_SEGMENT:]
+            entries = zip(page, self._reader.lookup(page), strict=True)
+            found |= {user_id: entry for user_id, entry in entries if entry is not None}
         return found
 
 
-def _differs(listed: tuple[int, ...], expected: tuple[int, ...] | None, changing: frozenset[int]) -> bool:
-    if expected is None:
-        return True
+@dataclass(frozen=True, slots=True)
+class _Stale:
+    """An entry, and what the shard says of its user.
+
+    Attributes:
+        expected: the user's list; None: there is no such user.
+        slot: the user's slot; None: as above.
+        epoch: the shard's.
+    """
+
+    entry: Entry
+    expected: tuple[int, ...] | None
+    slot: int | None
+    epoch: int
+
+    @property
+    def listed(self) -> tuple[int, ...]:
+        return self.entry[FIRST_SEGMENT:]
+
+    def differs(self, changing: frozenset[int]) -> bool:
+        if self.expected is None or self.entry[SLOT] != self.slot or self.entry[EPOCH] > self.epoch:
+            return True
+        return _differs(self.listed, self.expected, changing)
+
+
+def slots_of_users(chunk: Chunk, block: int) -> dict[int, int]:
+    """Every user of one block of a chunk with the user's slot."""
+    user_ids = chunk.user_ids[block]
+    there = np.flatnonzero(user_ids)
+    slots = (chunk.first + block) * BLOCK_SLOTS + there
+    return dict(zip(user_ids[there].tolist(), slots.tolist(), strict=True))
+
+
+def _differs(listed: tuple[int, ...], expected: tuple[int, ...], changing: frozenset[int]) -> bool:
     return [item for item in listed if item not in changing] != [item for item in expected if item not in changing]
 
 
-def _listed(segment_ids: tuple[int, ...] | None) -> str:
-    if segment_ids is None:
-        return "there is no such user"
+def _listed(segment_ids: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, segment_ids)) + "]"

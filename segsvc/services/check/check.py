@@ -19,6 +19,7 @@ from segsvc.domain.stored import CatalogView, Int64s
 from segsvc.services.check.blocks import ShardCheck, ShardSnapshot
 from segsvc.services.check.cache import SETTLE_S, CacheCheck, EntryLookup
 from segsvc.services.check.ledger import LedgerCheck
+from segsvc.services.check.patches import PatchCheck, PatchLookup
 from segsvc.services.check.report import Report
 
 _DELETED_PAGE: Final = 10_000
@@ -31,9 +32,6 @@ class CheckedShard(ShardSnapshot, Protocol):
     """A shard's snapshot, with the parts of it that are compared with the catalog."""
 
     def fences(self) -> frozenset[UUID]: ...
-
-    def epochs(self) -> tuple[int, int | None]:
-        """The shard's epoch, and the newest that a fence has begun; None: no fence has begun one."""
 
     def prepared(self) -> Sequence[PreparedTransaction]:
         """Prepared transactions now; they are not part of the snapshot."""
@@ -71,6 +69,8 @@ class Checker:
 
     Args:
         cache: None: leave the cache out.
+        patches: what the cache holds of patches; None: leave them out.
+        notes_kept_s: how long the shards remember at least who changed.
         fence_ttl_s: how long fences are kept at least.
         settle_s: how long a difference of the cache must stay before it is reported.
         slugs: by segment id, the order in which ``cache`` lists segments; the checker fills it. None: the cache needs
@@ -82,13 +82,17 @@ class Checker:
         reads: CheckReads,
         cache: EntryLookup | None,
         *,
+        patches: PatchLookup | None = None,
         cluster: str,
         shard_count: int,
         fence_ttl_s: float,
         settle_s: float = SETTLE_S,
         slugs: dict[int, str] | None = None,
+        notes_kept_s: float = 0.0,
     ) -> None:
         self._slugs = {} if slugs is None else slugs
+        self._patches = patches
+        self._notes_kept_s = notes_kept_s
         self._reads = reads
         self._cache = cache
         self._cluster = cluster
@@ -124,13 +128,17 @@ class Checker:
 
     def _check_shard(self, shard: int, report: Report, progress: Progress | None) -> _ShardFacts:
         cache = self._cache_check(shard, report)
+        patches = self._patch_check(shard, report)
         with self._reads.shard(shard) as snapshot:
+            if patches is not None:
+                patches.compare(snapshot)
+            epoch, _ = snapshot.epochs()
             check = ShardCheck(snapshot, shard, self._shard_count, report)
             if progress is not None:
                 progress(shard, 0, check.blocks)
             for chunk in check.chunks():
                 if cache is not None:
-                    cache.compare(chunk)
+                    cache.compare(chunk, epoch)
                 if progress is not None:
                     progress(shard, chunk.first + chunk.count, check.blocks)
             if cache is not None:
@@ -154,7 +162,13 @@ class Checker:
             changing=self._reads.changing_segments,
             slugs=self._slugs,
             settle_s=self._settle_s,
+            patches=self._patches,
         )
+
+    def _patch_check(self, shard: int, report: Report) -> PatchCheck | None:
+        if self._cache is None or self._patches is None:
+            return None
+        return PatchCheck(self._patches, shard, report, notes_kept_s=self._notes_kept_s)
 
 
 def _pages_of_deleted(snapshot: CheckedShard) -> Iterator[Int64s]:

@@ -22,6 +22,8 @@ def run(service: Check, settings: Settings, *, cache: bool = True) -> Report:
     checker = Checker(
         service.reads,
         service.reader if cache else None,
+        patches=service.inspector if cache else None,
+        notes_kept_s=3600,
         cluster=settings.cluster,
         shard_count=settings.shard_count,
         fence_ttl_s=settings.fence_ttl_s,

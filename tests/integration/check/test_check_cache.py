@@ -52,7 +52,7 @@ def test_an_entry_under_a_patch_is_in_the_right_order(
     right = world.listed(user)
     late = max(right)  # its id is the last one, and its slug is not
     world.fill_users(cache, {user: tuple(segment for segment in right if segment != late)})
-    # All slots are members': the world fills entries without the users' slots.
+    world.on_shard(0, "INSERT INTO shard_epoch (epoch) VALUES (1)")
     members = pack(np.ones((1, BLOCK_SLOTS), dtype=np.bool_))
     patch = Patch(1, late, BLOCK_SLOTS, members, np.zeros(0, dtype=np.uint32))
     assert cache.append_patch(0, patch, cache.write_patch(0, patch)) is Published.APPENDED

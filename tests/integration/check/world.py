@@ -253,12 +253,13 @@ class World:
             cache.drop_generations([shard])
             self.fill_users(cache, {user: self.listed(user) for user in self.slots(shard)})
 
-    def fill_users(self, cache: CacheClient, lists: dict[int, tuple[int, ...]]) -> None:
-        """Cache these users with these segments, right or wrong."""
+    def fill_users(self, cache: CacheClient, lists: dict[int, tuple[int, ...]], *, epoch: int = 0) -> None:
+        """Cache these users with these segments, right or wrong, as read in this epoch."""
         for shard, users in itertools.groupby(
             sorted(lists, key=lambda user: user % SHARDS), lambda user: user % SHARDS
         ):
-            rows = [(user, (NEVER_US, 0, 1, 0, 0, *lists[user])) for user in users]
+            slots = self.slots(shard)
+            rows = [(user, (NEVER_US, 0, 1, epoch, slots.get(user, 0), *lists[user])) for user in users]
             grant = cache.acquire(shard, [user for user, _ in rows])
             assert len(grant.user_ids) == len(rows)
             assert cache.fill(shard, grant, rows) == len(rows)
