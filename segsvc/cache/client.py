@@ -181,13 +181,23 @@ class CacheClient:
             ServiceError: CACHE_UNAVAILABLE: whether it took effect is unknown.
         """
         item = patches.encode_note(patches.note_of(patch, token))
-        keys = [self.keys.generation(shard), self.keys.patches(shard)]
+        g, p = self.keys.generation(shard), self.keys.patches(shard)
         ends = []
         for server in self._holders(shard):
             with server.connection() as connection:
                 args = [connection.run_id, b"%d" % patch.epoch, item, b"%d" % self._patches_max]
-                ends.append(Published(connection.run(*_call(scripts.APPEND_PATCH, keys, args)).decode()))
+                append = _call(scripts.APPEND_PATCH, [g, p], args)
+                # MGET: a foreign value of another type is none, and no error.
+                [before], reply, [after] = connection.run_all([("MGET", p), append, ("MGET", p)])
+                ends.append(Published(reply.decode()))
                 metrics.patches.labels(ends[-1].value).inc()
+
+                # Chunks of what fell out of the list take memory, and nothing needs them: a reader that still has the
+                # list of before takes a lost chunk for a miss.
+                fallen = patches.tokens_of(before) - patches.tokens_of(after)
+                if ends[-1] is Published.APPENDED and fallen:
+                    numbers = range(patches.chunk_count(patch.slots))
+                    connection.run("DEL", *(self.keys.chunk(shard, each, n) for each in fallen for n in numbers))
         return ends[0]
 
     def drop_generations(self, shards: Sequence[int]) -> None:

@@ -23,7 +23,8 @@ class CacheInspector:
     def newest_patch(self, shard: int) -> int:
         """Epoch of the newest patch of the shard's generation; 0: there is no generation, or no patch."""
         with self._client.connection(shard) as connection:
-            generation = generation_of(connection.run("GET", self._client.keys.generation(shard)), connection.run_id)
+            [value] = connection.run("MGET", self._client.keys.generation(shard))
+            generation = generation_of(value, connection.run_id)
         return 0 if generation is None else generation.newest
 
     def patches(self, shard: int) -> list[PublishedPatch]:
@@ -41,7 +42,7 @@ class CacheInspector:
     def slot(self, shard: int, patch: PublishedPatch, slot: int) -> SlotState | None:
         """What a patch says of a slot; None: its chunk is lost."""
         with self._client.connection(shard) as connection:
-            value = connection.run("GET", self._client.keys.chunk(shard, patch.token, slot >> CHUNK_SHIFT))
+            [value] = connection.run("MGET", self._client.keys.chunk(shard, patch.token, slot >> CHUNK_SHIFT))
         chunk: Chunk | None = decode_chunk(value)
         if chunk is None:
             return None

@@ -88,6 +88,11 @@ def decode_list(value: bytes | None, nonce: bytes) -> list[PatchNote]:
     return [] if gap else notes
 
 
+def tokens_of(value: bytes | None) -> set[bytes]:
+    """The tokens in a list, whatever its generation; none if it is lost or malformed."""
+    return set() if value is None else {note.token for note in decode_list(value, value[:NONCE_BYTES])}
+
+
 def note_of(patch: Patch, token: bytes) -> PatchNote:
     """How a patch that was published under a token stands in the list."""
     until_us = NEVER_US if patch.valid_until_us is None else patch.valid_until_us

@@ -101,7 +101,7 @@ class WarmNotes:
     def newest_patch(self, shard: int) -> int:
         """Epoch of the newest patch of the shard's generation; 0: there is no generation, or no patch."""
         with self._client.connection(shard) as connection:
-            value = connection.run("GET", self._client.keys.generation(shard))
+            [value] = connection.run("MGET", self._client.keys.generation(shard))
             generation = generation_of(value, connection.run_id)
         return 0 if generation is None else generation.newest
 

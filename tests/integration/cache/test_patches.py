@@ -81,6 +81,7 @@ def test_many_patches_and_only_the_last_ones_count(hot: World) -> None:
     assert hot.is_cached(*range(1, USERS + 1))
     hot.fill_again(4)
     hot.publish(hot.bulk_change(hot.segment, [1, 4]))
+    assert len(hot.raw.keys(b"*:c:*")) == 3 * SHARDS, "chunks of what fell out of the list are gone"
     assert [user for user in range(1, USERS + 1) if hot.is_cached(user)] == [4], "the rest is older than the list"
     assert hot.cached_segments(4) == (hot.segment,)
     notes = decode_list(hot.raw.get(KEYS.patches(0)), hot.client.acquire(0, []).nonce or generations(hot)[0][40:50])
