@@ -35,8 +35,8 @@ from segsvc.postgres.copying import append_rows
 from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
 from segsvc.postgres.shard.participant import PostgresParticipant
-from segsvc.services.shard_work import perform
-from segsvc.twophase.ports import Finish, ProgressHook
+from segsvc.services.shard_work import OperationWork
+from segsvc.twophase.ports import Finish
 from tests.celery_client import celery_beside
 from tests.installation import Installation
 
@@ -56,9 +56,9 @@ class ShardWork:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._databases = Databases(settings, "bench", Pool(2))
-        points = failpoints(None)
+        points, work = failpoints(None), OperationWork()
         self._participants = [
-            PostgresParticipant(self._databases, shard, _work, points) for shard in range(settings.shard_count)
+            PostgresParticipant(self._databases, shard, work, points) for shard in range(settings.shard_count)
         ]
 
     def close(self) -> None:
@@ -183,10 +183,6 @@ class OnAllShards:
                 self._connections,
             )
         )
-
-
-def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: ProgressHook, write: bool) -> ShardCounts:
-    return perform(tx, operation, on_progress, write=write)
 
 
 def new_segment(installation: Installation) -> ShardSegment:

@@ -15,7 +15,7 @@ from segsvc.config import Settings
 from segsvc.domain.condition_cost import CostLimits
 from segsvc.domain.installation import Installation
 from segsvc.domain.membership import Entry
-from segsvc.domain.operation import Operation, OperationState, QueueLimits, ShardCounts
+from segsvc.domain.operation import OperationState, QueueLimits
 from segsvc.failpoints import failpoints
 from segsvc.fan_out import ThreadFanOut
 from segsvc.log import get_logger
@@ -34,7 +34,7 @@ from segsvc.postgres.shard.condition_meter import PostgresMeter
 from segsvc.postgres.shard.maintenance import PostgresMaintainedShards
 from segsvc.postgres.shard.members import PostgresMemberReader
 from segsvc.postgres.shard.memberships import PostgresMemberships
-from segsvc.postgres.shard.operation_transaction import PostgresShardSnapshots, PostgresShardTransaction
+from segsvc.postgres.shard.operation_transaction import PostgresShardSnapshots
 from segsvc.postgres.shard.overrides import PostgresOverrideStore
 from segsvc.postgres.shard.participant import PostgresParticipant
 from segsvc.postgres.shard.statistics import PostgresShardCounter, PostgresUserReader
@@ -56,12 +56,12 @@ from segsvc.services.overrides import OverrideService
 from segsvc.services.preview import PreviewService
 from segsvc.services.rule_costs import RuleCosts
 from segsvc.services.segments import SegmentService
-from segsvc.services.shard_work import perform
+from segsvc.services.shard_work import OperationWork
 from segsvc.services.slug_map import SlugMap
 from segsvc.services.statistics import StatisticsService
 from segsvc.services.users import UserService
 from segsvc.services.warming import Warmer
-from segsvc.twophase.ports import Dispatcher, Invalidation, ProgressHook
+from segsvc.twophase.ports import Dispatcher, Invalidation
 from segsvc.twophase.protocol import Coordinator
 
 log = get_logger(__name__)
@@ -88,10 +88,6 @@ class MetricsObserver:
     def not_ended(self, oldest_s: Mapping[OperationState, float]) -> None:
         for state, age_s in oldest_s.items():
             operations_not_ended_seconds.labels(state.name).set(age_s)
-
-
-def _work(tx: PostgresShardTransaction, operation: Operation, on_progress: ProgressHook, write: bool) -> ShardCounts:
-    return perform(tx, operation, on_progress, write=write)
 
 
 def installation_of(settings: Settings) -> Installation:
@@ -153,11 +149,12 @@ class OperationParts:
         )
         # A visit holds one connection of its shard: with as many threads as shards, all are visited at once.
         self.fan_out = ThreadFanOut(max(1, settings.shard_count))
+        work = OperationWork()
         self.coordinator = Coordinator(
             cluster=settings.cluster,
             ledger=self.ledger,
             participants=[
-                PostgresParticipant(databases, shard, _work, crash_points) for shard in range(settings.shard_count)
+                PostgresParticipant(databases, shard, work, crash_points) for shard in range(settings.shard_count)
             ],
             invalidation=invalidation,
             dispatcher=dispatcher,

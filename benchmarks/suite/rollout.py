@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import sqlalchemy as sa
 
@@ -37,11 +40,18 @@ from benchmarks.harness import (
 )
 from benchmarks.seed import CONDITION, Shape
 from benchmarks.world import World
+from segsvc.bootstrap import make_rule_costs
+from segsvc.domain.events import UpdateUser
 from segsvc.domain.segment import Rule
+from segsvc.failpoints import failpoints
+from segsvc.postgres.engine import Databases, Pool
+from segsvc.postgres.shard.user_transaction import PostgresUserStore
+from segsvc.services.ingestion import Ingestion
 
 ONE_SHARD = Shape(users=250_000, segments=200, rows=True)
 MILLION = Shape(users=250_000, segments=200, shards=4)
 TEN_MILLION = Shape(users=2_500_000, segments=200, shards=4)
+LARGE_SHARD = Shape(users=2_500_000, segments=8)
 SMALL = Shape(users=25_000, segments=200, shards=4)
 AT_ONCE, CALLS = 8, 4
 """Rollouts of a shard, and calls, in one sample: the kernel counts CPU time in steps of 10 ms."""
@@ -194,3 +204,76 @@ def _under_condition(running: Service, shape: Shape, calls: int) -> tuple[Pair, 
             return timed(lambda: sum(shards.numbers(BARE_COUNT)), {"postgres": running.pids["postgres"]})
 
         return measure_pair(roll_out, reference), measure_pair(preview, reference)
+
+
+COSTLY = (
+    " || ".join(f'user.country.contains("{n}x") || user.platform.endsWith("{n}y")' for n in range(8))
+    + " || user.age >= 18"
+)
+"""Its cost is well within the bound, and what it says of a user depends on its last part."""
+
+
+@benchmark("rollout_lock")
+def rollout_lock(world: World) -> Iterator[Result | Curve]:
+    """The longest wait of a user event while a rule with a costly condition is rolled out on its shard."""
+    with world.installation(LARGE_SHARD) as installation:
+        settings = installation.settings
+        databases = Databases(settings, "bench", Pool(2))
+        cost = make_rule_costs(settings, databases).measured(COSTLY, timeout_s=None)
+        world.say(f"the condition costs {cost.alone_us:.1f} of {settings.condition_cost_max_us:.0f} µs a user")
+        with ShardWork(settings) as work, Updates(databases, LARGE_SHARD) as updates:
+
+            def ours() -> Sample:
+                segment = new_segment(installation)
+                updates.longest_s = 0.0
+                began = time.perf_counter()
+                counts = work.roll_out(0, segment, Rule(30_000, COSTLY))
+                whole_ms = elapsed(began)
+                assert 0.25 < counts.members / counts.matched < 0.35, counts
+                return Sample(updates.longest_s * 1000, 1, {}, more={"rollout": whole_ms})
+
+            series = measure(ours)
+            applied = updates.applied
+        databases.close()
+
+    yield Result(
+        "rollout_lock", series.median, "ms", goal=value_at_most(500), spread=series.spread,
+        note=f"longest wait of {applied:,} updates, each a batch of its own; the rollout of a rule of "
+        f"{cost.rollout_us:.1f} µs a user took {series.of('rollout').median / 1000:.1f} s",
+        more={"rollout_ms": series.of("rollout").median, "condition_us": cost.rollout_us},
+    )  # fmt: skip
+
+
+class Updates:
+    """A thread that updates one user of shard 0 after the other, and remembers the longest time that it took."""
+
+    def __init__(self, databases: Databases, shape: Shape) -> None:
+        self._ingestion = Ingestion(PostgresUserStore(databases), _NoCache(), failpoints(None))
+        self._shape = shape
+        self._over = threading.Event()
+        self._thread = ThreadPoolExecutor(1)
+        self.longest_s = 0.0
+        self.applied = 0
+
+    def __enter__(self) -> Self:
+        self._running = self._thread.submit(self._run)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._running.result()
+        self._thread.shutdown()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.005):
+            user_id = self._shape.user_id(0, self.applied * 7919 % self._shape.users)
+            event = UpdateUser(user_id, time.time_ns(), '{"country":"RU","age":1}')
+            began = time.perf_counter()
+            self._ingestion.apply_batch(0, [event])
+            self.longest_s = max(self.longest_s, time.perf_counter() - began)
+            self.applied += 1
+
+
+class _NoCache:
+    def drop_entries(self, shard: int, user_ids: Sequence[int]) -> None:
+        """No user is cached."""

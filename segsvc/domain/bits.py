@@ -55,6 +55,14 @@ def empty(blocks: int) -> Packed:
     return np.zeros((blocks, BLOCK_BYTES), dtype=np.uint8)
 
 
+def put(packed: Packed, slots: npt.NDArray[np.int64], flags: npt.NDArray[np.bool_]) -> None:
+    """Set or clear the bits of these slots, in place. No slot comes twice."""
+    data = packed.reshape(-1)  # a view
+    places, masks = slots >> 3, np.left_shift(1, slots & 7).astype(np.uint8)
+    np.bitwise_and.at(data, places, ~masks)
+    np.bitwise_or.at(data, places[flags], masks[flags])
+
+
 def at_slots(slots: npt.NDArray[np.int64], first_block: int, blocks: int) -> Packed:
     """Blocks in which exactly these slots are set; slots outside the range of blocks are left out."""
     flags = np.zeros(blocks * BLOCK_SLOTS, dtype=np.bool_)

@@ -72,6 +72,14 @@ def mid_publish(scene: Scene) -> None:
 # -- a shard's part -------------------------------------------------------------------------------------------------
 
 
+@point("evaluated", "the rule is evaluated, the shard's lock is not asked for", on_shard=True)
+def evaluated(scene: Scene) -> None:
+    stop = scene.failpoint("evaluated-not-locked", f"shard={scene.shard}")
+    scene.call()
+    _others_voted(scene, stop)
+    scene.strike(stop, undecided=True)
+
+
 @point("locked", "the shard's lock is held, nothing is prepared", on_shard=True)
 def locked(scene: Scene) -> None:
     stop = scene.failpoint("locked-not-prepared", f"shard={scene.shard}")

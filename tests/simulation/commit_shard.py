@@ -88,6 +88,7 @@ class SimulatedShard:
 
     def prepare(self, operation: Operation, gid: Gid, on_progress: ProgressHook) -> ShardCounts | None:
         data = self._data
+        self._reach("evaluated-not-locked")
         with self._server.transaction() as transaction:
             users = self._begin(transaction)
             self._reach("locked-not-prepared")

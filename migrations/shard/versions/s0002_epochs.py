@@ -18,7 +18,8 @@ BEGIN
     SELECT coalesce((SELECT epoch FROM shard_epoch), 0), CAST(CAST(pg_current_xact_id() AS text) AS bigint),
            string_agg(int4send(CAST(changed.slot AS int4)), CAST('' AS bytea))
     FROM changed HAVING count(*) > 0
-    ON CONFLICT (epoch, xid) DO UPDATE SET slots = changed_slots.slots || excluded.slots;
+    ON CONFLICT (epoch, xid)
+    DO UPDATE SET slots = changed_slots.slots || excluded.slots, note_time = excluded.note_time;
     RETURN NULL;
 END $$
 """,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
@@ -30,6 +32,11 @@ def epoch_begun_by(operation_id: sa.ColumnElement[Any]) -> sa.ColumnElement[int 
     """The epoch that a committed operation began; null: it began none, or is not committed here."""
     fences = tables.applied_operations.c
     return sa.select(fences.epoch).where(fences.operation_id == operation_id).scalar_subquery()
+
+
+def unpacked_slots(noted: bytes | None) -> npt.NDArray[np.int64]:
+    """The slots in a note, or in several one after the other; None: there is no note."""
+    return np.frombuffer(noted or b"", dtype=">i4").astype(np.int64)
 
 
 # Built once: building one takes as long as running it.

@@ -16,17 +16,19 @@ from psycopg2 import sql
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from segsvc.domain import bits
+from segsvc.domain.evaluation import Position
 from segsvc.domain.override import Effect
 from segsvc.domain.segment import Rule, ShardSegment
 from segsvc.domain.sharding import BLOCK_BYTES, BLOCK_SLOTS
 from segsvc.domain.stored import Int64s
 from segsvc.postgres import tables
-from segsvc.postgres.conditions.statements import slots_where
-from segsvc.postgres.copying import append_rows, copy_rows
+from segsvc.postgres.conditions.statements import matching, slots_where
+from segsvc.postgres.copying import append_rows, bigint_array, copy_rows
 from segsvc.postgres.engine import Databases
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.segment_rows import SHARD_COLUMNS, to_shard_segment
 from segsvc.postgres.shard.attribute_names import absent_attributes, attribute_names
+from segsvc.postgres.shard.epochs import current_epoch, unpacked_slots
 from segsvc.postgres.shard.override_expiry import holds_now
 
 _BLOCKS_LISTED_MAX: Final = 64
@@ -40,6 +42,17 @@ _SELECT_OVERRIDDEN: Final = (
     sa.select(tables.users.c.slot, tables.overrides.c.effect)
     .join_from(tables.overrides, tables.users, tables.users.c.id == tables.overrides.c.user_id)
     .where(tables.overrides.c.segment_id == sa.bindparam("segment_id"), holds_now())
+)
+_SNAPSHOT: Final = sa.func.pg_current_snapshot()
+_SELECT_POSITION: Final = sa.select(
+    current_epoch().label("epoch"),
+    sa.cast(sa.cast(sa.func.pg_snapshot_xmin(_SNAPSHOT), sa.Text), sa.BigInteger).label("oldest_xid"),
+    sa.cast(_SNAPSHOT, sa.Text).label("snapshot"),
+)
+# By its key, it looks at notes of transactions that had not ended at the position, and at few others.
+_SELECT_CHANGED: Final = sa.text(
+    "SELECT string_agg(slots, ''::bytea) FROM changed_slots WHERE epoch = :epoch AND xid >= :oldest_xid "
+    "AND NOT pg_visible_in_snapshot(CAST(CAST(xid AS text) AS xid8), CAST(:snapshot AS pg_snapshot))"
 )
 _PUT_RULE: Final = sa.update(tables.shard_segments).where(tables.shard_segments.c.id == sa.bindparam("segment_id"))
 _DELETE_RANGE: Final = sa.delete(tables.memberships).where(
@@ -107,9 +120,42 @@ class PostgresShardTransaction:
         to_the_end = (first_block + blocks) * BLOCK_SLOTS >= self.next_slot()
         return slots_where(self._connection, condition, first_block, None if to_the_end else blocks)
 
-    def absent_attributes(self, names: Sequence[str]) -> Sequence[str]:
-        """The attributes among these that no user of the shard has."""
-        return absent_attributes(self._connection, names)
+    def absent_attributes(self, names: Sequence[str], slots: Int64s | None = None) -> Sequence[str]:
+        """The attributes among these that no user has: of the users in these slots; None: of all of the shard."""
+        return absent_attributes(self._connection, names, slots)
+
+    def position(self) -> Position:
+        """Which transactions this one's snapshot sees."""
+        row = self._connection.execute(_SELECT_POSITION).one()
+        return Position(row.epoch, row.oldest_xid, row.snapshot)
+
+    def changed_since(self, position: Position) -> Int64s:
+        """Slots of users who were changed or deleted by transactions that are committed and that an earlier snapshot
+        of the same epoch does not see; in any order, perhaps twice."""
+        noted = self._connection.execute(
+            _SELECT_CHANGED,
+            {"epoch": position.epoch, "oldest_xid": position.oldest_xid, "snapshot": position.snapshot},
+        ).scalar_one()
+        return unpacked_slots(noted)
+
+    def users_at(self, slots: Int64s) -> bits.UserIds:
+        """The user in each of these slots, which ascend; 0: there is none."""
+        rows = copy_rows(
+            self._connection,
+            sql.SQL("SELECT slot, id FROM users WHERE slot = ANY(CAST({} AS bigint[]))").format(
+                sql.Literal(bigint_array(slots.tolist()))
+            ),
+            slot=">i8",
+            id=">i8",
+        )
+        user_ids = np.zeros(slots.size, dtype=np.int64)
+        user_ids[np.searchsorted(slots, rows["slot"].astype(np.int64))] = rows["id"]
+        return user_ids
+
+    def condition_holds(self, condition: str, slots: Int64s) -> npt.NDArray[np.bool_]:
+        """For which of the users in these slots a condition holds."""
+        [(_, holds)] = matching(self._connection, [condition], slots)
+        return holds
 
     def attribute_names(self) -> Sequence[str]:
         """Attributes that users have, from a sample of some thousands of users."""

@@ -5,8 +5,9 @@ SQLAlchemy's own two-phase support is not used: closing its connection rolls the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 import psycopg2
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from segsvc.domain.errors import LockTimeout, Reason, shard_unavailable
+from segsvc.domain.evaluation import Evaluation
 from segsvc.domain.operation import Failure, Gid, Operation, PreparedTransaction, ShardCounts
 from segsvc.domain.patch import Patch
 from segsvc.failpoints import CrashPoints
@@ -46,8 +48,26 @@ _SELECT_PREPARED: Final = sa.text(
     "FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
 )
 
-Work = Callable[[PostgresShardTransaction, Operation, ProgressHook, bool], ShardCounts]
-"""An operation's work on one shard; the last argument says whether to write or only to count."""
+Snapshots = Callable[[], AbstractContextManager[PostgresShardTransaction]]
+"""Opens a read-only transaction of one snapshot, which waits for nobody and for which nobody waits."""
+
+
+class Work(Protocol):
+    """An operation's work on one shard. See ``services.shard_work.OperationWork``."""
+
+    def evaluate(self, snapshots: Snapshots, operation: Operation, on_progress: ProgressHook) -> Evaluation | None:
+        """Evaluate the operation's rule for every user; None: it has no rule."""
+
+    def perform(
+        self,
+        tx: PostgresShardTransaction,
+        operation: Operation,
+        on_progress: ProgressHook,
+        *,
+        write: bool,
+        earlier: Evaluation | None = None,
+    ) -> ShardCounts:
+        """Do the work, or only count it; ``earlier``: what was evaluated before the lock."""
 
 
 class PostgresParticipant:
@@ -76,15 +96,24 @@ class PostgresParticipant:
             return bool(connection.execute(_IS_PREPARED, {"gid": str(gid)}).scalar_one())
 
     def prepare(self, operation: Operation, gid: Gid, on_progress: ProgressHook) -> ShardCounts | None:
-        """Lock, fence, work, PREPARE TRANSACTION. See ``twophase.Participant.prepare``."""
+        """Evaluate, lock, fence, work, PREPARE TRANSACTION. See ``twophase.Participant.prepare``."""
         where = {"operation": operation.id, "shard": self.shard}
+        # Before the lock, because a condition may take half a minute, and events wait as long as the lock is held.
+        # Under the lock, only users who have changed since then are evaluated. Their notes are still there: upkeep
+        # keeps every note for longer than an operation's deadline, and after the deadline no vote counts.
+        with self._refusals(operation):
+            evaluation = self._work.evaluate(self._snapshot, operation, on_progress)
+        self._crash.reach("evaluated-not-locked", **where)
+
         with self._databases.shard_connection(self.shard) as connection:
             lock_exclusive(connection)
             self._crash.reach("locked-not-prepared", **where)
             if not insert_fence(connection, operation):
                 return None  # a twin's fence is there; leaving the block rolls back
 
-            counts = self._do(connection, operation, on_progress)
+            with self._refusals(operation):
+                tx = PostgresShardTransaction(connection, self.shard)
+                counts = self._work.perform(tx, operation, on_progress, write=True, earlier=evaluation)
             self._crash.reach("worked-not-prepared", **where)
 
             try:
@@ -106,14 +135,20 @@ class PostgresParticipant:
         self._crash.reach("prepare-answered", **where)
         return counts
 
-    def _do(self, connection: sa.Connection, operation: Operation, on_progress: ProgressHook) -> ShardCounts:
-        """Do the work. What the database refuses now it will always refuse, because the work is deterministic.
+    @contextmanager
+    def _snapshot(self) -> Iterator[PostgresShardTransaction]:
+        with self._databases.shard_snapshot(self.shard) as connection:
+            yield PostgresShardTransaction(connection, self.shard)
+
+    @contextmanager
+    def _refusals(self, operation: Operation) -> Iterator[None]:
+        """Tell what the database refuses from what fails now. It will always refuse it: the work is deterministic.
 
         Raises:
             WorkFailed: data or constraints forbid it; the reason is in the log, not in the message.
         """
         try:
-            return self._work(PostgresShardTransaction(connection, self.shard), operation, on_progress, True)
+            yield
         except (exc.DBAPIError, psycopg2.Error) as error:  # psycopg2.Error comes from COPY, which bypasses SQLAlchemy
             if not sqlstate(error).startswith(_REFUSALS):
                 raise
@@ -127,7 +162,8 @@ class PostgresParticipant:
         """Count what a prepared operation changes, without changing anything."""
         with self._databases.shard_connection(self.shard) as connection:
             # No lock: the prepared transaction holds it exclusively, so users and bits do not change meanwhile.
-            return self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, False)
+            tx = PostgresShardTransaction(connection, self.shard)
+            return self._work.perform(tx, operation, lambda _: None, write=False)
 
     def commit_prepared(self, gid: Gid) -> Finish:
         """COMMIT PREPARED, outside any transaction, as the server requires."""
@@ -148,7 +184,9 @@ class PostgresParticipant:
             with self._databases.shard_tx(self.shard) as connection:
                 lock_exclusive(connection)
                 if insert_fence(connection, operation):
-                    self._work(PostgresShardTransaction(connection, self.shard), operation, lambda _: None, True)
+                    # All under the lock: no deadline bounds this, so notes of changes might be forgotten meanwhile.
+                    tx = PostgresShardTransaction(connection, self.shard)
+                    self._work.perform(tx, operation, lambda _: None, write=True)
         except LockTimeout as error:
             raise shard_unavailable(self.shard) from error
 

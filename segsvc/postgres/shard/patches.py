@@ -20,7 +20,7 @@ from segsvc.domain.patch import Patch
 from segsvc.domain.sharding import BLOCK_SLOTS
 from segsvc.postgres import tables
 from segsvc.postgres.engine import Databases
-from segsvc.postgres.shard.epochs import current_epoch, epoch_begun_by
+from segsvc.postgres.shard.epochs import current_epoch, epoch_begun_by, unpacked_slots
 from segsvc.postgres.shard.operation_transaction import PostgresShardTransaction
 
 BLOCKS_AT_ONCE: Final = 16_384
@@ -127,7 +127,7 @@ def _noted(connection: sa.Connection, epoch: int) -> Iterator[npt.NDArray[np.int
         if not row.notes:
             return
 
-        yield np.frombuffer(row.slots, dtype=">i4").astype(np.int64)
+        yield unpacked_slots(row.slots)
         if row.notes < limit:
             return
         after = row.last

@@ -84,7 +84,7 @@ def test_exactly_the_new_bits_are_stored(one_shard: tuple[Installation, Database
 
 
 def test_a_condition_is_asked_of_a_shard_in_parts(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_work, "CONDITION_BLOCKS", 1)
+    monkeypatch.setattr(shard_work, "CONDITION_BLOCKS_MAX", 1)
     assert len(USERS) > SHARDS * BLOCK_SLOTS, "more than one part"
     for shard in range(SHARDS):
         rig.installation.execute(shard, "UPDATE users SET attributes = '{\"odd\": true}' WHERE id % 2 = 1")

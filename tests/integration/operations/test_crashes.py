@@ -15,6 +15,7 @@ COMMITTED_AT_LAST = (
     "accepted-not-answered",
     "started",
     "started-not-dispatched",
+    "evaluated-not-locked",
     "locked-not-prepared",
     "worked-not-prepared",
     "prepare-answered",
@@ -34,6 +35,7 @@ COMMITTED_AT_LAST = (
     "done-next-not-started",
 )
 BY_SHARD = {
+    "evaluated-not-locked",
     "locked-not-prepared",
     "worked-not-prepared",
     "prepare-answered",

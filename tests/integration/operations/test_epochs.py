@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
-from segsvc.domain.events import CreateUser, DeleteUser, UpdateUser, UserEvent
+from segsvc.domain.events import CreateUser, DeleteUser, UpdateUser
 from segsvc.domain.operation import Operation, OperationFilter, OperationKind, OperationState
-from segsvc.domain.override import Effect, OverrideChanges, WantedOverride
+from segsvc.domain.override import Effect
 from segsvc.domain.patch import Patch
-from segsvc.failpoints import NoFailpoints
 from segsvc.local.postgres import PostgresServer
 from segsvc.postgres.shard import patches
 from segsvc.postgres.shard.maintenance import PostgresMaintainedShards
 from segsvc.postgres.shard.memberships import PostgresMemberships
-from segsvc.postgres.shard.overrides import PostgresOverrideStore
 from segsvc.postgres.shard.patches import PostgresPatches
-from segsvc.postgres.shard.user_transaction import PostgresUserStore
-from segsvc.services.ingestion import Ingestion
-from tests.installation import Installation, new_installation
+from tests.installation import Installation
+from tests.integration.operations.changing_users import apply, changing_installation, override
 from tests.integration.operations.conftest import SHARDS, Rig, roll_out
 
 USERS = range(1, 3001)
@@ -29,10 +25,7 @@ USERS = range(1, 3001)
 
 @pytest.fixture(scope="module")
 def installation_with_users(pg_server: PostgresServer) -> Iterator[Installation]:
-    """As the other modules' one, but these tests change its users."""
-    with new_installation(
-        pg_server, shards=SHARDS, redispatch_quiet_s=0.001, operation_deadline_s=30, lock_timeout_s=0.3
-    ) as made:
+    with changing_installation(pg_server) as made:
         made.add_users(USERS)
         yield made
 
@@ -42,25 +35,6 @@ def epoch_0(installation: Installation) -> None:
     for shard in range(SHARDS):
         installation.execute(shard, "DELETE FROM shard_epoch")
         installation.execute(shard, "DELETE FROM changed_slots")
-
-
-class NoCache:
-    def drop_entries(self, shard: int, user_ids: Sequence[int]) -> None:
-        pass
-
-
-def apply(rig: Rig, *events: UserEvent) -> None:
-    """Apply events of one shard, as one batch."""
-    shard = events[0].user_id % SHARDS
-    report = Ingestion(PostgresUserStore(rig.databases), NoCache(), NoFailpoints()).apply_batch(shard, events)
-    assert not report.dead
-
-
-def override(rig: Rig, user: int, effect: Effect, slug: str = "checkout", ends_in_s: float | None = None) -> None:
-    end = None if ends_in_s is None else datetime.now(UTC) + timedelta(seconds=ends_in_s)
-    changes = OverrideChanges(put=(WantedOverride(slug, effect, end),), clear=())
-    changed = PostgresOverrideStore(rig.databases).modify(user, changes, None, lambda: None, timeout_s=None)
-    assert changed is not None
 
 
 def epochs(rig: Rig) -> list[int]:

@@ -22,6 +22,7 @@ from segsvc.domain.segment import Rule
 from segsvc.failpoints import NoFailpoints
 from segsvc.postgres.locks import SHARD_LOCK
 from segsvc.postgres.shard.participant import PostgresParticipant
+from segsvc.services.shard_work import OperationWork
 from segsvc.twophase.ports import Answer, Finish
 from tests.integration.operations.conftest import SHARDS, USERS, Rig, roll_out
 
@@ -162,12 +163,13 @@ def test_a_prepare_that_the_server_answers_with_rollback_is_no_vote(rig: Rig) ->
     rig.create()
     operation = roll_out(rig, 10_000)
 
-    def failing_work(tx: object, *_: object) -> ShardCounts:
-        with pytest.raises(sa.exc.DBAPIError):
-            tx._connection.execute(sa.text("SELECT 1 / 0"))  # type: ignore[attr-defined]
-        return ShardCounts(0, added=1)
+    class FailingWork(OperationWork):
+        def perform(self, tx: object, *_: object, **_how: object) -> ShardCounts:
+            with pytest.raises(sa.exc.DBAPIError):
+                tx._connection.execute(sa.text("SELECT 1 / 0"))  # type: ignore[attr-defined]
+            return ShardCounts(0, added=1)
 
-    participant = PostgresParticipant(rig.databases, 0, failing_work, NoFailpoints())
+    participant = PostgresParticipant(rig.databases, 0, FailingWork(), NoFailpoints())
 
     with pytest.raises(ServiceError) as caught:
         participant.prepare(operation, rig.coordinator.gid(operation.id, 0), lambda _: None)
