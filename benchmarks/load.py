@@ -107,14 +107,19 @@ class LoadReport:
 class Load:
     """Connections to one server, and the requests to send in turn.
 
+    Args:
+        token: sent with each call; empty: none.
+
     Raises:
         OSError: the server cannot be reached.
     """
 
-    def __init__(self, address: str, method: str, bodies: Sequence[Body], *, connections: int = 4) -> None:
+    def __init__(
+        self, address: str, method: str, bodies: Sequence[Body], *, connections: int = 4, token: str = ""
+    ) -> None:
         self._bodies = bodies
         self._next = 0
-        self._connections = [_Connection(address, method) for _ in range(connections)]
+        self._connections = [_Connection(address, method, token) for _ in range(connections)]
         self._selector = selectors.DefaultSelector()
         for connection in self._connections:
             self._selector.register(connection.socket, selectors.EVENT_READ, connection)
@@ -226,7 +231,7 @@ class Load:
 class _Connection:
     """One HTTP/2 connection."""
 
-    def __init__(self, address: str, method: str) -> None:
+    def __init__(self, address: str, method: str, token: str) -> None:
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -247,6 +252,10 @@ class _Connection:
             + b"\x40" + _text("te") + _text("trailers")
         )  # fmt: skip
         self._later_block = b"\x83\x86\xc1\xc0\xbf\xbe"
+        if token:
+            # It becomes entry 62, and the fields before it move on by one.
+            self._block += b"\x40" + _text("authorization") + _text(f"Bearer {token}")
+            self._later_block = b"\x83\x86\xc2\xc1\xc0\xbf\xbe"
 
         self._stream = 1
         self._rest = b""

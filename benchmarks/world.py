@@ -249,7 +249,8 @@ class World:
             settings: settings by field name.
         """
         home = self._stack_home
-        overrides: Mapping[str, Any] = {"stack_dir": home, **settings}
+        # Without credentials: what they cost is measured apart (read_hit_token).
+        overrides: Mapping[str, Any] = {"stack_dir": home, "auth": ("none",), **settings}
         stack = LocalStack(
             overrides,
             home=home,

@@ -280,6 +280,7 @@ def metadata_message(operation: Operation, shards: Sequence[ShardProgress]) -> o
         start_time=_optional_time(operation.start_time),
         commit_time=_optional_time(operation.commit_time),
         end_time=_optional_time(operation.end_time),
+        actor=operation.plan.actor,
     )
 
 

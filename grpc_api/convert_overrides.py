@@ -13,10 +13,10 @@ from segsvc.domain.override import Effect, Override, OverrideChanges, UserOverri
 from segsvc.services.explain import Explanation
 
 
-def changes_of(request: membership_pb2.ModifyUserOverridesRequest) -> OverrideChanges:
-    """The changes that a request asks for. Raises ServiceError FIELD_REQUIRED, FIELD_INVALID."""
+def changes_of(request: membership_pb2.ModifyUserOverridesRequest, actor: str) -> OverrideChanges:
+    """The changes that a principal's request asks for. Raises ServiceError FIELD_REQUIRED, FIELD_INVALID."""
     return OverrideChanges(
-        [_wanted(message, f"set[{n}]") for n, message in enumerate(request.set)], list(request.clear)
+        [_wanted(message, f"set[{n}]") for n, message in enumerate(request.set)], list(request.clear), actor
     )
 
 
@@ -43,6 +43,7 @@ def override_message(override: Override) -> membership_pb2.Override:
         effect=membership_pb2.Override.Effect.ValueType(override.effect),
         expire_time=None if override.expire_time is None else time_message(override.expire_time),
         create_time=time_message(override.create_time),
+        creator=override.creator,
     )
 
 

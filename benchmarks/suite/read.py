@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from benchmarks.load import BATCH_GET_USER_SEGMENTS, GET_USER_SEGMENTS, Body, Lo
 from benchmarks.peers import tutorial
 from benchmarks.seed import Shape
 from benchmarks.world import World
+from segsvc.access.tokens import digest_of
 
 SHAPE = Shape(users=25_000, segments=57, shards=4)
 """100,000 users with 20 segments each on average, and all lists different."""
@@ -35,6 +37,8 @@ CURVE_IN_FLIGHT = (4, 16, 64, 256)
 COMPARED = 500
 """Users whose answers are compared before anything is timed."""
 BATCH_USERS = 100
+TOKENS = 20
+"""Tokens that the front knows where calls need one."""
 CORES_FOR_TWO = 4
 """One core for each front process, one for the cache, one for the load."""
 
@@ -91,6 +95,37 @@ def read_hit(world: World) -> Iterator[Result | Curve]:
     yield pair.of("p99_ms").result("read_hit.p99", "ms", ratio_at_most(1.5))
     yield Result("read_hit.calls", pair.ours.median, "calls/s", goal=value_at_least(25_000), spread=pair.ours.spread)
     yield Result("read_hit.cpu", pair.ours.cpu_us_per_call["total"], "µs", goal=value_at_most(45))
+
+
+@benchmark("read_hit_token")
+def read_hit_token(world: World) -> Iterator[Result | Curve]:
+    """GetUserSegments of cached users with a token, beside the same without authentication."""
+    token = secrets.token_urlsafe(32)
+    known = world.folder / "tokens.json"
+    known.write_text(
+        json.dumps(
+            [
+                {"name": f"caller-{number}", "sha256": digest_of(text).hex(), "roles": ["gateway"]}
+                for number, text in enumerate([*(secrets.token_urlsafe(32) for _ in range(TOKENS - 1)), token])
+            ]
+        )
+    )
+    with warm_front(world) as warm:
+        guarded = warm.server.settings.model_copy(update={"auth": ("tokens",), "auth_tokens_file": known.resolve()})
+        bodies = [Body.single(user) for user in warm.user_ids]
+        with (
+            reading.front(world, guarded, name="front-with-tokens") as server,
+            Load(server.address, GET_USER_SEGMENTS, bodies, token=token) as ours,
+            Load(warm.server.address, GET_USER_SEGMENTS, bodies) as theirs,
+        ):
+            pair = measure_pair(
+                lambda: reading.calls_per_second(ours, server, in_flight=IN_FLIGHT),
+                lambda: reading.calls_per_second(theirs, warm.server, in_flight=IN_FLIGHT),
+            )
+
+    ours_us, theirs_us = pair.ours.cpu_us_per_call["total"], pair.reference.cpu_us_per_call["total"]
+    yield pair.result("read_hit_token", "calls/s", None)
+    yield Result("read_hit_token.cpu", ours_us, "µs", theirs_us, ours_us / theirs_us, ratio_at_most(1.1))
 
 
 def _by_load(servers: Mapping[str, Callable[[int], Sample]]) -> Curve:

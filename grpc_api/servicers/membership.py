@@ -77,7 +77,7 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
     ) -> membership_pb2.ModifyUserOverridesResponse:
         if not request.user_id:
             raise required_field("user_id")
-        changes = convert_overrides.changes_of(request)
+        changes = convert_overrides.changes_of(request, call_scope.current().actor)
         key = convert.request_key_of(call_scope.current().method, request)
         changed = await self._changes.run(
             lambda timeout_s: self._overrides.modify(request.user_id, changes, key, timeout_s=timeout_s)

@@ -87,7 +87,8 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):
 
     async def CancelOperation(self, request: operations_pb2.CancelOperationRequest, context: Context) -> Empty:
         operation_id = convert.operation_id_of(request.name)
-        await self._changes.run(lambda _: self._acceptance.cancel(operation_id))
+        actor = call_scope.current().actor
+        await self._changes.run(lambda _: self._acceptance.cancel(operation_id, actor=actor))
         return Empty()
 
     async def DeleteOperation(self, request: operations_pb2.DeleteOperationRequest, context: Context) -> Empty:

@@ -87,7 +87,9 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         key = convert.request_key_of(call_scope.current().method, request)
         call = call_scope.current()
         segment = await self._creating.run(
-            lambda _: self._creations.create_segment(slug, text, request=key, deadline_s=call.patience_s())
+            lambda _: self._creations.create_segment(
+                slug, text, request=key, deadline_s=call.patience_s(), actor=call.actor
+            )
         )
         return convert.segment_message(segment)
 
@@ -116,17 +118,21 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
         new = request.segment
         fields = convert.edited_fields_of(new, request.update_mask)
         etag = convert.etag_of(new.etag, "segment.etag")
+        actor = call_scope.current().actor
         segment = await self._changes.run(
             lambda timeout_s: self._segments.edit(
-                new.slug, convert.text_of(new), fields, etag=etag, timeout_s=timeout_s
+                new.slug, convert.text_of(new), fields, etag=etag, actor=actor, timeout_s=timeout_s
             )
         )
         return convert.segment_message(segment)
 
     async def DeleteSegment(self, request: segments_pb2.DeleteSegmentRequest, context: Context) -> OperationMessage:
         slug, etag = check_slug(request.slug), convert.etag_of(request.etag, "etag")
-        key = convert.request_key_of(call_scope.current().method, request)
-        accepted = await self._changes.run(lambda _: self._acceptance.delete(slug, etag=etag, request=key))
+        call = call_scope.current()
+        key = convert.request_key_of(call.method, request)
+        accepted = await self._changes.run(
+            lambda _: self._acceptance.delete(slug, etag=etag, request=key, actor=call.actor)
+        )
         patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()
         return convert.operation_message(await self._views.answer(accepted, patience_s))
 
@@ -147,10 +153,17 @@ class SegmentServicer(segments_pb2_grpc.SegmentServiceServicer):
     async def RollOutSegment(self, request: segments_pb2.RollOutSegmentRequest, context: Context) -> OperationMessage:
         slug, rule = check_slug(request.slug), convert.rule_of(request)
         etag = convert.etag_of(request.etag, "etag")
-        key = convert.request_key_of(call_scope.current().method, request)
+        call = call_scope.current()
+        key = convert.request_key_of(call.method, request)
         accepted = await self._changes.run(
             lambda timeout_s: self._acceptance.roll_out(
-                slug, rule, etag=etag, request=key, replace_queued=request.replace_queued, timeout_s=timeout_s
+                slug,
+                rule,
+                etag=etag,
+                request=key,
+                replace_queued=request.replace_queued,
+                actor=call.actor,
+                timeout_s=timeout_s,
             )
         )
         patience_s = 0.0 if request.return_immediately else call_scope.current().patience_s()

@@ -87,7 +87,7 @@ class Authenticator:
         self._closing.set()
         self._looking.join()
 
-    def by_token(self, token: str, now: float) -> Principal:
+    def by_token(self, token: str, now: float) -> Credential:
         """Whom a token or a JWT stands for.
 
         Args:
@@ -110,7 +110,7 @@ class Authenticator:
             if keys is not None:
                 keys.forget(digest)
             raise refused("expired")
-        return known.principal
+        return known
 
     def by_certificate(self, names: Sequence[str]) -> Principal:
         """Whom a client's certificate stands for. ``names``: as it has them; the first one is the principal's name.

@@ -10,6 +10,9 @@ from typing import Final
 NAME_CHARACTERS_MAX: Final = 256
 """A principal's name is kept with each of its changes and is in each line of the log about its calls."""
 
+NOBODY: Final = "-"
+"""In the log, where a change was made by nobody who has a name."""
+
 
 class Role(IntEnum):
     """What a principal may do. Each role includes all roles before it."""

@@ -17,6 +17,7 @@ class AuditEntry:
         seq: orders all commits and edits; gaps are normal.
         action: created, edited, rolled_out or deleted.
         operation_id: the operation that made the change; None: an edit, which is not an operation.
+        actor: name of the principal that made the change; empty: nobody has a name.
         details: JSON; its fields depend on the action: counts, the rule, the edited fields.
     """
 
@@ -25,4 +26,5 @@ class AuditEntry:
     action: str
     slug: str
     operation_id: UUID | None
+    actor: str
     details: Mapping[str, Any]

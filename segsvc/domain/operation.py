@@ -136,6 +136,7 @@ class OperationPlan:
         cost: what the rule's condition costs; None: no condition, or accepted by a release that did not measure costs.
         text: for a CREATE, display name, description and labels; None otherwise.
         etag: the etag the caller expects; empty: none.
+        actor: name of the principal that asked for it; empty: nobody has a name, or an older release accepted it.
     """
 
     kind: OperationKind
@@ -147,6 +148,7 @@ class OperationPlan:
     text: SegmentText | None = None
     etag: str = ""
     cost: ConditionCost | None = None
+    actor: str = ""
 
     def to_json(self) -> dict[str, Any]:
         plan: dict[str, Any] = {
@@ -156,6 +158,7 @@ class OperationPlan:
             "segment_uid": str(self.segment_uid),
             "salt": str(self.salt),  # as text: JSON numbers beyond 2**53 are not safe everywhere
             "etag": self.etag,
+            "actor": self.actor,
         }
 
         if self.rule is not None:
@@ -185,6 +188,7 @@ class OperationPlan:
             text=SegmentText(text["display_name"], text["description"], text["labels"]) if text else None,
             etag=value["etag"],
             cost=ConditionCost.from_json(cost) if cost else None,
+            actor=value.get("actor", ""),
         )
 
 

@@ -32,20 +32,31 @@ class WantedOverride:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """An override that has not expired. ``expire_time`` None: it never expires."""
+    """An override that has not expired.
+
+    Attributes:
+        expire_time: None: it never expires.
+        creator: name of the principal that has set it; empty: nobody had a name.
+    """
 
     slug: str
     effect: Effect
     expire_time: datetime | None
     create_time: datetime
+    creator: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class OverrideChanges:
-    """The changes of one call: all of them are made, or none."""
+    """The changes of one call: all of them are made, or none.
+
+    Attributes:
+        actor: name of the principal that makes them; empty: nobody has a name.
+    """
 
     put: Sequence[WantedOverride]
     clear: Sequence[str]
+    actor: str = ""
 
     @property
     def slugs(self) -> list[str]:

@@ -175,6 +175,13 @@ audit = sa.Table(
     sa.Column("segment_id", sa.BigInteger, nullable=False),
     sa.Column("slug", sa.Text, nullable=False),
     sa.Column("operation_id", UUID(as_uuid=True)),
+    sa.Column(
+        "actor",
+        sa.Text,
+        nullable=False,
+        server_default=sa.text("''"),
+        comment="name of the principal; empty: nobody had a name",
+    ),
     sa.Column("details", JSONB, nullable=False),
     sa.Column("published", sa.Boolean, nullable=False, server_default=sa.false(), comment="is on segment-events"),
     sa.Index("ix_audit_unpublished", "seq", postgresql_where=sa.text("NOT published")),
@@ -301,6 +308,13 @@ overrides = sa.Table(
     sa.Column("effect", sa.SmallInteger, nullable=False, comment="1 include, 2 exclude"),
     sa.Column("expire_time", _TIME, comment="null: holds for ever"),
     sa.Column("create_time", _TIME, nullable=False, server_default=sa.func.now()),
+    sa.Column(
+        "creator",
+        sa.Text,
+        nullable=False,
+        server_default=sa.text("''"),
+        comment="name of the principal; empty: nobody had a name",
+    ),
     sa.Index("ix_overrides_segment_id", "segment_id"),
     sa.Index("ix_overrides_expire_time", "expire_time", postgresql_where=sa.text("expire_time IS NOT NULL")),
 )

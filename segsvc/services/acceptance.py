@@ -9,6 +9,7 @@ from typing import Protocol
 from uuid import UUID, uuid4
 
 from segsvc.conditions import parse_condition
+from segsvc.domain.access import NOBODY
 from segsvc.domain.condition_cost import ConditionCost
 from segsvc.domain.errors import (
     Reason,
@@ -84,12 +85,14 @@ class Acceptance:
         etag: str,
         request: RequestKey | None,
         replace_queued: bool = False,
+        actor: str = "",
         timeout_s: float | None = None,
     ) -> Operation:
         """Accept a rule for a segment and all its users; the operation is durable when this returns.
 
         Args:
             replace_queued: abort the rollouts of this segment that wait in the queue.
+            actor: name of the principal that asks for it; empty: nobody has a name.
             timeout_s: how long to measure what the rule's condition costs, at most.
 
         Raises:
@@ -101,21 +104,32 @@ class Acceptance:
         if rule.condition:
             parse_condition(rule.condition)
         return self._accept_change(
-            OperationKind.ROLL_OUT, slug, rule, etag, request, replace_queued=replace_queued, timeout_s=timeout_s
+            OperationKind.ROLL_OUT,
+            slug,
+            rule,
+            etag,
+            request,
+            actor=actor,
+            replace_queued=replace_queued,
+            timeout_s=timeout_s,
         )
 
-    def delete(self, slug: str, *, etag: str, request: RequestKey | None) -> Operation:
+    def delete(self, slug: str, *, etag: str, request: RequestKey | None, actor: str = "") -> Operation:
         """Accept a segment's deletion for all its users. Raises as ``roll_out``."""
-        return self._accept_change(OperationKind.DELETE, slug, None, etag, request)
+        return self._accept_change(OperationKind.DELETE, slug, None, etag, request, actor=actor)
 
-    def cancel(self, operation_id: UUID) -> Operation:
+    def cancel(self, operation_id: UUID, *, actor: str = "") -> Operation:
         """Abort an operation that is not committed; one that is aborted already stays so.
+
+        Args:
+            actor: name of the principal that asks for it; empty: nobody has a name.
 
         Raises:
             ServiceError: OPERATION_NOT_FOUND, OPERATION_NOT_CANCELLABLE, CATALOG_UNAVAILABLE.
         """
         self._get(operation_id)
-        failure = Failure(Reason.OPERATION_ABORTED.text, "the operation was cancelled", {"why": "CANCELLED"})
+        why = {"why": "CANCELLED", **({"actor": actor} if actor else {})}
+        failure = Failure(Reason.OPERATION_ABORTED.text, "the operation was cancelled", why)
         self._coordinator.abort(operation_id, failure)
 
         operation = self._get(operation_id)
@@ -125,6 +139,7 @@ class Acceptance:
                 f"{operation.name} is {operation.state.name}: it can be cancelled only before it is committed",
                 {"operation": operation.name, "state": operation.state.name},
             )
+        log.info("operation_cancelled", operation=str(operation_id), slug=operation.plan.slug, actor=actor or NOBODY)
         return operation
 
     # -- once per request: for creations too ------------------------------------------------------------------------
@@ -168,6 +183,14 @@ class Acceptance:
                 raise ServiceError(
                     Reason.OPERATION_ABORTED, "a twin of this request failed; it may be repeated", {"why": "TWIN"}
                 )
+        else:
+            log.info(
+                "operation_accepted",
+                operation=str(operation.id),
+                kind=plan.kind.name,
+                slug=plan.slug,
+                actor=plan.actor or NOBODY,
+            )
         return operation
 
     # -- steps ------------------------------------------------------------------------------------------------------
@@ -180,6 +203,7 @@ class Acceptance:
         etag: str,
         request: RequestKey | None,
         *,
+        actor: str,
         replace_queued: bool = False,
         timeout_s: float | None = None,
     ) -> Operation:
@@ -201,7 +225,9 @@ class Acceptance:
         # An early refusal. The start of the operation checks again that all rules together stay within the bound.
         cost = self._costs.check(segment.id, rule, timeout_s=timeout_s) if rule is not None else None
 
-        plan = OperationPlan(kind, slug, segment.id, segment.uid, segment.salt, rule=rule, cost=cost, etag=etag)
+        plan = OperationPlan(
+            kind, slug, segment.id, segment.uid, segment.salt, rule=rule, cost=cost, etag=etag, actor=actor
+        )
         operation = self.insert(plan, request, replace_queued=replace_queued)
         self._start_next()
         return operation

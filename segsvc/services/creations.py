@@ -77,12 +77,13 @@ class Creations:
         self._runner.shutdown(wait=False)
 
     def create_segment(
-        self, slug: str, text: SegmentText, *, request: RequestKey | None, deadline_s: float | None
+        self, slug: str, text: SegmentText, *, request: RequestKey | None, deadline_s: float | None, actor: str = ""
     ) -> Segment:
         """Create a segment on every shard and return it; it takes its turn among the operations.
 
         Args:
             deadline_s: how long the caller waits; None: as long as it takes.
+            actor: name of the principal that asks for it; empty: nobody has a name.
 
         Raises:
             ServiceError: SEGMENT_EXISTS, TOO_MANY_SEGMENTS, REQUEST_ID_REUSED, OVERLOADED (the queue is full),
@@ -93,7 +94,7 @@ class Creations:
         while True:
             operation = self._acceptance.accepted(request)
             if operation is None:
-                operation = self._acceptance.insert(self._plan(slug, text), request)
+                operation = self._acceptance.insert(self._plan(slug, text, actor), request)
 
             self._take_turn(operation.id, give_up)
             ended = self._wait_for_end(operation.id, give_up)
@@ -114,14 +115,20 @@ class Creations:
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def _plan(self, slug: str, text: SegmentText) -> OperationPlan:
+    def _plan(self, slug: str, text: SegmentText, actor: str) -> OperationPlan:
         existing = self._store.segment(slug)
         if existing is not None and existing.state is SegmentState.ACTIVE:
             raise segment_exists(slug)
         if existing is None and self._store.live_segments() >= SEGMENTS_MAX:
             raise too_many_segments(SEGMENTS_MAX)
         return OperationPlan(
-            OperationKind.CREATE, slug, self._store.draw_segment_id(), uuid4(), secrets.randbits(64), text=text
+            OperationKind.CREATE,
+            slug,
+            self._store.draw_segment_id(),
+            uuid4(),
+            secrets.randbits(64),
+            text=text,
+            actor=actor,
         )
 
     def _take_turn(self, operation_id: UUID, give_up: float | None) -> None:

@@ -76,7 +76,8 @@ class Outbox:
 
 
 def message_of(entry: AuditEntry) -> bytes:
-    """The message: ``seq``, ``type``, ``slug``, ``time``, ``operation`` (if one did it), and the entry's details."""
+    """The message: ``seq``, ``type``, ``slug``, ``time``, ``operation`` (if one did it), ``actor`` (if it has a name),
+    and the entry's details."""
     message: dict[str, Any] = {
         "seq": entry.seq,
         "type": entry.action,
@@ -85,5 +86,7 @@ def message_of(entry: AuditEntry) -> bytes:
     }
     if entry.operation_id is not None:
         message["operation"] = f"operations/{entry.operation_id}"
+    if entry.actor:
+        message["actor"] = entry.actor
     details: Mapping[str, Any] = {key: value for key, value in entry.details.items() if key not in message}
     return json.dumps({**message, **details}, ensure_ascii=False, separators=(",", ":")).encode()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from segsvc.domain.access import NOBODY
 from segsvc.domain.errors import (
     LockTimeout,
     Reason,
@@ -30,6 +31,7 @@ from segsvc.domain.paging import decode_token, encode_token
 from segsvc.domain.segment import SegmentState
 from segsvc.domain.sharding import check_user_id, shard_of
 from segsvc.failpoints import CrashPoints
+from segsvc.log import get_logger
 from segsvc.services.segments import SegmentService
 
 LOCK_PATIENCE_S = 10.0
@@ -79,6 +81,9 @@ class UserBars(Protocol):
     def bar(self, shard: int, user_id: int) -> bytes: ...
 
     def drop_entries(self, shard: int, user_ids: Sequence[int], token: bytes | None = None) -> None: ...
+
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,7 @@ class OverrideService:
         # After COMMIT, before the answer. A repeated request comes here without a bar of its own: the first one may
         # have died between its COMMIT and drop_entries.
         self._cache.drop_entries(shard, [user_id], token)
+        log.info("overrides_changed", user_id=user_id, slugs=list(changes.slugs), actor=changes.actor or NOBODY)
         return changed
 
     def list(self, user_id: int, *, page_size: int, page_token: str, timeout_s: float | None = None) -> OverridePage:

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from segsvc.domain.access import NOBODY
 from segsvc.domain.catalog import EditedField, SegmentOrder, SegmentPosition, SegmentQuery
 from segsvc.domain.errors import segment_not_found
 from segsvc.domain.paging import decode_token, encode_token
 from segsvc.domain.segment import Segment, SegmentText, check_labels, check_slug, check_text, new_etag
+from segsvc.log import get_logger
+
+log = get_logger(__name__)
 
 PAGE_BYTES_MAX = 2 << 20
 """A page is cut when its texts are larger than this: a thousand segments with long descriptions would be 20 MB, and
@@ -54,6 +58,7 @@ class SegmentCatalog(Protocol):
         *,
         expected_etag: str,
         etag: str,
+        actor: str,
         timeout_s: float | None,
     ) -> Segment:
         """Change an ACTIVE segment and record it in the audit trail, in one transaction.
@@ -62,6 +67,7 @@ class SegmentCatalog(Protocol):
             changes: new values; empty: nothing is written, but the etag is compared.
             expected_etag: the etag that the caller has seen; empty: any etag will do.
             etag: the new etag.
+            actor: name of the principal that asks for it; empty: nobody has a name.
 
         Raises:
             ServiceError: SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH.
@@ -108,6 +114,7 @@ class SegmentService:
         fields: frozenset[EditedField],
         *,
         etag: str = "",
+        actor: str = "",
         timeout_s: float | None = None,
     ) -> Segment:
         """Change a segment's texts for people: no shard is visited, no membership changes.
@@ -116,6 +123,7 @@ class SegmentService:
             text: the new values of ``fields``; other values in it are ignored.
             fields: what to change; empty: nothing, but the etag is compared.
             etag: the etag that the caller has seen; empty: the change overwrites any change made in between.
+            actor: name of the principal that asks for it; empty: nobody has a name.
 
         Raises:
             ServiceError: SEGMENT_NOT_FOUND, SEGMENT_DELETING, ETAG_MISMATCH, FIELD_REQUIRED, FIELD_INVALID,
@@ -136,7 +144,12 @@ class SegmentService:
                 text.labels if EditedField.LABELS in fields else {},
             )
         )
-        return self._catalog.edit(slug, changes, expected_etag=etag, etag=new_etag(), timeout_s=timeout_s)
+        edited = self._catalog.edit(
+            slug, changes, expected_etag=etag, etag=new_etag(), actor=actor, timeout_s=timeout_s
+        )
+        if changes:
+            log.info("segment_edited", slug=slug, fields=[name.value for name in changes], actor=actor or NOBODY)
+        return edited
 
 
 def _key(segment: Segment, order: SegmentOrder) -> str | int | datetime:

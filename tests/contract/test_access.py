@@ -9,22 +9,28 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import grpc
 import pytest
+import sqlalchemy as sa
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc import StatusCode
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from joserfc import jwt
 from joserfc.jwk import ECKey, OKPKey, RSAKey
-from segmentation.v1 import membership_pb2
+from segmentation.v1 import membership_pb2, segments_pb2
+from segmentation.v1 import operations_pb2 as watch_pb2
 
 from grpc_api.access import LEAST_ROLE
 from grpc_api.server import is_open_to_others, serve
 from segsvc.config import Settings
 from segsvc.domain.access import Role
+from segsvc.domain.audit import AuditEntry
+from segsvc.postgres import tables
+from segsvc.services.outbox import message_of
 from tests.certificates import Authority, Certificate
-from tests.contract.conftest import FrontUnderTest, running_front
+from tests.contract.conftest import FrontUnderTest, new_slug, running_front
 from tests.contract.installation import Installation
 from tests.contract.refusals import Refusal, refusal_of, refused
 from tests.eventually import eventually
@@ -335,6 +341,49 @@ def test_nothing_of_a_credential_is_in_the_log(guarded: FrontUnderTest, credenti
             assert b"secret-token-of" not in process.read_bytes()
         except OSError:
             continue
+
+
+# -- who has changed something ----------------------------------------------------------------------------------------
+
+
+def test_each_change_says_who_made_it(guarded: FrontUnderTest, credentials: Credentials) -> None:
+    editor, admin = bearer(credentials.token("editor")), bearer(credentials.jwt("admin"))
+    slug = new_slug()
+    segment = segments_pb2.Segment(slug=slug, display_name="Later")
+    rule = segments_pb2.RollOutRule(percent=50)
+
+    stub = guarded.segments
+    stub.CreateSegment(segments_pb2.CreateSegmentRequest(segment=segments_pb2.Segment(slug=slug)), metadata=editor)
+    stub.UpdateSegment(segments_pb2.UpdateSegmentRequest(segment=segment), metadata=admin)
+    rollout = stub.RollOutSegment(segments_pb2.RollOutSegmentRequest(slug=slug, rule=rule), metadata=editor)
+
+    override = membership_pb2.Override(slug=slug, effect=membership_pb2.Override.INCLUDE, creator="somebody else")
+    request = membership_pb2.ModifyUserOverridesRequest(user_id=1, set=[override], request_id=str(uuid4()))
+    answers = [guarded.memberships.ModifyUserOverrides(request, metadata=editor) for _ in range(2)]
+    assert [answer.overrides[0].creator for answer in answers if answer.overrides[0].slug == slug] == 2 * [
+        "token-editor"
+    ]
+
+    deletion = stub.DeleteSegment(segments_pb2.DeleteSegmentRequest(slug=slug), metadata=admin)
+    for operation, actor in ((rollout, "token-editor"), (deletion, "jwt-admin")):
+        told = watch_pb2.OperationMetadata()
+        assert operation.metadata.Unpack(told)
+        assert told.actor == actor
+
+    audit = tables.audit
+    with guarded.installation.databases.catalog_tx() as connection:
+        rows = connection.execute(sa.select(audit).where(audit.c.slug == slug).order_by(audit.c.seq)).all()
+    assert [(row.action, row.actor) for row in rows] == [
+        ("created", "token-editor"), ("edited", "jwt-admin"), ("rolled_out", "token-editor"), ("deleted", "jwt-admin"),
+    ]  # fmt: skip
+    published = message_of(AuditEntry(rows[0].seq, rows[0].time, "created", slug, None, rows[0].actor, {}))
+    assert json.loads(published)["actor"] == "token-editor"
+
+    lines = (guarded.control / "front.log").read_text().splitlines()
+    for event, actor in (
+        ("operation_accepted", "token-editor"), ("segment_edited", "jwt-admin"), ("overrides_changed", "token-editor"),
+    ):  # fmt: skip
+        assert any(event in line and slug in line and f"actor={actor}" in line for line in lines), event
 
 
 # -- client certificates ----------------------------------------------------------------------------------------------

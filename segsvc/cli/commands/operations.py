@@ -148,6 +148,8 @@ def _show(operation: Operation, *, json_output: bool) -> None:
     ):
         if moment.seconds:
             about.add_row(label, moment.ToJsonString())
+    if metadata.actor:
+        about.add_row("by", plain(metadata.actor))
     if operation.HasField("error"):
         about.add_row("why aborted", plain(describe(operation.error)))
     console().print(about)

@@ -168,10 +168,11 @@ def _modify(request: membership_pb2.ModifyUserOverridesRequest, *, json_output: 
 def _show_overrides(overrides: Iterable[membership_pb2.Override]) -> None:
     from segmentation.v1 import membership_pb2  # noqa: PLC0415
 
-    shown = table("override", "effect", "until", whole=("override", "effect"))
+    shown = table("override", "effect", "until", "by", whole=("override", "effect"))
     for override in overrides:
         until = override.expire_time.ToJsonString() if override.HasField("expire_time") else "for ever"
-        shown.add_row(override.slug, membership_pb2.Override.Effect.Name(override.effect), until)
+        effect = membership_pb2.Override.Effect.Name(override.effect)
+        shown.add_row(override.slug, effect, until, plain(override.creator))
     console().print(shown)
 
 

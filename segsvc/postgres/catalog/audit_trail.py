@@ -18,9 +18,10 @@ def record(
     segment_id: int,
     slug: str,
     operation_id: UUID | None,
+    actor: str,
     details: dict[str, Any],
 ) -> int:
-    """Write what a transaction did to a segment; returns its commit sequence number.
+    """Write what a transaction did to a segment, and who asked for it; returns its commit sequence number.
 
     The lock is held until the transaction ends. So numbers become visible in their order, and the outbox never skips a
     number that commits late.
@@ -29,7 +30,13 @@ def record(
     seq = int(connection.execute(sa.select(tables.commit_seq.next_value())).scalar_one())
     connection.execute(
         sa.insert(tables.audit).values(
-            seq=seq, action=action, segment_id=segment_id, slug=slug, operation_id=operation_id, details=details
+            seq=seq,
+            action=action,
+            segment_id=segment_id,
+            slug=slug,
+            operation_id=operation_id,
+            actor=actor,
+            details=details,
         )
     )
     return seq

@@ -491,6 +491,7 @@ def _commit(connection: sa.Connection, operation: Operation) -> bool:
         segment_id=plan.segment_id,
         slug=plan.slug,
         operation_id=operation.id,
+        actor=plan.actor,
         details={"segment_uid": str(plan.segment_uid), **_rule_details(plan), **totals},
     )
 

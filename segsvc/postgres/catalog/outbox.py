@@ -46,9 +46,11 @@ def _oldest(connection: sa.Connection, entries_max: int) -> Sequence[AuditEntry]
     """The oldest entries that are not published."""
     audit = tables.audit.c
     rows = connection.execute(
-        sa.select(audit.seq, audit.time, audit.action, audit.slug, audit.operation_id, audit.details)
+        sa.select(audit.seq, audit.time, audit.action, audit.slug, audit.operation_id, audit.actor, audit.details)
         .where(sa.not_(audit.published))
         .order_by(audit.seq)
         .limit(entries_max)
     )
-    return [AuditEntry(row.seq, row.time, row.action, row.slug, row.operation_id, row.details) for row in rows]
+    return [
+        AuditEntry(row.seq, row.time, row.action, row.slug, row.operation_id, row.actor, row.details) for row in rows
+    ]

@@ -134,6 +134,7 @@ class PostgresSegmentCatalog:
         *,
         expected_etag: str,
         etag: str,
+        actor: str,
         timeout_s: float | None,
     ) -> Segment:
         """Change an ACTIVE segment and record it in the audit trail. Raises as ``SegmentCatalog.edit`` says."""
@@ -157,6 +158,7 @@ class PostgresSegmentCatalog:
                 segment_id=segment.id,
                 slug=slug,
                 operation_id=None,
+                actor=actor,
                 details={name.value: value for name, value in changes.items()},
             )
             return changed

@@ -152,13 +152,13 @@ def _select(
 ) -> list[Override]:
     """Overrides of a user that hold, by slug."""
     rows = connection.execute(
-        sa.select(_segments.slug, _overrides.effect, _overrides.expire_time, _overrides.create_time)
+        sa.select(_segments.slug, _overrides.effect, _overrides.expire_time, _overrides.create_time, _overrides.creator)
         .join_from(tables.overrides, tables.shard_segments, _segments.id == _overrides.segment_id)
         .where(_overrides.user_id == user_id, holds_now(), which)
         .order_by(_by_slug)
         .limit(limit)
     )
-    return [Override(row.slug, Effect(row.effect), row.expire_time, row.create_time) for row in rows]
+    return [Override(row.slug, Effect(row.effect), row.expire_time, row.create_time, row.creator) for row in rows]
 
 
 def _apply(connection: sa.Connection, user_id: int, changes: OverrideChanges, now: datetime) -> None:
@@ -179,16 +179,18 @@ def _apply(connection: sa.Connection, user_id: int, changes: OverrideChanges, no
     )
     if changes.put:
         connection.execute(
-            sa.insert(tables.overrides), [_row(user_id, ids[wanted.slug], wanted) for wanted in changes.put]
+            sa.insert(tables.overrides),
+            [_row(user_id, ids[wanted.slug], wanted, changes.actor) for wanted in changes.put],
         )
 
 
-def _row(user_id: int, segment_id: int, wanted: WantedOverride) -> dict[str, Any]:
+def _row(user_id: int, segment_id: int, wanted: WantedOverride, creator: str) -> dict[str, Any]:
     return {
         "user_id": user_id,
         "segment_id": segment_id,
         "effect": int(wanted.effect),
         "expire_time": wanted.expire_time,
+        "creator": creator,
     }
 
 
@@ -216,7 +218,8 @@ def _answer_of(connection: sa.Connection, user_id: int, request: RequestKey) -> 
         )
 
     answer: dict[str, Any] = row.answer
-    return UserOverrides(answer["slugs"], answer["read_time_us"], _from_json(answer["overrides"]))
+    overrides = _from_json(answer["overrides"], answer.get("creators", ()))
+    return UserOverrides(answer["slugs"], answer["read_time_us"], overrides)
 
 
 def _keep_answer(connection: sa.Connection, user_id: int, request: RequestKey, answer: UserOverrides) -> None:
@@ -232,15 +235,18 @@ def _keep_answer(connection: sa.Connection, user_id: int, request: RequestKey, a
                     [each.slug, int(each.effect), _text(each.expire_time), _text(each.create_time)]
                     for each in answer.overrides
                 ],
+                # Apart from the overrides, whose form the release before reads too.
+                "creators": [each.creator for each in answer.overrides],
             },
         )
     )
 
 
-def _from_json(rows: Sequence[Sequence[Any]]) -> list[Override]:
+def _from_json(rows: Sequence[Sequence[Any]], creators: Sequence[str]) -> list[Override]:
+    """``creators``: of the overrides, in their order; empty: the release before wrote the answer."""
     return [
-        Override(slug, Effect(effect), _time(expires), datetime.fromisoformat(created))
-        for slug, effect, expires, created in rows
+        Override(slug, Effect(effect), _time(expires), datetime.fromisoformat(created), creator)
+        for (slug, effect, expires, created), creator in zip(rows, creators or [""] * len(rows), strict=True)
     ]
 
 

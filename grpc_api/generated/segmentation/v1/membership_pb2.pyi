@@ -260,8 +260,11 @@ class Override(_message.Message):
     EFFECT_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    CREATOR_FIELD_NUMBER: _builtins.int
     slug: _builtins.str
     effect: Global___Override.Effect.ValueType
+    creator: _builtins.str
+    """Who put it there; empty where the service runs without authentication."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Holds until then; absent: for ever."""
@@ -275,10 +278,11 @@ class Override(_message.Message):
         effect: Global___Override.Effect.ValueType = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        creator: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "effect", b"effect", "expire_time", b"expire_time", "slug", b"slug"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "creator", b"creator", "effect", b"effect", "expire_time", b"expire_time", "slug", b"slug"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

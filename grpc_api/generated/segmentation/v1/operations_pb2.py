@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n segmentation/v1/operations.proto\x12\x0fsegmentation.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"+\n\x15WatchOperationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\\\n\x16WatchOperationResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x08metadata\x18\x02 \x01(\x0b\x32\".segmentation.v1.OperationMetadata\"\xa6\x04\n\x11OperationMetadata\x12\x35\n\x04kind\x18\x01 \x01(\x0e\x32\'.segmentation.v1.OperationMetadata.Kind\x12\x0c\n\x04slug\x18\x02 \x01(\t\x12\x37\n\x05state\x18\x03 \x01(\x0e\x32(.segmentation.v1.OperationMetadata.State\x12.\n\x06shards\x18\x04 \x03(\x0b\x32\x1e.segmentation.v1.ShardProgress\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0c\n\x08ROLL_OUT\x10\x01\x12\n\n\x06\x44\x45LETE\x10\x02\x12\n\n\x06\x43REATE\x10\x03\"_\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\r\n\tPREPARING\x10\x02\x12\r\n\tCOMMITTED\x10\x03\x12\x08\n\x04\x44ONE\x10\x04\x12\x0b\n\x07\x41\x42ORTED\x10\x05\"\x91\x02\n\rShardProgress\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32$.segmentation.v1.ShardProgress.State\x12\x13\n\x0b\x62locks_done\x18\x03 \x01(\x03\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\x03\x12\x13\n\x0b\x61\x64\x64\x65\x64_count\x18\x05 \x01(\x03\x12\x15\n\rremoved_count\x18\x06 \x01(\x03\"e\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07WAITING\x10\x01\x12\x0b\n\x07WORKING\x10\x02\x12\x0c\n\x08PREPARED\x10\x03\x12\x0c\n\x08\x46INISHED\x10\x04\x12\x0f\n\x0bROLLED_BACK\x10\x05\x32w\n\x10OperationService\x12\x63\n\x0eWatchOperation\x12&.segmentation.v1.WatchOperationRequest\x1a\'.segmentation.v1.WatchOperationResponse0\x01\x42J\n\x0fsegmentation.v1Z%segsvc/segmentation/v1;segmentationv1\xaa\x02\x0fSegmentation.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n segmentation/v1/operations.proto\x12\x0fsegmentation.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"+\n\x15WatchOperationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\\\n\x16WatchOperationResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x08metadata\x18\x02 \x01(\x0b\x32\".segmentation.v1.OperationMetadata\"\xb5\x04\n\x11OperationMetadata\x12\x35\n\x04kind\x18\x01 \x01(\x0e\x32\'.segmentation.v1.OperationMetadata.Kind\x12\x0c\n\x04slug\x18\x02 \x01(\t\x12\x37\n\x05state\x18\x03 \x01(\x0e\x32(.segmentation.v1.OperationMetadata.State\x12.\n\x06shards\x18\x04 \x03(\x0b\x32\x1e.segmentation.v1.ShardProgress\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\t \x01(\t\"B\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0c\n\x08ROLL_OUT\x10\x01\x12\n\n\x06\x44\x45LETE\x10\x02\x12\n\n\x06\x43REATE\x10\x03\"_\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\n\n\x06QUEUED\x10\x01\x12\r\n\tPREPARING\x10\x02\x12\r\n\tCOMMITTED\x10\x03\x12\x08\n\x04\x44ONE\x10\x04\x12\x0b\n\x07\x41\x42ORTED\x10\x05\"\x91\x02\n\rShardProgress\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32$.segmentation.v1.ShardProgress.State\x12\x13\n\x0b\x62locks_done\x18\x03 \x01(\x03\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\x03\x12\x13\n\x0b\x61\x64\x64\x65\x64_count\x18\x05 \x01(\x03\x12\x15\n\rremoved_count\x18\x06 \x01(\x03\"e\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07WAITING\x10\x01\x12\x0b\n\x07WORKING\x10\x02\x12\x0c\n\x08PREPARED\x10\x03\x12\x0c\n\x08\x46INISHED\x10\x04\x12\x0f\n\x0bROLLED_BACK\x10\x05\x32w\n\x10OperationService\x12\x63\n\x0eWatchOperation\x12&.segmentation.v1.WatchOperationRequest\x1a\'.segmentation.v1.WatchOperationResponse0\x01\x42J\n\x0fsegmentation.v1Z%segsvc/segmentation/v1;segmentationv1\xaa\x02\x0fSegmentation.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,15 +41,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHOPERATIONRESPONSE']._serialized_start=164
   _globals['_WATCHOPERATIONRESPONSE']._serialized_end=256
   _globals['_OPERATIONMETADATA']._serialized_start=259
-  _globals['_OPERATIONMETADATA']._serialized_end=809
-  _globals['_OPERATIONMETADATA_KIND']._serialized_start=646
-  _globals['_OPERATIONMETADATA_KIND']._serialized_end=712
-  _globals['_OPERATIONMETADATA_STATE']._serialized_start=714
-  _globals['_OPERATIONMETADATA_STATE']._serialized_end=809
-  _globals['_SHARDPROGRESS']._serialized_start=812
-  _globals['_SHARDPROGRESS']._serialized_end=1085
-  _globals['_SHARDPROGRESS_STATE']._serialized_start=984
-  _globals['_SHARDPROGRESS_STATE']._serialized_end=1085
-  _globals['_OPERATIONSERVICE']._serialized_start=1087
-  _globals['_OPERATIONSERVICE']._serialized_end=1206
+  _globals['_OPERATIONMETADATA']._serialized_end=824
+  _globals['_OPERATIONMETADATA_KIND']._serialized_start=661
+  _globals['_OPERATIONMETADATA_KIND']._serialized_end=727
+  _globals['_OPERATIONMETADATA_STATE']._serialized_start=729
+  _globals['_OPERATIONMETADATA_STATE']._serialized_end=824
+  _globals['_SHARDPROGRESS']._serialized_start=827
+  _globals['_SHARDPROGRESS']._serialized_end=1100
+  _globals['_SHARDPROGRESS_STATE']._serialized_start=999
+  _globals['_SHARDPROGRESS_STATE']._serialized_end=1100
+  _globals['_OPERATIONSERVICE']._serialized_start=1102
+  _globals['_OPERATIONSERVICE']._serialized_end=1221
 # @@protoc_insertion_point(module_scope)

@@ -128,9 +128,12 @@ class OperationMetadata(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     COMMIT_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
     kind: Global___OperationMetadata.Kind.ValueType
     slug: _builtins.str
     state: Global___OperationMetadata.State.ValueType
+    actor: _builtins.str
+    """The principal that asked for it; empty where the service runs without authentication."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardProgress]: ...
     @_builtins.property
@@ -152,10 +155,11 @@ class OperationMetadata(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         commit_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        actor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "end_time", b"end_time", "kind", b"kind", "shards", b"shards", "slug", b"slug", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "commit_time", b"commit_time", "create_time", b"create_time", "end_time", b"end_time", "kind", b"kind", "shards", b"shards", "slug", b"slug", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
