@@ -62,9 +62,16 @@ def connected(settings: Settings) -> Iterator[Front]:
         channel.close()
 
 
+@contextmanager
+def unidentified(settings: Settings) -> Iterator[grpc.Channel]:
+    """A channel to the front that sends no token, while the block runs. Raises Refusal as ``connected``."""
+    with _bare_channel(settings) as channel:
+        yield channel
+
+
 def is_serving(settings: Settings) -> bool:
-    """Whether the front says that it serves."""
-    channel = _channel(settings)
+    """Whether the front says that it serves; for that nobody needs a token."""
+    channel = _bare_channel(settings)
     try:
         answer = Front(channel, settings.client_timeout_s).health.Check(health_pb2.HealthCheckRequest(), timeout=2)
     except grpc.RpcError:

@@ -37,7 +37,7 @@ def doctor(json_output: Json = False) -> None:
 
 def _checks() -> Mapping[str, DoctorCheck]:
     """All checks by name. A check comes after the checks of everything that it depends on."""
-    from segsvc.cli.doctor import doubt, running, storage  # noqa: PLC0415
+    from segsvc.cli.doctor import access, doubt, running, storage  # noqa: PLC0415
 
     return {
         "databases": storage.databases,
@@ -48,6 +48,7 @@ def _checks() -> Mapping[str, DoctorCheck]:
         "broker": running.broker,
         "Kafka": running.kafka,
         "front": running.front,
+        "access": access.access,
         "workers": running.workers,
         "bridge": running.bridge,
         "Flower": running.flower,
