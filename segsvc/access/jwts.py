@@ -91,7 +91,9 @@ class Keys:
         with self._lock:
             self._remembered.pop(digest, None)
 
-    def __len__(self) -> int:
+    @property
+    def remembered_count(self) -> int:
+        """Number of tokens that are remembered."""
         return len(self._remembered)
 
     def find(self, header: Mapping[str, Any]) -> _Key:

@@ -210,7 +210,8 @@ def test_a_shard_of_the_release_before_epochs_goes_on_while_its_processes_still_
     shard = settings.shard_dsns[0]
     back_to_s0001 = (
         "DROP TABLE changed_slots, shard_epoch; ALTER TABLE applied_operations DROP COLUMN epoch; "
-        "DROP FUNCTION note_changed_slots CASCADE; UPDATE alembic_version SET version_num = 's0001'"
+        "DROP FUNCTION note_changed_slots CASCADE; ALTER TABLE overrides DROP COLUMN creator; "
+        "UPDATE alembic_version SET version_num = 's0001'"
     )
     execute(shard, back_to_s0001)
     add_fence = "INSERT INTO applied_operations (operation_id, kind) VALUES (gen_random_uuid(), 1)"
