@@ -270,20 +270,15 @@ class NativeCalls:
             passes.add(authorization)
         return True
 
-<<<<<<< HEAD
-    def _refuse(self, call: NativeCall, header: bytes | str | None, peer: str) -> bool:
-        """Refuse a call that is far too large, compressed or of another type than gRPC's. False: it is nothing of that,
-        as far as its header shows, and is not refused."""
-=======
     def _forget_passes(self, now: float) -> None:
         """Look at all tokens again: their file may have changed."""
         for passes in self._passes:
             passes.clear()
         self._passes_end = now + PASSES_S
 
-    def _refuse(self, call: NativeCall, encoding: bytes | str | None, peer: str) -> bool:
-        """Refuse a call that is compressed or far too large. False: it is neither, and is not refused."""
->>>>>>> 2887bcd (Who has made a change: in operations, overrides, the audit trail, segment events and the log; tokens are let in for a second)
+    def _refuse(self, call: NativeCall, header: bytes | str | None, peer: str) -> bool:
+        """Refuse a call that is far too large, compressed or of another type than gRPC's. False: it is nothing of that,
+        as far as its header shows, and is not refused."""
         if len(call.payload) > MESSAGE_BYTES_MAX:
             # Refusing the call is not enough: the front would go on inflating what else the connection has sent.
             cut = connections.cut(self._port, peer)
