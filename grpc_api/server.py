@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import logging
 import os
 import resource
 import signal
 import tempfile
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ from grpc_api.servicers.segments import SegmentServicer
 from grpc_api.watching import OperationWatch
 from segsvc.access.authenticator import Authenticator
 from segsvc.access.files import AccessFileError
-from segsvc.bootstrap import FrontServices, HotReads, TaskSender
+from segsvc.bootstrap import FrontServices, HotReads, TaskSender, watch_shards
 from segsvc.config import Settings, on_loopback
+from segsvc.domain.errors import ServiceError
 from segsvc.log import get_logger
 from segsvc.metrics_http import MetricsAddressError, of_role, serving
 
@@ -113,7 +115,7 @@ def serve(settings: Settings, *, make_sender: MakeSender) -> int:
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departure)
     if settings.front_processes == 1:
         return _serve_one(settings, make_sender)
-    return PreforkParent(settings.front_processes, functools.partial(_serve_one, settings, make_sender)).run()
+    return PreforkParent(settings.front_processes, partial(_serve_one, settings, make_sender)).run()
 
 
 def is_open_to_others(settings: Settings) -> bool:
@@ -183,9 +185,14 @@ class FrontProcess:
     """
 
     def __init__(self, settings: Settings, make_sender: MakeSender, index: int) -> None:
-        self._settings = settings
+        self._make_sender = make_sender
         self._index = index
-        self._services = FrontServices(settings, sender=make_sender(settings))
+        self._shards = watch_shards(settings, self._follow_shards)
+        self._settings = self._shards.settings
+        self._services = FrontServices(self._settings, sender=make_sender(self._settings))
+        self._hot: HotReads | None = None
+        self._lane: HotLane | None = None
+        self._leaving = contextlib.ExitStack()
         # Pools by the cost of calls: expensive calls must not delay cheap ones, or calls that change something.
         self._reading = self._threads_for("reading", READING_THREADS, READING_WAITING_MAX)
         self._changes = self._threads_for("changes", CHANGE_THREADS, CHANGE_WAITING_MAX)
@@ -207,6 +214,7 @@ class FrontProcess:
             ListenError: an address is in use, or not this machine's.
         """
         stack.callback(self._close_services)
+        stack.callback(self._leaving.close)
         if self._authenticator is not None:
             self._authenticator.start()
             stack.push_async_callback(asyncio.to_thread, self._authenticator.close)
@@ -234,12 +242,13 @@ class FrontProcess:
         stack.push_async_callback(_drain, server, streams)
 
         # Unwound before the server stops: calls that wait for an operation answer now, so draining is short.
-        stack.push_async_callback(asyncio.to_thread, self._services.watcher.close)
-        stack.callback(self._services.creations.close)
+        stack.push_async_callback(asyncio.to_thread, self._end_waits)
         stack.push_async_callback(monitor.stop)
 
         if native is not None:
             native.start()
+        self._shards.start()
+        stack.push_async_callback(asyncio.to_thread, self._shards.close)
         _log.info(
             "listening",
             address=self._settings.grpc_address,
@@ -264,10 +273,10 @@ class FrontProcess:
     async def _start_lane(
         self, stack: contextlib.AsyncExitStack, native: NativeGrpcFront | None, streams: NativeStreams | None
     ) -> HotLane:
-        hot = HotReads(self._settings, encode=encode_slug)
-        stack.push_async_callback(asyncio.to_thread, hot.close, LANE_DRAIN_S)
+        hot = self._hot = HotReads(self._settings, encode=encode_slug)
+        stack.push_async_callback(asyncio.to_thread, self._close_hot)
 
-        lane = HotLane(
+        lane = self._lane = HotLane(
             front=native,
             gate=self._gate,
             entries=hot.entries,
@@ -284,8 +293,65 @@ class FrontProcess:
         stack.push_async_callback(asyncio.to_thread, lane.close, LANE_DRAIN_S)
         return lane
 
+    def _follow_shards(self, settings: Settings) -> None:
+        """Serve from the doubled shards from now on. On the watch's thread; calls go on meanwhile.
+
+        A call that has begun ends with the old services, which are closed a while later. Their idle connections are
+        closed at once: the command that doubles the shards waits for that.
+        """
+        hot = HotReads(settings, encode=encode_slug)
+        with contextlib.suppress(ServiceError):  # the lane tries again, and reads from the shards meanwhile
+            hot.entries.connect()
+        services = FrontServices(settings, sender=self._make_sender(settings))
+
+        old_services, old_hot = self._services, self._hot
+        self._services, self._hot = services, hot
+        if self._lane is not None:
+            self._lane.change(
+                entries=hot.entries,
+                counts=hot.counts,
+                cold=hot.cold,
+                slugs=hot.slugs,
+                shard_count=settings.shard_count,
+            )
+
+        old_services.release()
+        if old_hot is not None:
+            old_hot.release()
+        self._close_later(old_services, old_hot)
+
+    def _end_waits(self) -> None:
+        self._services.creations.close()
+        self._services.watcher.close()
+
+    def _close_later(self, services: FrontServices, hot: HotReads | None) -> None:
+        """Close what calls may still use: after the time that calls in progress get to end, or with this process."""
+        closed = threading.Lock()
+
+        def close() -> None:
+            if not closed.acquire(blocking=False):
+                return  # the other of the two has done it
+            services.close()
+            if hot is not None:
+                hot.close(LANE_DRAIN_S)
+
+        timer = threading.Timer(DRAIN_S, close)
+        timer.daemon = True
+        self._leaving.callback(close)
+        self._leaving.callback(timer.cancel)
+        timer.start()
+
+    def _close_hot(self) -> None:
+        if self._hot is not None:
+            self._hot.close(LANE_DRAIN_S)
+
+    @property
+    def _following(self) -> Any:
+        """The services by name, looked up at each use: they are replaced when the shards have doubled."""
+        return _Following(lambda: self._services)
+
     def _make_segment_servicer(self) -> SegmentServicer:
-        services = self._services
+        services = self._following
         return SegmentServicer(
             segments=services.segments,
             statistics=services.statistics,
@@ -305,10 +371,10 @@ class FrontProcess:
 
     def _make_watch_servicer(self) -> WatchServicer:
         places = Places("watches", total=WATCHES_MAX, per_caller=WATCHES_PER_CALLER_MAX)
-        return WatchServicer(OperationWatch(self._services.operations, self._reading), places)
+        return WatchServicer(OperationWatch(self._following.operations, self._reading), places)
 
     def _make_server(self, segments: SegmentServicer, watches: WatchServicer, submit: Submit | None) -> aio.Server:
-        services = self._services
+        services = self._following
         server = aio.server(
             interceptors=[OneMessage(), *interceptors(_methods(), self._gate)],
             options=self._options(),
@@ -378,9 +444,15 @@ class FrontProcess:
             raise ListenError(str(error)) from error
 
     def _make_monitor(self) -> HealthMonitor:
-        probes = self._services.probes
+        # After a doubling these are half of the shards, which is enough to know whether any shard is alive.
         shards = range(self._settings.shard_count)
-        return HealthMonitor(self._health, probes.catalog, [functools.partial(probes.shard, shard) for shard in shards])
+        return HealthMonitor(self._health, self._probe_catalog, [partial(self._probe_shard, shard) for shard in shards])
+
+    def _probe_catalog(self, timeout_s: float) -> None:
+        self._services.probes.catalog(timeout_s)
+
+    def _probe_shard(self, shard: int, timeout_s: float) -> None:
+        self._services.probes.shard(shard, timeout_s)
 
     def _close_services(self) -> None:
         for threads in (self._reading, self._changes, self._creations, self._bulk, self._previews, self._exports):
@@ -398,6 +470,19 @@ def _tls(key: Path, chain: Path, client_ca: Path | None) -> grpc.ServerCredentia
     if client_ca is None:
         return grpc.ssl_server_credentials(pairs)
     return grpc.ssl_server_credentials(pairs, client_ca.read_bytes(), require_client_auth=True)
+
+
+class _Following:
+    """An object whose attributes are those of another one, found at each use. ``depth``: how many attributes deep."""
+
+    def __init__(self, find: Callable[[], Any], depth: int = 1) -> None:
+        self._find = find
+        self._depth = depth
+
+    def __getattr__(self, name: str) -> Any:
+        if self._depth:
+            return _Following(lambda: getattr(self._find(), name), self._depth - 1)
+        return getattr(self._find(), name)
 
 
 async def _drain(server: aio.Server, streams: NativeStreams | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from segsvc.cache.client import CacheClient
 from segsvc.cache.inspector import CacheInspector
@@ -26,10 +26,12 @@ from segsvc.postgres.catalog.maintenance import PostgresMaintainedCatalog
 from segsvc.postgres.catalog.outbox import PostgresOutboxStore
 from segsvc.postgres.catalog.segments import PostgresSegmentCatalog
 from segsvc.postgres.engine import Databases, Pool
-from segsvc.postgres.installation import moving
+from segsvc.postgres.installation import doubling, layout, moving
 from segsvc.postgres.installation.check_reads import PostgresCheckReads
+from segsvc.postgres.installation.doubling import Doubled
 from segsvc.postgres.installation.finder import find_installation
 from segsvc.postgres.installation.probes import PostgresProbes
+from segsvc.postgres.installation.relocation import refuse_while_switched, relocating
 from segsvc.postgres.shard.condition_meter import PostgresMeter
 from segsvc.postgres.shard.maintenance import PostgresMaintainedShards
 from segsvc.postgres.shard.members import PostgresMemberReader
@@ -131,6 +133,11 @@ def make_rule_costs(settings: Settings, databases: Databases) -> RuleCosts:
     )
 
 
+def watch_shards(settings: Settings, changed: Callable[[Settings], None] = lambda settings: None) -> layout.LayoutWatch:
+    """Watches which shards are in force: see ``segsvc.postgres.installation.layout.LayoutWatch``."""
+    return layout.LayoutWatch(settings, changed)
+
+
 class OperationParts:
     """The commit protocol on PostgreSQL and the cache: fronts and workers both need it."""
 
@@ -169,6 +176,7 @@ class WorkerServices:
 
     def __init__(self, settings: Settings, *, sender: TaskSender) -> None:
         # A worker process runs one task at a time; its own thread and a fan-out visit may need a connection each.
+        self.shard_count = settings.shard_count
         self.databases = Databases(settings, "worker", Pool(2))
         self.cache = make_cache(settings)
 
@@ -276,6 +284,10 @@ class HotReads:
             ),
         )
 
+    def release(self) -> None:
+        """Close the connections that no read uses. Reads go on, each with a new one."""
+        self._databases.close()
+
     def close(self, timeout_s: float) -> None:
         """End the cold reads, then everything that they use. The lane must be closed before."""
         self.cold.close(timeout_s)
@@ -336,6 +348,11 @@ class FrontServices:
             fan_out=for_creations,
         )
         self._deadlines = DeadlineKeeper(parts.coordinator, interval_s=settings.recovery_interval_s)
+
+    def release(self) -> None:
+        """Close the connections that no call uses. Calls go on, each with a new one."""
+        self._reads.close()
+        self.databases.close()
 
     def close(self) -> None:
         self._deadlines.close()
@@ -416,16 +433,40 @@ def settle_shard(settings: Settings, shard: int, other_dsn: str) -> bool:
         ServiceError: UNAVAILABLE, a database or the cache is out of reach. The shard stays closed to writes; run this
             again.
     """
-    shut = moving.fence(settings, shard, other_dsn)
+    with relocating(settings) as catalog:
+        refuse_while_switched(catalog)
+        shut = moving.fence(settings, shard, other_dsn)
+        _drop_generations(settings, [shard])
+        moving.reopen(settings, shard)
+        return shut
 
+
+def _drop_generations(settings: Settings, shards: Sequence[int]) -> None:
     cache = make_cache(settings)
     try:
-        cache.drop_generations([shard])
+        cache.drop_generations(shards)
     finally:
         cache.close()
 
-    moving.reopen(settings, shard)
-    return shut
+
+PATIENCE_S: Final = 10.0
+"""How long a doubling waits for processes to leave the old shards: they ask every half second, and events wait."""
+
+
+def double_shards(settings: Settings, progress: doubling.Progress, *, patience_s: float = PATIENCE_S) -> Doubled:
+    """Double the number of shards: see ``segsvc.postgres.installation.doubling.double``."""
+    return doubling.double(
+        settings,
+        lambda shards: _drop_generations(layout.doubled(settings), shards),
+        failpoints(settings.failpoint_dir),
+        patience_s=patience_s,
+        progress=progress,
+    )
+
+
+def undo_doubling(settings: Settings) -> bool:
+    """Give up a doubling that is not decided: see ``segsvc.postgres.installation.doubling.undo``."""
+    return doubling.undo(settings, failpoints(settings.failpoint_dir))
 
 
 class Check:

@@ -75,7 +75,11 @@ class Settings(BaseSettings):
         "postgresql+psycopg2://localhost/segsvc_catalog", description="Catalog database (segments, ledger)."
     )
     shard_dsns: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Shard databases in order, separated by spaces; their number can never change."
+        (), description="Shard databases in order, separated by spaces; `segsvc shards double` doubles their number."
+    )
+    shard_dsns_next: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="While shards are doubled: twice as many new databases, in order. The catalog says which are used.",
     )
     cache_url: str = Field(
         "redis://localhost:6380/0",
@@ -304,7 +308,7 @@ class Settings(BaseSettings):
                 raise ValueError("brokers are host:port, separated by commas")
         return value
 
-    @field_validator("shard_dsns", mode="before")
+    @field_validator("shard_dsns", "shard_dsns_next", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(value.split()) if isinstance(value, str) else value
@@ -336,7 +340,7 @@ class Settings(BaseSettings):
             raise ValueError("SEGSVC_CLUSTER must match [a-z0-9][a-z0-9-]{0,31}")
         return value
 
-    @field_validator("catalog_dsn", "shard_dsns")
+    @field_validator("catalog_dsn", "shard_dsns", "shard_dsns_next")
     @classmethod
     def _dsn(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for dsn in (value,) if isinstance(value, str) else value:
@@ -414,6 +418,14 @@ class Settings(BaseSettings):
             raise ValueError("SEGSVC_CLIENT_TLS_CERT and SEGSVC_CLIENT_TLS_KEY are set together or not at all")
         if self.grpc_tls_client_ca and not self.grpc_tls_cert:
             raise ValueError("SEGSVC_GRPC_TLS_CLIENT_CA needs SEGSVC_GRPC_TLS_CERT and SEGSVC_GRPC_TLS_KEY")
+        return self
+
+    @model_validator(mode="after")
+    def _doubled(self) -> Self:
+        # Equal lists: the doubling is over, and the second list is yet to be removed.
+        following = self.shard_dsns_next
+        if following and following != self.shard_dsns and len(following) != 2 * len(self.shard_dsns):
+            raise ValueError("SEGSVC_SHARD_DSNS_NEXT must name twice as many databases as SEGSVC_SHARD_DSNS")
         return self
 
     @model_validator(mode="after")

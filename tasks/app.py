@@ -15,11 +15,12 @@ from celery.signals import (
     worker_ready,
 )
 
-from segsvc.bootstrap import WorkerServices, installation_of
+from segsvc.bootstrap import WorkerServices, installation_of, watch_shards
 from segsvc.config import Settings, load_settings, mask
 from segsvc.domain.errors import ServiceError
 from segsvc.domain.installation import Installation
 from segsvc.log import configure_logging
+from segsvc.postgres.installation.layout import LayoutWatch
 from tasks import steps
 from tasks.broker import InstallationUnknown, use_our_transport
 from tasks.dispatcher import CeleryDispatcher
@@ -153,13 +154,35 @@ class _Process:
     """The state of this worker process: empty before the fork."""
 
     services: WorkerServices | None = None
+    watch: LayoutWatch | None = None
+    settings: Settings | None = None
 
 
 def runtime() -> WorkerServices:
-    """This worker process's services; built on first use, so always after the fork."""
+    """This worker process's services; built on first use, so always after the fork.
+
+    When the shards have doubled, the next task gets new services. A process runs one task at a time, so none is left
+    with the old ones.
+    """
+    if _Process.watch is None:
+        _Process.watch = watch_shards(load_settings(), _leave_shards)
+        _Process.watch.start()
+
+    settings = _Process.watch.settings
+    if _Process.services is not None and settings is not _Process.settings:
+        _Process.services.close()
+        _Process.services = None
     if _Process.services is None:
-        _Process.services = WorkerServices(load_settings(), sender=CeleryDispatcher(app))
+        _Process.services = WorkerServices(settings, sender=CeleryDispatcher(app))
+        _Process.settings = settings
     return _Process.services
+
+
+def _leave_shards(_settings: Settings) -> None:
+    """Close the connections that no task uses: a doubling waits until no process has one to the old shards."""
+    services = _Process.services
+    if services is not None:
+        services.databases.close()
 
 
 @worker_process_init.connect
@@ -179,6 +202,9 @@ def _freeze(**_: Any) -> None:
 
 @worker_process_shutdown.connect
 def _close(**_: Any) -> None:
+    if _Process.watch is not None:
+        _Process.watch.close()
+        _Process.watch = None
     if _Process.services is not None:
         _Process.services.close()
         _Process.services = None

@@ -16,6 +16,7 @@ from segsvc.config import load_settings
 from segsvc.domain.errors import LockTimeout, Reason, ServiceError, broker_unavailable
 from segsvc.domain.events import UserEvent, from_wire, to_wire
 from segsvc.log import get_logger
+from segsvc.services.ingestion import OtherShards
 from tasks.app import app, installation, runtime
 from tasks.broker import refused
 from tasks.outcomes import (
@@ -34,6 +35,10 @@ from tasks.queues import Queue
 
 LOCK_TIMEOUT: Final = "LOCK_TIMEOUT"
 """Why a batch must come again: an operation held the shard for longer than ``lock_timeout_s``."""
+
+OTHER_SHARDS: Final = "OTHER_SHARDS"
+"""Why a batch must come again: its sender and this worker do not know the same number of shards. While shards are
+doubled, one of them learns of it some moments before the other."""
 
 EVENTS_MARGIN_S: Final = 60
 """How much longer the broker keeps a batch's events than its task: a worker that takes the task in its last moment
@@ -86,6 +91,9 @@ def apply_events(*, shard: int, batch: str) -> dict[str, Any]:
         report = runtime().ingestion.apply_batch(shard, events)
     except LockTimeout:
         return {"retry": LOCK_TIMEOUT}
+    except OtherShards as error:
+        log.info("batch_of_other_shards", shard=shard, reason=str(error))
+        return {"retry": OTHER_SHARDS}
     except ServiceError as error:
         # The bridge gives up an event that fails often enough with INTERNAL, so no other failure may become INTERNAL.
         if error.reason is Reason.INTERNAL:

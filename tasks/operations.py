@@ -37,6 +37,10 @@ def prepare_shard(self: Task[Any, Any], *, operation_id: str, shard: int, title:
     reporter = ProgressReporter(self, UUID(operation_id), title)
     reporter(ShardProgress(shard, ShardState.WORKING))
 
+    if shard >= runtime().shard_count:
+        # Sent by a process that knows of a doubling of the shards; this one soon will. Recovery sends a new chord.
+        log.warning("shard_left_to_recovery", operation=operation_id, shard=shard, reason="OTHER_SHARDS")
+        return HEADER_RESULT
     try:
         runtime().coordinator.prepare_shard(UUID(operation_id), shard, reporter)
     except (ServiceError, LockTimeout) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Final
 
-from segsvc.bootstrap import RecoveryServices
+from segsvc.bootstrap import RecoveryServices, watch_shards
 from segsvc.config import Settings
 from segsvc.domain.errors import LockTimeout, ServiceError
 from segsvc.log import get_logger
@@ -40,14 +40,22 @@ class Recovery(threading.Thread):
 
     def run(self) -> None:
         """Thread body."""
-        services = RecoveryServices(self._settings, dispatcher=self._dispatcher)
+        watch = watch_shards(self._settings)
+        watch.start()
+        settings = watch.settings
+        services = RecoveryServices(settings, dispatcher=self._dispatcher)
         self.pulse.begins()
         try:
             while not self._stop_event.wait(self._settings.recovery_interval_s if self.pulse.has_gone_round else 0.0):
+                if watch.settings is not settings:
+                    services.close()
+                    settings = watch.settings
+                    services = RecoveryServices(settings, dispatcher=self._dispatcher)
                 self._look(services)
                 self.pulse.went_round()
         finally:
             self.pulse.waits("recovery has ended")
+            watch.close()
             services.close()
 
     @staticmethod

@@ -26,6 +26,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
 
@@ -95,6 +96,17 @@ class ReadCounts(Protocol):
         """Add reads to the counts of blocks. Raises CACHE_UNAVAILABLE."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What a lane reads with; see ``HotLane``."""
+
+    entries: Entries
+    counts: ReadCounts
+    cold: ColdReads
+    slugs: Mapping[int, bytes]
+    shard_count: int
+
+
 class HotLane:
     """The lane's thread and its housekeeping thread. Create it after the last fork of a process.
 
@@ -130,8 +142,9 @@ class HotLane:
         self._entries = entries
         self._counts = counts
         self._cold = cold
-        self._slugs = slugs.encoded
+        self._slugs: Mapping[int, bytes] = slugs.encoded
         self._shard_count = shard_count
+        self._change: _Reads | None = None
         self._closing = threading.Event()
         self._reads_lock = threading.Lock()
         self._reads: Counter[int] = Counter()
@@ -144,6 +157,13 @@ class HotLane:
         self._connect()
         self._thread.start()
         self._housekeeper.start()
+
+    def change(
+        self, *, entries: Entries, counts: ReadCounts, cold: ColdReads, slugs: SlugMap, shard_count: int
+    ) -> None:
+        """Read with these from the next turn on: the shards have doubled. What is being read by then is answered by
+        the old ones, which the caller closes some seconds later."""
+        self._change = _Reads(entries, counts, cold, slugs.encoded, shard_count)
 
     def submit(self, method: str, payload: bytes, request_id: str, deadline: float | None) -> Future[bytes]:
         """Answer a call that grpcio received. Only for a lane with ``front=None``.
@@ -185,6 +205,8 @@ class HotLane:
                 calls = self._calls.take(CALLS_MAX, wait=not batches)
                 if calls is None and not batches:
                     return
+                if self._change is not None:
+                    self._take_change(self._change)
 
                 for call in calls or ():
                     if call.batch:
@@ -204,6 +226,15 @@ class HotLane:
                 log.exception("lane_failed", request_ids=[call.request_id for call in serving])
                 for call in serving:
                     call.fail(internal_error())
+
+    def _take_change(self, change: _Reads) -> None:
+        """Between two turns, so that each turn has one view of the shards."""
+        self._change = None
+        with self._reads_lock:
+            self._entries, self._counts, self._cold = change.entries, change.counts, change.cold
+            self._slugs, self._shard_count = change.slugs, change.shard_count
+            # Blocks of the old shards say nothing about the new ones.
+            self._reads = Counter()
 
     def _in_time(self, calls: Sequence[Call]) -> list[Call]:
         """The calls whose clients will still wait for the answer; the rest are refused. Used when more calls wait than

@@ -34,6 +34,7 @@ from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.errors import KafkaError, RebalanceInProgressError
 
 from segsvc import metrics
+from segsvc.bootstrap import watch_shards
 from segsvc.bridge.batches import FAULT, Unreadable
 from segsvc.bridge.clients import make_consumer, quieten_client_log
 from segsvc.bridge.dead_letters import DeadLetters
@@ -48,6 +49,7 @@ from segsvc.domain.events import TOPICS, BadEvent, parse
 from segsvc.domain.sharding import shard_of
 from segsvc.failpoints import CrashPoints, failpoints
 from segsvc.log import get_logger
+from segsvc.postgres.installation.layout import LayoutWatch
 from tasks import watchdog
 from tasks.events import CeleryBatches
 from tasks.pulse import Pulse
@@ -409,32 +411,42 @@ class Bridge:
     def _run(self, stop: threading.Event, watch: EventWatch) -> None:
         backoff = Backoff(0.5, 5.0)
         pulse.begins()
+        shards = watch_shards(self._settings)
+        shards.start()
+        try:
+            while not stop.is_set():
+                pulse.went_round()
+                self._run_consumer(stop, watch, shards, backoff)
+        finally:
+            shards.close()
 
-        while not stop.is_set():
-            pulse.went_round()
-            dead_letters = DeadLetters(self._settings)
-            watch.dead_letter_waits = dead_letters.waits
-            consumer: BridgeConsumer | None = None
+    def _run_consumer(self, stop: threading.Event, watch: EventWatch, shards: LayoutWatch, backoff: Backoff) -> None:
+        """Run one consumer until it fails, the bridge stops, or the shards have doubled: a consumer groups events by
+        shard, so a new one takes again what the old one leaves."""
+        settings = shards.settings
+        dead_letters = DeadLetters(self._settings)
+        watch.dead_letter_waits = dead_letters.waits
+        consumer: BridgeConsumer | None = None
 
-            try:
-                consumer = BridgeConsumer(self._settings, self._batches, dead_letters, self._waits, watch, self._crash)
-                self._waits.ends(_KAFKA)
-                while not stop.is_set():
-                    consumer.step()
-                    pulse.went_round()
-                    backoff.succeeded()
-                consumer.leave()
-            except (KafkaError, OSError) as error:
-                # A consumer that failed may be in any state; a new one begins at the committed offsets.
-                self._waits.begins(_KAFKA, type(error).__name__)
-                self._after_failure(consumer, backoff, stop)
-            except Exception:
-                # A fault of ours or of the client. Beginning again loses no event. If one event could stop the bridge
-                # for good, it would stop all other events too.
-                log.exception("consumer_failed")
-                self._after_failure(consumer, backoff, stop)
-            finally:
-                dead_letters.close(timeout_s=1.0)
+        try:
+            consumer = BridgeConsumer(settings, self._batches, dead_letters, self._waits, watch, self._crash)
+            self._waits.ends(_KAFKA)
+            while not stop.is_set() and shards.settings is settings:
+                consumer.step()
+                pulse.went_round()
+                backoff.succeeded()
+            consumer.leave()
+        except (KafkaError, OSError) as error:
+            # A consumer that failed may be in any state; a new one begins at the committed offsets.
+            self._waits.begins(_KAFKA, type(error).__name__)
+            self._after_failure(consumer, backoff, stop)
+        except Exception:
+            # A fault of ours or of the client. Beginning again loses no event. If one event could stop the bridge
+            # for good, it would stop all other events too.
+            log.exception("consumer_failed")
+            self._after_failure(consumer, backoff, stop)
+        finally:
+            dead_letters.close(timeout_s=1.0)
 
     @staticmethod
     def _after_failure(consumer: BridgeConsumer | None, backoff: Backoff, stop: threading.Event) -> None:

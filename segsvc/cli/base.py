@@ -226,6 +226,15 @@ def settings_of_process() -> Settings:
     raise typer.Exit(USAGE)
 
 
+def in_force(settings: Settings) -> Settings:
+    """These settings with the shards that the catalog says are in force: see ``segsvc shards double``."""
+    if not settings.shard_dsns_next:
+        return settings  # and nothing is imported for the commands that only call the front
+    from segsvc.postgres.installation import layout  # noqa: PLC0415
+
+    return layout.in_force(settings)
+
+
 def console(*, err: bool = False) -> Console:
     """The terminal. In a pipe or a file, lines are not wrapped and cells are not cut."""
     from segsvc.cli.tables import Terminal  # noqa: PLC0415

@@ -141,23 +141,33 @@ def _layout(fields: Mapping[str, str | tuple[str, int]]) -> np.dtype[Any]:
 def copy_table(source: sa.Connection, target: sa.Connection, table: sa.Table) -> None:
     """Append all rows that the source's transaction sees to the same table of the target, without holding them in
     memory."""
-    names = [sql.Identifier(column.name) for column in table.columns]
-    what = sql.SQL("{} ({})").format(sql.Identifier(table.name), sql.SQL(", ").join(names))
+    names = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.columns)
+    copy_query(source, sql.SQL("SELECT {} FROM {}").format(names, sql.Identifier(table.name)), target, table)
+
+
+def copy_query(source: sa.Connection, query: sql.Composable, target: sa.Connection, table: sa.Table) -> None:
+    """Append the rows of a query to a table of the target, without holding them in memory.
+
+    Args:
+        query: its columns are all of the table's, in their order; with its values as psycopg2 ``Literal``s.
+    """
+    names = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.columns)
+    into = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(sql.Identifier(table.name), names)
 
     read_end, write_end = os.pipe()
     with ThreadPoolExecutor(1) as thread, os.fdopen(read_end, "rb") as rows:
-        sending = thread.submit(_send, source, what, write_end)
+        sending = thread.submit(_send, source, query, write_end)
         driver: Any = target.connection.driver_connection
         try:
             with driver.cursor() as cursor:
-                cursor.copy_expert(sql.SQL("COPY {} FROM STDIN (FORMAT binary)").format(what), rows)
+                cursor.copy_expert(into, rows)
         finally:
             rows.close()  # ends a sender whose rows are no longer read
         # Raises if sending failed. Only this shows it: the target takes a stream that broke off for a short, whole one.
         sending.result()
 
 
-def _send(source: sa.Connection, what: sql.Composable, write_end: int) -> None:
+def _send(source: sa.Connection, query: sql.Composable, write_end: int) -> None:
     driver: Any = source.connection.driver_connection
     with os.fdopen(write_end, "wb") as rows, driver.cursor() as cursor:
-        cursor.copy_expert(sql.SQL("COPY {} TO STDOUT (FORMAT binary)").format(what), rows)
+        cursor.copy_expert(sql.SQL("COPY ({}) TO STDOUT (FORMAT binary)").format(query), rows)

@@ -25,3 +25,6 @@ MIGRATION_LOCK: Final = 0x5E65_0005
 
 ACCEPT_LOCK: Final = 0x5E65_0006
 """Of the catalog: under it, operations enter the queue, so that their bound holds and they appear in their order."""
+
+MOVE_LOCK: Final = 0x5E65_0007
+"""Of the catalog: a command that moves shards or doubles their number holds it for as long as it runs."""

@@ -51,10 +51,11 @@ installation = sa.Table(
     "installation",
     catalog,
     sa.Column("cluster", sa.Text, primary_key=True, comment="name in every gid"),
-    sa.Column("shard_count", sa.Integer, nullable=False, comment="fixed for ever"),
+    sa.Column("shard_count", sa.Integer, nullable=False, comment="in force; `segsvc shards double` doubles it"),
     sa.Column("id", UUID(as_uuid=True), nullable=False, server_default=sa.func.gen_random_uuid()),
     sa.Column("founded", _TIME, server_default=sa.func.now(), comment="null: not every shard is set up yet"),
     sa.Column("recovery_time", _TIME, comment="when recovery last looked at everything, give or take 5 s"),
+    sa.Column("switch_time", _TIME, comment="since then shards are doubled, and no operation starts; null: no"),
 )
 
 segment_id_seq = sa.Sequence("segment_id_seq", metadata=catalog)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from segsvc.domain.errors import shard_unavailable
 from segsvc.domain.paging import decode_token, encode_token
 from segsvc.domain.segment import Segment
 from segsvc.domain.statistics import MemberPage
@@ -34,11 +35,13 @@ class ExportCursor:
     """How far an export is.
 
     Attributes:
+        shard_count: number of shards when it began.
         shard: the shard where it goes on; the number of shards: it is at its end.
         after_slot: the last slot of that shard that is done.
     """
 
     segment: Segment
+    shard_count: int
     shard: int = 0
     after_slot: int = BEFORE_FIRST_SLOT
 
@@ -70,13 +73,13 @@ class ExportService:
 
         Raises:
             ServiceError: SEGMENT_NOT_FOUND, FIELD_REQUIRED, FIELD_INVALID, PAGE_TOKEN_INVALID (also for a token of
-                an earlier segment with the same slug), CATALOG_UNAVAILABLE.
+                an earlier segment with the same slug, or from before the shards doubled), CATALOG_UNAVAILABLE.
         """
         segment = self._segments.get(slug, timeout_s=timeout_s)
         if not resume_token:
-            return ExportCursor(segment)
-        shard, after_slot = decode_token(_scope(segment), resume_token, "resume_token")
-        return ExportCursor(segment, shard, after_slot)
+            return ExportCursor(segment, self._reader.shard_count)
+        shard, after_slot = decode_token(self._scope(segment), resume_token, "resume_token")
+        return ExportCursor(segment, self._reader.shard_count, shard, after_slot)
 
     def next(self, cursor: ExportCursor, *, timeout_s: float | None = None) -> tuple[ExportBatch, ExportCursor] | None:
         """The next batch, never an empty one, and where to go on. None: there are no more members.
@@ -85,6 +88,10 @@ class ExportService:
             ServiceError: SEGMENT_NOT_FOUND if the segment was deleted meanwhile, SHARD_UNAVAILABLE,
                 CATALOG_UNAVAILABLE, DEADLINE_EXCEEDED. The same cursor may be tried again.
         """
+        if cursor.shard_count != self._reader.shard_count:
+            # The shards have doubled since. Its place says nothing of where its users are now; nor does a token.
+            raise shard_unavailable(cursor.shard)
+
         while cursor.shard < self._reader.shard_count:
             page = self._reader.members(
                 cursor.shard, cursor.segment.id, cursor.after_slot, BATCH_USERS_MAX, timeout_s=timeout_s
@@ -95,10 +102,10 @@ class ExportService:
             done = replace(cursor, after_slot=page.last_slot)
             cursor = replace(cursor, shard=cursor.shard + 1, after_slot=BEFORE_FIRST_SLOT) if page.exhausted else done
             if page.user_ids:
-                token = encode_token(_scope(done.segment), [done.shard, done.after_slot])
+                token = encode_token(self._scope(done.segment), [done.shard, done.after_slot])
                 return ExportBatch(page.user_ids, token), cursor
         return None
 
-
-def _scope(segment: Segment) -> str:
-    return f"export {segment.uid}"
+    def _scope(self, segment: Segment) -> str:
+        """What a token is for: a place among so many shards is none among twice as many."""
+        return f"export {segment.uid} of {self._reader.shard_count}"

@@ -103,6 +103,10 @@ class CacheInvalidation(Protocol):
         """
 
 
+class OtherShards(ValueError):
+    """The sender of a batch and this process do not count the same number of shards; the text shows where."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchReport:
     """How a batch ended.
@@ -134,12 +138,12 @@ class Ingestion:
         Raises:
             LockTimeout, ServiceError: the batch could not be applied now. Part of it may have been applied; send the
                 whole batch again or, after DEADLINE_EXCEEDED, in smaller batches.
-            ValueError: an event belongs to another shard.
+            OtherShards: an event belongs to another shard, as this process counts them; nothing was applied.
         """
         shard_count = self._users.shard_count
         for event in events:
             if shard_of(event.user_id, shard_count) != shard:
-                raise ValueError(f"an event of user {event.user_id} was sent to shard {shard}")
+                raise OtherShards(f"an event of user {event.user_id} was sent to shard {shard} of {shard_count}")
 
         applied = 0
         dead: list[tuple[int, str]] = []

@@ -324,7 +324,7 @@ def test_another_number_of_shards_is_refused(settings: Settings) -> None:
     found = refusal(changed(settings, shard_dsns=settings.shard_dsns[:2])).splitlines()
     assert found[0] == (
         "the catalog: it was founded with 3 shards, and SEGSVC_SHARD_DSNS names 2; "
-        "name them all, in their order: their number is fixed for ever"
+        "name them all, in their order; only `segsvc shards double` changes their number"
     )
     assert len(found) == 3
 

@@ -26,6 +26,8 @@ def test_how_often_a_shard_is_tried(monkeypatch: pytest.MonkeyPatch, error: Exce
     tried: list[int] = []
 
     class Services:
+        shard_count = 2
+
         class coordinator:  # noqa: N801
             @staticmethod
             def prepare_shard(_operation_id: Any, shard: int, _on_progress: Any) -> None:

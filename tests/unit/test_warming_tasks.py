@@ -14,9 +14,14 @@ DSN = "postgresql+psycopg2://nowhere/shard"
 
 
 def test_one_task_a_shard_which_expires_when_the_next_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(_env_file=None, shard_dsns=(DSN,) * 3, warm_interval_s=2.5)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None, shard_dsns=(DSN,), warm_interval_s=2.5)  # type: ignore[call-arg]
     sent: list[dict[str, Any]] = []
+
+    class Services:
+        shard_count = 3  # in force; a doubling may have begun since the settings were read
+
     monkeypatch.setattr(tasks.warming, "load_settings", lambda: settings)
+    monkeypatch.setattr(tasks.warming, "runtime", Services)
     monkeypatch.setattr(tasks.warming.warm_shard, "apply_async", lambda **options: sent.append(options))
     tasks.warming.warm_all()
     assert sent == [{"kwargs": {"shard": shard}, "expires": 2.5} for shard in range(3)]
@@ -27,6 +32,8 @@ def test_outage_is_left_to_the_next_run(monkeypatch: pytest.MonkeyPatch, error: 
     warmed: list[int] = []
 
     class Services:
+        shard_count = 2
+
         class warming:  # noqa: N801
             @staticmethod
             def warm_shard(shard: int) -> None:
@@ -35,4 +42,5 @@ def test_outage_is_left_to_the_next_run(monkeypatch: pytest.MonkeyPatch, error: 
 
     monkeypatch.setattr(tasks.warming, "runtime", Services)
     tasks.warming.warm_shard(shard=1)
+    tasks.warming.warm_shard(shard=2)  # of a process that knows more shards
     assert warmed == [1]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segsvc.cli.base import FAILED, Json, Refusal, bar, console, plain, print_json, settings_of_process
+from segsvc.cli.base import FAILED, Json, Refusal, bar, console, in_force, plain, print_json, settings_of_process
 
 if TYPE_CHECKING:
     from segsvc.services.check.report import Report
@@ -24,7 +24,7 @@ def check(
     from segsvc.cli.startup import verified  # noqa: PLC0415
     from segsvc.domain.errors import ServiceError  # noqa: PLC0415
 
-    settings = settings_of_process()
+    settings = in_force(settings_of_process())
     # A check of the wrong databases proves nothing. A database that cannot be reached makes the check fail later.
     verified(settings)
     try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from segsvc.cli.base import FAILED, Json, bar, console, plain, print_json, settings_of_process, wrapped
+from segsvc.cli.base import FAILED, Json, bar, console, in_force, plain, print_json, settings_of_process, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ def doctor(json_output: Json = False) -> None:
     """Check every dependency and process, and say what to do about each problem. Exit code 1 if there is one."""
     from segsvc.cli.doctor.items import Result  # noqa: PLC0415
 
-    settings = settings_of_process()
+    settings = in_force(settings_of_process())
     results: list[Result] = []
     with bar("checking", hidden=json_output) as shown:
         checks = _checks()

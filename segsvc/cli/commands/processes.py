@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from segsvc.cli.base import FAILED, Refusal, settings_of_process
+from segsvc.cli.base import FAILED, Refusal, in_force, settings_of_process
 from tasks.queues import Queue
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def serve() -> None:
     from segsvc.cli.startup import start_process  # noqa: PLC0415
 
     settings = settings_of_process()
-    start_process(settings)
+    start_process(in_force(settings))
     code = serve_front(settings, make_sender=_sender)
     if code:
         raise typer.Exit(FAILED)
@@ -64,7 +64,7 @@ def worker(queue: Annotated[Queue, typer.Option(help="The queue that the worker 
     if queue is Queue.WARMING:
         os.nice(WARMING_NICENESS)
     with _worker_metrics(settings, metrics_address, queue):
-        start_process(settings)
+        start_process(in_force(settings))
         _celery(
             "worker",
             f"--queues={queue.value}",
@@ -127,7 +127,7 @@ def beat() -> None:
     from segsvc.cli.startup import start_process  # noqa: PLC0415
 
     settings = settings_of_process()
-    start_process(settings)
+    start_process(in_force(settings))
     from tasks.beat import Beat  # noqa: PLC0415
 
     process = Beat(settings)
@@ -142,7 +142,7 @@ def bridge() -> None:
 
     settings = settings_of_process()
     with _serving(settings, settings.bridge_metrics_address, "bridge", pulse.complaint):
-        start_process(settings)
+        start_process(in_force(settings))
         run_bridge(settings)
 
 

@@ -7,7 +7,18 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from segsvc.cli.base import FAILED, Json, Refusal, bar, complain, console, print_json, settings_of_process, table
+from segsvc.cli.base import (
+    FAILED,
+    Json,
+    Refusal,
+    bar,
+    complain,
+    console,
+    in_force,
+    print_json,
+    settings_of_process,
+    table,
+)
 from segsvc.cli.local_stack import local_stack_available
 
 PANEL: Final = "Installation"
@@ -79,7 +90,7 @@ def migrate(
     from segsvc.postgres.installation.migrate import Migrated, MigrationError  # noqa: PLC0415
     from segsvc.postgres.installation.migrate import migrate as run  # noqa: PLC0415
 
-    settings = settings_of_process()
+    settings = in_force(settings_of_process())
     with bar("migrating", hidden=json_output) as shown_bar:
 
         def show_progress(step: Migrated) -> None:

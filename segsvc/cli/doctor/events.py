@@ -26,7 +26,7 @@ _WATCH_STEP_S: Final = 0.25
 _READ_S: Final = 3.0
 TRANSACTION_MAX_S: Final = 60.0
 """How long a producer's transaction may be open by default (``transaction.timeout.ms``)."""
-_PASSING: Final = frozenset({"LOCK_TIMEOUT", "BATCH_LOST"})
+_PASSING: Final = frozenset({"LOCK_TIMEOUT", "BATCH_LOST", "OTHER_SHARDS"})
 """Reasons to wait that usually pass within seconds."""
 _PLACES_MAX: Final = 5
 _RUNBOOK: Final = "operations.md#events-do-not-arrive"

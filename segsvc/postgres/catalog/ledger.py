@@ -102,7 +102,7 @@ class PostgresLedger(PostgresAcceptance):
     """The operations of one catalog.
 
     Args:
-        shard_count: votes that a decision needs.
+        shard_count: shards that this process knows; it starts operations only while these are all there are.
         deadline_s: how long an operation may be PREPARING.
         quiet_s: how long a PREPARING operation may show no sign of life before its tasks are sent again.
         queue: how many operations may wait.
@@ -131,11 +131,13 @@ class PostgresLedger(PostgresAcceptance):
     def start_next(self) -> Operation | None:
         """Move the next operation of the queue to PREPARING. Operations that are no longer valid become ABORTED first.
 
-        None: the queue is empty, or an operation is in flight.
+        None: the queue is empty, an operation is in flight, or the shards are being doubled.
         """
         while True:
             try:
                 with self._databases.catalog_tx() as connection:
+                    if not _may_start(connection, self._shard_count):
+                        return None
                     dequeued = _start_next(connection, self._deadline_s, self._cost_limits)
             except exc.IntegrityError as error:
                 if sqlstate(error) != UNIQUE_VIOLATION:
@@ -196,7 +198,9 @@ class PostgresLedger(PostgresAcceptance):
                 operation = select_operation(connection, operation_id, lock=True)
                 if operation is None or operation.state is not OperationState.PREPARING:
                     return Answer.REFUSED
-                if len(operation.votes) < self._shard_count:
+                # The number that the catalog knows, not the one of this process: a process that has missed the doubling
+                # of the shards would decide with half of the votes. While an operation is in flight it is fixed.
+                if len(operation.votes) < connection.execute(_SELECT_SHARD_COUNT).scalar_one():
                     return Answer.REFUSED
 
                 if not _commit(connection, operation):
@@ -317,6 +321,13 @@ class PostgresLedger(PostgresAcceptance):
             connection.execute(_PUT_PROGRESS, values)
 
 
+_SELECT_SHARD_COUNT: Final = sa.select(tables.installation.c.shard_count)
+# A doubling of the shards locks the row before it reads which operations are in flight: so it waits for a start that
+# has read the row before, and a later start reads that the shards are being doubled.
+_SELECT_LAYOUT: Final = sa.select(tables.installation.c.shard_count, tables.installation.c.switch_time).with_for_update(
+    read=True, key_share=True
+)
+
 # -- statements of a start --------------------------------------------------------------------------------------------
 
 
@@ -369,6 +380,12 @@ def _select_next() -> sa.Select[tuple[Any, Any]]:
 
 
 _SELECT_NEXT: Final = _select_next()
+
+
+def _may_start(connection: sa.Connection, shard_count: int) -> bool:
+    """Whether an operation may start now, in a process that knows this many shards."""
+    layout = connection.execute(_SELECT_LAYOUT).one()
+    return layout.switch_time is None and layout.shard_count == shard_count
 
 
 def _start_next(connection: sa.Connection, deadline_s: float, limits: CostLimits) -> _Dequeued | None:

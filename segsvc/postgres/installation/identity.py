@@ -110,6 +110,7 @@ class Seen:
         identity: None: it has none yet.
         founded: of a shard: it has an identity; of a catalog: all shards have theirs.
         retired: since when the shard goes on in another database, and the data here are old; None: it does not.
+        switched: of a catalog: since when its shards are being doubled; None: they are not.
         closed: writes are refused, because it is being moved.
         prepared_max: ``max_prepared_transactions`` of the server.
         nature: encoding, version and settings.
@@ -122,6 +123,7 @@ class Seen:
     identity: Identity | None
     founded: bool
     retired: str | None
+    switched: str | None
     closed: bool
     prepared_max: int
     nature: Nature
@@ -190,6 +192,7 @@ def read(connection: sa.Connection) -> Seen:
         identity=about.identity,
         founded=about.founded,
         retired=about.retired,
+        switched=about.switched,
         closed=server.closed,
         prepared_max=server.prepared_max,
         nature=read_nature(connection),
@@ -203,14 +206,23 @@ class _About:
     identity: Identity | None = None
     founded: bool = False
     retired: str | None = None
+    switched: str | None = None
 
 
 def _about(connection: sa.Connection, names: set[str]) -> _About:
     if tables.installation.name in names:
         of = tables.installation.c
-        row = connection.execute(sa.select(of.cluster, of.shard_count, of.id, of.founded)).one_or_none()
+        columns = [of.cluster, of.shard_count, of.id, of.founded]
+        # The catalog of an earlier release, which is yet to be migrated, lacks it.
+        known = {column["name"] for column in sa.inspect(connection).get_columns(tables.installation.name)}
+        row = connection.execute(
+            sa.select(*columns, of.switch_time if of.switch_time.name in known else sa.null().label("switch_time"))
+        ).one_or_none()
         if row:
-            return _About(Identity(row.cluster, row.shard_count, row.id), founded=row.founded is not None)
+            switched = row.switch_time.isoformat(timespec="seconds") if row.switch_time else None
+            return _About(
+                Identity(row.cluster, row.shard_count, row.id), founded=row.founded is not None, switched=switched
+            )
 
     if tables.shard_state.name in names:
         state = tables.shard_state.c
@@ -276,7 +288,7 @@ def _foreign(settings: Settings, seen: Mapping[Database, Seen]) -> Iterator[Find
             yield Finding(
                 database.name,
                 f"it was founded with {found.shard_count} shards, and SEGSVC_SHARD_DSNS names {settings.shard_count}",
-                "name them all, in their order: their number is fixed for ever",
+                "name them all, in their order; only `segsvc shards double` changes their number",
             )
 
 
@@ -345,7 +357,17 @@ def unfit(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
 
 
 def closed(seen: Mapping[Database, Seen]) -> Iterator[Finding]:
-    """Databases that refuse writes: they are being moved, or a move was interrupted."""
+    """Databases that refuse writes: they are being moved or doubled, or that was interrupted."""
+    switched = next((what.switched for what in seen.values() if what.switched is not None), None)
+    if switched is not None:
+        yield Finding(
+            "the catalog",
+            f"since {switched} the shards are being doubled: no operation starts, and writes may be refused",
+            "if no `segsvc shards double` runs, run it again, or with --undo",
+            outage=True,
+        )
+        return
+
     for database, what in seen.items():
         if what.closed:
             yield Finding(

@@ -127,9 +127,7 @@ def migrate(
 
 def _refuse_unless_right(settings: Settings, databases: tuple[Database, ...]) -> None:
     if not settings.shard_dsns:
-        raise MigrationError(
-            [Finding("the shards", "SEGSVC_SHARD_DSNS names none", "name at least one: their number is fixed for ever")]
-        )
+        raise MigrationError([Finding("the shards", "SEGSVC_SHARD_DSNS names none", "name at least one")])
     seen, unreachable = _look_at(databases)
     found = [*unreachable, *_wrong(settings, seen), *identity.unfit(seen), *identity.closed(seen)]
     if found:
