@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from kafka import KafkaProducer
@@ -63,6 +66,48 @@ def test_the_doctor_finds_nothing_wrong(segsvc: Segsvc) -> None:
     results = shown(segsvc, "doctor")
     assert [result["name"] for result in results if not result["ok"]] == []
     assert {"bridge", "Flower", "workers", "front"} <= {result["name"] for result in results}
+
+
+def test_the_stacks_own_token_is_a_secret(segsvc: Segsvc, stack: LocalStack) -> None:
+    settings, config = stack.settings, shown(segsvc, "config")
+    file = Path(config["SEGSVC_TOKEN_FILE"])
+    assert file == settings.token_file
+    assert file.stat().st_mode & 0o077 == 0
+    token = file.read_text().strip()
+    segsvc("segments", "create", "with-a-token")
+    shown(segsvc, "segments", "rollout", "with-a-token", "--percent", "10")
+    segsvc("segments", "delete", "with-a-token", "--yes")
+
+    password = base64.b64encode(f"{settings.flower_user}:{settings.flower_password}".encode()).decode()
+    tasks = Request(  # of the local stack
+        f"http://{settings.flower_address}/api/tasks", headers={"Authorization": f"Basic {password}"}
+    )
+    places = {
+        "config": json.dumps(config),
+        "metrics": urlopen(f"http://{settings.metrics_address}/metrics", timeout=10).read().decode(),
+        "Flower": urlopen(tasks, timeout=10).read().decode(),  # noqa: S310
+        **{log.name: log.read_text(errors="replace") for log in stack.logs.glob("*.log")},
+    }
+    for name in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            places[str(name)] = name.read_text(errors="replace")
+    assert "with-a-token" in places["Flower"]
+    assert [place for place, text in places.items() if token in text] == []
+    assert any("local-admin" in text for text in places.values()), "the log of a change names who made it"
+
+
+def test_without_a_token_commands_are_refused(segsvc: Segsvc, stack: LocalStack) -> None:
+    environment = {**os.environ, "SEGSVC_ENV_FILE": str(stack.env_file), "SEGSVC_TOKEN_FILE": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "segsvc", "segments", "list"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("UNAUTHENTICATED")
 
 
 def test_segments_are_completed_by_the_shell(segsvc: Segsvc, stack: LocalStack) -> None:
