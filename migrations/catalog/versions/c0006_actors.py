@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "c0005"
-down_revision = "c0004"
+revision = "c0006"
+down_revision = "c0005"
 
 
 def upgrade() -> None:
