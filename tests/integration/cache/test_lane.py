@@ -213,6 +213,28 @@ def test_bulk_change_is_seen_when_it_is_done(world: World, lane: Lane) -> None:
     assert lane.segments(5) == ["beta", "ramp"]
 
 
+def test_bulk_change_leaves_the_cache_hot(world: World, lane: Lane) -> None:
+    """Single reads and batches are hits with the new lists. The segment is created meanwhile, so the first read of a
+    member learns its slug from the shard."""
+    users = list(range(1, 21))
+    for user in users:
+        lane.segments(user)
+    eventually(lambda: world.is_cached(*users))
+
+    segment = world.add_segment("ramp", range(10, 21))
+    world.publish(world.bulk_change(segment, range(10, 21)))
+    assert lane.segments(10) == ["ramp"]
+    eventually(lambda: world.is_cached(10))
+
+    hits = reads("hit")
+    for user in (4, 5, 9, 11):
+        expected = ["alpha"] * (user == 4) + ["beta"] * (user in (4, 5)) + ["ramp"] * (user >= 10)
+        assert lane.segments(user) == expected
+    answered = [list(result.user_segments.slugs) for result in lane.batch(users).results]
+    assert answered == [lane.segments(user) for user in users]
+    assert reads("hit") - hits == 4 + 2 * len(users)
+
+
 def test_change_of_one_user_is_seen_when_it_is_acknowledged(world: World, lane: Lane) -> None:
     lane.segments(4)
     eventually(lambda: world.is_cached(4))
