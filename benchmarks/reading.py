@@ -50,7 +50,6 @@ def front(world: World, settings: Settings, *, name: str = "front", processes: i
             "grpc_address": address,
             "front_processes": processes,
             "metrics_address": "",
-            "cache_url": world.cache.url,
         }
     )
     with world.process(name, "-m", "segsvc", "serve", settings=own, ready=lambda: answers(address)) as pid:
