@@ -59,6 +59,8 @@ WINDOW_S = 1.0
 SAMPLED = 20
 """One user in so many is looked up to see whether the cache is warm."""
 ROLLOUTS_WEIGHED = 5
+SETTLED_BYTES = 1000
+"""In half a second: less than any change of a user or of a segment sends to the cache."""
 PATCHES = 8
 
 
@@ -253,26 +255,35 @@ def _weigh(bench: Bench) -> float:
     bench.await_warm()
     with redis.Redis.from_url(bench.settings.cache_url) as client:
 
-        def received(rollouts: int) -> int:
-            ended = threading.Event()
-            done, threads = bench.beside(ended, rollouts=False)
-            before = client.info("stats")["total_net_input_bytes"]
-            begun = time.monotonic()
+        def settled() -> int:
+            """What the server has received, once it receives next to nothing any more."""
+            before = 0
+            while True:
+                now = int(client.info("stats")["total_net_input_bytes"])
+                if now - before < SETTLED_BYTES:
+                    return now
+                before = now
+                time.sleep(0.5)
+
+        def received(*, rollouts: bool) -> int:
             with bench.without_warmer():
+                before = settled()
+                ended = threading.Event()
+                done, threads = bench.beside(ended, rollouts=False)
+                begun = time.monotonic()
                 for number in range(ROLLOUTS_WEIGHED):
                     if rollouts:
                         bench.roll_out_next()
                     time.sleep(max(0.0, begun + (number + 1) * ROLLOUT_EVERY_S - time.monotonic()))
-                grown = int(client.info("stats")["total_net_input_bytes"]) - int(before)
-            ended.set()
-            for thread in threads:
-                thread.join()
-            if done.errors:
-                raise done.errors[0]
-            return grown
+                ended.set()
+                for thread in threads:
+                    thread.join()
+                if done.errors:
+                    raise done.errors[0]
+                return settled() - before
 
-        without = [received(0) for _ in range(ROUNDS)]
-        along = [received(ROLLOUTS_WEIGHED) for _ in range(ROUNDS)]
+        without = [received(rollouts=False) for _ in range(ROUNDS)]
+        along = [received(rollouts=True) for _ in range(ROUNDS)]
     return (statistics.median(along) - statistics.median(without)) / ROLLOUTS_WEIGHED
 
 
