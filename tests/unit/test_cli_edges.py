@@ -56,6 +56,7 @@ ARGUMENTS: dict[str, list[list[str]]] = {
     "operations cancel": [[UID]],
     "events dead list": [[]], "events dead show": [["x"], ["create-user/0/" + "9" * 50]], "events dead retry": [["x"]],
     "events dead dismiss": [["x"], []], "events lost list": [[]], "events lost acknowledge": [["9" * 30], ["x"], []],
+    "shards double": [[], ["--dry-run", "--json"], ["--undo"], ["--undo", "--dry-run"]],
     "shards copy": [["0", "--to", DSN]], "shards settle": [["0", "--fence", DSN]],
 }  # fmt: skip
 
