@@ -6,8 +6,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "c0006"
-down_revision = "c0005"
+revision = "c0005"
+down_revision = "c0004"
 
 
 def upgrade() -> None:
