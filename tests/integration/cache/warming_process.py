@@ -48,8 +48,8 @@ def hold(services: WorkerServices, shard: int) -> None:
     cache = services.warming._cache
     acquire: Callable[..., Any] = cache.acquire
 
-    def acquire_and_wait(*arguments: Any) -> Any:
-        grant = acquire(*arguments)
+    def acquire_and_wait(*arguments: Any, **named: Any) -> Any:
+        grant = acquire(*arguments, **named)
         cache.acquire = acquire  # type: ignore[method-assign]
         say(holds=shard)
         sys.stdin.readline()
