@@ -30,7 +30,8 @@ class Roles:
     """The names of an installation's group roles.
 
     Attributes:
-        change: reads and writes rows. It can change no table, and not the tables of ``_OF_THE_MIGRATOR``.
+        change: reads and writes rows. It can change no table, and of the tables of ``_OF_THE_MIGRATOR``
+            only recovery's time.
         read: reads rows.
     """
 
@@ -90,6 +91,9 @@ def grant(connection: sa.Connection, where: str, roles: Roles) -> Finding | None
 
     for table in set(_OF_THE_MIGRATOR) & set(sa.inspect(connection).get_table_names(_SCHEMA)):
         connection.exec_driver_sql(f"REVOKE INSERT, UPDATE, DELETE ON {quoted(table)} FROM {change}")
+        if table == "installation":
+            # Recovery notes its time there; and a start locks the row, which takes the right to update a column of it.
+            connection.exec_driver_sql(f"GRANT UPDATE (recovery_time) ON {quoted(table)} TO {change}")
 
     # A GRANT of what this login may not grant is only a warning.
     allowed = sa.text(
