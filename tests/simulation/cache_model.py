@@ -13,10 +13,12 @@ The simulation runs the real code; after each of its steps, what the cache holds
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from tests.simulation.model_search import search
+from tests.simulation.model_search import stuck as find_stuck
 
 DEAD = -1
 """Owner of a lease or bar whose process never comes back for it."""
@@ -303,53 +305,21 @@ def _first(bounds: Bounds) -> State:
 
 def explore(rules: Rules, bounds: Bounds | None = None) -> Verdict:
     """Visit every state that can be reached, breadth first, until an answer is too old."""
-    bounds = bounds or Bounds()
-    first = _first(bounds)
-    came_from: dict[State, State | None] = {first: None}
-    frontier = deque([first])
-
-    while frontier:
-        state = frontier.popleft()
-        for after in (*steps(state, rules, bounds), *_losses(state, bounds)):
-            if after in came_from:
-                continue
-            came_from[after] = state
-            if after.stale:
-                return Verdict(len(came_from), tuple(_way_to(after, came_from)), frozenset())
-            frontier.append(after)
-
-    return Verdict(len(came_from), (), frozenset(state.sight for state in came_from))
-
-
-def _way_to(state: State, came_from: dict[State, State | None]) -> list[State]:
-    way = [state]
-    while (before := came_from[way[0]]) is not None:
-        way.insert(0, before)
-    return way
+    limits = bounds or Bounds()
+    found = search(
+        _first(limits),
+        lambda state: (*steps(state, rules, limits), *_losses(state, limits)),
+        lambda state: state.stale,
+    )
+    sights = frozenset(state.sight for state in found.reached) if not found.trace else frozenset()
+    return Verdict(found.states, found.trace, sights)
 
 
 def stuck(rules: Rules, bounds: Bounds) -> State | None:
     """A state from which the user is never a hit again unless a key is lost; None if no such state exists."""
-    came_from: dict[State, list[State]] = defaultdict(list)
-    reached = {_first(bounds)}
-    frontier = list(reached)
-
-    while frontier:
-        state = frontier.pop()
-        following = list(steps(state, rules, bounds))
-        for after in following:
-            came_from[after].append(state)
-        for after in (*following, *_losses(state, bounds)):
-            if after not in reached:
-                reached.add(after)
-                frontier.append(after)
-
-    hopeful = [state for state in reached if state.answer is not None]
-    not_stuck = set(hopeful)
-    while hopeful:
-        for before in came_from[hopeful.pop()]:
-            if before not in not_stuck:
-                not_stuck.add(before)
-                hopeful.append(before)
-
-    return next(iter(reached - not_stuck), None)
+    return find_stuck(
+        _first(bounds),
+        lambda state: steps(state, rules, bounds),
+        lambda state: _losses(state, bounds),
+        lambda state: state.answer is not None,
+    )
