@@ -40,6 +40,7 @@ class Faults:
             "kill bridge": lambda: self._kill("bridge"),
             "kill front": lambda: self._kill("serve"),
             "flush cache": lambda: self._flush(self._stack.settings.cache_url),
+            "lose patches": self._lose_patches,
             "flush broker": lambda: self._flush(self._stack.settings.broker_url),
             "restart cache": lambda: self._restart_redis("cache"),
             "restart broker": lambda: self._restart_redis("broker"),
@@ -109,6 +110,13 @@ class Faults:
     def _flush(self, url: str) -> bool:
         with redis.Redis.from_url(url) as server:
             return bool(server.flushall())
+
+    def _lose_patches(self) -> bool:
+        """Lose half of the cache's lists of patches and of their chunks, as if they had been evicted."""
+        with redis.Redis.from_url(self._stack.settings.cache_url) as server:
+            keys = [key for pattern in ("*:p", "*:c:*") for key in server.scan_iter(pattern, count=10_000)]
+            lost = self._random.sample(sorted(keys), (len(keys) + 1) // 2)
+            return bool(lost) and bool(server.delete(*lost))
 
     def _redis(self, name: str) -> RedisServer:
         settings = self._stack.settings

@@ -1,7 +1,9 @@
 """Which values were true at which time, as far as the writers know; and which answers a read at that time may give.
 
-A change is true at some moment between its begin (before it was sent) and its end (after it was acknowledged). So a
-read may see every value whose change overlaps it, and the newest value acknowledged before it began, but no other.
+A change is true at some moment between its begin (before it was sent) and its end (after it was acknowledged). A list
+is right if it is the whole truth of one moment of its read: one version of the user, and for each segment a rule and an
+override, all of which may have been true at that moment. Moments before the read add nothing: what they show beyond
+acknowledged changes may be true at the beginning of the read as well.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from segsvc.domain.bucketing import bucket
 from tests.service_model import CONDITIONS, attributes_of
@@ -55,6 +57,11 @@ class Timeline(Generic[T]):
             changes = list(self._changes)
         settled = max(n for n, change in enumerate(changes) if change.end < begin or n == 0)
         return [change.value for change in changes[settled:] if change.begin <= end]
+
+    def begins(self, begin: float, end: float) -> list[float]:
+        """Begins of changes in this time, the first moment left out."""
+        with self._lock:
+            return [change.begin for change in self._changes if begin < change.begin <= end]
 
     def open_since(self) -> float:
         """Begin of the oldest change that is not acknowledged; infinite if every change is."""
@@ -103,7 +110,23 @@ class History:
         Args:
             answer: the slugs; None means that the user was not found.
         """
-        versions = self.users[user_id].possible(begin, end)
+        reasons = []
+        for moment in self._moments(user_id, begin, end):
+            reason = self._wrong_at(user_id, answer, moment)
+            if not reason:
+                return ""
+            reasons.append(f"at {moment:.3f} {reason}")
+        return "; ".join(reasons)
+
+    def _moments(self, user_id: int, begin: float, end: float) -> list[float]:
+        """The moments of a read that can differ in what may be true: between two of them changes only end."""
+        timelines: list[Timeline[Any]] = [self.users[user_id], *self.rules.values()]
+        timelines += [own for slug in self.rules if (own := self.overrides.get((user_id, slug)))]
+        return sorted({begin, *(moment for timeline in timelines for moment in timeline.begins(begin, end))})
+
+    def _wrong_at(self, user_id: int, answer: frozenset[str] | None, moment: float) -> str:
+        """Return why an answer cannot be the truth of this moment, or '' if it can."""
+        versions = self.users[user_id].possible(moment, moment)
 
         if answer is None:
             return "" if ABSENT in versions else f"not found, but its versions are {versions}"
@@ -111,20 +134,20 @@ class History:
         if not existing:
             return "found, but there is no such user"
 
+        misfits = [self._misfit(user_id, answer, version, moment) for version in existing]
+        return "" if "" in misfits else " and ".join(misfits)
+
+    def _misfit(self, user_id: int, answer: frozenset[str], version: int, moment: float) -> str:
+        """The first segment with which a list cannot be that of this version of the user at this moment; '' if none."""
         for slug, timeline in self.rules.items():
             own = self.overrides.get((user_id, slug))
-            forced = own.possible(begin, end) if own else [None]
-            rules = timeline.possible(begin, end)
-            may = {
-                _member(user_id, version, rule, override)
-                for version in existing
-                for rule in rules
-                for override in forced
-            }
+            forced = own.possible(moment, moment) if own else [None]
+            rules = timeline.possible(moment, moment)
+            may = {_member(user_id, version, rule, override) for rule in rules for override in forced}
 
             if (slug in answer) not in may:
                 said = "in" if slug in answer else "not in"
-                return f"{said} {slug}; rules {rules}, versions {existing}, overrides {forced}"
+                return f"{said} {slug}; rules {rules}, version {version}, overrides {forced}"
 
         return ""
 
