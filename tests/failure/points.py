@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from tests.failure.cell import Fault, Kind
 from tests.failure.point import POINTS, point
-from tests.failure.rig import SECOND, SHARDS, gone
+from tests.failure.rig import SECOND, SHARDS, USERS, gone
 from tests.failure.scene import NotReached, Scene, Stop
 from tests.failure.wire import Phase
 
@@ -438,6 +438,108 @@ def not_invalidated(scene: Scene) -> None:
 def not_done(scene: Scene) -> None:
     stop = scene.failpoint("invalidated-not-done")
     scene.call()
+    scene.strike(stop)
+
+
+# -- the patch ------------------------------------------------------------------------------------------------------
+
+_NO_PATCH = {Kind.CREATION: "a creation changes nobody's list: it publishes no patch"}
+
+
+@point("patch-not-written", "the shard's patch is read, nothing of it is written", on_shard=True, impossible=_NO_PATCH)
+def patch_not_written(scene: Scene) -> None:
+    stop = scene.failpoint("patch-read-not-written", f"shard={scene.shard}")
+    scene.call()
+    scene.strike(stop)
+
+
+@point("patch-not-listed", "the patch's chunks are written, no list names them", on_shard=True, impossible=_NO_PATCH)
+def patch_not_listed(scene: Scene) -> None:
+    stop = scene.failpoint("patch-written-not-appended", f"shard={scene.shard}")
+    scene.call()
+    scene.strike(stop)
+
+
+@point("patch-listed", "the patch is in the shard's list", on_shard=True, impossible=_NO_PATCH)
+def patch_listed(scene: Scene) -> None:
+    stop = scene.failpoint("patch-appended", f"shard={scene.shard}")
+    scene.call()
+    scene.strike(stop)
+
+
+@point(
+    "patch-twice",
+    "two publishers have written the shard's patch, no list names it",
+    on_shard=True,
+    impossible=_NO_PATCH,
+)
+def patch_twice(scene: Scene) -> None:
+    stop = scene.failpoint("patch-written-not-appended", f"shard={scene.shard}")
+    before = scene.rig.chunk_tokens(scene.shard)
+    scene.call()
+    scene.caught(stop, count=2)
+    if len(scene.rig.chunk_tokens(scene.shard) - before) < 2:
+        raise NotReached("both use the same chunks")
+    scene.strike(stop)
+
+
+@point(
+    "patch-late",
+    "a publisher wakes when a twin has ended its operation, and the next one is published too",
+    on_shard=True,
+    itself=True,
+    impossible=_NO_PATCH,
+)
+def patch_late(scene: Scene) -> None:
+    written = scene.failpoint("patch-written-not-appended", f"shard={scene.shard}")
+    scene.call()
+    late = scene.caught(written)
+
+    with scene.frozen(late):
+        written.let_go(besides=late)
+        scene.until(lambda: scene.state() == "DONE", "a twin ends it")
+        scene.rig.serving().roll_out(SECOND, scene.percent / 2)
+        stop = scene.failpoint("invalidated-not-done")
+
+    scene.until(lambda: late in stop.pids, "it has published all it wanted")
+    scene.strike(stop, pid=late)
+
+
+@point(
+    "patch-chunks-lost",
+    "the patch's chunks are lost before the list names them",
+    on_shard=True,
+    itself=True,
+    impossible=_NO_PATCH,
+)
+def patch_chunks_lost(scene: Scene) -> None:
+    stop = scene.failpoint("patch-written-not-appended", f"shard={scene.shard}")
+    scene.call()
+    scene.caught(stop)
+    cache = scene.rig.cache
+    if not cache.delete(*scene.rig.chunks(scene.shard)):
+        raise NotReached("the patch had no chunks")
+    scene.strike(stop)
+
+
+@point(
+    "generation-lost",
+    "the shard's generation is lost, and another one drawn, between the patch's chunks and the list",
+    on_shard=True,
+    itself=True,
+    impossible=_NO_PATCH,
+)
+def generation_lost(scene: Scene) -> None:
+    stop = scene.failpoint("patch-written-not-appended", f"shard={scene.shard}")
+    scene.call()
+    scene.caught(stop)
+
+    cache, generation = scene.rig.cache, scene.rig.keys.generation(scene.shard)
+    if not cache.delete(generation):
+        raise NotReached("there was no generation")
+    user = next(user for user in USERS if user % SHARDS == scene.shard)
+    list(scene.rig.serving().many_user_segments([user]))
+    scene.until(lambda: cache.exists(generation), "a read draws another one")
     scene.strike(stop)
 
 

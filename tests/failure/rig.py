@@ -25,6 +25,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 
 from segsvc.access.own_token import own_token
 from segsvc.bootstrap import Check, installation_of
+from segsvc.cache.keys import Keys
 from segsvc.cli.front import is_serving
 from segsvc.config import Settings
 from segsvc.demo.client import Client
@@ -179,6 +180,8 @@ class Rig:
 
         self.broker = redis.Redis.from_url(self.settings.broker_url)
         undo.callback(self.broker.close)
+        self.cache = redis.Redis.from_url(self.settings.cache_url)
+        undo.callback(self.cache.close)
 
     def _start_wires(self, undo: contextlib.ExitStack) -> None:
         folder = self.folder / "wire"
@@ -293,6 +296,21 @@ class Rig:
     def prefix(self) -> str:
         """Prefix of every key on the broker."""
         return installation_of(self.settings).broker_prefix
+
+    @property
+    def keys(self) -> Keys:
+        """The cache's keys."""
+        return Keys(installation_of(self.settings).tag.encode())
+
+    def chunks(self, shard: int) -> list[bytes]:
+        """Keys of all chunks of patches of a shard."""
+        return list(self.cache.scan_iter(self.keys.chunk_prefix(shard) + b"*", count=10_000))
+
+    def chunk_tokens(self, shard: int) -> set[bytes]:
+        """Tokens of the publications that have chunks in the cache and are not in the shard's list."""
+        listed = bytes(self.cache.get(self.keys.patches(shard)) or b"")  # type: ignore[arg-type]
+        tokens = {key.removeprefix(self.keys.chunk_prefix(shard)).partition(b":")[0] for key in self.chunks(shard)}
+        return {token for token in tokens if token not in listed}
 
     def tasks_under_way(self) -> dict[str, str]:
         """Messages that a worker has received and not acknowledged, by delivery tag."""

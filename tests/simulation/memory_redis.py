@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from segsvc.cache import scripts
 from segsvc.cache.connection import Command
 from segsvc.cache.entry import (
@@ -27,6 +29,8 @@ from segsvc.cache.patches import ITEM_BYTES, TOKEN_BYTES
 from tests.simulation.scheduler import Scheduler
 
 Value = tuple[bytes, float | None]
+_REFUSED_IF_FULL = (scripts.ACQUIRE.sha, scripts.FILL.sha, scripts.APPEND_PATCH.sha)
+"""Scripts without the flag allow-oom or no-writes."""
 
 
 class MemoryRedis:
@@ -36,6 +40,8 @@ class MemoryRedis:
         self._now = now
         self._runs = 0
         self.values: dict[bytes, Value] = {}
+        self.full = False
+        """It has no memory left, and refuses what could need some."""
         self.run_id = b""
         self.start({})
 
@@ -59,6 +65,8 @@ class MemoryRedis:
 
     def execute(self, command: Command) -> Any:
         name, *arguments = command
+        if self.full and (name == "SET" or arguments[0] in _REFUSED_IF_FULL):
+            raise ResponseError("OOM command not allowed when used memory > 'maxmemory'.")
         return getattr(self, f"_{str(name).lower()}")(*arguments)
 
     def _get(self, key: bytes) -> bytes | None:

@@ -70,6 +70,7 @@ class Rules:
 @dataclass(frozen=True)
 class Bounds:
     """Attributes:
+    publishers: how many there are at a time. 0: an operation is published in one step, which shows all sights.
     patches: most patches in the list; the oldest falls out.
     ending: number of the operation that is an import with an end; 0: none is.
     reader: a reader gets the patches later than the generation and the entry.
@@ -431,6 +432,9 @@ def _bulk(state: State, rules: Rules, bounds: Bounds) -> Iterator[State]:
     if state.stage == "published" or (state.stage == "committed" and not rules.publish_before_done):
         yield state._replace(stage="done", done=state.operation)
     if state.stage == "committed":
+        if not bounds.publishers:
+            content = _content(state, bounds, state.operation, _who_changed(state, rules, state.operation))
+            yield _append(state, rules, bounds, state.operation, content)._replace(stage="published")
         # Whatever goes wrong with publishing, dropping the generation is as good.
         yield _lose_generation(state)._replace(stage="published")
         # Without a cache at hand the operation waits until every older entry has ended, and every lease before.

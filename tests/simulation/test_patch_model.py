@@ -1,4 +1,4 @@
-"""The model of the cache's patches holds, and each of its rules is needed."""
+"""The model of the cache's patches holds, each of its rules is needed, and the simulated code behaves as the model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from dataclasses import fields, replace
 
 import pytest
 
-from tests.simulation.patch_model import Bounds, Rules, explore, stuck, wrong
+from tests.simulation import patch_model
+from tests.simulation.cache_world import CacheWorld, known_sights
+from tests.simulation.patch_model import Bounds, Rules, Sight, explore, stuck, wrong
 
 KEEPS_IT_ALIVE = "lease_replaces_useless"
 """Without this rule no answer is wrong, but a user may never be a hit again."""
+SCHEDULES = 1200
 SHOWN_WITHIN = {
     "fresh_tokens": Bounds(operations=3, versions=0, publishers=2, reader=True),
     "list_has_an_end": Bounds(operations=3, patches=1),
@@ -65,3 +68,23 @@ def test_each_rule_is_needed(rule: str) -> None:
     trace = explore(weakened, bounds).trace
     assert wrong(trace[-1], weakened, bounds)
     assert not any(wrong(state, weakened, bounds) for state in trace[:-1])
+
+
+def test_the_simulation_sees_all_that_the_model_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[Sight] = set()
+    known = known_sights()
+    real = patch_model.sight
+
+    def noted(**what: object) -> Sight:
+        made = real(**what)  # type: ignore[arg-type]
+        seen.add(made)
+        return made
+
+    monkeypatch.setattr(patch_model, "sight", noted)
+
+    for seed in range(SCHEDULES):
+        CacheWorld(seed).run()
+        if seen == known:
+            return
+
+    assert seen == known

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from segsvc.cache.client import CacheClient
@@ -9,6 +11,7 @@ from segsvc.cache.patch_store import PatchStore
 from segsvc.cache.patches import CHUNK_SLOTS, decode_list
 from segsvc.cache.reader import CacheReader
 from segsvc.domain.errors import Reason, ServiceError
+from segsvc.domain.membership import FIRST_SEGMENT
 from segsvc.twophase.ports import Published
 from tests.installation import KEYS
 from tests.integration.cache.conftest import SHARDS, World
@@ -243,6 +246,31 @@ def test_a_slow_reader_keeps_what_it_fetched_under_one_generation(hot: World) ->
     hot.publish(hot.bulk_change(hot.segment, [2]))
     assert reader.entries([1, 2], values, connection) == [None, None]
     assert (hot.cached_segments(1), hot.cached_segments(2)) == ((), None)
+
+
+def test_a_publisher_who_comes_late_writes_nothing_under_a_reader_who_has_the_list(hot: World) -> None:
+    """The reader has its entry, and the list of then; the chunk it gets two operations later."""
+    other = hot.add_segment("alpha")
+    first = hot.bulk_change(hot.segment, [1])
+    hot.publish(first)
+
+    memory = PatchStore(int, bytes_max=1)  # it has no room for chunks
+    reader = CacheReader(hot.client, SHARDS, patches=memory)
+    reader.connect()
+    assert reader.lookup([4]) == [None]
+    connection = reader.ask([[4]])
+
+    hot.publish(hot.bulk_change(other, [4]))
+    third = hot.bulk_change(hot.segment, [4])
+    hot.publish(third)
+    # The zombie of the first operation reads its segment as it is by now.
+    hot.client.write_patch(0, replace(first[0], members=third[0].members))
+
+    memory._bytes_max = 1 << 20
+    [entry] = reader.entries([4], reader.receive(connection), connection)
+    assert entry is not None
+    assert entry[FIRST_SEGMENT:] == (), "the third operation's bit without the second's was never true"
+    reader.close()
 
 
 def test_the_warmer_says_which_entries_are_good_enough(hot: World) -> None:
