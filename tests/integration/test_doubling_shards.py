@@ -37,6 +37,7 @@ from segsvc.postgres.engine import Databases, Pool
 from segsvc.postgres.installation import doubling, layout
 from segsvc.postgres.installation.closing import MoveRefused
 from segsvc.postgres.installation.migrate import StartupError, inspect, migrate, verify
+from segsvc.postgres.installation.roles import roles_of
 from segsvc.postgres.shard.user_transaction import PostgresUserStore
 from segsvc.services.ingestion import Ingestion, OtherShards
 from tests.contract.conftest import FrontUnderTest, running_front
@@ -63,7 +64,7 @@ class Doubling(Installation):
         for number in range(2 * SHARDS):
             self.server.create_database(f"{self.name}_next{number}")
             self.next_dsns.append(self.server.dsn(f"{self.name}_next{number}"))
-        migrate(self.given)
+        migrate(self.given, roles=True)
         redis.Redis.from_url(self.cache.url).flushall()
 
     @property
@@ -120,8 +121,11 @@ class Doubling(Installation):
         return [state for (state,) in self.execute(self.catalog_dsn, "SELECT state FROM operations ORDER BY seq")]
 
     def assert_whole(self, users: int) -> None:
-        """The checker finds nothing, and every shard takes writes."""
+        """The checker finds nothing, every shard takes writes, and the services' role may make them."""
         assert verify(self.settings) == []
+        role = roles_of(self.settings).change
+        for dsn in self.settings.shard_dsns:
+            assert self.execute(dsn, f"SELECT has_table_privilege('{role}', 'users', 'INSERT')") == [(True,)]
         check = Check(self.settings)
         try:
             report = check.checker.run(lambda *_: None)

@@ -21,6 +21,7 @@ from segsvc.postgres import tables
 from segsvc.postgres.installation import moving
 from segsvc.postgres.installation.migrate import StartupError, verify
 from segsvc.postgres.installation.moving import MoveRefused
+from segsvc.postgres.installation.roles import roles_of
 from segsvc.postgres.locks import SHARD_LOCK
 from tests.contract.conftest import running_front
 from tests.eventually import eventually
@@ -187,6 +188,10 @@ def test_the_copy_has_everything(installation: Moving, second_server: PostgresSe
         "VALUES (1000, gen_random_uuid(), '\\x00ff', '[null]')",
     )
 
+    roles = roles_of(installation.settings)
+    for role in (roles.change, roles.read):
+        second_server.psql('CREATE ROLE :"role" NOLOGIN', role=role)
+
     new_dsn = new_database(second_server, "complete")
     told: list[tuple[int, int]] = []
     copied = moving.copy(installation.settings, MOVED, new_dsn, lambda done, total: told.append((done, total)))
@@ -205,6 +210,10 @@ def test_the_copy_has_everything(installation: Moving, second_server: PostgresSe
     assert contents() == before
     assert [table for table, rows in zip(tables.shard.tables, before, strict=False) if rows[0].startswith("(0,")] == []
     assert copied.users == int(installation.execute(MOVED, "SELECT count(*) FROM users")[0].strip("(,)"))
+
+    # Rights are not copied: they are given again.
+    right = f"SELECT has_table_privilege('{roles.change}', 'users', 'UPDATE')"
+    assert "t" in installation.execute(MOVED, right)[0].lower()
 
     # COPY does not copy sequences and identity columns; a schema that has one must extend the copy.
     assert tables.shard._sequences == {}

@@ -29,6 +29,7 @@ from segsvc.postgres.installation.halves import BroughtUp, Half, HalfWrong, brin
 from segsvc.postgres.installation.identity import Database, Finding, Identity, Seen
 from segsvc.postgres.installation.migrate import alembic_config, head
 from segsvc.postgres.installation.relocation import layout_state, relocating
+from segsvc.postgres.installation.roles import grant_if_they_exist, roles_of
 from segsvc.postgres.locks import SHARD_LOCK
 
 FEW_CHANGES: Final = 2_000
@@ -376,6 +377,8 @@ class _Doubling:
         if what.revision is None:
             closing.set_read_only(writing, "SET default_transaction_read_only = on")
             command.upgrade(alembic_config("shard", writing), "head")
+            if refused := grant_if_they_exist(writing, target.name, roles_of(self._settings)):
+                raise MoveRefused(refused.where, refused.problem, refused.remedy)
         brought_up = bring_up(reading, writing, Half(target.shard, len(self.new)))
         if what.revision is None or brought_up.changes > FEW_CHANGES:
             writing.exec_driver_sql("ANALYZE")

@@ -27,6 +27,7 @@ from segsvc.postgres.installation.closing import MoveRefused
 from segsvc.postgres.installation.identity import Database, Finding, Seen
 from segsvc.postgres.installation.migrate import alembic_config, head
 from segsvc.postgres.installation.relocation import refuse_while_switched, relocating
+from segsvc.postgres.installation.roles import grant_if_they_exist, roles_of
 from segsvc.postgres.shard.participant import select_prepared
 
 _SETTLE_WAIT_S: Final = 5.0
@@ -76,6 +77,8 @@ def copy(
             closed_at = closing.close(guard)
             target_session = stack.enter_context(target.engine.connect())
             users = _copy_tables(source, target_session, shard, progress)
+            if refused := grant_if_they_exist(target_session, "the new database", roles_of(settings)):
+                raise MoveRefused(refused.where, refused.problem, refused.remedy)
         except BaseException:
             closing.open_again(guard)  # the target is empty: its transaction is not committed, and never will be
             raise

@@ -105,6 +105,13 @@ def grant(connection: sa.Connection, where: str, roles: Roles) -> Finding | None
     return None
 
 
+def grant_if_they_exist(connection: sa.Connection, where: str, roles: Roles) -> Finding | None:
+    """As ``grant``, on a new database of an installation that may have no group roles: then it does nothing."""
+    if not (_exists(connection, roles.change) and _exists(connection, roles.read)):
+        return None
+    return grant(connection, where, roles)
+
+
 def _exists(connection: sa.Connection, role: str) -> bool:
     query = sa.text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = :role)")
     return bool(connection.execute(query, {"role": role}).scalar_one())
