@@ -97,6 +97,8 @@ def make_node(project: Path) -> Path:
 
     if not folder.exists():
         fresh = folder.with_name(f"{folder.name}.{os.getpid()}")
+        # An attempt that failed has left it.
+        shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         for file in (lock, HERE / "node" / "package.json"):
             shutil.copy(file, fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -62,12 +63,17 @@ def serving(front: CannedFront, credentials: grpc.ServerCredentials | None = Non
         port = server.add_insecure_port("127.0.0.1:0")
     else:
         port = server.add_secure_port("127.0.0.1:0", credentials)
+    # grpc closes a channel that is garbage in the thread that collects it, and waits for the channel's lock. In the
+    # server's own thread, which holds the server's lock, both would wait for ever: so nothing is collected there.
+    gc.collect()
+    gc.disable()
     server.start()
 
     try:
         yield f"127.0.0.1:{port}"
     finally:
         server.stop(0).wait()
+        gc.enable()
 
 
 def run(*arguments: str) -> Result:
