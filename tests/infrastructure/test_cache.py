@@ -1,4 +1,5 @@
-"""The cache is emptied during a fill, comes back with old data, or is replaced by an empty cache."""
+"""The cache is emptied during a fill or a publication, has no memory left, comes back with old data, or is replaced by
+an empty cache."""
 
 from __future__ import annotations
 
@@ -119,7 +120,12 @@ def test_the_cache_comes_back_with_what_it_held_long_ago(
 
 
 @pytest.mark.parametrize(
-    "point", ["committed-not-invalidated", pytest.param("prepared-not-voted", marks=pytest.mark.infrastructure)]
+    "point",
+    [
+        "committed-not-invalidated",
+        pytest.param("prepared-not-voted", marks=pytest.mark.infrastructure),
+        pytest.param("patch-written-not-appended", marks=pytest.mark.infrastructure),
+    ],
 )
 def test_an_empty_cache_takes_the_place_of_one_that_is_lost(
     system: System, slug: str, raw: redis.Redis, point: str
@@ -158,3 +164,61 @@ def test_the_cache_is_away_when_it_must_be_told(system: System, slug: str) -> No
     system.cache.start()
     eventually(lambda: system.state(name) == "DONE")
     system.expect_well(slug, 60)
+
+
+@pytest.mark.infrastructure
+def test_the_cache_is_emptied_while_a_patch_is_published(system: System, slug: str, raw: redis.Redis) -> None:
+    system.new_segment(slug, 20)
+    warm(system, slug, 20)
+
+    with system.armed("patch-written-not-appended") as held:
+        name = system.client.start_roll_out(slug, 60)
+        held.await_fired()
+        assert chunks_of(system, raw)
+        raw.flushall()
+        # Every shard has committed, so what is read and filled now, under other generations, is of the new rule.
+        assert system.read(slug) == system.members(slug, 60)
+
+    eventually(lambda: system.state(name) == "DONE")
+    assert system.read(slug) == system.members(slug, 60)
+    warm(system, slug, 60)
+    system.expect_well(slug, 60)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["chunks", pytest.param("lists", marks=pytest.mark.infrastructure)],
+)
+def test_patches_that_are_lost_make_misses_and_no_wrong_lists(
+    system: System, slug: str, raw: redis.Redis, lost: str
+) -> None:
+    system.new_segment(slug, 20)
+    warm(system, slug, 20)
+
+    with system.frozen("worker-warming"):
+        for percent in (60, 35):
+            system.client.roll_out(slug, percent)
+        inspection = Inspection(system.settings)
+        try:
+            # Nobody has filled anything since: these are the entries of before, with two patches laid over them.
+            assert None not in inspection.cached(system.users)
+        finally:
+            inspection.close()
+
+        keys = chunks_of(system, raw) if lost == "chunks" else [system.keys.patches(shard) for shard in range(SHARDS)]
+        assert raw.delete(*keys)
+        inspection = Inspection(system.settings)
+        try:
+            assert inspection.cached(system.users).count(None) == len(system.users)
+        finally:
+            inspection.close()
+        assert system.read(slug) == system.members(slug, 35)
+
+    warm(system, slug, 35)
+    system.expect_well(slug, 35)
+
+
+def chunks_of(system: System, raw: redis.Redis) -> list[bytes]:
+    """Keys of all chunks of patches."""
+    prefixes = [system.keys.chunk_prefix(shard) for shard in range(SHARDS)]
+    return [key for prefix in prefixes for key in raw.scan_iter(prefix + b"*", count=10_000)]
