@@ -4,7 +4,7 @@ an empty cache."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import redis
@@ -185,6 +185,28 @@ def test_the_cache_is_emptied_while_a_patch_is_published(system: System, slug: s
     system.expect_well(slug, 60)
 
 
+@pytest.mark.infrastructure
+@pytest.mark.parametrize("point", ["patch-read-not-written", "patch-written-not-appended"])
+def test_no_memory_is_left_for_a_patch(system: System, slug: str, raw: redis.Redis, point: str) -> None:
+    system.new_segment(slug, 20)
+    warm(system, slug, 20)
+    seen = system.log_ends()
+
+    with ExitStack() as memory:
+        with system.armed(point) as held:
+            name = system.client.start_roll_out(slug, 60)
+            held.await_fired()
+            memory.enter_context(full(raw))
+        # What cannot be patched is dropped: that frees memory, so it is possible.
+        eventually(lambda: system.state(name) == "DONE")
+        assert '"event": "patch_not_published"' in system.logged(seen)
+        assert not [shard for shard in range(SHARDS) if raw.exists(system.keys.generation(shard))]
+        assert system.read(slug) == system.members(slug, 60)
+
+    warm(system, slug, 60)
+    system.expect_well(slug, 60)
+
+
 @pytest.mark.parametrize(
     "lost",
     ["chunks", pytest.param("lists", marks=pytest.mark.infrastructure)],
@@ -222,3 +244,18 @@ def chunks_of(system: System, raw: redis.Redis) -> list[bytes]:
     """Keys of all chunks of patches."""
     prefixes = [system.keys.chunk_prefix(shard) for shard in range(SHARDS)]
     return [key for prefix in prefixes for key in raw.scan_iter(prefix + b"*", count=10_000)]
+
+
+@contextmanager
+def full(raw: redis.Redis) -> Iterator[None]:
+    """Let the cache refuse, as long as the block lasts, everything that could need memory."""
+    policy = raw.config_get("maxmemory-policy")["maxmemory-policy"]
+    raw.config_set("maxmemory-policy", "noeviction")
+    raw.config_set("maxmemory", "1mb")
+    try:
+        with pytest.raises(redis.ResponseError, match="used memory"):
+            raw.set("anything", 1)
+        yield
+    finally:
+        raw.config_set("maxmemory", 0)
+        raw.config_set("maxmemory-policy", policy)
