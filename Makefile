@@ -46,9 +46,8 @@ test: $(VENV) ## All tests, unit to end-to-end, on real components
 test-unit: $(VENV) ## The tests that need no server, in under a minute
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit $(ARGS)
 
-# A test mostly waits for processes to start and stop: with two at a time, two cores are busy for half of the time, so
-# three run. ARGS="-n 0": one after the other.
-SIDE_BY_SIDE := --numprocesses=3 --dist=loadscope --no-loadscope-reorder
+# A test mostly waits for processes to start and stop, so two run at a time. ARGS="-n 0": one after the other.
+SIDE_BY_SIDE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
 test-long: $(VENV) ## The tests that take minutes: a million conditions, the service against its model
 	@$(BIN)/python -m pytest -m long $(ARGS)

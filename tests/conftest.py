@@ -25,20 +25,9 @@ os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 configure_logging("WARNING", "console")
 
 _TESTS = Path(__file__).parent.relative_to(REPOSITORY).as_posix()
-_SHARED_SERVERS = ("contract", "integration/events", "e2e", "integration/check", "integration/cache", "infrastructure")
-"""Folders whose tests share servers that take long to start. Each of three processes takes two groups at once, the
-first and the fourth, and so on: the longest ones come first, each with a short one, so that no process waits for the
-rest at the end."""
-_LONG = (
-    *_SHARED_SERVERS,
-    "integration/test_local_stack.py",
-    "integration/installed/test_installed.py",
-    "integration/broker/test_ends.py",
-    "integration/test_doubling_shards.py",
-    "unit/test_cli_edges.py",
-    "integration/test_moving_a_shard.py",
-)
-"""What is begun first: the shared folders, then the longest files."""
+_SHARED_SERVERS = ("e2e", "contract", "infrastructure", "integration/cache", "integration/events", "integration/check")
+"""Folders whose tests share servers that take long to start. The longest come first, so that no process waits for them
+at the end; each process takes two groups at once, so the third one follows the first."""
 
 
 def _group(test_id: str) -> str:
@@ -62,5 +51,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServe
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the long groups first, if several processes share the tests."""
     if hasattr(config, "workerinput"):
-        places = {group: place for place, group in enumerate(_LONG)}
+        places = {group: place for place, group in enumerate(_SHARED_SERVERS)}
         items.sort(key=lambda item: places.get(_group(item.nodeid), len(places)))
