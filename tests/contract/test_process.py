@@ -52,7 +52,8 @@ def test_several_processes_share_the_port(kind: str, installation: Installation,
 
         victim = parent.children()[0]
         # A child that fails sooner is not restarted.
-        eventually(lambda: time.time() - victim.create_time() > YOUNG_S + 0.5)
+        # On a busy machine its parent counts from some time after its creation.
+        eventually(lambda: time.time() - victim.create_time() > YOUNG_S + 2)
         victim.kill()
         eventually(lambda: len(parent.children()) == 2 and victim not in parent.children())
         # The client's connection may have belonged to the victim; a new one goes to a living process.

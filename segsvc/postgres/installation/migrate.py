@@ -33,6 +33,7 @@ from segsvc.postgres.locks import MIGRATION_LOCK
 
 _WAIT_S: Final = 60
 """Longest wait for another migrator of the same database."""
+_LOOKS_MAX: Final = 3
 
 
 class MigrationError(FindingsError):
@@ -128,10 +129,21 @@ def migrate(
 def _refuse_unless_right(settings: Settings, databases: tuple[Database, ...]) -> None:
     if not settings.shard_dsns:
         raise MigrationError([Finding("the shards", "SEGSVC_SHARD_DSNS names none", "name at least one")])
-    seen, unreachable = _look_at(databases)
-    found = [*unreachable, *_wrong(settings, seen), *identity.unfit(seen), *identity.closed(seen)]
+    found: list[Finding] = []
+    # The looks at the databases are not of one moment: another migrator may found the installation between them, and a
+    # shard looks new, the catalog founded. What two looks in a row say is so, because founding only goes forward.
+    for _ in range(_LOOKS_MAX):
+        before, found = found, _found(settings, databases)
+        if not found or found == before or any(finding.outage for finding in found):
+            break
     if found:
         raise MigrationError(found)
+
+
+def _found(settings: Settings, databases: tuple[Database, ...]) -> list[Finding]:
+    """All that keeps these databases from being migrated."""
+    seen, unreachable = _look_at(databases)
+    return [*unreachable, *_wrong(settings, seen), *identity.unfit(seen), *identity.closed(seen)]
 
 
 def _look_at(databases: tuple[Database, ...]) -> tuple[dict[Database, Seen], list[Finding]]:
