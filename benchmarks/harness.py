@@ -270,6 +270,18 @@ def measure_pair(ours: Measure, reference: Measure, *, rounds: int = 0, warm_up:
     return Pair(Series(mine), Series(theirs))
 
 
+@contextlib.contextmanager
+def suspended(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Suspend processes inside the block, for less time than their consumer group or their watchdog allows."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 def spread_of(values: Sequence[float]) -> float | None:
     """Half the distance between the quartiles as a share of the median; None for fewer than three values."""
     if len(values) < 3 or not statistics.median(values):

@@ -396,7 +396,7 @@ class Inspection:
         self._databases = Databases(settings, "inspection", Pool(1))
         self._reads = PostgresCheckReads(self._databases)
         self._cache = make_cache(settings)
-        # Whoever asks looks at hits and misses, not at the order of the segments.
+        # Callers look at hits and misses, not at the order of the segments.
         self._reader = make_reader(self._cache, settings.shard_count, partial=False, patches=PatchStore(int))
 
     def user_count(self) -> int:

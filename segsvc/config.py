@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     grpc_reflection: bool = Field(False, description="Serve gRPC reflection (off in production).")
     front_processes: int = Field(1, ge=1, le=64, description="Front processes sharing the port (SO_REUSEPORT).")
     metrics_token: str = Field(
-        "", description="Bearer token that whoever reads metrics must send, of all processes; empty: none is needed."
+        "", description="Bearer token that a reader of any process's metrics must send; empty: none is needed."
     )
     metrics_address: str = Field(
         "127.0.0.1:9464", description="host:port of the front's Prometheus metrics (process n: port + n); '' = off."

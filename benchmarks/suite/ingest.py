@@ -18,7 +18,17 @@ from confluent_kafka import Message, Producer
 from kafka import KafkaConsumer, TopicPartition
 
 from benchmarks import rows
-from benchmarks.harness import Curve, Result, Sample, benchmark, cpu_of, measure_pair, ratio_at_least, spread_of
+from benchmarks.harness import (
+    Curve,
+    Result,
+    Sample,
+    benchmark,
+    cpu_of,
+    measure_pair,
+    ratio_at_least,
+    spread_of,
+    suspended,
+)
 from benchmarks.seed import Shape
 from benchmarks.world import World
 from segsvc.demo.client import Client
@@ -106,7 +116,7 @@ class Ours:
         self._bridge = psutil.Process(self.pids["bridge"])
 
     def measure(self, loader: Loader, users: Sequence[tuple[int, bytes]]) -> Sample:
-        with _suspended([self._bridge]):
+        with suspended([self._bridge]):
             events = loader.put(CREATE_TOPIC, users)
         with cpu_of(self.pids) as spent:
             _await_each(events.last, self._is_readable)
@@ -149,7 +159,7 @@ class Rows:
         return psutil.Process(pid)
 
     def measure(self, loader: Loader, users: Sequence[tuple[int, bytes]]) -> Sample:
-        with _suspended(self._consumers):
+        with suspended(self._consumers):
             events = loader.put(ROWS_TOPIC, users)
         with cpu_of(self.pids) as spent:
             _await_each(events.last, self._is_stored)
@@ -191,18 +201,6 @@ def _await_each(user_ids: Sequence[int], is_there: Callable[[int], bool]) -> Non
     for user_id in user_ids:
         if not wait_until(partial(is_there, user_id), timeout_s=TIMEOUT_S, poll_s=POLL_S):
             raise TimeoutError(f"user {user_id} did not arrive in {TIMEOUT_S:g} s")
-
-
-@contextlib.contextmanager
-def _suspended(processes: Sequence[psutil.Process]) -> Iterator[None]:
-    """Suspend processes inside the block, for less time than their consumer group allows."""
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.resume()
 
 
 def _consume_alone(bootstrap_servers: str) -> float:

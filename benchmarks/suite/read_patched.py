@@ -27,6 +27,7 @@ from benchmarks.harness import (
     measure_pair,
     ratio_at_most,
     rounds_wanted,
+    suspended,
     value_at_least,
 )
 from benchmarks.load import GET_USER_SEGMENTS, Body, Load, LoadReport
@@ -57,7 +58,7 @@ be."""
 WINDOW_S = 1.0
 """The share of hits is taken in every second: a second of misses must not hide in half a minute of hits."""
 SAMPLED = 20
-"""One user in so many is looked up to see whether the cache is warm."""
+"""One user in twenty is looked up to see whether the cache is warm."""
 ROLLOUTS_WEIGHED = 5
 SETTLED_BYTES = 1000
 """In half a second: less than any change of a user or of a segment sends to the cache."""
@@ -104,16 +105,11 @@ class Bench:
 
     @contextlib.contextmanager
     def without_warmer(self) -> Iterator[None]:
-        """Let the warming worker stand still inside the block, for less time than its watchdog allows."""
+        """Let the warming worker stand still inside the block."""
         (warmer,) = [part.pid for part in self._stack.status() if part.name == "worker-warming" and part.pid]
         processes = [psutil.Process(warmer), *psutil.Process(warmer).children(recursive=True)]
-        for process in processes:
-            process.suspend()
-        try:
+        with suspended(processes):
             yield
-        finally:
-            for process in processes:
-                process.resume()
 
     def beside(self, ended: threading.Event, *, rollouts: bool) -> tuple[Beside, list[threading.Thread]]:
         """Start what goes on beside the reads until ``ended``."""

@@ -161,7 +161,7 @@ class HotLane:
     def change(
         self, *, entries: Entries, counts: ReadCounts, cold: ColdReads, slugs: SlugMap, shard_count: int
     ) -> None:
-        """Read with these from the next turn on: the shards have doubled. What is being read by then is answered by
+        """Read with these from the next round on: the shards have doubled. What is being read by then is answered by
         the old ones, which the caller closes some seconds later."""
         self._change = _Reads(entries, counts, cold, slugs.encoded, shard_count)
 
@@ -228,7 +228,7 @@ class HotLane:
                     call.fail(internal_error())
 
     def _take_change(self, change: _Reads) -> None:
-        """Between two turns, so that each turn has one view of the shards."""
+        """Between two rounds, so that each round has one view of the shards."""
         self._change = None
         with self._reads_lock:
             self._entries, self._counts, self._cold = change.entries, change.counts, change.cold

@@ -50,7 +50,7 @@ class CacheInspector:
         return SlotState(*(half is not None and half[at] & bit != 0 for half in chunk))
 
     def changed(self, shard: int, patch: PublishedPatch, next_slot: int) -> tuple[list[int], list[range]]:
-        """Slots of the users of whom a patch says that they changed, and the ranges of slots whose chunks are lost."""
+        """Slots of the users whom a patch names as changed, and the ranges of slots whose chunks are lost."""
         keys = self._client.keys
         slots: list[int] = []
         lost: list[range] = []

@@ -112,7 +112,7 @@ def encode_chunks(patch: Patch) -> Iterator[bytes]:
 
 
 def chunk_count(next_slot: int) -> int:
-    """Number of chunks that hold so many slots."""
+    """Number of chunks for the slots below ``next_slot``."""
     return -(-next_slot // CHUNK_SLOTS)
 
 

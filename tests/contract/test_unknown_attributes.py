@@ -52,6 +52,22 @@ def test_preview_and_operation_name_them(front: FrontUnderTest, condition: str, 
         assert list(response.unknown_attributes) == unknown
 
 
+def test_a_preview_warns_of_what_the_condition_does_not_mean(front: FrontUnderTest) -> None:
+    slug = front.create().slug
+
+    def warnings(condition: str) -> list[str]:
+        request = pb.PreviewRollOutRequest(slug=slug, rule={"percent": 100, "condition": condition})
+        _, call = front.segments.PreviewRollOut.with_call(request, timeout=20)
+        found: list[str] = json.loads(dict(call.trailing_metadata()).get("segsvc-condition-warnings", "[]"))
+        return found
+
+    [warning] = warnings("user.app < '10.0'")
+    assert "for versions write semver" in warning
+    [warning] = warnings("user.since < '2026-01-31' || user.name == 'é'")
+    assert "for times write timestamp" in warning
+    assert warnings("semver(user.app).isLessThan(semver('10.0.0'))") == []
+
+
 @pytest.mark.usefixtures("users")
 @pytest.mark.parametrize(
     ("name", "nearest"), [("contry", "country"), ("Country", "country"), ("rarename", "rare_name"), ("qqqqq", None)]

@@ -408,7 +408,7 @@ def _loads(state: State, rules: Rules, bounds: Bounds, n: int) -> Iterator[State
 def _writer(state: State, bounds: Bounds) -> Iterator[State]:
     changed = (*state.changed, state.operation)
     if state.writer == "idle" and state.version < bounds.versions:
-        # Whoever changes is noted under the epoch that is committed: an operation's lock keeps events out.
+        # A user who changes is noted under the epoch that is committed: an operation's lock keeps events out.
         yield state._replace(writer="committed", changed=changed)
         if bounds.calls:
             yield state._replace(writer="begun", intact=True, user=("B", 0))

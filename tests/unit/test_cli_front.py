@@ -218,7 +218,8 @@ def test_an_unknown_attribute_is_reported_with_the_nearest_name(front: CannedFro
 
     def answer(_request: Any, context: grpc.ServicerContext) -> segments_pb2.PreviewRollOutResponse:
         similar = json.dumps({"contry": ["country", "county"], "zzz": []})
-        context.set_trailing_metadata((("segsvc-similar-attributes", similar),))
+        traps = json.dumps(["user.zzz is a trap"])
+        context.set_trailing_metadata((("segsvc-similar-attributes", similar), ("segsvc-condition-warnings", traps)))
         return counts
 
     response = segments_pb2.RollOutSegmentResponse(unknown_attributes=["contry", "zzz"])
@@ -227,6 +228,7 @@ def test_an_unknown_attribute_is_reported_with_the_nearest_name(front: CannedFro
     options = ("--percent", "25", "--condition", "user.contry == 'RU' || user.zzz")
     warnings = (
         "warning: no user has user.contry; did you mean user.country or user.county?\nwarning: no user has user.zzz\n"
+        "warning: user.zzz is a trap\n"
     )
 
     for command in (("rollout",), ("rollout", "--json")):

@@ -147,8 +147,8 @@ def undo(settings: Settings, crash_points: CrashPoints) -> bool:
             return False
 
         with ExitStack() as stack:
-            # Whoever is between closing and deciding holds these locks. So that command has ended, or has lost its
-            # sessions and cannot open anything; and it cannot decide once the note is gone.
+            # A command that is between closing and deciding holds these locks. So such a command has ended, or has lost
+            # its sessions and cannot open anything; and it cannot decide once the note is gone.
             guards = [stack.enter_context(work.guard(database)) for database in work.old]
             work.clear_note(catalog, None)
             crash_points.reach("double-note-cleared")
@@ -456,7 +456,11 @@ class _Doubling:
             raise MoveRefused("the catalog", "another command has taken over, or undone this", "see `segsvc doctor`")
 
     def clear_note(self, catalog: sa.Connection, note: datetime | None) -> bool:
-        """Let operations start again, unless it is decided. ``note`` None: whoever made it. Returns whether it did."""
+        """Let operations start again, unless the doubling is decided. Returns whether they may start.
+
+        Args:
+            note: of the command that stopped them; None: of any command.
+        """
         statement = sa.update(tables.installation).where(_installation.shard_count == len(self.old))
         if note is not None:
             statement = statement.where(_installation.switch_time == note)

@@ -30,7 +30,7 @@ class PatchLookup(Protocol):
         """What a patch says of a slot; None: its chunk is lost."""
 
     def changed(self, shard: int, patch: PublishedPatch, next_slot: int) -> tuple[Sequence[int], Sequence[range]]:
-        """Slots of the users of whom a patch says that they changed, and the ranges of slots whose chunks are lost."""
+        """Slots of the users whom a patch names as changed, and the ranges of slots whose chunks are lost."""
 
     def stored(self, shard: int, user_ids: Sequence[int]) -> Sequence[Entry | None]:
         """The users' entries of the generation in force, without any patch; None: there is none."""
