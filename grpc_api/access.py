@@ -53,7 +53,7 @@ LEAST_ROLE: Final[Mapping[str, Role | None]] = MappingProxyType(
     }
 )
 """Method → the least role that may call it; None: open to all, without credentials. A method that is not here is
-refused to everybody, so a new method must get its line (tests/unit/test_access_table.py)."""
+refused to everybody, so a new method must get its line (tests/contract/test_access.py)."""
 
 Metadata = Iterable[tuple[str, str | bytes]]
 CertificateNames = Callable[[], Mapping[str, Iterable[bytes]]]
